@@ -1,0 +1,24 @@
+"""Sparse mixture-of-experts vision-language models for Hugging Face Transformers."""
+
+from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from .modeling_sparse_moe_vlm import (
+    SparseMoeVlmForCausalLM,
+    SparseMoeVlmForConditionalGeneration,
+    SparseMoeVlmModel,
+    SparseMoeVlmPreTrainedModel,
+    SparseMoeVlmTextModel,
+)
+from .processing_sparse_moe_vlm import SparseMoeVlmProcessor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SparseMoeVlmConfig",
+    "SparseMoeVlmForCausalLM",
+    "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmModel",
+    "SparseMoeVlmPreTrainedModel",
+    "SparseMoeVlmProcessor",
+    "SparseMoeVlmTextConfig",
+    "SparseMoeVlmTextModel",
+]

@@ -1,0 +1,583 @@
+"""Configuration of the sparse mixture-of-experts vision-language model."""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+
+# Checked before anything else is imported, so that no other release fails in a less telling way.
+SUPPORTED_TRANSFORMERS = ">=5.20,<6"
+if not (5, 20) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
+    raise ImportError(
+        f"sparse_moe_vlm supports transformers{SUPPORTED_TRANSFORMERS}, but transformers {transformers.__version__} is "
+        f"installed. Install a supported release: pip install 'transformers{SUPPORTED_TRANSFORMERS}'."
+    )
+
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import AutoConfig
+
+# Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
+BUILTIN_MODALITIES = ("text", "image", "video", "audio")
+ROUTERS = ("softmax", "sigmoid", "top_p")
+ARRANGEMENTS = ("hybrid", "joint", "isolated")
+
+# One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
+_CONFIG_FILE = "configuration_sparse_moe_vlm"
+_MODEL_FILE = "modeling_sparse_moe_vlm"
+AUTO_MAP = {
+    "AutoConfig": f"{_CONFIG_FILE}.SparseMoeVlmConfig",
+    "AutoModel": f"{_MODEL_FILE}.SparseMoeVlmModel",
+    "AutoModelForImageTextToText": f"{_MODEL_FILE}.SparseMoeVlmForConditionalGeneration",
+    "AutoModelForMultimodalLM": f"{_MODEL_FILE}.SparseMoeVlmForConditionalGeneration",
+    "AutoModelForCausalLM": f"{_MODEL_FILE}.SparseMoeVlmForConditionalGeneration",
+}
+TEXT_AUTO_MAP = {
+    "AutoConfig": f"{_CONFIG_FILE}.SparseMoeVlmTextConfig",
+    "AutoModel": f"{_MODEL_FILE}.SparseMoeVlmTextModel",
+    "AutoModelForCausalLM": f"{_MODEL_FILE}.SparseMoeVlmForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """A group of experts of the sparse layers: the unit of routing constraints, freezing, LoRA and placement.
+
+    Args:
+        name (`str`):
+            Name of the group, unique in the model and a valid Python identifier (it becomes a module name).
+        num_experts (`int`):
+            Number of experts in the group.
+        modalities (`tuple[str, ...]`):
+            The modalities whose tokens the group serves.
+        intermediate_size (`int`):
+            Width of one expert.
+        always_on (`bool`):
+            Whether every token of the served modalities goes through all experts of the group, with weight 1
+            ("shared experts"), instead of through the few that the router picks.
+        layers (`tuple[int, ...]`, *optional*):
+            The layers that hold the group; all sparse layers when `None`.
+    """
+
+    name: str
+    num_experts: int
+    modalities: tuple[str, ...]
+    intermediate_size: int
+    always_on: bool = False
+    layers: tuple[int, ...] | None = None
+
+    def serves(self, modality: str) -> bool:
+        return modality in self.modalities
+
+
+class SparseMoeVlmTextConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SparseMoeVlmTextModel`], a decoder in the Llama/Qwen3 convention whose feed-forward blocks are
+    sparse mixtures of modality experts.
+
+    Args:
+        vocab_size (`int`, defaults to 32000):
+            Size of the vocabulary.
+        hidden_size (`int`, defaults to 2048):
+            Width of the residual stream.
+        intermediate_size (`int`, defaults to 5632):
+            Width of the feed-forward block of the dense layers.
+        num_hidden_layers (`int`, defaults to 24):
+            Number of decoder layers.
+        num_attention_heads (`int`, defaults to 16):
+            Number of query heads.
+        num_key_value_heads (`int`, *optional*):
+            Number of key and value heads (grouped-query attention); `num_attention_heads` when `None`.
+        head_dim (`int`, *optional*):
+            Size of one head; `hidden_size // num_attention_heads` when `None`.
+        hidden_act (`str`, defaults to `"silu"`):
+            Activation of the gated feed-forward blocks (SwiGLU with `"silu"`).
+        max_position_embeddings (`int`, defaults to 32768):
+            Longest sequence that the model is meant for.
+        initializer_range (`float`, defaults to 0.02):
+            Standard deviation of the initial weights.
+        rms_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the RMS normalisations.
+        use_cache (`bool`, defaults to `True`):
+            Whether to return the key/value cache.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Whether the language head shares the token embedding.
+        rope_parameters (`dict`, *optional*):
+            Rotary position embedding, in Transformers' form (`rope_type`, `rope_theta`, …).
+        attention_bias (`bool`, defaults to `False`):
+            Whether the attention projections have biases.
+        attention_dropout (`float`, defaults to 0.0):
+            Dropout on the attention weights.
+        use_qk_norm (`bool`, defaults to `True`):
+            Whether queries and keys are RMS-normalised per head, as in Qwen3.
+        decoder_sparse_step (`int`, defaults to 1):
+            Every how many layers one is sparse: layer `i` is if `(i + 1) % decoder_sparse_step == 0`.
+        mlp_only_layers (`list[int]`, *optional*):
+            Layers that stay dense whatever `decoder_sparse_step` says.
+        modalities (`list[str]`, *optional*, defaults to `["text", "image"]`):
+            Names of the token modalities; the position is the id in `mm_token_type_ids`. The list starts in
+            Transformers' own order (text, image, video, audio); further ones follow.
+        num_experts (`int`, *optional*, defaults to 8):
+            Number of routed experts of a sparse layer. With explicit `expert_groups` it is derived from them.
+        num_experts_per_tok (`int`, defaults to 2):
+            Number of routed experts that a token goes to (with `router="top_p"`, at most that many).
+        num_experts_per_tok_by_modality (`dict[str, int]`, *optional*):
+            Other numbers for some modalities, e.g. `{"image": 1}`.
+        moe_intermediate_size (`int`, defaults to 1408):
+            Width of one expert, where its group gives none.
+        expert_groups (`str` or `list[dict]`, *optional*, defaults to `"hybrid"`):
+            The arrangement of experts, by name or as a list of groups (see [`ExpertGroup`] for the keys; `modalities`
+            defaults to all, `intermediate_size` to `moe_intermediate_size`). By name:
+
+            - `"hybrid"`: a joint pool of `num_experts` routed experts plus one always-on expert per modality; the best
+              arm of MoIIE (arXiv 2508.09779, 13 benchmarks: hybrid 60.0, isolated 59.1, joint 59.1, dense 58.8).
+            - `"joint"`: one pool of `num_experts` routed experts for every modality.
+            - `"isolated"`: `num_experts` routed experts split evenly into one group per modality.
+        router (`str`, defaults to `"softmax"`):
+            How router logits become expert weights: `"softmax"`, `"sigmoid"` (DeepSeek-V3, arXiv 2412.19437) or
+            `"top_p"` (the fewest experts whose probability reaches `router_top_p`; arXiv 2403.07652).
+        router_top_p (`float`, defaults to 0.6):
+            Probability that the chosen experts must reach together, for `router="top_p"`.
+        norm_topk_prob (`bool`, defaults to `True`):
+            Whether the weights of the chosen experts are scaled to sum to 1.
+        output_router_logits (`bool`, defaults to `False`):
+            Whether to return the router logits and, with labels, to add the router losses to the loss.
+        router_aux_loss_coef (`float`, defaults to 0.001):
+            Coefficient of the load-balancing loss (per modality, averaged over layers and modalities).
+        router_z_loss_coef (`float`, defaults to 0.0):
+            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    Raises:
+        ValueError: If fields contradict each other; the message names the field and the fix.
+
+    ```python
+    >>> from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig
+
+    >>> config = SparseMoeVlmTextConfig(num_experts=16, num_experts_per_tok=4)
+    >>> [group["name"] for group in config.expert_groups]
+    ['joint', 'text', 'image']
+    ```
+    """
+
+    model_type = "sparse_moe_vlm_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.*.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.*.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.*.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    use_qk_norm: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: list[int] | None = None
+    modalities: list[str] | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    num_experts_per_tok_by_modality: dict[str, int] | None = None
+    moe_intermediate_size: int = 1408
+    expert_groups: str | list[dict[str, Any]] | None = None
+    router: Literal["softmax", "sigmoid", "top_p"] = "softmax"
+    router_top_p: float = 0.6
+    norm_topk_prob: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
+    router_z_loss_coef: float = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(TEXT_AUTO_MAP))
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.mlp_only_layers = list(self.mlp_only_layers or [])
+        self.modalities = list(self.modalities or BUILTIN_MODALITIES[:2])
+        self._check_shapes()
+        self._resolve_expert_groups()
+        super().__post_init__(**kwargs)
+
+    # ---------------------------------------------------------------- arrangement of experts
+
+    def is_sparse_layer(self, layer_idx: int) -> bool:
+        """Whether layer `layer_idx` has experts (else a dense feed-forward block)."""
+        return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0
+
+    def layer_expert_groups(self, layer_idx: int, always_on: bool | None = None) -> tuple[ExpertGroup, ...]:
+        """
+        The expert groups of one layer, in the order of the router's logits.
+
+        Args:
+            layer_idx (`int`):
+                Index of the layer.
+            always_on (`bool`, *optional*):
+                Only the always-on groups (`True`) or only the routed ones (`False`).
+
+        Returns:
+            `tuple[ExpertGroup, ...]`: empty for a dense layer.
+        """
+        if not self.is_sparse_layer(layer_idx):
+            return ()
+        groups = (ExpertGroup(**_as_tuples(group)) for group in self.expert_groups)
+        return tuple(
+            group
+            for group in groups
+            if (group.layers is None or layer_idx in group.layers) and always_on in (None, group.always_on)
+        )
+
+    @property
+    def routed_group_names(self) -> list[str]:
+        """Names of the routed groups of the whole model; with a single one, `mlp.experts` is that group itself."""
+        return [group["name"] for group in self.expert_groups if not group["always_on"]]
+
+    def top_k(self, modality: str) -> int:
+        """Number of routed experts per token of `modality`."""
+        return (self.num_experts_per_tok_by_modality or {}).get(modality, self.num_experts_per_tok)
+
+    # ---------------------------------------------------------------- size
+
+    def num_parameters(self) -> int:
+        """Total number of parameters of the decoder with its language head, counted without allocating weights."""
+        return _count_parameters(self)[0]
+
+    def num_active_parameters(self, modality: str = "text") -> int:
+        """
+        Number of parameters that one token of `modality` uses: everything but the experts that do not serve it or are
+        not picked for it. With `router="top_p"` it is an upper bound.
+
+        Args:
+            modality (`str`, defaults to `"text"`):
+                One of `config.modalities`.
+
+        Raises:
+            ValueError: If the modality is unknown.
+        """
+        return _count_parameters(self, modality)[1]
+
+    # ---------------------------------------------------------------- validation
+
+    def _check_shapes(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _check(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        _check(self.moe_intermediate_size >= 1, "`moe_intermediate_size` must be at least 1.")
+        _check(
+            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
+            f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
+            f"({self.num_key_value_heads}).",
+        )
+        _check(
+            self.head_dim >= 2 and self.head_dim % 2 == 0,
+            f"`head_dim` must be even for rotary embeddings, got {self.head_dim}: set `head_dim`, or a `hidden_size` "
+            "that `num_attention_heads` divides into even parts.",
+        )
+        _check(self.decoder_sparse_step >= 1, "`decoder_sparse_step` must be at least 1.")
+        _check_layers("mlp_only_layers", self.mlp_only_layers, self.num_hidden_layers)
+        known = BUILTIN_MODALITIES[: len(self.modalities)]
+        _check(
+            tuple(self.modalities[: len(known)]) == known and len(set(self.modalities)) == len(self.modalities),
+            f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
+            f"`mm_token_type_ids`) and repeat no name, got {self.modalities}.",
+        )
+
+    def _resolve_expert_groups(self) -> None:
+        _check(self.router in ROUTERS, f"`router` must be one of {ROUTERS}, got {self.router!r}.")
+        _check(0 < self.router_top_p <= 1, f"`router_top_p` must lie in (0, 1], got {self.router_top_p}.")
+        for field in ("router_aux_loss_coef", "router_z_loss_coef"):
+            _check(getattr(self, field) >= 0, f"`{field}` must not be negative, got {getattr(self, field)}.")
+        if self.expert_groups is None:
+            self.expert_groups = "hybrid"
+        if isinstance(self.expert_groups, str):
+            self.expert_groups = self._arrange(self.expert_groups)
+        self.expert_groups = [self._complete_group(group) for group in self.expert_groups]
+        names = [group["name"] for group in self.expert_groups]
+        _check(len(set(names)) == len(names), f"`expert_groups` repeats a name: {names}.")
+
+        by_modality = self.num_experts_per_tok_by_modality or {}
+        unknown = sorted(set(by_modality) - set(self.modalities))
+        _check(
+            not unknown,
+            f"`num_experts_per_tok_by_modality` names unknown modalities {unknown}; `modalities` has {self.modalities}.",
+        )
+        sparse_layers = [i for i in range(self.num_hidden_layers) if self.is_sparse_layer(i)]
+        routed_per_layer = []
+        for layer in sparse_layers:
+            groups = self.layer_expert_groups(layer, always_on=False)
+            _check(
+                bool(groups),
+                f"`expert_groups` leaves sparse layer {layer} without a routed group: add one whose `layers` "
+                f"contains {layer}, or list the layer in `mlp_only_layers`.",
+            )
+            for modality in self.modalities:
+                serving = sum(group.num_experts for group in groups if group.serves(modality))
+                _check(
+                    1 <= self.top_k(modality) <= serving,
+                    f"`num_experts_per_tok` is {self.top_k(modality)} for modality {modality!r}, but layer {layer} has "
+                    f"{serving} routed experts that serve it: it must lie between 1 and that number. Lower it "
+                    "(`num_experts_per_tok` or `num_experts_per_tok_by_modality`), or let a group serve more.",
+                )
+            routed_per_layer.append(sum(group.num_experts for group in groups))
+        derived = max(routed_per_layer, default=0)
+        _check(
+            self.num_experts in (None, derived),
+            f"`num_experts` is {self.num_experts}, but `expert_groups` have {derived} routed experts in a layer: leave "
+            "`num_experts` out, or change the groups.",
+        )
+        self.num_experts = derived
+
+    def _arrange(self, arrangement: str) -> list[dict[str, Any]]:
+        """The list of groups that a named arrangement stands for."""
+        _check(
+            arrangement in ARRANGEMENTS,
+            f"`expert_groups` must be a list of groups or one of {ARRANGEMENTS}, got {arrangement!r}.",
+        )
+        num_experts = 8 if self.num_experts is None else self.num_experts
+        _check(num_experts >= 1, f"`num_experts` must be at least 1, got {num_experts}.")
+        if arrangement == "isolated":
+            share, rest = divmod(num_experts, len(self.modalities))
+            _check(
+                rest == 0,
+                f'`expert_groups="isolated"` splits `num_experts` ({num_experts}) evenly over {len(self.modalities)} '
+                "modalities: choose a multiple, or give the groups as a list.",
+            )
+            return [{"name": name, "num_experts": share, "modalities": [name]} for name in self.modalities]
+        groups: list[dict[str, Any]] = [{"name": "joint", "num_experts": num_experts}]
+        if arrangement == "hybrid":
+            groups += [
+                {"name": name, "num_experts": 1, "modalities": [name], "always_on": True} for name in self.modalities
+            ]
+        return groups
+
+    def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group with every key present and checked."""
+        fields = ExpertGroup.__dataclass_fields__
+        _check(isinstance(group, dict), f"every entry of `expert_groups` must be a dict, got {group!r}.")
+        unknown = sorted(set(group) - set(fields))
+        _check(not unknown, f"`expert_groups` has unknown keys {unknown}; known ones are {sorted(fields)}.")
+        missing = sorted({"name", "num_experts"} - set(group))
+        _check(not missing, f"`expert_groups` entry {group!r} lacks {missing}.")
+        group = {
+            "modalities": list(self.modalities),
+            "intermediate_size": self.moe_intermediate_size,
+            "always_on": False,
+            "layers": None,
+        } | {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+        name = group["name"]
+        # Names become module names, and on disk they stand beside the experts' numbers and projections.
+        _check(
+            isinstance(name, str)
+            and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
+            and not name.endswith("proj")
+            and not hasattr(nn.ModuleDict, name),
+            f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores, must start "
+            'with a letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
+        )
+        _check(group["num_experts"] >= 1, f"group {name!r} in `expert_groups` needs `num_experts` of at least 1.")
+        _check(
+            group["intermediate_size"] >= 1,
+            f"group {name!r} in `expert_groups` needs `intermediate_size` of at least 1.",
+        )
+        unknown = sorted(set(group["modalities"]) - set(self.modalities))
+        _check(
+            not unknown and bool(group["modalities"]),
+            f"group {name!r} in `expert_groups` serves {group['modalities']}; `modalities` has {self.modalities}.",
+        )
+        if group["layers"] is not None:
+            _check_layers(f"expert_groups[{name!r}].layers", group["layers"], self.num_hidden_layers)
+        return group
+
+
+class SparseMoeVlmConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SparseMoeVlmForConditionalGeneration`]: a vision tower, a connector and a decoder with experts.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the vision tower: any Transformers vision model that maps `pixel_values` to patch
+            features (SigLIP, CLIP, DINOv2, DINOv3, ViT, …). Defaults to SigLIP.
+        text_config (`SparseMoeVlmTextConfig` or `dict`, *optional*):
+            Configuration of the decoder.
+        image_token_id (`int`, defaults to 1):
+            Id of the placeholder token that image features replace.
+        pixel_shuffle_factor (`int`, defaults to 2):
+            Patches are merged in squares of that side before the connector's MLP (space-to-depth), so an image has
+            `(image_size / patch_size / pixel_shuffle_factor) ** 2` tokens.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the connector's MLP.
+        multimodal_projector_bias (`bool`, defaults to `True`):
+            Whether the connector's MLP has biases.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Whether the language head shares the token embedding.
+        use_cache (`bool`, defaults to `True`):
+            Whether to return the key/value cache.
+
+    Raises:
+        ValueError: If fields contradict each other; the message names the field and the fix.
+
+    ```python
+    >>> from modeling_sparse_moe_vlm import SparseMoeVlmConfig
+
+    >>> config = SparseMoeVlmConfig(text_config={"num_experts": 16})
+    >>> config.image_seq_length
+    49
+    ```
+    """
+
+    model_type = "sparse_moe_vlm"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="siglip_vision_model",
+            # The pooling head is no part of the patch features: without it no parameter is unused.
+            init_kwargs={"vision_use_head": False},
+        ),
+        "text_config": SparseMoeVlmTextConfig,
+    }
+    # Plans name modules of the decoder; the vision tower is not sharded with it.
+    base_model_fsdp_plan = {}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 1
+    pixel_shuffle_factor: int = 2
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        # The language head belongs to the whole model, so the two flags are one.
+        self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
+        for field in ("image_size", "patch_size"):
+            _check(
+                isinstance(getattr(self.vision_config, field, None), int),
+                f"`vision_config` ({self.vision_config.model_type}) must give `{field}` as one integer, got "
+                f"{getattr(self.vision_config, field, None)!r}: choose a vision model with square images and patches.",
+            )
+        side = self.vision_config.image_size // self.vision_config.patch_size
+        _check(
+            side >= 1 and self.pixel_shuffle_factor >= 1 and side % self.pixel_shuffle_factor == 0,
+            f"`pixel_shuffle_factor` ({self.pixel_shuffle_factor}) must divide the {side} patches per side that "
+            f"`vision_config` makes of an image ({self.vision_config.image_size} / {self.vision_config.patch_size}).",
+        )
+        _check(
+            0 <= self.image_token_id < self.text_config.vocab_size,
+            f"`image_token_id` ({self.image_token_id}) must be a token of `text_config`, whose `vocab_size` is "
+            f"{self.text_config.vocab_size}.",
+        )
+
+    @property
+    def image_seq_length(self) -> int:
+        """Number of tokens that one image becomes."""
+        side = self.vision_config.image_size // self.vision_config.patch_size // self.pixel_shuffle_factor
+        return side * side
+
+    def num_parameters(self) -> int:
+        """Total number of parameters of [`SparseMoeVlmForConditionalGeneration`], without allocating weights."""
+        return _count_parameters(self)[0]
+
+    def num_active_parameters(self, modality: str = "text") -> int:
+        """
+        Number of parameters that one token of `modality` uses: the decoder with its head, less the experts that do not
+        serve the token or are not picked for it; for image tokens also the vision tower and the connector. With
+        `router="top_p"` it is an upper bound.
+
+        Args:
+            modality (`str`, defaults to `"text"`):
+                One of `config.text_config.modalities`.
+
+        Raises:
+            ValueError: If the modality is unknown.
+        """
+        return _count_parameters(self, modality)[1]
+
+    # Only the decoder has experts; passed down to a library vision tower a plain string would be refused.
+    @property
+    def _experts_implementation(self):
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None):
+        if not isinstance(value, dict):
+            value = {"": value, "text_config": value}
+        PreTrainedConfig._experts_implementation.fset(self, value)
+
+
+def _count_parameters(config: PreTrainedConfig, modality: str = "text") -> tuple[int, int]:
+    # Imported here: the model imports this file.
+    from .parameters import count_parameters
+
+    return count_parameters(config, modality)
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_layers(field: str, layers: list[int], num_hidden_layers: int) -> None:
+    wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
+    _check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
+
+
+def _as_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
+
+
+# `transformers serve` reads these tables when the configuration is imported, before any model file.
+for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+    getattr(modeling_auto, _table)[SparseMoeVlmConfig.model_type] = "SparseMoeVlmForConditionalGeneration"
+
+for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+
+__all__ = ["ExpertGroup", "SparseMoeVlmConfig", "SparseMoeVlmTextConfig"]

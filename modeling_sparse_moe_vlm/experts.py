@@ -1,0 +1,227 @@
+"""Experts: the feed-forward networks that tokens are routed to, stored as fused stacks, one module per group.
+
+Shapes, with T tokens of width D, E experts of width I and k experts per token::
+
+    hidden_states (T, D), top_k_index (T, k), top_k_weights (T, k) ──► (T, D)
+    gate_up_proj (E, 2 I, D), down_proj (E, D, I)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations import use_experts_implementation
+
+from .configuration_sparse_moe_vlm import ExpertGroup, SparseMoeVlmTextConfig
+from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
+
+
+@use_experts_implementation
+class SparseMoeVlmExperts(nn.Module):
+    """
+    The routed experts of one group. `forward` is the readable reference (`experts_implementation="eager"`); `grouped_mm`,
+    `batched_mm` and other implementations come from Transformers' experts interface.
+    """
+
+    def __init__(self, config: PreTrainedConfig, group: ExpertGroup):
+        super().__init__()
+        self.num_experts = group.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = group.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        chosen = [expert for expert in top_k_index.unique().tolist() if expert < self.num_experts]
+        for expert in chosen:
+            token, slot = torch.where(top_k_index == expert)
+            gate_up = F.linear(hidden_states[token], self.gate_up_proj[expert])
+            expert_output = F.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            weighted = expert_output * top_k_weights[token, slot, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        if not chosen and torch.is_grad_enabled():
+            # Keeps the parameters in the graph, or data-parallel ranks that see no such token would hang.
+            output = output + 0.0 * (self.gate_up_proj[0, 0, 0] + self.down_proj[0, 0, 0])
+        return output
+
+
+class SparseMoeVlmExpertGroups(nn.ModuleDict):
+    """The routed groups of a layer, by name, where there are several: ids count through the groups in order."""
+
+    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+        super().__init__({group.name: SparseMoeVlmExperts(config, group) for group in groups})
+        self.group_sizes = {group.name: group.num_experts for group in groups}
+        _skip_sentinels(*self.values())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        tokens: dict[str, torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        first = 0
+        for name, experts in self.items():
+            size = self.group_sizes[name]
+            rows = tokens[name] if tokens is not None else None
+            if rows is not None and rows.dtype == torch.bool:
+                rows = None  # the router sends the other tokens elsewhere, so their slots become sentinels below
+            index = _take(top_k_index, rows) - first
+            elsewhere = (index < 0) | (index >= size)
+            inputs = (
+                _take(hidden_states, rows),
+                index.masked_fill(elsewhere, size),
+                _take(top_k_weights, rows).masked_fill(elsewhere, 0.0),
+            )
+            if not _is_skippable(experts, inputs[0]):
+                output = _add(output, experts(*inputs), rows)
+            first += size
+        return output
+
+
+class SparseMoeVlmMLP(nn.Module):
+    """Gated feed-forward network (SwiGLU, arXiv 2002.05202): `(..., D)` → `(..., D)`."""
+
+    def __init__(self, config: PreTrainedConfig, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class SparseMoeVlmSharedExperts(nn.ModuleDict):
+    """
+    The always-on groups of a layer, by name. n always-on experts of width I are one feed-forward network of width n·I,
+    so each group is a dense network over the tokens that it serves.
+    """
+
+    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+        super().__init__(
+            {group.name: SparseMoeVlmMLP(config, group.num_experts * group.intermediate_size) for group in groups}
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        output: torch.Tensor,
+        tokens: dict[str, torch.Tensor | None] | None = None,
+    ) -> torch.Tensor:
+        """Adds the experts' outputs for `hidden_states (T, D)` to `output (T, D)`."""
+        for name, expert in self.items():
+            rows = tokens[name] if tokens is not None else None
+            if rows is not None and rows.dtype == torch.bool:
+                output = output + torch.where(rows[:, None], expert(hidden_states), 0.0)
+                continue
+            inputs = _take(hidden_states, rows)
+            if not _is_skippable(expert, inputs):
+                output = _add(output, expert(inputs), rows)
+        return output
+
+
+class SparseMoeVlmSparseMoeBlock(nn.Module):
+    """Sparse feed-forward block of a decoder layer: router → routed experts, plus always-on experts.
+
+    `hidden_states (B, T, D)` → `(B, T, D)`. Without `routing`, the tokens are all text.
+    """
+
+    def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
+        super().__init__()
+        routed = config.layer_expert_groups(layer_idx, always_on=False)
+        always_on = config.layer_expert_groups(layer_idx, always_on=True)
+        self.groups_key = groups_key(routed)
+        self.gate = SparseMoeVlmTopKRouter(config, routed)
+        if len(config.routed_group_names) == 1:
+            self.experts = SparseMoeVlmExperts(config, routed[0])
+            if config.router == "top_p" or config.num_experts_per_tok_by_modality:
+                _skip_sentinels(self.experts)
+        else:
+            self.experts = SparseMoeVlmExpertGroups(config, routed)
+        self.shared_experts = SparseMoeVlmSharedExperts(config, always_on) if always_on else None
+
+    def forward(self, hidden_states: torch.Tensor, routing: RoutingPlan | None = None) -> torch.Tensor:
+        shape = hidden_states.shape
+        hidden_states = hidden_states.reshape(-1, shape[-1])
+        tokens = None
+        if routing is None:
+            _, top_k_weights, top_k_index = self.gate(hidden_states)
+        else:
+            tokens = routing.tokens
+            _, top_k_weights, top_k_index = self.gate(
+                hidden_states, routing.served.get(self.groups_key), routing.num_slots
+            )
+        if isinstance(self.experts, SparseMoeVlmExpertGroups):
+            output = self.experts(hidden_states, top_k_index, top_k_weights, tokens)
+        else:
+            output = self.experts(hidden_states, top_k_index, top_k_weights)
+        if self.shared_experts is not None:
+            output = self.shared_experts(hidden_states, output, tokens)
+        return output.reshape(shape)
+
+
+def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+def _add(output: torch.Tensor, addend: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return output + addend if rows is None else output.index_add(0, rows, addend)
+
+
+def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
+    """
+    Whether a group without tokens may be left out. Not in training, where its parameters must stay in the graph, and not
+    among several processes, which gather sharded weights together.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return inputs.shape[0] == 0 and not module.training and not distributed
+
+
+def _skip_sentinels(*modules: nn.Module) -> None:
+    # Transformers' name for "ids may be the sentinel `num_experts`"; expert parallelism sets it, too.
+    for experts in modules:
+        experts._is_expert_parallel = True
+
+
+_group_names: list[str] = []
+
+
+def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
+    """
+    Registers how checkpoints, which hold experts one by one, become fused stacks, and back.
+
+    On disk: `mlp.experts.<e>.gate_proj.weight` …, or `mlp.experts.<group>.<e>.gate_proj.weight` … where the model has
+    several routed groups. Transformers keeps one table per model type, so the names of all groups seen are collected.
+    """
+    names = config.routed_group_names
+    if len(names) > 1:
+        _group_names.extend(name for name in names if name not in _group_names)
+    # The first match counts: the pattern without a group comes last, since it would match the others, too.
+    prefixes = [f"mlp.experts.{name}" for name in _group_names] + ["mlp.experts"]
+    converters = []
+    for prefix in prefixes:
+        converters += [
+            WeightConverter(
+                source_patterns=[f"{prefix}.*.gate_proj.weight", f"{prefix}.*.up_proj.weight"],
+                target_patterns=f"{prefix}.gate_up_proj",
+                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
+            WeightConverter(
+                source_patterns=f"{prefix}.*.down_proj.weight",
+                target_patterns=f"{prefix}.down_proj",
+                operations=[MergeModulelist(dim=0)],
+            ),
+        ]
+    register_checkpoint_conversion_mapping(config.model_type, converters, overwrite=True)

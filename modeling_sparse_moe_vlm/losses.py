@@ -1,0 +1,153 @@
+"""Router losses, per modality, with padding left out. Pure functions of the recorded router logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from .routing import route
+
+
+class RouterLosses(NamedTuple):
+    """Losses of the routers, each averaged over layers and over the modalities that the batch holds.
+
+    Args:
+        aux_loss (`torch.Tensor`): Load-balancing loss, scalar.
+        z_loss (`torch.Tensor`): Router z-loss, scalar.
+    """
+
+    aux_loss: torch.Tensor
+    z_loss: torch.Tensor
+
+
+def load_balancing_loss(
+    *, router_probs: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor, num_serving: int
+) -> torch.Tensor:
+    """
+    Load-balancing loss of one layer over the given tokens: N·Σ_e f_e·P_e, with f_e the mean number of slots per token
+    that went to expert e and P_e its mean probability (Switch Transformer, arXiv 2101.03961, eq. 4–6). Balanced routing
+    has the value k, the number of experts per token, as in Transformers' `load_balancing_loss_func`.
+
+    Args:
+        router_probs (`torch.Tensor` of shape `(T, E)`):
+            Router probabilities; 0 where an expert does not serve the token.
+        index (`torch.Tensor` of shape `(T, k)`):
+            Chosen experts; the sentinel E for an unused slot.
+        tokens (`torch.Tensor` of shape `(T,)`):
+            1 for the tokens that count, else 0, in the dtype of the probabilities.
+        num_serving (`int`):
+            Number N of experts that serve these tokens.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 if no token counts.
+    """
+    num_experts = router_probs.shape[-1]
+    count = tokens.sum().clamp(min=1.0)
+    slots = tokens[:, None].expand_as(index).reshape(-1)
+    load = router_probs.new_zeros(num_experts + 1).index_add(0, index.reshape(-1), slots)[:num_experts] / count
+    importance = (router_probs * tokens[:, None]).sum(dim=0) / count
+    return num_serving * (load * importance).sum()
+
+
+def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Mean squared log-partition of the router over the given tokens, which keeps logits small (ST-MoE, arXiv 2202.08906,
+    eq. 5).
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(T, E)`):
+            Router logits; minus infinity where an expert does not serve the token.
+        tokens (`torch.Tensor` of shape `(T,)`):
+            1 for the tokens that count, else 0.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 if no token counts.
+    """
+    return (torch.logsumexp(router_logits, dim=-1).square() * tokens).sum() / tokens.sum().clamp(min=1.0)
+
+
+def router_losses(
+    config: SparseMoeVlmTextConfig,
+    router_logits: Sequence[torch.Tensor],
+    mm_token_type_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> RouterLosses:
+    """
+    Router losses of a forward pass, computed per layer and modality and never pooled: a pooled figure hides a modality
+    that collapses.
+
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+        router_logits (`Sequence[torch.Tensor]`):
+            One tensor `(batch_size * sequence_length, num_experts)` per sparse layer, as the model returns them.
+        mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Modality id of every token; all text when `None`.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            0 for padding. A mask of another rank says nothing of padding, so every token counts.
+
+    Returns:
+        [`RouterLosses`]
+    """
+    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
+    device = router_logits[0].device
+    num_tokens = router_logits[0].shape[0]
+    real = torch.ones(num_tokens, device=device)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -(num_tokens // attention_mask.shape[0]) :].reshape(-1).to(device, torch.float32)
+    ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
+    if mm_token_type_ids is not None:
+        ids = mm_token_type_ids.reshape(-1).to(device)
+
+    aux_losses, z_losses = [], []
+    counted = {name: real * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
+    present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
+    for layer, logits in zip(sparse_layers, router_logits, strict=True):
+        logits = logits.to(device).float()
+        groups = config.layer_expert_groups(layer, always_on=False)
+        if config.router == "sigmoid":
+            scores = torch.sigmoid(logits)
+            probs = scores / scores.sum(dim=-1, keepdim=True)
+        else:
+            probs = torch.softmax(logits, dim=-1)
+        chosen = {
+            top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p)[1]
+            for top_k in {config.top_k(modality) for modality in counted}
+        }
+        aux, z = [], []
+        for modality, tokens in counted.items():
+            index = chosen[config.top_k(modality)]
+            num_serving = sum(group.num_experts for group in groups if group.serves(modality))
+            aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
+            z.append(router_z_loss(router_logits=logits, tokens=tokens))
+        aux_losses.append((torch.stack(aux) * present).sum() / present.sum().clamp(min=1.0))
+        z_losses.append((torch.stack(z) * present).sum() / present.sum().clamp(min=1.0))
+    return RouterLosses(aux_loss=torch.stack(aux_losses).mean(), z_loss=torch.stack(z_losses).mean())
+
+
+def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """
+    Weight of a micro-batch's router losses in the loss of the whole batch.
+
+    With gradient accumulation `Trainer` divides the summed language loss by the number of targets of all micro-batches,
+    while router losses are means over one micro-batch: weighted by the micro-batch's share of the targets they add up
+    to a mean over the batch. (Exact for a mean over tokens; the balancing loss is a product of two means, which are
+    taken per micro-batch.)
+
+    Args:
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            Targets of the micro-batch; -100 is ignored.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            Number of targets of the whole batch; `None` where the language loss is a mean over the micro-batch.
+
+    Returns:
+        `torch.Tensor` or `float`: the share; 1.0 without `num_items_in_batch`.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(labels.device)
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

@@ -1,0 +1,548 @@
+"""The sparse mixture-of-experts vision-language model, from top to bottom:
+
+images ──► vision tower ──► connector ──┐
+                                        ├──► one sequence of tokens ──► decoder layers ──► language head
+text ────► token embedding ─────────────┘
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .attention import SparseMoeVlmAttention
+from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from .connector import SparseMoeVlmMultiModalProjector
+from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
+from .losses import router_losses, share_of_batch
+from .routing import RoutingPlan, RoutingPlanner, SparseMoeVlmTopKRouter
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+@dataclass
+class SparseMoeVlmModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Output of [`SparseMoeVlmModel`].
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
+            Image tokens of the batch, as the connector makes them.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Output of the models with a language head.
+
+    Args:
+        z_loss (`torch.Tensor`, *optional*, returned with the router logits):
+            Router z-loss, scalar, beside the load-balancing `aux_loss`.
+        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
+            Image tokens of the batch, as the connector makes them.
+    """
+
+    z_loss: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------ decoder
+
+
+class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm decoder layer: attention, then experts (or one dense network): `(B, T, D)` → `(B, T, D)`."""
+
+    def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
+        super().__init__()
+        self.is_sparse = config.is_sparse_layer(layer_idx)
+        self.self_attn = SparseMoeVlmAttention(config, layer_idx)
+        if self.is_sparse:
+            self.mlp = SparseMoeVlmSparseMoeBlock(config, layer_idx)
+        else:
+            self.mlp = SparseMoeVlmMLP(config, config.intermediate_size)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        routing: RoutingPlan | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed, routing) if self.is_sparse else self.mlp(normed))
+
+
+class SparseMoeVlmPreTrainedModel(PreTrainedModel):
+    """Base class: initialisation, and what the library needs to know of the architecture."""
+
+    config: SparseMoeVlmConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseMoeVlmDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The library looks for the decorator in the file of this class, but the experts have their own.
+    _can_set_experts_implementation_cached_value = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, SparseMoeVlmExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, SparseMoeVlmTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+
+class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
+    """Decoder: token embedding, decoder layers, final norm."""
+
+    config: SparseMoeVlmTextConfig
+    input_modalities = ("text",)
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(SparseMoeVlmTopKRouter, index=0),
+        "hidden_states": SparseMoeVlmDecoderLayer,
+        "attentions": SparseMoeVlmAttention,
+    }
+
+    def __init__(self, config: SparseMoeVlmTextConfig):
+        super().__init__(config)
+        register_expert_conversion(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [SparseMoeVlmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.routing_planner = RoutingPlanner(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids; or `inputs_embeds`.
+            attention_mask (`torch.Tensor`, *optional*):
+                `(B, T + cached)`, 0 for padding, or a prepared 4-D mask.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Positions. Where they start anew inside a row (and no mask is given) the row holds several sequences
+                that do not see each other.
+            past_key_values (`Cache`, *optional*): Cached keys and values.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embedded tokens.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Modality id of every token (position in `config.modalities`); all text when `None`.
+            use_cache (`bool`, *optional*): Whether to return the cache.
+
+        Raises:
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        routing = self.routing_planner(mm_token_type_ids, inputs_embeds.device)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                routing=routing,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+# ------------------------------------------------------------------------------------------------ vision and language
+
+
+class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
+    """Vision tower, connector and decoder, without a head."""
+
+    def __init__(self, config: SparseMoeVlmConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
+        self.language_model = SparseMoeVlmTextModel._from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.embed_tokens = value
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        r"""
+        Image tokens of the pictures.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
+                Pictures as the image processor makes them.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the vision tower's output, whose
+            `pooler_output` is a list with one tensor `(image_seq_length, hidden_size)` per picture.
+        """
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.last_hidden_state  # (num_images, prefix + patches, width)
+        # Class and register tokens, where the tower has them, come first.
+        num_patches = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+        features = self.multi_modal_projector(features[:, features.shape[1] - num_patches :])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(features),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def get_mm_token_type_ids(
+        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None = None
+    ) -> torch.LongTensor:
+        """Modality ids `(B, T)`, read off the placeholder tokens: 1 for image tokens, 0 for text."""
+        if input_ids is not None:
+            return (input_ids == self.config.image_token_id).long()
+        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1).long()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> SparseMoeVlmModelOutputWithPast:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The pictures of the batch, in the order of their placeholders.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Modality id of every token, as the processor makes them; derived from the placeholders when absent.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already.
+
+        The other arguments are those of [`SparseMoeVlmTextModel`].
+
+        Raises:
+            ValueError: If image features and placeholders do not match in number, or both or neither of two exclusive
+                arguments are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        # A processor called with an empty list of pictures yields an empty tensor.
+        if pixel_values is not None and pixel_values.numel() > 0:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        if mm_token_type_ids is None and (input_ids is not None or image_outputs is not None):
+            mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds)
+
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            is_image = (mm_token_type_ids == 1).to(inputs_embeds.device)
+            num_image_tokens = is_image.sum()
+            torch_compilable_check(
+                num_image_tokens == image_features.shape[0],
+                lambda: (
+                    f"Image features and image tokens do not match: tokens: {num_image_tokens}, features: "
+                    f"{image_features.shape[0]}. Every picture needs one image placeholder in the text, expanded to "
+                    f"{self.config.image_seq_length} tokens by the processor."
+                ),
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            **kwargs,
+        )
+        return SparseMoeVlmModelOutputWithPast(**outputs, image_hidden_states=image_features)
+
+
+# ------------------------------------------------------------------------------------------------ heads
+
+
+class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
+    """What the models with a language head share: logits, language loss, router losses."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def _head(
+        self,
+        outputs: MoeModelOutputWithPast,
+        labels: torch.LongTensor | None,
+        logits_to_keep: int | torch.Tensor,
+        mm_token_type_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> SparseMoeVlmCausalLMOutputWithPast:
+        text_config = self.config.get_text_config()
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = z_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        if outputs.router_logits:
+            aux_loss, z_loss = router_losses(text_config, outputs.router_logits, mm_token_type_ids, attention_mask)
+            if labels is not None:
+                router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
+                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
+        return SparseMoeVlmCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=getattr(outputs, "image_hidden_states", None),
+        )
+
+
+class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
+    """The decoder alone, with a language head."""
+
+    config: SparseMoeVlmTextConfig
+    input_modalities = ("text",)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SparseMoeVlmTextConfig):
+        super().__init__(config)
+        self.model = SparseMoeVlmTextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> SparseMoeVlmCausalLMOutputWithPast:
+        r"""
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Targets (shifted inside); -100 is ignored.
+            output_router_logits (`bool`, *optional*, defaults to `config.output_router_logits`):
+                Whether to return the router logits and their losses and, with labels, to add those to the loss.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Number of last positions (0 for all), or the positions, whose logits are computed.
+
+        The other arguments are those of [`SparseMoeVlmTextModel`].
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
+
+
+class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
+    """
+    The whole model with a language head: answers questions about pictures and captions them.
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    >>> model = AutoModelForImageTextToText.from_pretrained("path/to/checkpoint", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("path/to/checkpoint", trust_remote_code=True)
+    >>> messages = [
+    ...     {"role": "user", "content": [{"type": "image", "url": "scene.png"}, {"type": "text", "text": "What is this?"}]}
+    ... ]
+    >>> inputs = processor.apply_chat_template(
+    ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ... )
+    >>> processor.decode(model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: SparseMoeVlmConfig):
+        super().__init__(config)
+        self.model = SparseMoeVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`SparseMoeVlmModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        mm_token_type_ids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> SparseMoeVlmCausalLMOutputWithPast:
+        r"""
+        The arguments are those of [`SparseMoeVlmModel`] and, for the head, of [`SparseMoeVlmForCausalLM`].
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.text_config.output_router_logits
+        if mm_token_type_ids is None and input_ids is not None:
+            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+_REGISTRY = {
+    AutoModel: {SparseMoeVlmTextConfig: SparseMoeVlmTextModel, SparseMoeVlmConfig: SparseMoeVlmModel},
+    AutoModelForCausalLM: {
+        SparseMoeVlmTextConfig: SparseMoeVlmForCausalLM,
+        SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration,
+    },
+    AutoModelForImageTextToText: {SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration},
+    AutoModelForMultimodalLM: {SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration},
+}
+for _auto_class, _models in _REGISTRY.items():
+    for _config_class, _model_class in _models.items():
+        _auto_class.register(_config_class, _model_class, exist_ok=True)
+
+# What makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model.
+SparseMoeVlmTextConfig.register_for_auto_class()
+SparseMoeVlmConfig.register_for_auto_class()
+SparseMoeVlmTextModel.register_for_auto_class("AutoModel")
+SparseMoeVlmModel.register_for_auto_class("AutoModel")
+SparseMoeVlmForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+SparseMoeVlmForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = [
+    "SparseMoeVlmForCausalLM",
+    "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmModel",
+    "SparseMoeVlmPreTrainedModel",
+    "SparseMoeVlmTextModel",
+]

@@ -1,0 +1,224 @@
+"""Routing: which experts a token goes to, and with what weight.
+
+Data flow of one layer, with T tokens, E routed experts and k experts per token::
+
+    hidden_states (T, D) ── router ──► logits (T, E) ── route ──► weights, index (T, k) ──► experts
+
+What depends on the modalities of the tokens alone is worked out once per forward pass ([`RoutingPlanner`]) and shared by
+all layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils.import_utils import is_tracing
+
+from .configuration_sparse_moe_vlm import ExpertGroup, SparseMoeVlmTextConfig
+
+
+class RoutingPlan(NamedTuple):
+    """What a forward pass knows of its tokens' modalities, by the names of groups and of sets of groups.
+
+    Args:
+        tokens (`dict[str, torch.Tensor | None]`):
+            By name of a group, the tokens that it serves: `None` for all, row numbers `(n,)` of type int64, or, where
+            shapes must not depend on data (`torch.compile`, `torch.export`), a mask `(T,)` of type bool.
+        served (`dict[str, torch.Tensor]`):
+            By key of a layer's routed groups ([`groups_key`]), the experts that serve each token, `(T or 1, E)` of type
+            bool; no entry where every expert serves every token.
+        num_slots (`torch.Tensor`, *optional*):
+            Number of experts per token, `(T or 1, 1)`, where it depends on the modality.
+    """
+
+    tokens: dict[str, torch.Tensor | None]
+    served: dict[str, torch.Tensor]
+    num_slots: torch.Tensor | None
+
+
+def groups_key(groups: tuple[ExpertGroup, ...]) -> str:
+    """Key of a layer's routed groups in [`RoutingPlan`]`.served`."""
+    return "+".join(group.name for group in groups)
+
+
+class RoutingPlanner:
+    """
+    Works out, once per forward pass, which tokens each expert group serves.
+
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+    """
+
+    def __init__(self, config: SparseMoeVlmTextConfig):
+        layers = {config.layer_expert_groups(i) for i in range(config.num_hidden_layers)} - {()}
+        groups = sorted({group for layer in layers for group in layer}, key=lambda group: group.name)
+        everyone = set(config.modalities)
+        # By name of a group, the modality ids that it serves; `None` for all.
+        self.modality_ids: dict[str, tuple[int, ...] | None] = {
+            group.name: None
+            if set(group.modalities) == everyone
+            else tuple(sorted(config.modalities.index(modality) for modality in group.modalities))
+            for group in groups
+        }
+        # The routed groups of every layer whose router has experts that do not serve every token.
+        self.masked_routers: dict[str, tuple[tuple[str, int], ...]] = {}
+        for layer in layers:
+            routed = tuple(group for group in layer if not group.always_on)
+            if any(self.modality_ids[group.name] is not None for group in routed):
+                self.masked_routers[groups_key(routed)] = tuple((group.name, group.num_experts) for group in routed)
+        slots = tuple(config.top_k(modality) for modality in config.modalities)
+        self.num_slots = slots if len(set(slots)) > 1 else None
+
+    def __call__(self, mm_token_type_ids: torch.Tensor | None, device: torch.device) -> RoutingPlan | None:
+        """
+        Args:
+            mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Modality id of every token; all tokens are text when `None`.
+            device (`torch.device`):
+                Device of the hidden states.
+
+        Returns:
+            `RoutingPlan`, *optional*: `None` where neither groups nor the number of experts depend on the modality.
+        """
+        restricted = {ids for ids in self.modality_ids.values() if ids is not None}
+        if not restricted and self.num_slots is None:
+            return None
+
+        all_text = mm_token_type_ids is None
+        ids = torch.zeros(1, dtype=torch.long, device=device) if all_text else mm_token_type_ids.reshape(-1).to(device)
+        masks = {modality_ids: _is_any_of(ids, modality_ids) for modality_ids in restricted}
+
+        rows: dict[tuple[int, ...] | None, torch.Tensor | None] = {None: None}
+        for modality_ids, mask in masks.items():
+            if all_text:
+                rows[modality_ids] = None if 0 in modality_ids else ids[:0]
+            elif is_tracing(ids):
+                rows[modality_ids] = mask
+            else:
+                # The only place where a forward pass waits for the device, once for all layers.
+                index = mask.nonzero().squeeze(1)
+                rows[modality_ids] = None if index.numel() == ids.numel() else index
+        tokens = {name: rows[modality_ids] for name, modality_ids in self.modality_ids.items()}
+
+        served = {}
+        for key, groups in self.masked_routers.items():
+            columns = []
+            for name, num_experts in groups:
+                modality_ids = self.modality_ids[name]
+                column = torch.ones_like(ids, dtype=torch.bool) if modality_ids is None else masks[modality_ids]
+                columns.append(column[:, None].expand(-1, num_experts))
+            served[key] = torch.cat(columns, dim=1)
+
+        num_slots = None
+        if self.num_slots is not None:
+            num_slots = torch.zeros_like(ids)
+            for modality_id, slots in enumerate(self.num_slots):
+                num_slots = num_slots.masked_fill(ids == modality_id, slots)
+            num_slots = num_slots[:, None]
+        return RoutingPlan(tokens=tokens, served=served, num_slots=num_slots)
+
+
+def _is_any_of(ids: torch.Tensor, modality_ids: tuple[int, ...]) -> torch.Tensor:
+    mask = ids == modality_ids[0]
+    for modality_id in modality_ids[1:]:
+        mask = mask | (ids == modality_id)
+    return mask
+
+
+def route(
+    logits: torch.Tensor,
+    *,
+    top_k: int,
+    router: str = "softmax",
+    norm_topk_prob: bool = True,
+    top_p: float = 1.0,
+    num_slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Picks the experts of every token.
+
+    Args:
+        logits (`torch.Tensor` of shape `(T, E)`):
+            Router logits; minus infinity where an expert does not serve the token.
+        top_k (`int`):
+            Number of experts per token (with `router="top_p"` and with `num_slots`, the largest number).
+        router (`str`, defaults to `"softmax"`):
+            `"softmax"`: the k most probable experts, weighted by probability (Shazeer et al., arXiv 1701.06538).
+            `"sigmoid"`: the k experts of the largest affinity sigmoid(logit) (DeepSeek-V3, arXiv 2412.19437, eq. 13–15).
+            `"top_p"`: the fewest experts whose probabilities sum to `top_p` (arXiv 2403.07652, eq. 4).
+        norm_topk_prob (`bool`, defaults to `True`):
+            Whether the weights of the chosen experts are scaled to sum to 1.
+        top_p (`float`, defaults to 1.0):
+            Probability to reach with `router="top_p"`.
+        num_slots (`torch.Tensor` of shape `(T or 1, 1)`, *optional*):
+            Number of experts per token where it differs between tokens, at most `top_k`.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: weights in the dtype of the logits and expert ids of type int64, both
+        `(T, top_k)`, best first. An unused slot has weight 0 and the sentinel id E, which experts skip.
+    """
+    # The order of logits is that of their softmax and of their sigmoid, so the choice needs no probabilities.
+    chosen, index = torch.topk(logits, top_k, dim=-1)
+    scores = chosen.float()
+    if router == "sigmoid":
+        weights = torch.sigmoid(scores)
+    elif norm_topk_prob and router == "softmax":
+        weights = scores  # normalised below, over the chosen experts alone
+    else:
+        weights = torch.exp(scores - torch.logsumexp(logits.float(), dim=-1, keepdim=True))
+
+    used = None
+    if num_slots is not None:
+        used = torch.arange(top_k, device=logits.device) < num_slots
+    if router == "top_p":
+        reached = torch.cumsum(weights, dim=-1) - weights < top_p  # the mass before this expert falls short
+        used = reached if used is None else used & reached
+
+    if norm_topk_prob and router == "softmax":
+        weights = torch.softmax(weights if used is None else weights.masked_fill(~used, -torch.inf), dim=-1)
+    else:
+        if used is not None:
+            weights = weights.masked_fill(~used, 0.0)
+        if norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    if used is not None:
+        index = index.masked_fill(~used, logits.shape[-1])
+    return weights.to(logits.dtype), index
+
+
+class SparseMoeVlmTopKRouter(nn.Module):
+    """One router per layer over the experts of all its routed groups: a single product for every modality.
+
+    Shapes: `hidden_states (T, D)` → `router_logits (T, E)`, `top_k_weights (T, k)`, `top_k_index (T, k)`.
+    """
+
+    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+        super().__init__()
+        self.router = config.router
+        self.norm_topk_prob = config.norm_topk_prob
+        self.top_p = config.router_top_p
+        self.top_k = max(config.top_k(modality) for modality in config.modalities)
+        self.weight = nn.Parameter(torch.empty(sum(group.num_experts for group in groups), config.hidden_size))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        served: torch.Tensor | None = None,
+        num_slots: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        router_logits = F.linear(hidden_states, self.weight)
+        if served is not None:
+            router_logits = router_logits.masked_fill(~served, -torch.inf)
+        top_k_weights, top_k_index = route(
+            router_logits,
+            top_k=self.top_k,
+            router=self.router,
+            norm_topk_prob=self.norm_topk_prob,
+            top_p=self.top_p,
+            num_slots=num_slots,
+        )
+        return router_logits, top_k_weights, top_k_index
