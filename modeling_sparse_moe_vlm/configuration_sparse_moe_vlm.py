@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import transformers
@@ -17,16 +15,14 @@ if not (5, 20) <= tuple(int(part) for part in transformers.__version__.split("."
         f"installed. Install a supported release: pip install 'transformers{SUPPORTED_TRANSFORMERS}'."
     )
 
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
-# Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
-BUILTIN_MODALITIES = ("text", "image", "video", "audio")
+from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, check, check_layers, resolve_groups
+
 ROUTERS = ("softmax", "sigmoid", "top_p")
-ARRANGEMENTS = ("hybrid", "joint", "isolated")
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
@@ -43,37 +39,6 @@ TEXT_AUTO_MAP = {
     "AutoModel": f"{_MODEL_FILE}.SparseMoeVlmTextModel",
     "AutoModelForCausalLM": f"{_MODEL_FILE}.SparseMoeVlmForCausalLM",
 }
-
-
-@dataclass(frozen=True)
-class ExpertGroup:
-    """A group of experts of the sparse layers: the unit of routing constraints, freezing, LoRA and placement.
-
-    Args:
-        name (`str`):
-            Name of the group, unique in the model and a valid Python identifier (it becomes a module name).
-        num_experts (`int`):
-            Number of experts in the group.
-        modalities (`tuple[str, ...]`):
-            The modalities whose tokens the group serves.
-        intermediate_size (`int`):
-            Width of one expert.
-        always_on (`bool`):
-            Whether every token of the served modalities goes through all experts of the group, with weight 1
-            ("shared experts"), instead of through the few that the router picks.
-        layers (`tuple[int, ...]`, *optional*):
-            The layers that hold the group; all sparse layers when `None`.
-    """
-
-    name: str
-    num_experts: int
-    modalities: tuple[str, ...]
-    intermediate_size: int
-    always_on: bool = False
-    layers: tuple[int, ...] | None = None
-
-    def serves(self, modality: str) -> bool:
-        return modality in self.modalities
 
 
 class SparseMoeVlmTextConfig(PreTrainedConfig):
@@ -265,7 +230,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         """
         if not self.is_sparse_layer(layer_idx):
             return ()
-        groups = (ExpertGroup(**_as_tuples(group)) for group in self.expert_groups)
+        groups = (ExpertGroup.from_dict(group) for group in self.expert_groups)
         return tuple(
             group
             for group in groups
@@ -305,58 +270,58 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
 
     def _check_shapes(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            _check(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        _check(self.moe_intermediate_size >= 1, "`moe_intermediate_size` must be at least 1.")
-        _check(
+            check(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        check(self.moe_intermediate_size >= 1, "`moe_intermediate_size` must be at least 1.")
+        check(
             self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
             f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
             f"({self.num_key_value_heads}).",
         )
-        _check(
+        check(
             self.head_dim >= 2 and self.head_dim % 2 == 0,
             f"`head_dim` must be even for rotary embeddings, got {self.head_dim}: set `head_dim`, or a `hidden_size` "
             "that `num_attention_heads` divides into even parts.",
         )
-        _check(self.decoder_sparse_step >= 1, "`decoder_sparse_step` must be at least 1.")
-        _check_layers("mlp_only_layers", self.mlp_only_layers, self.num_hidden_layers)
+        check(self.decoder_sparse_step >= 1, "`decoder_sparse_step` must be at least 1.")
+        check_layers("mlp_only_layers", self.mlp_only_layers, self.num_hidden_layers)
         known = BUILTIN_MODALITIES[: len(self.modalities)]
-        _check(
+        check(
             tuple(self.modalities[: len(known)]) == known and len(set(self.modalities)) == len(self.modalities),
             f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
             f"`mm_token_type_ids`) and repeat no name, got {self.modalities}.",
         )
 
     def _resolve_expert_groups(self) -> None:
-        _check(self.router in ROUTERS, f"`router` must be one of {ROUTERS}, got {self.router!r}.")
-        _check(0 < self.router_top_p <= 1, f"`router_top_p` must lie in (0, 1], got {self.router_top_p}.")
+        check(self.router in ROUTERS, f"`router` must be one of {ROUTERS}, got {self.router!r}.")
+        check(0 < self.router_top_p <= 1, f"`router_top_p` must lie in (0, 1], got {self.router_top_p}.")
         for field in ("router_aux_loss_coef", "router_z_loss_coef"):
-            _check(getattr(self, field) >= 0, f"`{field}` must not be negative, got {getattr(self, field)}.")
-        if self.expert_groups is None:
-            self.expert_groups = "hybrid"
-        if isinstance(self.expert_groups, str):
-            self.expert_groups = self._arrange(self.expert_groups)
-        self.expert_groups = [self._complete_group(group) for group in self.expert_groups]
-        names = [group["name"] for group in self.expert_groups]
-        _check(len(set(names)) == len(names), f"`expert_groups` repeats a name: {names}.")
+            check(getattr(self, field) >= 0, f"`{field}` must not be negative, got {getattr(self, field)}.")
+        self.expert_groups = resolve_groups(
+            "hybrid" if self.expert_groups is None else self.expert_groups,
+            modalities=self.modalities,
+            num_experts=self.num_experts,
+            intermediate_size=self.moe_intermediate_size,
+            num_hidden_layers=self.num_hidden_layers,
+        )
 
         by_modality = self.num_experts_per_tok_by_modality or {}
         unknown = sorted(set(by_modality) - set(self.modalities))
-        _check(
+        check(
             not unknown,
-            f"`num_experts_per_tok_by_modality` names unknown modalities {unknown}; `modalities` has {self.modalities}.",
+            f"`num_experts_per_tok_by_modality` names unknown modalities {unknown}; there are {self.modalities}.",
         )
         sparse_layers = [i for i in range(self.num_hidden_layers) if self.is_sparse_layer(i)]
         routed_per_layer = []
         for layer in sparse_layers:
             groups = self.layer_expert_groups(layer, always_on=False)
-            _check(
+            check(
                 bool(groups),
                 f"`expert_groups` leaves sparse layer {layer} without a routed group: add one whose `layers` "
                 f"contains {layer}, or list the layer in `mlp_only_layers`.",
             )
             for modality in self.modalities:
                 serving = sum(group.num_experts for group in groups if group.serves(modality))
-                _check(
+                check(
                     1 <= self.top_k(modality) <= serving,
                     f"`num_experts_per_tok` is {self.top_k(modality)} for modality {modality!r}, but layer {layer} has "
                     f"{serving} routed experts that serve it: it must lie between 1 and that number. Lower it "
@@ -364,73 +329,12 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
                 )
             routed_per_layer.append(sum(group.num_experts for group in groups))
         derived = max(routed_per_layer, default=0)
-        _check(
+        check(
             self.num_experts in (None, derived),
             f"`num_experts` is {self.num_experts}, but `expert_groups` have {derived} routed experts in a layer: leave "
             "`num_experts` out, or change the groups.",
         )
         self.num_experts = derived
-
-    def _arrange(self, arrangement: str) -> list[dict[str, Any]]:
-        """The list of groups that a named arrangement stands for."""
-        _check(
-            arrangement in ARRANGEMENTS,
-            f"`expert_groups` must be a list of groups or one of {ARRANGEMENTS}, got {arrangement!r}.",
-        )
-        num_experts = 8 if self.num_experts is None else self.num_experts
-        _check(num_experts >= 1, f"`num_experts` must be at least 1, got {num_experts}.")
-        if arrangement == "isolated":
-            share, rest = divmod(num_experts, len(self.modalities))
-            _check(
-                rest == 0,
-                f'`expert_groups="isolated"` splits `num_experts` ({num_experts}) evenly over {len(self.modalities)} '
-                "modalities: choose a multiple, or give the groups as a list.",
-            )
-            return [{"name": name, "num_experts": share, "modalities": [name]} for name in self.modalities]
-        groups: list[dict[str, Any]] = [{"name": "joint", "num_experts": num_experts}]
-        if arrangement == "hybrid":
-            groups += [
-                {"name": name, "num_experts": 1, "modalities": [name], "always_on": True} for name in self.modalities
-            ]
-        return groups
-
-    def _complete_group(self, group: dict[str, Any]) -> dict[str, Any]:
-        """A group with every key present and checked."""
-        fields = ExpertGroup.__dataclass_fields__
-        _check(isinstance(group, dict), f"every entry of `expert_groups` must be a dict, got {group!r}.")
-        unknown = sorted(set(group) - set(fields))
-        _check(not unknown, f"`expert_groups` has unknown keys {unknown}; known ones are {sorted(fields)}.")
-        missing = sorted({"name", "num_experts"} - set(group))
-        _check(not missing, f"`expert_groups` entry {group!r} lacks {missing}.")
-        group = {
-            "modalities": list(self.modalities),
-            "intermediate_size": self.moe_intermediate_size,
-            "always_on": False,
-            "layers": None,
-        } | {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
-        name = group["name"]
-        # Names become module names, and on disk they stand beside the experts' numbers and projections.
-        _check(
-            isinstance(name, str)
-            and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
-            and not name.endswith("proj")
-            and not hasattr(nn.ModuleDict, name),
-            f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores, must start "
-            'with a letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
-        )
-        _check(group["num_experts"] >= 1, f"group {name!r} in `expert_groups` needs `num_experts` of at least 1.")
-        _check(
-            group["intermediate_size"] >= 1,
-            f"group {name!r} in `expert_groups` needs `intermediate_size` of at least 1.",
-        )
-        unknown = sorted(set(group["modalities"]) - set(self.modalities))
-        _check(
-            not unknown and bool(group["modalities"]),
-            f"group {name!r} in `expert_groups` serves {group['modalities']}; `modalities` has {self.modalities}.",
-        )
-        if group["layers"] is not None:
-            _check_layers(f"expert_groups[{name!r}].layers", group["layers"], self.num_hidden_layers)
-        return group
 
 
 class SparseMoeVlmConfig(PreTrainedConfig):
@@ -498,18 +402,18 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
         for field in ("image_size", "patch_size"):
-            _check(
+            check(
                 isinstance(getattr(self.vision_config, field, None), int),
                 f"`vision_config` ({self.vision_config.model_type}) must give `{field}` as one integer, got "
                 f"{getattr(self.vision_config, field, None)!r}: choose a vision model with square images and patches.",
             )
         side = self.vision_config.image_size // self.vision_config.patch_size
-        _check(
+        check(
             side >= 1 and self.pixel_shuffle_factor >= 1 and side % self.pixel_shuffle_factor == 0,
             f"`pixel_shuffle_factor` ({self.pixel_shuffle_factor}) must divide the {side} patches per side that "
             f"`vision_config` makes of an image ({self.vision_config.image_size} / {self.vision_config.patch_size}).",
         )
-        _check(
+        check(
             0 <= self.image_token_id < self.text_config.vocab_size,
             f"`image_token_id` ({self.image_token_id}) must be a token of `text_config`, whose `vocab_size` is "
             f"{self.text_config.vocab_size}.",
@@ -559,20 +463,6 @@ def _count_parameters(config: PreTrainedConfig, modality: str = "text") -> tuple
     return count_parameters(config, modality)
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_layers(field: str, layers: list[int], num_hidden_layers: int) -> None:
-    wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
-    _check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
-
-
-def _as_tuples(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
-
-
 # `transformers serve` reads these tables when the configuration is imported, before any model file.
 for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
     getattr(modeling_auto, _table)[SparseMoeVlmConfig.model_type] = "SparseMoeVlmForConditionalGeneration"
@@ -580,4 +470,4 @@ for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO
 for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 
-__all__ = ["ExpertGroup", "SparseMoeVlmConfig", "SparseMoeVlmTextConfig"]
+__all__ = ["SparseMoeVlmConfig", "SparseMoeVlmTextConfig"]

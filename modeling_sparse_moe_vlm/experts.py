@@ -17,15 +17,16 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
 
-from .configuration_sparse_moe_vlm import ExpertGroup, SparseMoeVlmTextConfig
+from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from .expert_groups import ExpertGroup
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
 
 
 @use_experts_implementation
 class SparseMoeVlmExperts(nn.Module):
     """
-    The routed experts of one group. `forward` is the readable reference (`experts_implementation="eager"`); `grouped_mm`,
-    `batched_mm` and other implementations come from Transformers' experts interface.
+    The routed experts of one group. `forward` is the readable reference (`experts_implementation="eager"`);
+    `grouped_mm`, `batched_mm` and others come from Transformers' experts interface.
     """
 
     def __init__(self, config: PreTrainedConfig, group: ExpertGroup):
@@ -182,8 +183,8 @@ def _add(output: torch.Tensor, addend: torch.Tensor, rows: torch.Tensor | None) 
 
 def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
     """
-    Whether a group without tokens may be left out. Not in training, where its parameters must stay in the graph, and not
-    among several processes, which gather sharded weights together.
+    Whether a group without tokens may be left out. Not in training, where its parameters must stay in the
+    graph, nor among several processes, which gather sharded weights together.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return inputs.shape[0] == 0 and not module.training and not distributed

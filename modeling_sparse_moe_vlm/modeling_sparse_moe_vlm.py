@@ -449,7 +449,10 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
     >>> model = AutoModelForImageTextToText.from_pretrained("path/to/checkpoint", trust_remote_code=True)
     >>> processor = AutoProcessor.from_pretrained("path/to/checkpoint", trust_remote_code=True)
     >>> messages = [
-    ...     {"role": "user", "content": [{"type": "image", "url": "scene.png"}, {"type": "text", "text": "What is this?"}]}
+    ...     {
+    ...         "role": "user",
+    ...         "content": [{"type": "image", "url": "scene.png"}, {"type": "text", "text": "What is this?"}],
+    ...     }
     ... ]
     >>> inputs = processor.apply_chat_template(
     ...     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -191,8 +191,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             raise ValueError(f"{name} is empty: its size is {width}×{height} pixels.")
         if limit is not None and width * height > limit:
             raise ValueError(
-                f"{name} is absurdly large: {width}×{height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS). "
-                "Shrink the picture, or raise the limit if you trust it."
+                f"{name} is absurdly large: {width}×{height} pixels, the limit is {limit} "
+                "(PIL.Image.MAX_IMAGE_PIXELS). Shrink the picture, or raise the limit if you trust it."
             )
 
     def _check_rows(self, images: list, text: list[str]) -> None:
@@ -203,7 +203,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             num_tokens = sample.count(self.image_token)
             if num_pictures != num_tokens:
                 raise ValueError(
-                    f"text[{row}] has {num_tokens} {self.image_token} tokens, but {num_pictures} images were passed for it."
+                    f"text[{row}] has {num_tokens} {self.image_token} tokens, but {num_pictures} images were passed "
+                    "for it."
                 )
 
 

@@ -4,8 +4,8 @@ Data flow of one layer, with T tokens, E routed experts and k experts per token:
 
     hidden_states (T, D) ── router ──► logits (T, E) ── route ──► weights, index (T, k) ──► experts
 
-What depends on the modalities of the tokens alone is worked out once per forward pass ([`RoutingPlanner`]) and shared by
-all layers.
+What depends on the modalities of the tokens alone is worked out once per forward pass ([`RoutingPlanner`]) and
+shared by all layers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .configuration_sparse_moe_vlm import ExpertGroup, SparseMoeVlmTextConfig
+from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from .expert_groups import ExpertGroup
 
 
 class RoutingPlan(NamedTuple):
@@ -148,7 +149,8 @@ def route(
             Number of experts per token (with `router="top_p"` and with `num_slots`, the largest number).
         router (`str`, defaults to `"softmax"`):
             `"softmax"`: the k most probable experts, weighted by probability (Shazeer et al., arXiv 1701.06538).
-            `"sigmoid"`: the k experts of the largest affinity sigmoid(logit) (DeepSeek-V3, arXiv 2412.19437, eq. 13–15).
+            `"sigmoid"`: the k experts of the largest affinity sigmoid(logit) (DeepSeek-V3, arXiv 2412.19437,
+            eq. 13–15).
             `"top_p"`: the fewest experts whose probabilities sum to `top_p` (arXiv 2403.07652, eq. 4).
         norm_topk_prob (`bool`, defaults to `True`):
             Whether the weights of the chosen experts are scaled to sum to 1.

@@ -1,0 +1,156 @@
+"""Expert groups: how the experts of a layer are arranged, by name or group by group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import nn
+
+# Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
+BUILTIN_MODALITIES = ("text", "image", "video", "audio")
+ARRANGEMENTS = ("hybrid", "joint", "isolated")
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """A group of experts of the sparse layers: the unit of routing constraints, freezing, LoRA and placement.
+
+    Args:
+        name (`str`):
+            Name of the group, unique in the model and a valid Python identifier (it becomes a module name).
+        num_experts (`int`):
+            Number of experts in the group.
+        modalities (`tuple[str, ...]`):
+            The modalities whose tokens the group serves.
+        intermediate_size (`int`):
+            Width of one expert.
+        always_on (`bool`):
+            Whether every token of the served modalities goes through all experts of the group, with weight 1
+            ("shared experts"), instead of through the few that the router picks.
+        layers (`tuple[int, ...]`, *optional*):
+            The layers that hold the group; all sparse layers when `None`.
+    """
+
+    name: str
+    num_experts: int
+    modalities: tuple[str, ...]
+    intermediate_size: int
+    always_on: bool = False
+    layers: tuple[int, ...] | None = None
+
+    def serves(self, modality: str) -> bool:
+        return modality in self.modalities
+
+    @classmethod
+    def from_dict(cls, group: dict[str, Any]) -> ExpertGroup:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()})
+
+
+def resolve_groups(
+    groups: str | Sequence[dict[str, Any]],
+    *,
+    modalities: list[str],
+    num_experts: int | None,
+    intermediate_size: int,
+    num_hidden_layers: int,
+) -> list[dict[str, Any]]:
+    """
+    The full list of groups that a configuration's `expert_groups` stands for, with every key of every group.
+
+    Args:
+        groups (`str` or `list[dict]`):
+            Name of an arrangement, or groups with the keys of [`ExpertGroup`], of which `name` and `num_experts`
+            are needed.
+        modalities (`list[str]`):
+            The modalities of the model, which a group serves by default.
+        num_experts (`int`, *optional*, defaults to 8):
+            Number of routed experts of a layer, for a named arrangement.
+        intermediate_size (`int`):
+            Width of an expert whose group gives none.
+        num_hidden_layers (`int`):
+            Number of layers of the model.
+
+    Raises:
+        ValueError: If a group is wrong; the message names it and the fix.
+    """
+    if isinstance(groups, str):
+        groups = _arrange(groups, modalities, 8 if num_experts is None else num_experts)
+    groups = [_complete(group, modalities, intermediate_size, num_hidden_layers) for group in groups]
+    names = [group["name"] for group in groups]
+    check(len(set(names)) == len(names), f"`expert_groups` repeats a name: {names}.")
+    return groups
+
+
+def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[dict[str, Any]]:
+    """The groups that the name of an arrangement stands for."""
+    check(
+        arrangement in ARRANGEMENTS,
+        f"`expert_groups` must be a list of groups or one of {ARRANGEMENTS}, got {arrangement!r}.",
+    )
+    check(num_experts >= 1, f"`num_experts` must be at least 1, got {num_experts}.")
+    if arrangement == "isolated":
+        share, rest = divmod(num_experts, len(modalities))
+        check(
+            rest == 0,
+            f'`expert_groups="isolated"` splits `num_experts` ({num_experts}) evenly over {len(modalities)} '
+            "modalities: choose a multiple, or give the groups as a list.",
+        )
+        return [{"name": name, "num_experts": share, "modalities": [name]} for name in modalities]
+    groups: list[dict[str, Any]] = [{"name": "joint", "num_experts": num_experts}]
+    if arrangement == "hybrid":
+        groups += [{"name": name, "num_experts": 1, "modalities": [name], "always_on": True} for name in modalities]
+    return groups
+
+
+def _complete(
+    group: dict[str, Any], modalities: list[str], intermediate_size: int, num_hidden_layers: int
+) -> dict[str, Any]:
+    """A checked group with every key."""
+    check(isinstance(group, dict), f"every entry of `expert_groups` must be a dict, got {group!r}.")
+    keys = [field.name for field in fields(ExpertGroup)]
+    unknown = sorted(set(group) - set(keys))
+    check(not unknown, f"`expert_groups` has unknown keys {unknown}; known ones are {keys}.")
+    missing = sorted({"name", "num_experts"} - set(group))
+    check(not missing, f"`expert_groups` entry {group!r} lacks {missing}.")
+    defaults = {
+        "modalities": list(modalities),
+        "intermediate_size": intermediate_size,
+        "always_on": False,
+        "layers": None,
+    }
+    group = defaults | {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    name = group["name"]
+    # Names become module names, and on disk they stand beside the experts' numbers and projections.
+    check(
+        isinstance(name, str)
+        and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
+        and not name.endswith("proj")
+        and not hasattr(nn.ModuleDict, name),
+        f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores, must start with a "
+        'letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
+    )
+    for key in ("num_experts", "intermediate_size"):
+        check(group[key] >= 1, f"group {name!r} in `expert_groups` needs `{key}` of at least 1, got {group[key]}.")
+    unknown = sorted(set(group["modalities"]) - set(modalities))
+    check(
+        not unknown and bool(group["modalities"]),
+        f"group {name!r} in `expert_groups` serves {group['modalities']}; `modalities` has {modalities}.",
+    )
+    if group["layers"] is not None:
+        check_layers(f"expert_groups[{name!r}].layers", group["layers"], num_hidden_layers)
+    return group
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `ValueError` with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_layers(field: str, layers: Sequence[int], num_hidden_layers: int) -> None:
+    """Raises `ValueError` if a field names layers that the model does not have."""
+    wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
+    check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
