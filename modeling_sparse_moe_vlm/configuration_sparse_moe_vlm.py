@@ -242,7 +242,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         """Names of the routed groups of the whole model; with a single one, `mlp.experts` is that group itself."""
         return [group["name"] for group in self.expert_groups if not group["always_on"]]
 
-    def top_k(self, modality: str) -> int:
+    def experts_per_token(self, modality: str) -> int:
         """Number of routed experts per token of `modality`."""
         return (self.num_experts_per_tok_by_modality or {}).get(modality, self.num_experts_per_tok)
 
@@ -321,10 +321,11 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             )
             for modality in self.modalities:
                 serving = sum(group.num_experts for group in groups if group.serves(modality))
+                chosen = self.experts_per_token(modality)
                 check(
-                    1 <= self.top_k(modality) <= serving,
-                    f"`num_experts_per_tok` is {self.top_k(modality)} for modality {modality!r}, but layer {layer} has "
-                    f"{serving} routed experts that serve it: it must lie between 1 and that number. Lower it "
+                    1 <= chosen <= serving,
+                    f"`num_experts_per_tok` is {chosen} for modality {modality!r}, but layer {layer} has {serving} "
+                    "routed experts that serve it: it must lie between 1 and that number. Lower it "
                     "(`num_experts_per_tok` or `num_experts_per_tok_by_modality`), or let a group serve more.",
                 )
             routed_per_layer.append(sum(group.num_experts for group in groups))

@@ -115,11 +115,11 @@ def router_losses(
             probs = torch.softmax(logits, dim=-1)
         chosen = {
             top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p)[1]
-            for top_k in {config.top_k(modality) for modality in counted}
+            for top_k in {config.experts_per_token(modality) for modality in counted}
         }
         aux, z = [], []
         for modality, tokens in counted.items():
-            index = chosen[config.top_k(modality)]
+            index = chosen[config.experts_per_token(modality)]
             num_serving = sum(group.num_experts for group in groups if group.serves(modality))
             aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
             z.append(router_z_loss(router_logits=logits, tokens=tokens))

@@ -71,7 +71,7 @@ class RoutingPlanner:
             routed = tuple(group for group in layer if not group.always_on)
             if any(self.modality_ids[group.name] is not None for group in routed):
                 self.masked_routers[groups_key(routed)] = tuple((group.name, group.num_experts) for group in routed)
-        slots = tuple(config.top_k(modality) for modality in config.modalities)
+        slots = tuple(config.experts_per_token(modality) for modality in config.modalities)
         self.num_slots = slots if len(set(slots)) > 1 else None
 
     def __call__(self, mm_token_type_ids: torch.Tensor | None, device: torch.device) -> RoutingPlan | None:
@@ -203,7 +203,7 @@ class SparseMoeVlmTopKRouter(nn.Module):
         self.router = config.router
         self.norm_topk_prob = config.norm_topk_prob
         self.top_p = config.router_top_p
-        self.top_k = max(config.top_k(modality) for modality in config.modalities)
+        self.top_k = max(config.experts_per_token(modality) for modality in config.modalities)
         self.weight = nn.Parameter(torch.empty(sum(group.num_experts for group in groups), config.hidden_size))
 
     def forward(
