@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import transformers
 
@@ -15,14 +15,42 @@ if not (5, 20) <= tuple(int(part) for part in transformers.__version__.split("."
         f"installed. Install a supported release: pip install 'transformers{SUPPORTED_TRANSFORMERS}'."
     )
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, check, check_layers, resolve_groups
+from .checks import check, check_boolean, check_choice, check_integer, check_layers, check_number, check_sequence
+from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
 
 ROUTERS = ("softmax", "sigmoid", "top_p")
+
+# Completes the type of fields that may be left out, or given in another form: `__post_init__` replaces what was given.
+Given = Any
+
+# Fields of the decoder that hold whole numbers from 1, numbers from 0, and True or False.
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "decoder_sparse_step",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+)
+_NUMBERS = ("initializer_range", "rms_norm_eps", "router_aux_loss_coef", "router_z_loss_coef")
+_FLAGS = (
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_bias",
+    "use_qk_norm",
+    "norm_topk_prob",
+    "output_router_logits",
+)
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
@@ -96,7 +124,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             Other numbers for some modalities, e.g. `{"image": 1}`.
         moe_intermediate_size (`int`, defaults to 1408):
             Width of one expert, where its group gives none.
-        expert_groups (`str` or `list[dict]`, *optional*, defaults to `"hybrid"`):
+        expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
             The arrangement of experts, by name or as a list of groups (see [`ExpertGroup`] for the keys; `modalities`
             defaults to all, `intermediate_size` to `moe_intermediate_size`). By name:
 
@@ -167,27 +195,27 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     intermediate_size: int = 5632
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int | Given = None
+    head_dim: int | Given = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: dict[str, Any] | Given = None
     attention_bias: bool = False
-    attention_dropout: float | int = 0.0
+    attention_dropout: float = 0.0
     use_qk_norm: bool = True
     decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] | None = None
-    modalities: list[str] | None = None
-    num_experts: int | None = None
+    mlp_only_layers: list[int] | Given = None
+    modalities: list[str] | Given = None
+    num_experts: int | Given = None
     num_experts_per_tok: int = 2
     num_experts_per_tok_by_modality: dict[str, int] | None = None
     moe_intermediate_size: int = 1408
-    expert_groups: str | list[dict[str, Any]] | None = None
-    router: Literal["softmax", "sigmoid", "top_p"] = "softmax"
+    expert_groups: list[dict[str, Any]] | Given = "hybrid"
+    router: str = "softmax"
     router_top_p: float = 0.6
     norm_topk_prob: bool = True
     output_router_logits: bool = False
@@ -201,13 +229,20 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         kwargs.setdefault("auto_map", dict(TEXT_AUTO_MAP))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.mlp_only_layers is None:
+            self.mlp_only_layers = []
+        if self.modalities is None:
+            self.modalities = BUILTIN_MODALITIES[:2]
+        self._check_fields()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self.mlp_only_layers = list(self.mlp_only_layers or [])
-        self.modalities = list(self.modalities or BUILTIN_MODALITIES[:2])
-        self._check_shapes()
+        self.mlp_only_layers = list(self.mlp_only_layers)
+        self.modalities = list(self.modalities)
         self._resolve_expert_groups()
+        # A copy, since the library completes it in place.
+        self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
+        self._check_rope()
 
     # ---------------------------------------------------------------- arrangement of experts
 
@@ -268,50 +303,73 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
 
     # ---------------------------------------------------------------- validation
 
-    def _check_shapes(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            check(getattr(self, field) >= 1, f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        check(self.moe_intermediate_size >= 1, "`moe_intermediate_size` must be at least 1.")
+    def _check_fields(self) -> None:
+        for field in _COUNTS:
+            check_integer(field, getattr(self, field))
+        for field in _NUMBERS:
+            check_number(field, getattr(self, field))
+        for field in _FLAGS:
+            check_boolean(field, getattr(self, field))
+        check_number("attention_dropout", self.attention_dropout, at_most=1)
+        check_choice("hidden_act", self.hidden_act, ACT2FN)
+        check_choice("router", self.router, ROUTERS)
+        check_number("router_top_p", self.router_top_p, at_most=1)
+        check(self.router_top_p > 0, "`router_top_p` must be more than 0, or no expert would be chosen.")
         check(
-            self.num_key_value_heads >= 1 and self.num_attention_heads % self.num_key_value_heads == 0,
+            isinstance(self.rope_parameters, dict | None),
+            f"`rope_parameters` must be a dict, got {self.rope_parameters!r}.",
+        )
+        if self.pad_token_id is not None:
+            check_integer("pad_token_id", self.pad_token_id, at_least=0, below=self.vocab_size)
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
             f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
             f"({self.num_key_value_heads}).",
         )
-        check(
-            self.head_dim >= 2 and self.head_dim % 2 == 0,
-            f"`head_dim` must be even for rotary embeddings, got {self.head_dim}: set `head_dim`, or a `hidden_size` "
-            "that `num_attention_heads` divides into even parts.",
-        )
-        check(self.decoder_sparse_step >= 1, "`decoder_sparse_step` must be at least 1.")
+        if self.head_dim is None:
+            check(
+                self.hidden_size % (2 * self.num_attention_heads) == 0,
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
+                f"({self.num_attention_heads}), for rotary embeddings: choose one, or set `head_dim`.",
+            )
+        else:
+            check_integer("head_dim", self.head_dim)
+            check(self.head_dim % 2 == 0, f"`head_dim` must be even for rotary embeddings, got {self.head_dim}.")
         check_layers("mlp_only_layers", self.mlp_only_layers, self.num_hidden_layers)
+        check_sequence("modalities", self.modalities, str)
         known = BUILTIN_MODALITIES[: len(self.modalities)]
         check(
-            tuple(self.modalities[: len(known)]) == known and len(set(self.modalities)) == len(self.modalities),
+            bool(known) and tuple(self.modalities[: len(known)]) == known,
             f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
-            f"`mm_token_type_ids`) and repeat no name, got {self.modalities}.",
+            f"`mm_token_type_ids`), got {self.modalities}.",
         )
+        check(len(set(self.modalities)) == len(self.modalities), f"`modalities` repeats a name: {self.modalities}.")
 
     def _resolve_expert_groups(self) -> None:
-        check(self.router in ROUTERS, f"`router` must be one of {ROUTERS}, got {self.router!r}.")
-        check(0 < self.router_top_p <= 1, f"`router_top_p` must lie in (0, 1], got {self.router_top_p}.")
-        for field in ("router_aux_loss_coef", "router_z_loss_coef"):
-            check(getattr(self, field) >= 0, f"`{field}` must not be negative, got {getattr(self, field)}.")
         self.expert_groups = resolve_groups(
-            "hybrid" if self.expert_groups is None else self.expert_groups,
+            self.expert_groups,
             modalities=self.modalities,
             num_experts=self.num_experts,
             intermediate_size=self.moe_intermediate_size,
             num_hidden_layers=self.num_hidden_layers,
         )
-
         by_modality = self.num_experts_per_tok_by_modality or {}
-        unknown = sorted(set(by_modality) - set(self.modalities))
         check(
-            not unknown,
-            f"`num_experts_per_tok_by_modality` names unknown modalities {unknown}; there are {self.modalities}.",
+            isinstance(by_modality, dict) and set(by_modality) <= set(self.modalities),
+            f"`num_experts_per_tok_by_modality` must be a dict whose keys are among the `modalities` "
+            f"{self.modalities}, got {by_modality!r}.",
         )
+        for modality, num_experts in by_modality.items():
+            check_integer(f"num_experts_per_tok_by_modality[{modality!r}]", num_experts)
+
         sparse_layers = [i for i in range(self.num_hidden_layers) if self.is_sparse_layer(i)]
-        routed_per_layer = []
+        for group in self.expert_groups:
+            check(
+                group["layers"] is None or not set(sparse_layers).isdisjoint(group["layers"]),
+                f"`expert_groups[{group['name']!r}].layers` is {group['layers']}, of which none is sparse: name one of "
+                f"the sparse layers {sparse_layers}, or drop the group.",
+            )
+        num_routed = {0}
         for layer in sparse_layers:
             groups = self.layer_expert_groups(layer, always_on=False)
             check(
@@ -323,19 +381,27 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
                 serving = sum(group.num_experts for group in groups if group.serves(modality))
                 chosen = self.experts_per_token(modality)
                 check(
-                    1 <= chosen <= serving,
+                    chosen <= serving,
                     f"`num_experts_per_tok` is {chosen} for modality {modality!r}, but layer {layer} has {serving} "
-                    "routed experts that serve it: it must lie between 1 and that number. Lower it "
-                    "(`num_experts_per_tok` or `num_experts_per_tok_by_modality`), or let a group serve more.",
+                    "routed experts that serve it: lower it (`num_experts_per_tok` or "
+                    "`num_experts_per_tok_by_modality`), or let a group serve more.",
                 )
-            routed_per_layer.append(sum(group.num_experts for group in groups))
-        derived = max(routed_per_layer, default=0)
+            num_routed.add(sum(group.num_experts for group in groups))
         check(
-            self.num_experts in (None, derived),
-            f"`num_experts` is {self.num_experts}, but `expert_groups` have {derived} routed experts in a layer: leave "
-            "`num_experts` out, or change the groups.",
+            self.num_experts in (None, max(num_routed)) or not sparse_layers,
+            f"`num_experts` is {self.num_experts}, but `expert_groups` have {max(num_routed)} routed experts in a "
+            "layer: leave `num_experts` out, or change the groups.",
         )
-        self.num_experts = derived
+        self.num_experts = max(num_routed)
+
+    def _check_rope(self) -> None:
+        check_choice(
+            "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
+        )
+        try:
+            self.validate_rope()
+        except KeyError as error:
+            raise ValueError(f"`rope_parameters` is incomplete: {error}.") from error
 
 
 class SparseMoeVlmConfig(PreTrainedConfig):
@@ -382,13 +448,13 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             # The pooling head is no part of the patch features: without it no parameter is unused.
             init_kwargs={"vision_use_head": False},
         ),
-        "text_config": SparseMoeVlmTextConfig,
+        "text_config": SubConfigSpec(config_class=SparseMoeVlmTextConfig),
     }
     # Plans name modules of the decoder; the vision tower is not sharded with it.
-    base_model_fsdp_plan = {}
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: PreTrainedConfig | Given = None
+    text_config: SparseMoeVlmTextConfig | Given = None
     image_token_id: int = 1
     pixel_shuffle_factor: int = 2
     projector_hidden_act: str = "gelu"
@@ -398,26 +464,42 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        for field in ("vision_config", "text_config"):
+            value = getattr(self, field)
+            check(
+                value is None or isinstance(value, dict | PreTrainedConfig),
+                f"`{field}` must be a configuration or a dict, got {value!r}.",
+            )
         super().__post_init__(**kwargs)
+        self._check_fields()
         # The language head belongs to the whole model, so the two flags are one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
+
+    def _check_fields(self) -> None:
+        text, vision = self.text_config, self.vision_config
+        # Not `isinstance`: a checkpoint that brings its code along has classes of its own.
+        check(
+            text.model_type == SparseMoeVlmTextConfig.model_type and "image" in text.modalities,
+            f"`text_config` must be of type {SparseMoeVlmTextConfig.model_type!r} with `modalities` that include "
+            f"'image', got {text.model_type!r} with {getattr(text, 'modalities', None)}.",
+        )
+        for field in ("tie_word_embeddings", "use_cache", "multimodal_projector_bias"):
+            check_boolean(field, getattr(self, field))
+        check_choice("projector_hidden_act", self.projector_hidden_act, ACT2FN)
+        check_integer("image_token_id", self.image_token_id, at_least=0, below=text.vocab_size)
+        check_integer("pixel_shuffle_factor", self.pixel_shuffle_factor)
         for field in ("image_size", "patch_size"):
             check(
-                isinstance(getattr(self.vision_config, field, None), int),
-                f"`vision_config` ({self.vision_config.model_type}) must give `{field}` as one integer, got "
-                f"{getattr(self.vision_config, field, None)!r}: choose a vision model with square images and patches.",
+                isinstance(getattr(vision, field, None), int),
+                f"`vision_config` ({vision.model_type}) must give `{field}` as one integer, got "
+                f"{getattr(vision, field, None)!r}: choose a vision model with square images and patches.",
             )
-        side = self.vision_config.image_size // self.vision_config.patch_size
+        side = vision.image_size // vision.patch_size
         check(
-            side >= 1 and self.pixel_shuffle_factor >= 1 and side % self.pixel_shuffle_factor == 0,
+            side >= 1 and side % self.pixel_shuffle_factor == 0,
             f"`pixel_shuffle_factor` ({self.pixel_shuffle_factor}) must divide the {side} patches per side that "
-            f"`vision_config` makes of an image ({self.vision_config.image_size} / {self.vision_config.patch_size}).",
-        )
-        check(
-            0 <= self.image_token_id < self.text_config.vocab_size,
-            f"`image_token_id` ({self.image_token_id}) must be a token of `text_config`, whose `vocab_size` is "
-            f"{self.text_config.vocab_size}.",
+            f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
         )
 
     @property

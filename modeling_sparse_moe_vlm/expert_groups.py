@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import nn
+
+from .checks import check, check_boolean, check_integer, check_layers, check_sequence
 
 # Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
 BUILTIN_MODALITIES = ("text", "image", "video", "audio")
@@ -46,11 +47,14 @@ class ExpertGroup:
 
     @classmethod
     def from_dict(cls, group: dict[str, Any]) -> ExpertGroup:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in group.items()})
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in group.items()
+        }
+        return cls(**values)
 
 
 def resolve_groups(
-    groups: str | Sequence[dict[str, Any]],
+    groups: str | list[dict[str, Any]],
     *,
     modalities: list[str],
     num_experts: int | None,
@@ -78,6 +82,7 @@ def resolve_groups(
     """
     if isinstance(groups, str):
         groups = _arrange(groups, modalities, 8 if num_experts is None else num_experts)
+    check_sequence("expert_groups", groups, dict)
     groups = [_complete(group, modalities, intermediate_size, num_hidden_layers) for group in groups]
     names = [group["name"] for group in groups]
     check(len(set(names)) == len(names), f"`expert_groups` repeats a name: {names}.")
@@ -88,9 +93,9 @@ def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[
     """The groups that the name of an arrangement stands for."""
     check(
         arrangement in ARRANGEMENTS,
-        f"`expert_groups` must be a list of groups or one of {ARRANGEMENTS}, got {arrangement!r}.",
+        f"`expert_groups` must be one of {', '.join(ARRANGEMENTS)}, or a list of groups, got {arrangement!r}.",
     )
-    check(num_experts >= 1, f"`num_experts` must be at least 1, got {num_experts}.")
+    check_integer("num_experts", num_experts)
     if arrangement == "isolated":
         share, rest = divmod(num_experts, len(modalities))
         check(
@@ -109,48 +114,39 @@ def _complete(
     group: dict[str, Any], modalities: list[str], intermediate_size: int, num_hidden_layers: int
 ) -> dict[str, Any]:
     """A checked group with every key."""
-    check(isinstance(group, dict), f"every entry of `expert_groups` must be a dict, got {group!r}.")
     keys = [field.name for field in fields(ExpertGroup)]
     unknown = sorted(set(group) - set(keys))
     check(not unknown, f"`expert_groups` has unknown keys {unknown}; known ones are {keys}.")
     missing = sorted({"name", "num_experts"} - set(group))
     check(not missing, f"`expert_groups` entry {group!r} lacks {missing}.")
-    defaults = {
-        "modalities": list(modalities),
+    defaults: dict[str, Any] = {
+        "modalities": modalities,
         "intermediate_size": intermediate_size,
         "always_on": False,
         "layers": None,
     }
-    group = defaults | {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+    group = defaults | group
     name = group["name"]
     # Names become module names, and on disk they stand beside the experts' numbers and projections.
     check(
         isinstance(name, str)
         and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
         and not name.endswith("proj")
-        and not hasattr(nn.ModuleDict, name),
+        and not hasattr(nn.ModuleDict(), name),
         f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores, must start with a "
         'letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
     )
+    field = f"expert_groups[{name!r}]"
     for key in ("num_experts", "intermediate_size"):
-        check(group[key] >= 1, f"group {name!r} in `expert_groups` needs `{key}` of at least 1, got {group[key]}.")
+        check_integer(f"{field}.{key}", group[key])
+    check_boolean(f"{field}.always_on", group["always_on"])
+    check_sequence(f"{field}.modalities", group["modalities"], str)
     unknown = sorted(set(group["modalities"]) - set(modalities))
     check(
-        not unknown and bool(group["modalities"]),
-        f"group {name!r} in `expert_groups` serves {group['modalities']}; `modalities` has {modalities}.",
+        not unknown and len(group["modalities"]) > 0,
+        f"`{field}.modalities` is {group['modalities']}, but must name some of the `modalities` {modalities}.",
     )
     if group["layers"] is not None:
-        check_layers(f"expert_groups[{name!r}].layers", group["layers"], num_hidden_layers)
-    return group
-
-
-def check(condition: bool, message: str) -> None:
-    """Raises `ValueError` with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(message)
-
-
-def check_layers(field: str, layers: Sequence[int], num_hidden_layers: int) -> None:
-    """Raises `ValueError` if a field names layers that the model does not have."""
-    wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
-    check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
+        check_layers(f"{field}.layers", group["layers"], num_hidden_layers)
+    # Lists, and copies: a configuration is saved as JSON, and its lists are its own.
+    return {key: list(value) if isinstance(value, list | tuple) else value for key, value in group.items()}

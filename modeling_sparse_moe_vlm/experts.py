@@ -8,12 +8,17 @@ Shapes, with T tokens of width D, E experts of width I and k experts per token::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
 
@@ -28,6 +33,10 @@ class SparseMoeVlmExperts(nn.Module):
     The routed experts of one group. `forward` is the readable reference (`experts_implementation="eager"`);
     `grouped_mm`, `batched_mm` and others come from Transformers' experts interface.
     """
+
+    # Set by the decorator.
+    _apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    _is_expert_parallel: bool
 
     def __init__(self, config: PreTrainedConfig, group: ExpertGroup):
         super().__init__()
@@ -59,9 +68,9 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
     """The routed groups of a layer, by name, where there are several: ids count through the groups in order."""
 
     def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
-        super().__init__({group.name: SparseMoeVlmExperts(config, group) for group in groups})
-        self.group_sizes = {group.name: group.num_experts for group in groups}
-        _skip_sentinels(*self.values())
+        super().__init__({group.name: _accept_sentinels(SparseMoeVlmExperts(config, group)) for group in groups})
+        # Not read off the groups, since expert parallelism changes their `num_experts`.
+        self._sizes = {group.name: group.num_experts for group in groups}
 
     def forward(
         self,
@@ -73,7 +82,7 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
         output = torch.zeros_like(hidden_states)
         first = 0
         for name, experts in self.items():
-            size = self.group_sizes[name]
+            size = self._sizes[name]
             rows = tokens[name] if tokens is not None else None
             if rows is not None and rows.dtype == torch.bool:
                 rows = None  # the router sends the other tokens elsewhere, so their slots become sentinels below
@@ -145,10 +154,11 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         always_on = config.layer_expert_groups(layer_idx, always_on=True)
         self.groups_key = groups_key(routed)
         self.gate = SparseMoeVlmTopKRouter(config, routed)
+        self.experts: SparseMoeVlmExperts | SparseMoeVlmExpertGroups
         if len(config.routed_group_names) == 1:
             self.experts = SparseMoeVlmExperts(config, routed[0])
             if config.router == "top_p" or config.num_experts_per_tok_by_modality:
-                _skip_sentinels(self.experts)
+                _accept_sentinels(self.experts)
         else:
             self.experts = SparseMoeVlmExpertGroups(config, routed)
         self.shared_experts = SparseMoeVlmSharedExperts(config, always_on) if always_on else None
@@ -178,7 +188,8 @@ def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _add(output: torch.Tensor, addend: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return output + addend if rows is None else output.index_add(0, rows, addend)
+    # Under autocast the addend may be of lower precision than the stream.
+    return output + addend if rows is None else output.index_add(0, rows, addend.to(output.dtype))
 
 
 def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
@@ -190,13 +201,10 @@ def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
     return inputs.shape[0] == 0 and not module.training and not distributed
 
 
-def _skip_sentinels(*modules: nn.Module) -> None:
+def _accept_sentinels(experts: SparseMoeVlmExperts) -> SparseMoeVlmExperts:
     # Transformers' name for "ids may be the sentinel `num_experts`"; expert parallelism sets it, too.
-    for experts in modules:
-        experts._is_expert_parallel = True
-
-
-_group_names: list[str] = []
+    experts._is_expert_parallel = True
+    return experts
 
 
 def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
@@ -204,15 +212,17 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
     Registers how checkpoints, which hold experts one by one, become fused stacks, and back.
 
     On disk: `mlp.experts.<e>.gate_proj.weight` …, or `mlp.experts.<group>.<e>.gate_proj.weight` … where the model has
-    several routed groups. Transformers keeps one table per model type, so the names of all groups seen are collected.
+    several routed groups. Transformers keeps one table per model type, which therefore has the groups of every model
+    that the process has made.
     """
     names = config.routed_group_names
-    if len(names) > 1:
-        _group_names.extend(name for name in names if name not in _group_names)
-    # The first match counts: the pattern without a group comes last, since it would match the others, too.
-    prefixes = [f"mlp.experts.{name}" for name in _group_names] + ["mlp.experts"]
+    prefixes = {f"mlp.experts.{name}" for name in names} if len(names) > 1 else set()
+    for known in get_checkpoint_conversion_mapping(config.model_type) or []:
+        prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)
     converters = []
-    for prefix in prefixes:
+    # The first match counts, and a dot stands for any character: longer names come before shorter ones that they
+    # start with, and the pattern without a group comes last.
+    for prefix in sorted(prefixes | {"mlp.experts"}, key=lambda prefix: (-len(prefix), prefix)):
         converters += [
             WeightConverter(
                 source_patterns=[f"{prefix}.*.gate_proj.weight", f"{prefix}.*.up_proj.weight"],

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .routing import route
@@ -108,11 +109,8 @@ def router_losses(
     for layer, logits in zip(sparse_layers, router_logits, strict=True):
         logits = logits.to(device).float()
         groups = config.layer_expert_groups(layer, always_on=False)
-        if config.router == "sigmoid":
-            scores = torch.sigmoid(logits)
-            probs = scores / scores.sum(dim=-1, keepdim=True)
-        else:
-            probs = torch.softmax(logits, dim=-1)
+        # Affinities scaled to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19), or probabilities as they are.
+        probs = torch.softmax(F.logsigmoid(logits) if config.router == "sigmoid" else logits, dim=-1)
         chosen = {
             top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p)[1]
             for top_k in {config.experts_per_token(modality) for modality in counted}
@@ -134,8 +132,8 @@ def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int 
 
     With gradient accumulation `Trainer` divides the summed language loss by the number of targets of all micro-batches,
     while router losses are means over one micro-batch: weighted by the micro-batch's share of the targets they add up
-    to a mean over the batch. (Exact for a mean over tokens; the balancing loss is a product of two means, which are
-    taken per micro-batch.)
+    to a mean over the batch. (That equals the loss of the whole batch for the z-loss, if micro-batches have the same
+    number of tokens of each modality per target. The balancing loss is a product of two means, taken per micro-batch.)
 
     Args:
         labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):

@@ -56,4 +56,4 @@ def _idle_experts(config: SparseMoeVlmTextConfig, layer_idx: int, modality: str)
         else:
             idle += size
             widths += [group.intermediate_size] * (group.num_experts if group.serves(modality) else 0)
-    return idle - per_unit * sum(sorted(widths, reverse=True)[: config.experts_per_token(modality)] if groups else [])
+    return idle - per_unit * sum(sorted(widths, reverse=True)[: config.experts_per_token(modality)])

@@ -58,6 +58,7 @@ class RoutingPlanner:
         layers = {config.layer_expert_groups(i) for i in range(config.num_hidden_layers)} - {()}
         groups = sorted({group for layer in layers for group in layer}, key=lambda group: group.name)
         everyone = set(config.modalities)
+        self.modalities = tuple(config.modalities)
         # By name of a group, the modality ids that it serves; `None` for all.
         self.modality_ids: dict[str, tuple[int, ...] | None] = {
             group.name: None
@@ -90,37 +91,45 @@ class RoutingPlanner:
             return None
 
         all_text = mm_token_type_ids is None
-        ids = torch.zeros(1, dtype=torch.long, device=device) if all_text else mm_token_type_ids.reshape(-1).to(device)
-        masks = {modality_ids: _is_any_of(ids, modality_ids) for modality_ids in restricted}
+        if mm_token_type_ids is None:
+            ids = torch.zeros(1, dtype=torch.long, device=device)
+        else:
+            ids = mm_token_type_ids.reshape(-1).to(device)
+        # Here, and only here, a forward pass waits for the device: once for all layers, and not where it is traced.
+        may_wait = not all_text and not is_tracing(ids)
+        if may_wait and not ((ids >= 0) & (ids < len(self.modalities))).all():
+            raise ValueError(
+                f"`mm_token_type_ids` must lie between 0 and {len(self.modalities) - 1}, the positions in the "
+                f"configuration's `modalities` {self.modalities}, got {ids.unique().tolist()}."
+            )
+        masks: dict[tuple[int, ...] | None, torch.Tensor] = {
+            modality_ids: _is_any_of(ids, modality_ids) for modality_ids in restricted
+        }
 
         rows: dict[tuple[int, ...] | None, torch.Tensor | None] = {None: None}
-        for modality_ids, mask in masks.items():
+        for modality_ids in restricted:
             if all_text:
                 rows[modality_ids] = None if 0 in modality_ids else ids[:0]
-            elif is_tracing(ids):
-                rows[modality_ids] = mask
-            else:
-                # The only place where a forward pass waits for the device, once for all layers.
-                index = mask.nonzero().squeeze(1)
+            elif may_wait:
+                index = masks[modality_ids].nonzero().squeeze(1)
                 rows[modality_ids] = None if index.numel() == ids.numel() else index
-        tokens = {name: rows[modality_ids] for name, modality_ids in self.modality_ids.items()}
+            else:
+                rows[modality_ids] = masks[modality_ids]
 
-        served = {}
-        for key, groups in self.masked_routers.items():
-            columns = []
-            for name, num_experts in groups:
-                modality_ids = self.modality_ids[name]
-                column = torch.ones_like(ids, dtype=torch.bool) if modality_ids is None else masks[modality_ids]
-                columns.append(column[:, None].expand(-1, num_experts))
-            served[key] = torch.cat(columns, dim=1)
-
+        masks[None] = torch.ones_like(ids, dtype=torch.bool)
+        served = {
+            key: torch.cat([masks[self.modality_ids[name]][:, None].expand(-1, size) for name, size in groups], dim=1)
+            for key, groups in self.masked_routers.items()
+        }
         num_slots = None
         if self.num_slots is not None:
-            num_slots = torch.zeros_like(ids)
-            for modality_id, slots in enumerate(self.num_slots):
-                num_slots = num_slots.masked_fill(ids == modality_id, slots)
-            num_slots = num_slots[:, None]
-        return RoutingPlan(tokens=tokens, served=served, num_slots=num_slots)
+            slots = [(ids == modality_id) * number for modality_id, number in enumerate(self.num_slots)]
+            num_slots = torch.stack(slots, dim=1).sum(dim=1, keepdim=True)
+        return RoutingPlan(
+            tokens={name: rows[modality_ids] for name, modality_ids in self.modality_ids.items()},
+            served=served,
+            num_slots=num_slots,
+        )
 
 
 def _is_any_of(ids: torch.Tensor, modality_ids: tuple[int, ...]) -> torch.Tensor:
@@ -167,28 +176,24 @@ def route(
     chosen, index = torch.topk(logits, top_k, dim=-1)
     scores = chosen.float()
     if router == "sigmoid":
-        weights = torch.sigmoid(scores)
-    elif norm_topk_prob and router == "softmax":
-        weights = scores  # normalised below, over the chosen experts alone
+        log_weights = F.logsigmoid(scores)
+    elif router == "softmax" and norm_topk_prob:
+        log_weights = scores  # the sum over all experts would cancel below
     else:
-        weights = torch.exp(scores - torch.logsumexp(logits.float(), dim=-1, keepdim=True))
+        log_weights = scores - torch.logsumexp(logits.float(), dim=-1, keepdim=True)
 
     used = None
     if num_slots is not None:
         used = torch.arange(top_k, device=logits.device) < num_slots
     if router == "top_p":
-        reached = torch.cumsum(weights, dim=-1) - weights < top_p  # the mass before this expert falls short
-        used = reached if used is None else used & reached
-
-    if norm_topk_prob and router == "softmax":
-        weights = torch.softmax(weights if used is None else weights.masked_fill(~used, -torch.inf), dim=-1)
-    else:
-        if used is not None:
-            weights = weights.masked_fill(~used, 0.0)
-        if norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        mass_before = F.pad(torch.cumsum(log_weights.exp(), dim=-1)[:, :-1], (1, 0))
+        reached = mass_before >= top_p
+        used = ~reached if used is None else used & ~reached
     if used is not None:
+        log_weights = log_weights.masked_fill(~used, -torch.inf)
         index = index.masked_fill(~used, logits.shape[-1])
+    # Normalised from logarithms, so that no sum of tiny sigmoids is lost to rounding.
+    weights = torch.softmax(log_weights, dim=-1) if norm_topk_prob else log_weights.exp()
     return weights.to(logits.dtype), index
 
 
