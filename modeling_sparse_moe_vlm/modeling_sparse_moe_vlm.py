@@ -6,6 +6,7 @@ text ────► token embedding ─────────────┘
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextCo
 from .connector import SparseMoeVlmMultiModalProjector
 from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
 from .losses import router_losses, share_of_batch
+from .parallel import is_one_of_several_processes, plan_by_group
 from .routing import RoutingPlan, RoutingPlanner, SparseMoeVlmTopKRouter
 
 # ------------------------------------------------------------------------------------------------ outputs
@@ -76,6 +78,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.is_sparse = config.is_sparse_layer(layer_idx)
         self.self_attn = SparseMoeVlmAttention(config, layer_idx)
+        self.mlp: nn.Module
         if self.is_sparse:
             self.mlp = SparseMoeVlmSparseMoeBlock(config, layer_idx)
         else:
@@ -109,7 +112,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
 
     config: SparseMoeVlmConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
@@ -130,6 +133,18 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, SparseMoeVlmTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+
+    def save_pretrained(self, *args, **kwargs):
+        """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""
+        # FSDP2 puts a class of torch over the model's, and the library takes the code from the file of the class.
+        cls = type(self)
+        own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+        names = cls.__module__, cls.__name__
+        cls.__module__, cls.__name__ = own.__module__, own.__name__
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            cls.__module__, cls.__name__ = names
 
 
 class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
@@ -156,16 +171,22 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def init_parallel_plans(self) -> None:
+        """As the library's, whose wildcards stand for numbers alone: groups of experts are spelled out by name."""
+        super().init_parallel_plans()
+        self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
+        self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
@@ -240,7 +261,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         self.language_model.embed_tokens = value
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         r"""
         Image tokens of the pictures.
 
@@ -252,6 +273,9 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the vision tower's output, whose
             `pooler_output` is a list with one tensor `(image_seq_length, hidden_size)` per picture.
         """
+        # A processor called with an empty list of pictures yields an empty tensor.
+        if pixel_values.numel() == 0:
+            return BaseModelOutputWithPooling(pooler_output=[])
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = outputs.last_hidden_state  # (num_images, prefix + patches, width)
         # Class and register tokens, where the tower has them, come first.
@@ -264,25 +288,32 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _blank_image_features(self) -> torch.Tensor:
+        config = self.config.vision_config
+        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
+        blank = torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
+        return torch.cat(self.get_image_features(blank, return_dict=True).pooler_output)
+
     def get_mm_token_type_ids(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor | None = None
-    ) -> torch.LongTensor:
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Modality ids `(B, T)`, read off the placeholder tokens: 1 for image tokens, 0 for text."""
         if input_ids is not None:
             return (input_ids == self.config.image_token_id).long()
+        assert inputs_embeds is not None
         image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1).long()
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> SparseMoeVlmModelOutputWithPast:
@@ -309,15 +340,15 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        # A processor called with an empty list of pictures yields an empty tensor.
-        if pixel_values is not None and pixel_values.numel() > 0:
+        if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        if mm_token_type_ids is None and (input_ids is not None or image_outputs is not None):
+        features = list(image_outputs.pooler_output) if image_outputs is not None else []
+        if mm_token_type_ids is None:
             mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds)
 
         image_features = None
-        if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+        if features:
+            image_features = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = (mm_token_type_ids == 1).to(inputs_embeds.device)
             num_image_tokens = is_image.sum()
             torch_compilable_check(
@@ -329,6 +360,10 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+        elif self.training and torch.is_grad_enabled() and is_one_of_several_processes():
+            # The other processes may have pictures, and all must run the same modules: data parallelism waits for the
+            # gradient of every parameter, and sharded weights are gathered together.
+            inputs_embeds = inputs_embeds + 0.0 * self._blank_image_features().sum().to(inputs_embeds.device)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -336,6 +371,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
+            return_dict=True,
             **kwargs,
         )
         return SparseMoeVlmModelOutputWithPast(**outputs, image_hidden_states=image_features)
@@ -350,12 +386,27 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
+    def prepare_inputs_for_generation(self, input_ids, mm_token_type_ids=None, **kwargs):
+        """As the library's, with the modality ids of the tokens at hand in every release and decoding mode."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if mm_token_type_ids is not None:
+            tokens = (
+                model_inputs["input_ids"]
+                if model_inputs.get("input_ids") is not None
+                else model_inputs["inputs_embeds"]
+            )
+            # Candidates of assisted decoding have no ids yet; what follows the prompt is text.
+            num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
+            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
+            model_inputs["mm_token_type_ids"] = mm_token_type_ids.to(tokens.device).contiguous()
+        return model_inputs
+
     def _head(
         self,
         outputs: MoeModelOutputWithPast,
-        labels: torch.LongTensor | None,
+        labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
-        mm_token_type_ids: torch.LongTensor | None,
+        mm_token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         **kwargs,
     ) -> SparseMoeVlmCausalLMOutputWithPast:
@@ -367,8 +418,9 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         if outputs.router_logits:
-            aux_loss, z_loss = router_losses(text_config, outputs.router_logits, mm_token_type_ids, attention_mask)
-            if labels is not None:
+            padding_mask = attention_mask if torch.is_tensor(attention_mask) else None  # not Flex attention's
+            aux_loss, z_loss = router_losses(text_config, outputs.router_logits, mm_token_type_ids, padding_mask)
+            if labels is not None and loss is not None:
                 router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
                 loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
         return SparseMoeVlmCausalLMOutputWithPast(
@@ -400,13 +452,13 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -434,6 +486,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
             mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            return_dict=True,
             **kwargs,
         )
         return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
@@ -475,22 +528,22 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        mm_token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -514,6 +567,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            return_dict=True,
             **kwargs,
         )
         return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
@@ -521,7 +575,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
 
 # ------------------------------------------------------------------------------------------------ registration
 
-_REGISTRY = {
+_REGISTRY: dict[Any, dict[type, type]] = {
     AutoModel: {SparseMoeVlmTextConfig: SparseMoeVlmTextModel, SparseMoeVlmConfig: SparseMoeVlmModel},
     AutoModelForCausalLM: {
         SparseMoeVlmTextConfig: SparseMoeVlmForCausalLM,

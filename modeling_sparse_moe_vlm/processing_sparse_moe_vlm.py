@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import re
 import warnings
 from typing import Any
 
-from transformers import image_utils
+from transformers import AddedToken, image_utils
 from transformers.convert_slow_tokenizer import normalizers
 from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -17,12 +17,14 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}
 {{- content -}}
-{%- else -%}
+{%- elif content -%}
 {%- for part in content -%}
 {%- if part['type'] == 'image' -%}
 {{- image_token | default('<image>') -}}
 {%- elif part['type'] == 'text' -%}
 {{- part['text'] -}}
+{%- else -%}
+{{- raise_exception("content parts must be of type 'text' or 'image', got '" ~ part['type'] ~ "'") -}}
 {%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -43,12 +45,13 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# A code point that Unicode keeps for the inside of programs. It marks image tokens that a user typed: no placeholder
-# matches a marked one, and the tokenizer drops the mark after it has looked for special tokens.
+# A code point that Unicode keeps for the inside of programs. It breaks image tokens that a user typed: no placeholder
+# matches a broken one, and the tokenizer drops the mark after it has looked for special tokens.
 _MARK = "\ufdd0"
+_MEDIA_TYPES = ("image", "image_url", "video", "audio")
 
 
-class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):
+class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": True}}
 
 
@@ -93,43 +96,50 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         image_seq_length: int = 49,
         chat_template: str | None = None,
         image_token: str = "<image>",
-        **kwargs,
     ):
-        self.image_seq_length = image_seq_length
-        self.image_token = image_token
-        self.image_token_id = tokenizer.get_vocab().get(image_token)
-        if self.image_token_id is None:
+        if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"the tokenizer's vocabulary lacks the image token {image_token!r}: add it with "
                 f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})` and resize the "
                 "model's embeddings, or name an existing token with `image_token`."
             )
-        _drop_marks(tokenizer)
+        self.image_seq_length = image_seq_length
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self._can_be_text = _tell_from_text(tokenizer, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
 
     @property
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "mm_token_type_ids"]
 
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Loads and checks the pictures, and makes lists of single inputs.
 
         Raises:
-            ValueError: For empty texts, for a picture that cannot be read or is absurdly large, and for pictures nested
-                by text whose number differs from that text's placeholders. The message names the text or picture.
+            ValueError: For empty texts, for a picture that cannot be read or is absurdly large, and for a number of
+                pictures that differs from that of the placeholders. The message names the text or picture.
         """
-        if text is not None and (len(text) == 0 or (not isinstance(text, str) and any(len(row) == 0 for row in text))):
-            raise ValueError("`text` is empty: give at least one non-empty string.")
+        rows = None
+        if text is not None:
+            rows = [text] if isinstance(text, str) else list(text)
+            for position, row in enumerate(rows):
+                if not isinstance(row, str) or not row:
+                    raise ValueError(f"`text` must be non-empty strings, but text[{position}] is {row!r}.")
+            if not rows:
+                raise ValueError("`text` is empty: give at least one string.")
         if images is not None:
             images = self._load_images(images)
-            rows = [text] if isinstance(text, str) else text
-            if isinstance(images, list) and any(isinstance(row, list) for row in images):
-                if rows is not None:
-                    self._check_rows(images, rows)
-                images = [image for row in images for image in (row if isinstance(row, list) else [row])]
-            if isinstance(images, list) and not images:
-                images = None
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+            images = images if isinstance(images, list) else [images]
+        if rows is not None:
+            _check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
+        if images is not None:
+            images = [image for row in images for image in (row if isinstance(row, list) else [row])] or None
+        return super().prepare_inputs_layout(images=images, text=rows, videos=videos, audio=audio, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
@@ -147,23 +157,53 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """See [`~transformers.ProcessorMixin.apply_chat_template`]. Image tokens inside texts stay text."""
-        kwargs.setdefault("image_token", self.image_token)
-        return super().apply_chat_template(self._mark_texts(conversation), *args, **kwargs)
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
+        """
+        See [`~transformers.ProcessorMixin.apply_chat_template`]. Image tokens inside texts stay text.
 
-    def _mark_texts(self, node: Any, key: str | None = None) -> Any:
-        """A copy of a conversation in which every image token of a text is marked."""
-        if isinstance(node, str) and key in ("content", "text"):
-            return node.replace(self.image_token, self.image_token[0] + _MARK + self.image_token[1:])
-        if isinstance(node, dict):
-            return {key: self._mark_texts(value, key) for key, value in node.items()}
+        Raises:
+            ValueError: If the conversation is empty, or if a text holds the image token and the tokenizer cannot encode
+                it as text.
+        """
+        if len(conversation) == 0:
+            raise ValueError("`conversation` is empty: give at least one message.")
+        kwargs |= {key: self._as_text(kwargs[key]) for key in ("tools", "documents") if kwargs.get(key)}
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        # Given to another template, the variable would pass for an argument of the tokenizer.
+        if "image_token" in (named.get(chat_template or "default") or chat_template or ""):
+            kwargs.setdefault("image_token", self.image_token)
+        return super().apply_chat_template(self._as_text(conversation), chat_template, **kwargs)
+
+    def _as_text(self, node: Any) -> Any:
+        """A copy of (a part of) a conversation in which no text can become an image token."""
+        if isinstance(node, str):
+            return self._break_image_tokens(node)
         if isinstance(node, (list, tuple)):
-            return [self._mark_texts(item, key) for item in node]
-        if hasattr(node, "messages"):  # `transformers.Conversation`-like objects, as pipelines pass them
-            node = copy.copy(node)
-            node.messages = self._mark_texts(node.messages)
+            return [self._as_text(item) for item in node]
+        if isinstance(node, dict):
+            kind = node.get("type")
+            if kind == "text" or kind in _MEDIA_TYPES:
+                # Rows of a table have every key of every part.
+                node = {key: value for key, value in node.items() if value is not None}
+            if kind in _MEDIA_TYPES:
+                return node
+            return {key: value if key in ("role", "type") else self._as_text(value) for key, value in node.items()}
         return node
+
+    def _break_image_tokens(self, text: str) -> str:
+        first, rest = self.image_token[:1], self.image_token[1:]
+        if not self._can_be_text:
+            if self.image_token in text:
+                raise ValueError(
+                    f"a text of the conversation holds the image token {self.image_token!r}, which this tokenizer "
+                    "cannot encode as text: remove it, or use a fast tokenizer whose image token is no ordinary word."
+                )
+            return text
+        text = re.sub(f"{re.escape(first)}(?={re.escape(rest)})", rf"\g<0>{_MARK}", text)
+        # The next text may go on where this one ends.
+        if any(text.endswith(self.image_token[:length]) for length in range(1, len(self.image_token))):
+            text += _MARK
+        return text
 
     def _load_images(self, images: Any, position: str = "") -> Any:
         if isinstance(images, (list, tuple)):
@@ -174,49 +214,66 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             with warnings.catch_warnings():
                 # Pillow only warns of a picture between one and two times its limit.
                 warnings.simplefilter("error", pil.DecompressionBombWarning)
-                image = self.image_processor.fetch_images(images)
-                if isinstance(image, pil.Image):
-                    self._check_size(name, *image.size)
-                    image.load()
+                if isinstance(images, str):
+                    images = image_utils.load_image(images)
+                is_empty = 0 in (images.size if isinstance(images, pil.Image) else getattr(images, "shape", ()))
+                if isinstance(images, pil.Image) and not is_empty:
+                    limit = pil.MAX_IMAGE_PIXELS
+                    if limit is not None and images.width * images.height > limit:
+                        raise pil.DecompressionBombError(
+                            f"{images.width} × {images.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})"
+                        )
+                    images.load()
         except (pil.DecompressionBombWarning, pil.DecompressionBombError) as error:
             raise ValueError(f"{name} is absurdly large: {error}") from error
-        except OSError as error:
+        except Exception as error:  # Pillow lets any error of a decoder through
             raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-        return image
+        if is_empty:
+            raise ValueError(f"{name} is empty: it has no pixels.")
+        if not image_utils.is_valid_image(images):
+            raise ValueError(f"{name} is no picture: give a PIL image, an array, a path or a URL, not {type(images)}.")
+        return images
 
-    @staticmethod
-    def _check_size(name: str, width: int, height: int) -> None:
-        limit = image_utils.PIL.Image.MAX_IMAGE_PIXELS
-        if width == 0 or height == 0:
-            raise ValueError(f"{name} is empty: its size is {width}×{height} pixels.")
-        if limit is not None and width * height > limit:
-            raise ValueError(
-                f"{name} is absurdly large: {width}×{height} pixels, the limit is {limit} "
-                "(PIL.Image.MAX_IMAGE_PIXELS). Shrink the picture, or raise the limit if you trust it."
-            )
 
-    def _check_rows(self, images: list, text: list[str]) -> None:
-        if len(images) != len(text):
-            raise ValueError(f"`images` holds pictures for {len(images)} texts, but `text` has {len(text)}.")
-        for row, (pictures, sample) in enumerate(zip(images, text, strict=True)):
+def _check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
+    """Raises `ValueError` unless there are as many pictures as image tokens, in every text if nested by text."""
+    if any(isinstance(row, list) for row in images):
+        if len(images) != len(num_tokens):
+            raise ValueError(f"`images` holds pictures for {len(images)} texts, but `text` has {len(num_tokens)}.")
+        for row, (pictures, number) in enumerate(zip(images, num_tokens, strict=True)):
             num_pictures = len(pictures) if isinstance(pictures, list) else 1
-            num_tokens = sample.count(self.image_token)
-            if num_pictures != num_tokens:
+            if num_pictures != number:
                 raise ValueError(
-                    f"text[{row}] has {num_tokens} {self.image_token} tokens, but {num_pictures} images were passed "
-                    "for it."
+                    f"text[{row}] has {number} {image_token} tokens, but {num_pictures} images were passed for it."
                 )
+    elif len(images) != sum(num_tokens):
+        raise ValueError(
+            f"the text has {sum(num_tokens)} {image_token} tokens, but {len(images)} images were passed: every picture "
+            "needs one."
+        )
 
 
-def _drop_marks(tokenizer) -> None:
-    """Makes the tokenizer drop marks. It normalises text after it has taken the special tokens out."""
+def _tell_from_text(tokenizer, image_token: str) -> bool:
+    """
+    Sets the tokenizer up so that a broken image token is encoded as text.
+
+    Returns:
+        `bool`: Whether that is possible: not with slow tokenizers, nor if the image token is an ordinary word.
+    """
+    known = tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(image_token))
+    if known is None or known.normalized or not known.special:
+        # Looked for before normalisation, so before the marks are dropped.
+        tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return
+    if backend is None or len(image_token) < 2:
+        return False
     normalizer = backend.normalizer
     if normalizer is None or _MARK in normalizer.normalize_str(f"a{_MARK}a"):
         drop = normalizers.Replace(_MARK, "")
         backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
+    broken = image_token[0] + _MARK + image_token[1:]
+    token_id = tokenizer.convert_tokens_to_ids(image_token)
+    return token_id not in tokenizer(broken, add_special_tokens=False)["input_ids"]
 
 
 AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)

@@ -1,0 +1,514 @@
+import base64
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import AddedToken, BitImageProcessorPil, CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
+from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import _MARK
+from tests.fixtures import (
+    IMAGE_SEQ_LENGTH,
+    assistant,
+    make_image_processor,
+    make_picture,
+    make_processor,
+    make_speaking_model,
+    make_tokenizer,
+    user,
+)
+
+IMAGE, END, PAD = 3, 2, 0
+# Tokenizers that treat text before they split it, each in its own way.
+NORMALIZERS = {
+    "none": None,
+    "lowercase": normalizers.Lowercase(),
+    "nfkc": normalizers.NFKC(),
+    "sequence": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "metaspace": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "bert": normalizers.BertNormalizer(),
+}
+CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+
+@pytest.fixture(scope="module")
+def processor() -> SparseMoeVlmProcessor:
+    return make_processor()
+
+
+def plain_ids(processor, text: str) -> list[int]:
+    """Ids of a text in which nothing is a special token."""
+    return processor.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+
+
+# ------------------------------------------------------------------------------------------------ texts and pictures
+
+
+def test_every_picture_becomes_its_tokens_with_modality_ids(processor):
+    pictures = [make_picture(0), make_picture(1)]
+    inputs = processor(text="a<image>b<image>", images=pictures, return_tensors="pt")
+    a, b = plain_ids(processor, "a"), plain_ids(processor, "b")
+    expected = [*a, *[IMAGE] * IMAGE_SEQ_LENGTH, *b, *[IMAGE] * IMAGE_SEQ_LENGTH]
+    assert sorted(inputs) == ["attention_mask", "input_ids", "mm_token_type_ids", "pixel_values"]
+    assert inputs["input_ids"].tolist() == [expected]
+    assert inputs["mm_token_type_ids"].tolist() == [[int(token == IMAGE) for token in expected]]
+    separate = [processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+    torch.testing.assert_close(inputs["pixel_values"], torch.cat(separate))
+
+
+def test_batch_of_rows_with_and_without_pictures_is_padded_left(processor):
+    texts = ["<image><image> which?", "hello", "a <image>"]
+    pictures = [make_picture(i) for i in range(3)]
+    flat = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    nested = processor(text=texts, images=[pictures[:2], [], pictures[2]], padding=True, return_tensors="pt")
+    assert flat.keys() == nested.keys()
+    for key in flat:
+        torch.testing.assert_close(flat[key], nested[key])
+    assert flat["input_ids"][1, 0] == PAD
+    assert flat["attention_mask"][1, 0] == 0
+    assert flat["attention_mask"][:, -1].tolist() == [1, 1, 1]
+    assert flat["mm_token_type_ids"].sum(dim=1).tolist() == [2 * IMAGE_SEQ_LENGTH, 0, IMAGE_SEQ_LENGTH]
+    for row, (text, images) in enumerate(zip(texts, [pictures[:2], None, pictures[2:]], strict=True)):
+        alone = processor(text=text, images=images)["input_ids"][0]
+        assert flat["input_ids"][row].tolist()[-len(alone) :] == alone
+
+
+def test_text_only_and_empty_list_of_pictures(processor):
+    expected = processor(text="hello")
+    assert sorted(expected) == ["attention_mask", "input_ids", "mm_token_type_ids"]
+    for images in ([], (), [[]]):
+        assert processor(text="hello", images=images).data == expected.data
+
+
+def test_tensors_and_arrays_are_pictures_too(processor):
+    array = np.asarray(make_picture())
+    expected = processor(text="<image>", images=make_picture(), return_tensors="pt")["pixel_values"]
+    for image in (array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        pixel_values = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
+        assert pixel_values.shape == expected.shape
+        assert (pixel_values - expected).abs().max() < 0.05  # resized by another library, perhaps
+
+
+@pytest.mark.parametrize("form", ["path", "base64", "data_url"])
+def test_pictures_from_files_and_strings(processor, tmp_path, form):
+    picture = make_picture()
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    (tmp_path / "picture.png").write_bytes(buffer.getvalue())
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    source = {
+        "path": str(tmp_path / "picture.png"),
+        "base64": encoded,
+        "data_url": f"data:image/png;base64,{encoded}",
+    }[form]
+    expected = processor(text="<image>", images=picture, return_tensors="pt")["pixel_values"]
+    actual = processor(text="<image>", images=source, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(actual, expected)
+    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": source}}]}
+    torch.testing.assert_close(processor.apply_chat_template([message], **CHAT)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        BitImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}),
+    ],
+    ids=["clip", "dinov2"],
+)
+def test_any_image_processor(image_processor, tmp_path):
+    processor = SparseMoeVlmProcessor(image_processor, make_tokenizer(), image_seq_length=IMAGE_SEQ_LENGTH)
+    inputs = processor(text="<image>?", images=make_picture(), return_tensors="pt")
+    expected = image_processor(make_picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(inputs["pixel_values"], expected)
+    processor.save_pretrained(tmp_path)
+    reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path)
+    assert type(reloaded.image_processor).__name__.startswith(type(image_processor).__name__.removesuffix("Pil"))
+    actual = reloaded(text="<image>?", images=make_picture(), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(actual, expected)
+
+
+def test_token_type_ids_of_a_tokenizer_are_not_passed_on():
+    tokenizer = make_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in tokenizer("a")
+    processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_SEQ_LENGTH)
+    assert "token_type_ids" not in processor(text="a")
+    assert "token_type_ids" not in processor.model_input_names
+
+
+def test_number_of_tokens_for_engines(processor):
+    data = processor._get_num_multimodal_tokens(image_sizes=[[10, 20], [300, 7]])
+    assert data["num_image_tokens"] == [IMAGE_SEQ_LENGTH] * 2
+    assert data["num_image_patches"] == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "message"),
+    [
+        ("<image>", 2, "1 <image> tokens, but 2 images"),
+        ("<image><image>", 1, "2 <image> tokens, but 1 images"),
+        ("<image>", 0, "1 <image> tokens, but 0 images"),
+        ("none", 1, "0 <image> tokens, but 1 images"),
+        (["<image>", "a"], 2, "1 <image> tokens, but 2 images"),
+    ],
+)
+def test_numbers_that_disagree(processor, text, num_images, message):
+    pictures = [make_picture(i) for i in range(num_images)] or None
+    with pytest.raises(ValueError, match=message):
+        processor(text=text, images=pictures)
+
+
+def test_numbers_that_disagree_within_a_row_though_the_sums_agree(processor):
+    a, b, c = (make_picture(i) for i in range(3))
+    with pytest.raises(ValueError, match=r"text\[0\] has 1 <image> tokens, but 2 images were passed for it"):
+        processor(text=["<image>", "<image><image>"], images=[[a, b], [c]])
+    with pytest.raises(ValueError, match="pictures for 2 texts, but `text` has 1"):
+        processor(text="<image><image>", images=[[a], [b]])
+    with pytest.raises(ValueError, match=r"text\[1\] has 1 <image> tokens, but 0 images"):
+        processor.apply_chat_template([[user(a)], [{"role": "user", "content": [{"type": "image"}]}]], **CHAT)
+
+
+@pytest.mark.parametrize("text", ["", [], ["a", ""], [""], 5, [["a"]], [None]])
+def test_empty_and_wrong_texts(processor, text):
+    with pytest.raises((ValueError, TypeError), match=r"text|iterable"):
+        processor(text=text)
+
+
+def test_nothing_at_all(processor):
+    with pytest.raises(ValueError, match="at least one input"):
+        processor()
+    with pytest.raises(ValueError, match="`conversation` is empty"):
+        processor.apply_chat_template([])
+
+
+@pytest.mark.parametrize("case", ["truncated", "text", "empty", "missing", "directory", "nonsense"])
+def test_unreadable_pictures(processor, tmp_path, case):
+    path = tmp_path / "picture.png"
+    if case == "truncated":
+        make_picture(width=200, height=200).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif case == "text":
+        path.write_text("this is no picture")
+    elif case == "empty":
+        path.write_bytes(b"")
+    elif case == "directory":
+        path.mkdir()
+    source = "no picture" if case == "nonsense" else str(path)
+    good = make_picture()
+    with pytest.raises(ValueError, match=r"images\[1\] cannot be read as a picture"):
+        processor(text="<image><image>", images=[good, source])
+    with pytest.raises(ValueError, match=r"images\[1\]\[0\] cannot be read as a picture"):
+        processor.apply_chat_template(
+            [[user(good)], [{"role": "user", "content": [{"type": "image", "url": source}]}]], **CHAT
+        )
+    if case == "truncated":  # Pillow opens it, and reads it later
+        with pytest.raises(ValueError, match=r"images\[0\] cannot be read as a picture"):
+            processor(text="<image>", images=[Image.open(path)])
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+@pytest.mark.parametrize("times_the_limit", [1.5, 4])
+def test_decompression_bombs(processor, tmp_path, monkeypatch, as_path, times_the_limit):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (int(100 * times_the_limit), 100)).save(path)
+    bomb = str(path) if as_path else Image.open(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
+    with pytest.raises(ValueError, match=r"images\[0\] is absurdly large: .*pixels"):
+        processor(text="<image>", images=[bomb])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert processor(text="<image>", images=[bomb])["pixel_values"][0].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [Image.new("RGB", (0, 5)), np.zeros((0, 4, 3)), torch.zeros(3, 5, 0)],
+    ids=["pil", "array", "tensor"],
+)
+def test_pictures_without_pixels(processor, image):
+    with pytest.raises(ValueError, match="is empty"):
+        processor(text="<image>", images=[image])
+
+
+@pytest.mark.parametrize("image", [7, None, {"a": 1}])
+def test_what_is_no_picture(processor, image):
+    with pytest.raises(ValueError, match=r"images\[0\] is no picture"):
+        processor(text="<image>", images=[image])
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK", "LA"])
+def test_pictures_of_every_mode(processor, mode):
+    picture = Image.new(mode, (9, 7))
+    assert processor(text="<image>", images=picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_constructor_errors():
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=r"vocabulary lacks the image token '<picture>'.*add_special_tokens"):
+        SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_token="<picture>")
+    with pytest.raises(TypeError, match="image_seq_len"):
+        SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_len=4)
+
+
+def test_truncation_through_a_picture_is_refused(processor):
+    with pytest.raises(ValueError, match="image"):
+        processor(text="<image> a", images=make_picture(), truncation=True, max_length=2)
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+def test_default_template(processor):
+    messages = [{"role": "system", "content": "Be brief."}, user(make_picture(), "What?"), assistant("A cat.")]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>What?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
+    )
+    asked = processor.apply_chat_template(messages[:2], add_generation_prompt=True)
+    assert asked == prompt.removesuffix("A cat.<|im_end|>\n")
+    going_on = processor.apply_chat_template(messages, continue_final_message=True)
+    assert going_on == prompt.removesuffix("<|im_end|>\n")
+
+
+def test_content_none_and_columns_of_none(processor):
+    """Tables store every key of every part, with None where a part has none."""
+    picture = make_picture()
+    part = {"type": "text", "text": "What?", "image": None, "url": None}
+    image = {"type": "image", "text": None, "image": picture, "url": None}
+    table = [{"role": "user", "content": [image, part]}, {"role": "assistant", "content": None}]
+    plain = [user(picture, "What?"), {"role": "assistant", "content": ""}]
+    assert processor.apply_chat_template(table) == processor.apply_chat_template(plain)
+    for key, value in processor.apply_chat_template(table, **CHAT).items():
+        torch.testing.assert_close(value, processor.apply_chat_template(plain, **CHAT)[key])
+
+
+def test_unknown_parts_are_refused(processor):
+    with pytest.raises(Exception, match="must be of type 'text' or 'image', got 'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_pictures_of_a_conversation_keep_their_order(processor):
+    a, b, c = (make_picture(i) for i in range(3))
+    messages = [user("first", a, "second", b), assistant("Yes."), user(c)]
+    inputs = processor.apply_chat_template(messages, **CHAT)
+    expected = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in (a, b, c)])
+    torch.testing.assert_close(inputs["pixel_values"], expected)
+    assert (inputs["input_ids"] == IMAGE).sum() == 3 * IMAGE_SEQ_LENGTH
+
+
+def test_batched_conversations_with_and_without_pictures(processor):
+    batch = [[user(make_picture(0), "a")], [user("bb"), assistant("c")], [user("d", make_picture(1), make_picture(2))]]
+    inputs = processor.apply_chat_template(batch, processor_kwargs={"padding": True}, **CHAT)
+    assert inputs["pixel_values"].shape[0] == 3
+    for row, conversation in enumerate(batch):
+        alone = processor.apply_chat_template(conversation, **CHAT)["input_ids"][0]
+        torch.testing.assert_close(inputs["input_ids"][row, -len(alone) :], alone)
+        assert (inputs["input_ids"][row, : -len(alone)] == PAD).all()
+
+
+def test_messages_are_left_as_they_were(processor):
+    picture = make_picture()
+    messages = [
+        {"role": "system", "content": "no <image>"},
+        {"role": "user", "content": ({"type": "text", "text": "an <image>"}, {"type": "image", "image": picture})},
+        assistant("<image>"),
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+    ]
+    before = copy.deepcopy(messages)
+    before[1]["content"][1]["image"] = picture
+    processor.apply_chat_template(messages)
+    processor.apply_chat_template(messages[:3], **CHAT)
+    assert messages == before
+    assert messages[1]["content"][1]["image"] is picture
+
+
+def test_other_templates_and_named_templates(processor):
+    template = (
+        "{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    other = make_processor(chat_template=template)
+    messages = [user(make_picture(), "an <image> typed")]
+    inputs = other.apply_chat_template(messages, processor_kwargs={"padding": "max_length", "max_length": 99}, **CHAT)
+    assert inputs["input_ids"].shape == (1, 99)
+    assert (inputs["input_ids"] == IMAGE).sum() == IMAGE_SEQ_LENGTH
+    assert processor.apply_chat_template(messages, chat_template=template).startswith("<image>an ")
+    named = make_processor(chat_template={"default": "{{ image_token }}|", "plain": template})
+    assert named.apply_chat_template(messages) == "<image>|"
+    assert named.apply_chat_template(messages, chat_template="plain").startswith("<image>an ")
+
+
+# ------------------------------------------------------------------------------------------------ typed image tokens
+
+TYPED = ["<image>", "what is <image> here?", "<image><image>", "<<image>image>", "A <IMAGE> and <image>!", "x<image"]
+
+
+@pytest.mark.parametrize("kind", NORMALIZERS)
+@pytest.mark.parametrize("text", TYPED)
+def test_typed_image_token_stays_text(kind, text):
+    processor = make_processor(normalizer=NORMALIZERS[kind])
+    tokenizer, picture = processor.tokenizer, make_picture()
+    start, end = tokenizer("<|im_start|>", add_special_tokens=False)["input_ids"][0], END
+    for message in (user(picture, text), {"role": "user", "content": text}, {"role": "assistant", "content": text}):
+        has_picture = message["content"][0]["type"] == "image" if isinstance(message["content"], list) else False
+        head = plain_ids(processor, message["role"] + "\n" + ("" if has_picture else text))
+        body = [IMAGE] * IMAGE_SEQ_LENGTH + plain_ids(processor, text) if has_picture else []
+        expected = [start, *head, *body, end, *plain_ids(processor, "\n")]
+
+        whole = processor.apply_chat_template([message], **CHAT)
+        prompt = processor.apply_chat_template([message])
+        parts = processor(text=prompt, images=picture if has_picture else None, return_tensors="pt")
+        for inputs in (whole, parts):
+            assert inputs["input_ids"].tolist() == [expected]
+            assert inputs["mm_token_type_ids"].tolist() == [[int(token == IMAGE) for token in expected]]
+        assert _MARK not in processor.decode(expected)
+        assert tokenizer(prompt)["input_ids"].count(IMAGE) == has_picture
+
+
+@pytest.mark.parametrize("image_token", ["<image>", "||img||", "aaa", "image", "<|vision_start|>"])
+def test_texts_of_any_shape_make_no_image_token(image_token):
+    """Overlapping tokens, tokens split over parts, tool calls and documents, marks typed by the user."""
+    processor = make_processor(image_token=image_token)
+    half = len(image_token) // 2
+    texts = [
+        image_token * 2,
+        image_token + image_token[half:],
+        image_token[:half] + image_token,
+        image_token[0] + _MARK + image_token[1:],
+        *(image_token[:length] for length in range(1, len(image_token))),
+    ]
+    for text in texts:
+        rest = image_token[len(text) :]
+        inputs = processor.apply_chat_template([user(text, rest, make_picture(), text, rest)], **CHAT)
+        assert (inputs["input_ids"] == IMAGE).sum() == IMAGE_SEQ_LENGTH
+        decoded = processor.decode(inputs["input_ids"][0])
+        assert decoded.count(text.replace(_MARK, "") + rest) >= 2
+        assert _MARK not in decoded
+
+    template = (
+        "{{ messages[0]['tool_calls'][0]['function']['arguments']['q'] }}{{ documents[0]['text'] }}"
+        "{{ tools[0]['name'] }}"
+    )
+    message = {"role": "assistant", "tool_calls": [{"function": {"arguments": {"q": image_token}}}]}
+    inputs = processor.apply_chat_template(
+        [message], chat_template=template, documents=[{"text": image_token}], tools=[{"name": image_token}], **CHAT
+    )
+    assert inputs["input_ids"].tolist() == [plain_ids(processor, image_token * 3)]
+
+
+def test_image_token_added_late_or_as_an_ordinary_token():
+    for token in ("<pic>", AddedToken("<pic>", normalized=True, special=False, lstrip=True)):
+        tokenizer = make_tokenizer(normalizer=normalizers.Lowercase())
+        tokenizer.add_tokens([token])
+        processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2, image_token="<pic>")
+        assert processor.image_token_id == len(tokenizer) - 1
+        ids = processor.apply_chat_template([user("a <pic> b <PIC>", make_picture())], **CHAT)["input_ids"][0]
+        assert (ids == processor.image_token_id).sum() == 2
+        assert "a <pic> b <pic>" in processor.decode(ids)
+        assert processor.decode(ids, skip_special_tokens=True).count("<pic>") == 2
+
+
+def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "picture", "a", "of"])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2, image_token="picture")
+    template = "{% for part in messages[0]['content'] %}{{ part['text'] or image_token }}{% endfor %}"
+    inputs = processor.apply_chat_template([user("a of ", make_picture())], template, **CHAT)
+    assert inputs["input_ids"].tolist() == [[3, 4, 2, 2]]
+    with pytest.raises(ValueError, match="a text of the conversation holds the image token 'picture'"):
+        processor.apply_chat_template([user("a picture", make_picture())], template, **CHAT)
+
+
+def test_wrapping_a_tokenizer_twice_changes_nothing():
+    tokenizer = make_tokenizer()
+    SparseMoeVlmProcessor(make_image_processor(), tokenizer)
+    once = tokenizer.backend_tokenizer.to_str()
+    SparseMoeVlmProcessor(make_image_processor(), tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == once
+
+
+# ------------------------------------------------------------------------------------------------ assistant masks
+
+
+@pytest.mark.parametrize("return_tensors", [None, "pt"])
+def test_assistant_masks_are_shifted_over_image_tokens(processor, return_tensors):
+    answers = [["The <image>, é!", "On it."], ["A <"], ["B"]]
+    first = [user(make_picture(0), "an <image>"), assistant(answers[0][0])]
+    batch = [
+        [*first, user(make_picture(1)), assistant(answers[0][1])],
+        [user("no picture"), assistant(answers[1][0])],
+        [user("x", make_picture(2), make_picture(3)), assistant(answers[2][0])],
+    ]
+    inputs = processor.apply_chat_template(
+        batch,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors=return_tensors,
+        processor_kwargs={"padding": True},
+    )
+    for row, expected in enumerate(answers):
+        ids, mask = torch.as_tensor(inputs["input_ids"][row]), torch.as_tensor(inputs["assistant_masks"][row])
+        assert len(ids) == len(mask)
+        expected_ids = [token for text in expected for token in [*plain_ids(processor, text), END]]
+        assert ids[mask.bool()].tolist() == expected_ids
+    assert not {"offset_mapping", "text_replacement_offsets"} & set(inputs)
+
+
+# ------------------------------------------------------------------------------------------------ decoding, saving
+
+
+def test_decoding_a_models_answer(processor):
+    model = make_speaking_model()
+    inputs = processor.apply_chat_template([user(make_picture(), "What?")], add_generation_prompt=True, **CHAT)
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    answer = output[:, inputs["input_ids"].shape[1] :]
+    text = processor.tokenizer.decode(answer[0], skip_special_tokens=True)
+    assert processor.decode(answer[0], skip_special_tokens=True) == text
+    assert processor.batch_decode(answer, skip_special_tokens=True) == [text]
+    assert processor.post_process_image_text_to_text(answer) == [text]
+
+
+@pytest.mark.parametrize("kind", ["none", "lowercase"])
+def test_save_and_load(tmp_path, kind):
+    processor = make_processor(normalizer=NORMALIZERS[kind])
+    processor.save_pretrained(tmp_path / "first")
+    reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path / "first")
+    reloaded.save_pretrained(tmp_path / "second")
+    again = SparseMoeVlmProcessor.from_pretrained(tmp_path / "second")
+
+    saved = json.loads((tmp_path / "first" / "processor_config.json").read_text())
+    assert saved["image_seq_length"] == IMAGE_SEQ_LENGTH
+    assert saved["auto_map"] == {"AutoProcessor": "processing_sparse_moe_vlm.SparseMoeVlmProcessor"}
+    assert (tmp_path / "first" / "chat_template.jinja").read_text() == processor.chat_template
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("first", "second")]
+    assert names[0] == names[1]
+
+    messages = [user(make_picture(), "an <image> in Text"), assistant("Yes <image>")]
+    expected = processor.apply_chat_template(messages, **CHAT)
+    for other in (reloaded, again):
+        assert other.chat_template == processor.chat_template
+        assert other.image_token_id == IMAGE
+        assert other.image_seq_length == IMAGE_SEQ_LENGTH
+        actual = other.apply_chat_template(messages, **CHAT)
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key])
+
+
+def test_options_changed_at_loading(tmp_path):
+    make_processor().save_pretrained(tmp_path)
+    reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path, image_seq_length=9)
+    assert (torch.tensor(reloaded(text="<image>", images=make_picture())["input_ids"]) == IMAGE).sum() == 9
