@@ -20,9 +20,12 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.utils import logging
 
 from .checks import check, check_boolean, check_choice, check_integer, check_layers, check_number, check_sequence
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
+
+logger = logging.get_logger(__name__)
 
 ROUTERS = ("softmax", "sigmoid", "top_p")
 
@@ -386,6 +389,12 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
                     "routed experts that serve it: lower it (`num_experts_per_tok` or "
                     "`num_experts_per_tok_by_modality`), or let a group serve more.",
                 )
+                if chosen == 1 < serving and self.norm_topk_prob:
+                    logger.warning_once(
+                        f"`num_experts_per_tok` is 1 for modality {modality!r} and `norm_topk_prob` is True: the only "
+                        "weight is always 1, so the router learns nothing from the language loss. Set "
+                        "`norm_topk_prob=False`."
+                    )
             num_routed.add(sum(group.num_experts for group in groups))
         check(
             self.num_experts in (None, max(num_routed)) or not sparse_layers,

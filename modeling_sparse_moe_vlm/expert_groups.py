@@ -149,4 +149,4 @@ def _complete(
     if group["layers"] is not None:
         check_layers(f"{field}.layers", group["layers"], num_hidden_layers)
     # Lists, and copies: a configuration is saved as JSON, and its lists are its own.
-    return {key: list(value) if isinstance(value, list | tuple) else value for key, value in group.items()}
+    return {key: list(group[key]) if isinstance(group[key], list | tuple) else group[key] for key in keys}

@@ -24,6 +24,7 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
+from .parallel import is_one_of_several_processes
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
 
 
@@ -197,8 +198,7 @@ def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
     Whether a group without tokens may be left out. Not in training, where its parameters must stay in the
     graph, nor among several processes, which gather sharded weights together.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return inputs.shape[0] == 0 and not module.training and not distributed
+    return inputs.shape[0] == 0 and not module.training and not is_one_of_several_processes()
 
 
 def _accept_sentinels(experts: SparseMoeVlmExperts) -> SparseMoeVlmExperts:

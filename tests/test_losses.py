@@ -1,0 +1,283 @@
+"""Router losses against literal loops over tokens and experts."""
+
+import math
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM
+from modeling_sparse_moe_vlm.losses import load_balancing_loss, router_losses, router_z_loss, share_of_batch
+from modeling_sparse_moe_vlm.routing import RoutingPlanner, groups_key
+from tests.conftest import make_config, make_inputs, make_model
+from tests.oracles import ARRANGEMENTS, route_token
+
+IDS = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+DEVICE = torch.device("cpu")
+
+
+def random_logits(config, ids: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
+    """Router logits of every sparse layer, minus infinity where an expert does not serve the token."""
+    generator = torch.Generator().manual_seed(seed)
+    routing = RoutingPlanner(config)(ids, DEVICE)
+    layers = []
+    for layer in range(config.num_hidden_layers):
+        groups = config.layer_expert_groups(layer, always_on=False)
+        if not groups:
+            continue
+        logits = 2 * torch.randn(ids.numel(), sum(group.num_experts for group in groups), generator=generator)
+        if routing is not None and groups_key(groups) in routing.served:
+            logits = logits.masked_fill(~routing.served[groups_key(groups)], -torch.inf)
+        layers.append(logits.requires_grad_())
+    return layers
+
+
+def as_numbers(losses) -> tuple[float, float]:
+    return losses.aux_loss.item(), losses.z_loss.item()
+
+
+def literal_losses(config, router_logits, ids, mask) -> tuple[float, float]:
+    """Both losses, token by token, in float64 and one modality and layer after the other."""
+    layers_aux, layers_z = [], []
+    for logits in router_logits:
+        aux, z = [], []
+        for modality_id, modality in enumerate(config.modalities):
+            tokens = [t for t in range(ids.numel()) if ids.flatten()[t] == modality_id and mask.flatten()[t] == 1]
+            if not tokens:
+                continue
+            serving = logits[tokens[0]].isfinite().nonzero().squeeze(1).tolist()
+            load, importance, squares = dict.fromkeys(serving, 0.0), dict.fromkeys(serving, 0.0), 0.0
+            for t in tokens:
+                scores = logits[t, serving].detach().double()
+                weights = route_token(
+                    scores, config.experts_per_token(modality), config.router, True, config.router_top_p
+                )
+                for expert in weights:
+                    load[serving[expert]] += 1 / len(tokens)
+                affinity = torch.sigmoid(scores) if config.router == "sigmoid" else torch.exp(scores)
+                for expert, value in zip(serving, affinity / affinity.sum(), strict=True):
+                    importance[expert] += value.item() / len(tokens)
+                squares += math.log(torch.exp(scores).sum()) ** 2 / len(tokens)
+            aux.append(len(serving) * sum(load[expert] * importance[expert] for expert in serving))
+            z.append(squares)
+        layers_aux.append(sum(aux) / len(aux))
+        layers_z.append(sum(z) / len(z))
+    return sum(layers_aux) / len(layers_aux), sum(layers_z) / len(layers_z)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_losses_are_the_literal_ones(name, masked):
+    config = make_config(**ARRANGEMENTS[name], num_hidden_layers=3, mlp_only_layers=[1]).text_config
+    logits = random_logits(config, IDS)
+    assert len(logits) == 2
+    losses = router_losses(config, logits, IDS, MASK if masked else None)
+    expected = literal_losses(config, logits, IDS, MASK if masked else torch.ones_like(MASK))
+    assert as_numbers(losses) == pytest.approx(expected, rel=1e-5)
+    (losses.aux_loss + losses.z_loss).backward()
+    for layer in logits:
+        assert layer.grad.isfinite().all()
+        assert (layer.grad[layer == -torch.inf] == 0).all()
+        assert (layer.grad != 0).any()
+        if masked:
+            assert (layer.grad[MASK.flatten() == 0] == 0).all()
+
+
+def test_groups_by_layer():
+    groups = [
+        {"name": "text", "num_experts": 2, "modalities": ["text"], "layers": [0]},
+        {"name": "image", "num_experts": 3, "modalities": ["image"], "layers": [0]},
+        {"name": "joint", "num_experts": 4, "layers": [1]},
+    ]
+    config = make_config(expert_groups=groups, num_experts=None).text_config
+    logits = random_logits(config, IDS)
+    assert [layer.shape[1] for layer in logits] == [5, 4]
+    losses = router_losses(config, logits, IDS, MASK)
+    assert as_numbers(losses) == pytest.approx(literal_losses(config, logits, IDS, MASK), rel=1e-5)
+
+
+def test_a_modality_that_collapses_is_not_hidden_by_another():
+    """A quarter of the tokens are image tokens, all sent to expert 0; text goes evenly to the others."""
+    config = make_config(expert_groups="joint", num_experts_per_tok=1, norm_topk_prob=False, num_hidden_layers=1)
+    config = config.text_config
+    ids = torch.tensor([[1, 0, 0, 0] * 6])
+    expert = torch.tensor([0, 1, 2, 3] * 6)
+    logits = torch.nn.functional.one_hot(expert, 4).float() * 20
+    probabilities = torch.softmax(logits, dim=-1)
+    pooled = load_balancing_loss(
+        router_probs=probabilities, index=expert[:, None], tokens=torch.ones(24), num_serving=4
+    )
+    assert pooled.item() == pytest.approx(1.0), "pooled, routing looks perfectly balanced"
+    # The image half has the worst value, 4, and the text half that of three experts in balance.
+    assert router_losses(config, [logits], ids).aux_loss.item() == pytest.approx((4 + 4 / 3) / 2, rel=1e-4)
+
+
+def test_absent_modality_does_not_count():
+    config = make_config(expert_groups="isolated", num_experts=6).text_config
+    ids = torch.zeros_like(IDS)
+    logits = random_logits(config, ids)
+    expected = literal_losses(config, logits, ids, torch.ones_like(ids))
+    for given in (ids, None):
+        assert as_numbers(router_losses(config, logits, given)) == pytest.approx(expected, rel=1e-5)
+    # A modality all of whose tokens are padding is absent, too.
+    ids = IDS.clone()
+    mask = (ids == 0).long()
+    logits = random_logits(config, ids)
+    expected = literal_losses(config, logits, ids, mask)
+    assert as_numbers(router_losses(config, logits, ids, mask)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_but_padding_costs_nothing():
+    config = make_config(**ARRANGEMENTS["many"]).text_config
+    losses = router_losses(config, random_logits(config, IDS), IDS, torch.zeros_like(IDS))
+    assert losses == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+def test_single_joint_layer_of_text_has_the_value_of_transformers(masked):
+    config = make_config(expert_groups="joint", num_hidden_layers=1).text_config
+    logits = random_logits(config, torch.zeros_like(IDS))
+    mask = MASK if masked else None
+    expected = load_balancing_loss_func(tuple(logits), config.num_experts, config.num_experts_per_tok, mask)
+    torch.testing.assert_close(router_losses(config, logits, None, mask).aux_loss, expected)
+
+
+def test_balance_has_the_value_k_and_collapse_more():
+    tokens = torch.ones(8)
+    even = torch.full((8, 4), 0.25)
+    index = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], dim=1)
+    balanced = load_balancing_loss(router_probs=even, index=index, tokens=tokens, num_serving=4)
+    assert balanced.item() == pytest.approx(2.0)
+    skewed = torch.tensor([[0.7, 0.2, 0.05, 0.05]]).expand(8, 4)
+    collapsed = load_balancing_loss(
+        router_probs=skewed, index=torch.tensor([[0, 1]]).expand(8, 2), tokens=tokens, num_serving=4
+    )
+    assert collapsed.item() == pytest.approx(4 * 0.9)
+
+
+def test_z_loss():
+    logits = torch.tensor([[0.0, math.log(3.0), -math.inf], [5.0, 5.0, 5.0], [1e3, -1e3, 0.0]])
+    loss = router_z_loss(router_logits=logits, tokens=torch.tensor([1.0, 0.0, 0.0]))
+    assert loss.item() == pytest.approx(math.log(4.0) ** 2)
+    loss = router_z_loss(router_logits=logits, tokens=torch.tensor([1.0, 1.0, 0.0]))
+    assert loss.item() == pytest.approx((math.log(4.0) ** 2 + (5 + math.log(3.0)) ** 2) / 2)
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_p"])
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_extreme_logits_give_finite_losses_and_gradients(router, offset):
+    config = make_config(expert_groups="isolated", router=router).text_config
+    logits = [(layer.detach() + offset).requires_grad_() for layer in random_logits(config, IDS)]
+    losses = router_losses(config, logits, IDS, MASK)
+    sum(losses).backward()
+    assert all(loss.isfinite() for loss in losses)
+    assert all(layer.grad.isfinite().all() for layer in logits)
+
+
+def test_low_precision_logits_are_computed_in_float32():
+    config = make_config(expert_groups="joint").text_config
+    logits = [layer.bfloat16() for layer in random_logits(config, IDS)]
+    losses = router_losses(config, logits, IDS, MASK)
+    assert losses == router_losses(config, [layer.float() for layer in logits], IDS, MASK)
+    assert losses.aux_loss.dtype == torch.float32
+
+
+# ---------------------------------------------------------------- in the model
+
+
+@pytest.mark.parametrize("name", ["hybrid", "isolated", "many-top_p"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_loss(name, side):
+    model = make_model(**ARRANGEMENTS[name], router_aux_loss_coef=0.5, router_z_loss_coef=0.1)
+    inputs = make_inputs()
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] == 1, -100)
+    pads = (4, 0) if side == "left" else (0, 4)
+    padded = {
+        key: value if key == "pixel_values" else torch.nn.functional.pad(value, pads, value=-100 * (key == "labels"))
+        for key, value in inputs.items()
+    }
+    if side == "left":  # a first label has no position that predicts it, unless padding stands before it
+        padded["labels"][:, 4] = -100
+    with torch.no_grad():
+        expected = model(**inputs, output_router_logits=True)
+        actual = model(**padded, output_router_logits=True)
+    for field in ("aux_loss", "z_loss", "loss"):
+        torch.testing.assert_close(actual[field], expected[field], rtol=1e-4, atol=1e-5)
+    coefficients = 0.5 * expected.aux_loss + 0.1 * expected.z_loss
+    assert coefficients > 0.1
+    with torch.no_grad():
+        language_loss = model(**inputs, output_router_logits=False).loss
+    torch.testing.assert_close(expected.loss, language_loss + coefficients)
+
+
+def test_cached_tokens_do_not_count_again():
+    """While decoding, the mask covers the cache, too; the losses are those of the new tokens."""
+    model = make_model(**ARRANGEMENTS["hybrid"])
+    inputs = make_inputs(images_per_row=0)
+    inputs["attention_mask"][0, :3] = 0
+    with torch.no_grad():
+        whole = model(**inputs, output_router_logits=True)
+        start = {key: value[:, :10] for key, value in inputs.items()}
+        cache = model(**start, use_cache=True).past_key_values
+        last = {key: value if key == "attention_mask" else value[:, 10:] for key, value in inputs.items()}
+        rest = model(**last, past_key_values=cache, output_router_logits=True)
+    logits = [layer.view(2, 14, -1)[:, 10:].flatten(0, 1) for layer in whole.router_logits]
+    expected = router_losses(model.config.text_config, logits, torch.zeros(2, 4, dtype=torch.long))
+    torch.testing.assert_close(rest.aux_loss, expected.aux_loss, rtol=1e-4, atol=1e-5)
+
+
+def make_decoder(**coefficients):
+    config = make_config(**ARRANGEMENTS["many"], **coefficients).text_config
+    torch.manual_seed(0)
+    return SparseMoeVlmForCausalLM(config)
+
+
+def losses_and_gradient(model, micro_batches, num_items):
+    """Summed loss of the micro-batches, and the gradient of the first router."""
+    model.zero_grad()
+    total = 0.0
+    for batch in micro_batches:
+        loss = model(**batch, output_router_logits=True, num_items_in_batch=num_items).loss
+        loss.backward()
+        total += loss.item()
+    return total, model.model.layers[0].mlp.gate.weight.grad.clone()
+
+
+def test_accumulated_loss_is_that_of_the_whole_batch():
+    """Language and z-loss, exactly, where micro-batches have as many tokens of each modality per target."""
+    model = make_decoder(router_aux_loss_coef=0.0, router_z_loss_coef=0.5)
+    ids = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 1, 0, 1, 0]] * 2)
+    input_ids = torch.randint(4, 99, ids.shape, generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[:, 3] = -100
+    batch = {"input_ids": input_ids, "mm_token_type_ids": ids, "labels": labels}
+    num_items = (labels[:, 1:] != -100).sum()
+    whole, whole_gradient = losses_and_gradient(model, [batch], num_items)
+    halves = [{key: value[half] for key, value in batch.items()} for half in (slice(0, 2), slice(2, 4))]
+    total, gradient = losses_and_gradient(model, halves, num_items)
+    assert total == pytest.approx(whole, rel=1e-5)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-4, atol=1e-6)
+    # Without the share, the z-loss would count once per micro-batch.
+    z_loss = model(**batch, output_router_logits=True).z_loss.item()
+    assert 0.5 * z_loss > 1e-2 * whole
+
+
+def test_accumulated_language_loss_with_uneven_micro_batches():
+    model = make_decoder(router_aux_loss_coef=0.0)
+    input_ids = torch.randint(4, 99, (3, 8), generator=torch.Generator().manual_seed(0))
+    labels = input_ids.clone()
+    labels[0, :5] = -100
+    batch = {"input_ids": input_ids, "labels": labels}
+    num_items = (labels[:, 1:] != -100).sum()
+    whole, _ = losses_and_gradient(model, [batch], num_items)
+    parts = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 1), slice(1, 3))]
+    total, _ = losses_and_gradient(model, parts, num_items)
+    assert total == pytest.approx(whole, rel=1e-5)
+
+
+def test_share_of_batch():
+    labels = torch.tensor([[5, 6, -100, 7], [5, -100, -100, -100]])
+    assert share_of_batch(labels, None) == 1.0
+    assert share_of_batch(labels, 8) == 2 / 8  # the first label of a row is no target
+    assert share_of_batch(labels, torch.tensor(4)) == 2 / 4
