@@ -1,0 +1,48 @@
+"""Tokenizer for models trained from scratch: byte-level BPE over the texts at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+PAD, IMAGE, START, END = "<pad>", "<image>", "<|im_start|>", "<|im_end|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """
+    Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2): no text is unknown.
+
+    Args:
+        texts (`Iterable[str]`):
+            What the tokenizer is trained on.
+        vocab_size (`int`, defaults to 1024):
+            Largest size of the vocabulary; at least 256 bytes, 4 special tokens.
+
+    Returns:
+        `PreTrainedTokenizerFast`: with the special tokens `<pad>`, `<image>`, `<|im_start|>` and `<|im_end|>` (ids 0 to
+        3), of which the last ends a turn.
+
+    Raises:
+        ValueError: If `vocab_size` does not even hold the bytes and special tokens.
+    """
+    special_tokens = [PAD, IMAGE, START, END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special_tokens):
+        raise ValueError(f"`vocab_size` must be at least {len(alphabet) + len(special_tokens)}, got {vocab_size}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[IMAGE, START],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

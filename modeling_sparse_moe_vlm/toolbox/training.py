@@ -1,0 +1,109 @@
+"""Training: from a recipe to a model, with Transformers' `Trainer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+    Trainer,
+)
+
+from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ..modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from ..processing_sparse_moe_vlm import SparseMoeVlmProcessor
+from .scenes import to_messages
+from .tokenizer import train_tokenizer
+
+
+class SparseMoeTrainer(Trainer):
+    """`Trainer` that also logs the router losses (`aux_loss`, `z_loss`), as means since the last log."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._router_losses: dict[str, list[torch.Tensor]] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            for name in ("aux_loss", "z_loss"):
+                if outputs.get(name) is not None:
+                    self._router_losses.setdefault(name, []).append(outputs[name].detach())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._router_losses.items():
+                logs[name] = round(torch.stack(values).mean().item(), 4)
+            self._router_losses.clear()
+        super().log(logs, *args, **kwargs)
+
+
+def conversations(dataset: Dataset) -> Dataset:
+    """
+    Rows of the built-in data as conversations, made when they are read.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Rows of [`~toolbox.scenes.scenes`] or [`~toolbox.emoji.emoji_questions`].
+
+    Returns:
+        `datasets.Dataset`: rows with `messages` and `images`.
+    """
+    return dataset.with_transform(_to_conversations)
+
+
+def _to_conversations(batch: dict[str, list]) -> dict[str, list]:
+    rows = [to_messages(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+    return {"messages": [row["messages"] for row in rows], "images": [row["images"] for row in rows]}
+
+
+def from_scratch(
+    config_file: str, texts: Dataset, vocab_size: int = 1024
+) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
+    """
+    A new model from a preset, with a tokenizer trained on the texts at hand.
+
+    Args:
+        config_file (`str`):
+            Model configuration, a JSON file. Vocabulary size and special tokens are those of the tokenizer.
+        texts (`datasets.Dataset`):
+            Rows with `question` and `answer`.
+        vocab_size (`int`, defaults to 1024):
+            Largest size of the vocabulary.
+
+    Returns:
+        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+    """
+    roles = "user\nassistant\n"  # so that the chat template's words are tokens, too
+    tokenizer = train_tokenizer(
+        (roles + f"{question}\n{answer}" for question, answer in zip(texts["question"], texts["answer"], strict=True)),
+        vocab_size,
+    )
+    raw = SparseMoeVlmConfig.from_json_file(config_file).to_dict()
+    raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
+    raw["text_config"] |= {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = SparseMoeVlmConfig.from_dict(raw)
+    model = SparseMoeVlmForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
+    )
+    size = config.vision_config.image_size
+    image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def from_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A trained model of any image-text-to-text class, with its processor."""
+    return AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)

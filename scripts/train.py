@@ -1,0 +1,159 @@
+"""
+Trains a model, evaluates it, draws what it does and saves it.
+
+    python scripts/train.py                                        # the main job: configuration/training/demo.yaml
+    python scripts/train.py --set training.max_steps=200           # with another value
+    python scripts/train.py --resume                               # goes on where an interrupted run stopped
+
+Writes to the output folder: the model (folder `model`), `answers.png`, `expert_load.png` and `metrics.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+from transformers import TrainingArguments, set_seed
+
+from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
+from modeling_sparse_moe_vlm.toolbox.recipes import load_recipe
+from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
+from modeling_sparse_moe_vlm.toolbox.routing_statistics import expert_load
+from modeling_sparse_moe_vlm.toolbox.scenes import BlindBaseline, blind_baseline, load_scenes
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_checkpoint, from_scratch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    training_arguments = TrainingArguments(
+        output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **recipe.training
+    )
+    set_seed(training_arguments.seed)
+
+    data = load_scenes(**recipe.data)
+    if recipe.model.endswith(".json"):
+        model, processor = from_scratch(str(ROOT / recipe.model), data["train"], **recipe.tokenizer)
+    else:
+        model, processor = from_checkpoint(recipe.model)
+    print(describe(model))
+
+    start = time.time()
+    trainer = SparseMoeTrainer(
+        model=model,
+        args=training_arguments,
+        data_collator=VisionLanguageCollator(processor),
+        train_dataset=conversations(data["train"]),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=arguments.resume or None)
+    metrics: dict = {"training_seconds": round(time.time() - start, 1)}
+
+    heldout = [split for split in ("test", "test_style") if split in data]
+    for split in heldout:
+        answers = generate_answers(model, processor, conversations(data[split]))
+        metrics[split] = score(data["train"], data[split], answers)
+        if split == "test":
+            test_answers = answers
+    print_scores(metrics, heldout)
+    print_examples(data["train"], data["test"], test_answers)
+
+    shown = random.Random(0).sample(range(len(data["test"])), k=min(12, len(data["test"])))
+    draw_answers([data["test"][i] for i in shown], [test_answers[i] for i in shown], output_dir / "answers.png")
+    rows = conversations(data["test"].select(range(min(256, len(data["test"])))))
+    batches = [
+        trainer.data_collator([rows[i] for i in range(j, min(j + 64, len(rows)))]) for j in range(0, len(rows), 64)
+    ]
+    draw_expert_load(expert_load(model.eval(), batches), output_dir / "expert_load.png")
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+
+    model_dir = output_dir / "model"
+    model.save_pretrained(model_dir)
+    processor.save_pretrained(model_dir)
+    write_model_card(
+        model_dir, template=ROOT / "model_card.md", config=model.config, metrics=metrics, recipe=Path(arguments.recipe)
+    )
+    print_how_to_load(model_dir, output_dir)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=str(ROOT / "configuration/training/demo.yaml"), help="YAML file")
+    parser.add_argument("--output-dir", default=str(ROOT / "outputs/demo"), help="where everything is written")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    return parser.parse_args()
+
+
+def describe(model) -> str:
+    config = model.config
+    active = ", ".join(
+        f"{config.num_active_parameters(modality):,} active per {modality} token"
+        for modality in config.text_config.modalities
+    )
+    return f"Model with {config.num_parameters():,} parameters ({active})."
+
+
+def score(train, test, answers: list[str]) -> dict[str, dict[str, float]]:
+    """Exact match in percent, by kind of question and overall, beside what the question alone gives away."""
+    scores = blind_baseline(train, test)
+    kinds = test["kind"]
+    for kind, row in scores.items():
+        chosen = [i for i in range(len(answers)) if kind in ("overall", kinds[i])]
+        references = test["answer"]
+        row["model"] = exact_match([answers[i] for i in chosen], [references[i] for i in chosen])
+    return scores
+
+
+def print_scores(metrics: dict, splits: list[str]) -> None:
+    titles = {"test": "held-out arrangements", "test_style": "held-out drawing style (never seen in training)"}
+    for split in splits:
+        print(f"\nExact match in percent, {titles[split]}:")
+        print(f"{'kind of question':<20}{'model':>8}{'blind':>8}{'most frequent answer':>22}")
+        for kind, row in sorted(metrics[split].items(), key=lambda item: item[0] == "overall"):
+            print(f"{kind:<20}{row['model']:>8.1f}{row['blind']:>8.1f}{row['most_frequent_answer']:>22.1f}")
+
+
+def print_examples(train, test, answers: list[str], count: int = 12) -> None:
+    blind = BlindBaseline(train)
+    print("\nQuestions from held-out arrangements (blind: the best guess from the question alone):")
+    print(f"{'question':<56}{'right answer':<28}{'model':<28}{'blind':<20}{'most frequent'}")
+    for i in range(min(count, len(test))):
+        row = test[i]
+        guess = blind.answer(row["question"], row["kind"])
+        print(
+            f"{row['question']:<56.55}{row['answer']:<28.27}{answers[i]:<28.27}{guess:<20.19}{blind.most_frequent:.19}"
+        )
+
+
+def print_how_to_load(model_dir: Path, output_dir: Path) -> None:
+    print(
+        f"""
+Wrote {output_dir / "answers.png"}, {output_dir / "expert_load.png"}, {output_dir / "metrics.json"} and the model.
+Ask it about a new picture:
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained("{model_dir}", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained("{model_dir}", trust_remote_code=True)
+    content = [{{"type": "image", "path": "PICTURE.png"}}, {{"type": "text", "text": "Can you see the cat?"}}]
+    inputs = processor.apply_chat_template(
+        [{{"role": "user", "content": content}}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=32)
+    print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+    )
+
+
+if __name__ == "__main__":
+    main()
