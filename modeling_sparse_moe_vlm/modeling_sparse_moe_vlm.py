@@ -5,17 +5,18 @@ images ──► vision tower ──► connector ──┐
 text ────► token embedding ─────────────┘
 """
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     AutoModel,
@@ -24,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForMultimodalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -33,40 +34,11 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextCo
 from .connector import SparseMoeVlmMultiModalProjector
 from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
 from .losses import router_losses, share_of_batch
+from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmModelOutputWithPast
 from .parallel import is_one_of_several_processes, plan_by_group
 from .routing import RoutingPlan, RoutingPlanner, SparseMoeVlmTopKRouter
 
-# ------------------------------------------------------------------------------------------------ outputs
-
-
-@dataclass
-class SparseMoeVlmModelOutputWithPast(MoeModelOutputWithPast):
-    """
-    Output of [`SparseMoeVlmModel`].
-
-    Args:
-        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
-            Image tokens of the batch, as the connector makes them.
-    """
-
-    image_hidden_states: torch.Tensor | None = None
-
-
-@dataclass
-class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
-    """
-    Output of the models with a language head.
-
-    Args:
-        z_loss (`torch.Tensor`, *optional*, returned with the router logits):
-            Router z-loss, scalar, beside the load-balancing `aux_loss`.
-        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
-            Image tokens of the batch, as the connector makes them.
-    """
-
-    z_loss: torch.Tensor | None = None
-    image_hidden_states: torch.Tensor | None = None
-
+logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------ decoder
 
@@ -133,6 +105,15 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, SparseMoeVlmTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As the library's, but never reentrant, which runs layers without autograd: router losses would not train."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            logger.warning_once(
+                "Reentrant checkpointing loses the router losses' gradient; `use_reentrant=False` is used."
+            )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
         """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""
@@ -211,8 +192,6 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -224,6 +203,9 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        # Made after the mask, because with a cache the library does not look for several sequences in a row.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         routing = self.routing_planner(mm_token_type_ids, inputs_embeds.device)
 

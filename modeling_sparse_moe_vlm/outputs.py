@@ -1,0 +1,37 @@
+"""Outputs of the models: the library's for mixtures of experts, with what this model adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+
+@dataclass
+class SparseMoeVlmModelOutputWithPast(MoeModelOutputWithPast):
+    """
+    Output of [`SparseMoeVlmModel`].
+
+    Args:
+        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
+            Image tokens of the batch, as the connector makes them.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """
+    Output of the models with a language head.
+
+    Args:
+        z_loss (`torch.Tensor`, *optional*, returned with the router logits):
+            Router z-loss, scalar, beside the load-balancing `aux_loss`.
+        image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
+            Image tokens of the batch, as the connector makes them.
+    """
+
+    z_loss: torch.Tensor | None = None
+    image_hidden_states: torch.Tensor | None = None
