@@ -43,7 +43,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
-    """Turns the pairs (x_i, x_{i+d/2}) by position · theta^(-2i/d) (RoFormer, arXiv 2104.09864, as Llama lays it out)."""
+    """Turns each pair (x_i, x_{i+d/2}) by position · theta^(-2i/d) (RoFormer, arXiv 2104.09864, in Llama's layout)."""
     half = len(x) // 2
     angle = position * theta ** (-torch.arange(half, dtype=x.dtype) * 2 / len(x))
     first, second = x[:half], x[half:]
