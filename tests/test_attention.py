@@ -123,8 +123,9 @@ def test_cached_tokens_attend_alike(implementation, hidden_states):
     torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_for_training_alone(hidden_states):
-    attention, config = make_attention(attention_dropout=0.5)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_dropout_is_for_training_alone(implementation, hidden_states):
+    attention, config = make_attention(implementation, attention_dropout=0.5)
     attention.eval()
     first, again = (attention(hidden_states, positions(config), causal_mask())[0] for _ in range(2))
     assert torch.equal(first, again)

@@ -151,6 +151,15 @@ def test_text_needs_no_image_expert_in_memory(name, implementation, hidden_state
     assert torch.equal(block(hidden_states, RoutingPlanner(config)(torch.zeros_like(MIXED), DEVICE)), expected)
 
 
+def test_no_group_is_left_out_among_several_processes(implementation, hidden_states, monkeypatch):
+    """They gather sharded weights together, also in evaluation."""
+    monkeypatch.setattr("modeling_sparse_moe_vlm.experts.is_one_of_several_processes", lambda: True)
+    block, config = make_block(implementation=implementation, **ARRANGEMENTS["many"])
+    block.eval()
+    block(hidden_states, RoutingPlanner(config)(None, DEVICE)).sum().backward()
+    assert all(gradient is not None for gradient in gradients(block).values())
+
+
 def test_no_token_at_all(implementation):
     block, config = make_block(implementation=implementation, **ARRANGEMENTS["many"])
     output = block(torch.zeros(1, 0, 32), RoutingPlanner(config)(torch.zeros(1, 0, dtype=torch.long), DEVICE))
