@@ -368,15 +368,12 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
-    def prepare_inputs_for_generation(self, input_ids, mm_token_type_ids=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
         """As the library's, with the modality ids of the tokens at hand in every release and decoding mode."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if mm_token_type_ids is not None:
-            tokens = (
-                model_inputs["input_ids"]
-                if model_inputs.get("input_ids") is not None
-                else model_inputs["inputs_embeds"]
-            )
+            prompt = model_inputs.get("inputs_embeds")
+            tokens = model_inputs["input_ids"] if prompt is None else prompt
             # Candidates of assisted decoding have no ids yet; what follows the prompt is text.
             num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
             mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
