@@ -40,9 +40,8 @@ def write_model_card(
         `huggingface_hub.ModelCard`
     """
     folder = Path(folder)
-    results = [
-        {"name": name} | metrics[split]["overall"] for split, name in SPLIT_NAMES.items() if split in (metrics or {})
-    ]
+    metrics = metrics or {}
+    results = [{"name": name} | metrics[split]["overall"] for split, name in SPLIT_NAMES.items() if split in metrics]
     card_data = ModelCardData(
         model_name=folder.name,
         license="apache-2.0",
