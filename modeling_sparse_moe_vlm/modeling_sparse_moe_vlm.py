@@ -258,11 +258,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         # A processor called with an empty list of pictures yields an empty tensor.
         if pixel_values.numel() == 0:
             return BaseModelOutputWithPooling(pooler_output=[])
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.last_hidden_state  # (num_images, prefix + patches, width)
-        # Class and register tokens, where the tower has them, come first.
-        num_patches = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
-        features = self.multi_modal_projector(features[:, features.shape[1] - num_patches :])
+        outputs, features = self._encode_images(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(features),
@@ -270,11 +266,19 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
+        """The vision tower's output and the image tokens `(num_images, image_seq_length, hidden_size)`."""
+        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        features = outputs.last_hidden_state  # (num_images, prefix + patches, width)
+        # Class and register tokens, where the tower has them, come first.
+        num_patches = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+        return outputs, self.multi_modal_projector(features[:, features.shape[1] - num_patches :])
+
     def _blank_image_features(self) -> torch.Tensor:
         config = self.config.vision_config
         shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
         blank = torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return torch.cat(self.get_image_features(blank, return_dict=True).pooler_output)
+        return self._encode_images(blank)[1]
 
     def get_mm_token_type_ids(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
@@ -321,16 +325,17 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
-        features = list(image_outputs.pooler_output) if image_outputs is not None else []
         if mm_token_type_ids is None:
             mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds)
 
-        image_features = None
-        if features:
-            image_features = torch.cat(features).to(inputs_embeds.device, inputs_embeds.dtype)
+        image_features = None  # (num_image_tokens, hidden_size)
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None and pixel_values.numel() > 0:
+            image_features = self._encode_images(pixel_values)[1].flatten(0, 1)
+        elif encoded is not None and len(encoded.pooler_output) > 0:
+            image_features = torch.cat(list(encoded.pooler_output))
+        if image_features is not None:
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = (mm_token_type_ids == 1).to(inputs_embeds.device)
             num_image_tokens = is_image.sum()
             torch_compilable_check(

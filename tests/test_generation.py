@@ -221,7 +221,10 @@ def test_quantised_cache(plain_model, backend):
         pytest.skip(f"{backend} is not installed")
     inputs = make_mixed_inputs()
     output = new_tokens(
-        plain_model, inputs, cache_implementation="quantized", cache_config={"backend": backend, "nbits": 4}
+        plain_model,
+        inputs,
+        cache_implementation="quantized",
+        cache_config={"backend": backend, "nbits": 4, "q_group_size": 32},
     )
     assert output.shape == (4, NEW)
 

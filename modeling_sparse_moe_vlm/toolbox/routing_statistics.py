@@ -45,5 +45,5 @@ def expert_load(
 def _count(config, logits: torch.Tensor, modality: str) -> torch.Tensor:
     """Number of slots per expert, `(num_experts,)`."""
     num_experts = logits.shape[1]
-    _, index = route(logits, top_k=config.top_k(modality), router=config.router, top_p=config.router_top_p)
+    _, index = route(logits, top_k=config.experts_per_token(modality), router=config.router, top_p=config.router_top_p)
     return torch.bincount(index.flatten(), minlength=num_experts + 1)[:num_experts].float().cpu()

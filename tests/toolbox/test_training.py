@@ -1,0 +1,119 @@
+"""From a preset and built-in data to a trained, evaluated, saved model, in small."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, TrainingArguments
+
+from modeling_sparse_moe_vlm.toolbox.collator import IGNORE_INDEX, VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
+from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
+from modeling_sparse_moe_vlm.toolbox.routing_statistics import expert_load
+from modeling_sparse_moe_vlm.toolbox.scenes import scenes, to_messages
+from modeling_sparse_moe_vlm.toolbox.tokenizer import train_tokenizer
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_scratch
+
+PRESET = "configuration/models/tiny.json"
+
+
+@pytest.fixture(scope="module")
+def data():
+    return scenes("train", 66, cell_size=16)
+
+
+@pytest.fixture
+def fresh(data):
+    torch.manual_seed(0)
+    return from_scratch(PRESET, data, vocab_size=400)
+
+
+def test_tokenizer_loses_no_text():
+    tokenizer = train_tokenizer(["What is left of the cat?"], vocab_size=300)
+    text = "Żółć, 🐈 and <unknown> words\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<image>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="must be at least 260"):
+        train_tokenizer(["x"], vocab_size=100)
+
+
+def test_collator_targets_are_the_answers(data, fresh):
+    _, processor = fresh
+    rows = [to_messages(data[i]) for i in range(4)]
+    batch = VisionLanguageCollator(processor)(rows)
+    for i, labels in enumerate(batch["labels"]):
+        target = processor.decode(labels[labels != IGNORE_INDEX])
+        assert target == data[i]["answer"] + "<|im_end|>"
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+    with pytest.raises(ValueError, match="no assistant turn"):
+        VisionLanguageCollator(processor)([{"messages": rows[0]["messages"][:1], "images": rows[0]["images"]}])
+    with pytest.raises(ValueError, match="more than `max_length`"):
+        VisionLanguageCollator(processor, max_length=5)(rows)
+
+
+def test_training_lowers_the_loss_and_logs_router_losses(tmp_path, data, fresh):
+    model, processor = fresh
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=11,
+        learning_rate=3e-3,
+        logging_steps=4,
+        save_strategy="no",
+        remove_unused_columns=False,
+        report_to="none",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+    trainer = SparseMoeTrainer(
+        model=model,
+        args=arguments,
+        data_collator=VisionLanguageCollator(processor),
+        train_dataset=conversations(data),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert all(entry["aux_loss"] > 0 for entry in logs)
+
+
+def test_answers_and_load_and_pictures(tmp_path, data, fresh):
+    model, processor = fresh
+    rows = conversations(data.select(range(6)))
+    answers = generate_answers(model, processor, rows, batch_size=4, max_new_tokens=3)
+    alone = [generate_answers(model, processor, [rows[i]], max_new_tokens=3)[0] for i in range(6)]
+    assert answers == alone
+    load = expert_load(model.eval(), [VisionLanguageCollator(processor)([rows[i] for i in range(6)])])
+    assert set(load) == {"text", "image"}
+    for shares in load.values():
+        torch.testing.assert_close(shares.sum(dim=1), torch.ones(4))
+    draw_answers([data[i] for i in range(6)], answers, tmp_path / "answers.png")
+    draw_expert_load(load, tmp_path / "load.png")
+    assert (tmp_path / "answers.png").stat().st_size > 5000
+    assert (tmp_path / "load.png").stat().st_size > 5000
+
+
+def test_exact_match():
+    assert exact_match(["Cat.", " dog", "3"], ["cat", "dog", "2"]) == pytest.approx(200 / 3)
+    with pytest.raises(ValueError, match="1 predictions for 2"):
+        exact_match(["a"], ["a", "b"])
+
+
+def test_model_card_says_what_was_measured(tmp_path, fresh):
+    model, processor = fresh
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    metrics = {"test": {"overall": {"model": 12.34, "blind": 5.0, "most_frequent_answer": 4.0}}}
+    write_model_card(tmp_path, template="model_card.md", config=model.config, metrics=metrics)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert [result.metric_value for result in card.data.eval_results] == [12.3]
+    assert "| Emoji scenes, held-out arrangements | 12.3 | 5.0 | 4.0 |" in card.text
+    write_model_card(tmp_path, template="model_card.md", config=model.config)
+    unmeasured = ModelCard.load(tmp_path / "README.md")
+    assert not unmeasured.data.eval_results
+    assert "Nothing was measured" in unmeasured.text
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"]
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters() == model.config.num_parameters()
