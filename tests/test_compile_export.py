@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
 from tests.conftest import TEXT_CONFIG, make_inputs, make_model
@@ -68,7 +70,9 @@ def test_forward_compiled_by_inductor(text_config):
 
 
 def test_compiled_training_step(text_config):
-    model = make(text_config | {"router_aux_loss_coef": 0.1}).train()
+    # In older releases the CPU's stand-in for grouped products does not compile backwards.
+    experts = "grouped_mm" if Version(transformers.__version__) >= Version("5.23") else "batched_mm"
+    model = make(text_config | {"router_aux_loss_coef": 0.1}, experts).train()
     compiled = copy.deepcopy(model)
     inputs = make_inputs()
     losses = []
@@ -87,7 +91,10 @@ def test_compiled_forward_checks_the_number_of_image_tokens():
     inputs = make_inputs()
     inputs["input_ids"][0, 2] = 50
     inputs.pop("mm_token_type_ids")
-    with pytest.raises((ValueError, RuntimeError), match=r"Image features and image tokens|Runtime assertion failed"):
+    with (
+        torch.no_grad(),
+        pytest.raises((ValueError, RuntimeError), match=r"Image features and image tokens|Runtime assertion failed"),
+    ):
         torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs)
 
 
