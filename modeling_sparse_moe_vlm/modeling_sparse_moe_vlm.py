@@ -30,6 +30,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
+from .checkpoint import convert_from_disk
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
@@ -114,6 +115,10 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             )
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
+        return super().load_state_dict(convert_from_disk(self, state_dict), *args, **kwargs)
 
     def save_pretrained(self, *args, **kwargs):
         """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""

@@ -36,6 +36,7 @@ from modeling_sparse_moe_vlm import (
 )
 from tests.conftest import TEXT_CONFIG, make_config, make_inputs, make_model
 from tests.fixtures import make_picture, make_processor, make_speaking_model
+from tests.test_modeling import TOWERS
 
 OTHER_GROUPS = [
     {"name": "words", "num_experts": 2, "modalities": ["text"]},
@@ -155,6 +156,35 @@ def test_sharded_checkpoints(kind, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert_same_weights(model, SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("tower", ["siglip", "dinov2", "vit"])
+def test_states_read_from_disk_load_without_conversion(kind, tower, tmp_path):
+    """What `Trainer` does to resume: it reads the file and calls `load_state_dict`. In-memory states load as ever."""
+    config = make_config(vision_config=TOWERS[tower], **MODELS[kind])
+    model = SparseMoeVlmForConditionalGeneration(config)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+
+    other = SparseMoeVlmForConditionalGeneration(config)
+    result = other.load_state_dict(tensors_on_disk(tmp_path / "whole"), strict=False)
+    assert (set(result.missing_keys), result.unexpected_keys) == (tied, [])
+    assert_same_weights(model, other)
+    other = SparseMoeVlmForConditionalGeneration(config)
+    for shard in (tmp_path / "shards").glob("*.safetensors"):
+        assert not other.load_state_dict(load_file(shard), strict=False).unexpected_keys
+    assert_same_weights(model, other)
+    other = SparseMoeVlmForConditionalGeneration(config)
+    assert not other.load_state_dict(model.state_dict()).missing_keys
+    assert_same_weights(model, other)
+
+    lacking = tensors_on_disk(tmp_path / "whole")
+    lost = next(name for name in lacking if "experts" in name and name.endswith("1.up_proj.weight"))
+    del lacking[lost]
+    missing = other.load_state_dict(lacking, strict=False).missing_keys
+    assert set(missing) == {lost.replace("1.up_proj.weight", "gate_up_proj")} | tied
 
 
 def test_tied_embeddings_are_saved_once(tmp_path):

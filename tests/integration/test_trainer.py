@@ -1,0 +1,278 @@
+"""Training with `Trainer`: accumulation, checkpointing and data parallelism change nothing but the schedule."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from tests.conftest import make_inputs, make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Rows of unequal length, every other one with a picture; the first half of a row is no target."""
+    rows = []
+    for seed in range(number):
+        inputs = make_inputs(seed=seed, batch_size=1, length=9 + seed, images_per_row=seed % 2)
+        row = {key: value[0] for key, value in inputs.items() if key != "pixel_values"}
+        row["labels"] = row["input_ids"].clone()
+        row["labels"][: 7 + seed // 3] = -100
+        if "pixel_values" in inputs:
+            row["pixel_values"] = inputs["pixel_values"]
+        rows.append(row)
+    return rows
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pads on the right."""
+    batch = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=padding)
+        for key, padding in {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}.items()
+    }
+    pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
+    return batch | ({"pixel_values": torch.cat(pictures)} if pictures else {})
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def train(model, tmp_path, rows=None, **arguments) -> tuple[Trainer, Gradients]:
+    gradients = Gradients()
+    defaults = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_steps": 1,
+        "max_grad_norm": 0.0,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 8,
+    }
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**defaults | arguments),
+        train_dataset=make_rows() if rows is None else rows,
+        data_collator=collate,
+        callbacks=[gradients],
+    )
+    trainer.train()
+    return trainer, gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_accumulation_changes_no_gradient(arrangement, tmp_path, checkpointing):
+    """One batch of 8 rows, and 4 of 2 rows with unequal numbers of targets, padding and pictures."""
+    steps = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        model = make_model(expert_groups=arrangement)
+        _, gradients = train(
+            model,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=checkpointing and accumulation > 1,
+        )
+        assert len(gradients.steps) == 1
+        steps += gradients.steps
+    assert steps[0].keys() == steps[1].keys()
+    for name, gradient in steps[0].items():
+        torch.testing.assert_close(steps[1][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_router_losses_add_up_over_micro_batches(arrangement):
+    """Equal micro-batches must give what one of them gives, not four times its router losses."""
+    coefficients = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "output_router_logits": True}
+    model = make_model(expert_groups=arrangement, **coefficients).train()
+    batch = collate(make_rows(4))
+    num_targets = int((batch["labels"][:, 1:] != -100).sum())
+    gradients, losses = [], []
+    for times in (1, 4):
+        model.zero_grad()
+        total = 0.0
+        for _ in range(times):
+            loss = model(**batch, num_items_in_batch=torch.tensor(times * num_targets)).loss
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
+    # And they do count: without them the loss is another one.
+    model.config.text_config.output_router_logits = False
+    assert abs(model(**batch, num_items_in_batch=num_targets).loss.item() - losses[0]) > 0.1
+
+
+def test_training_resumes_and_reloads(tmp_path):
+    rows, folder = make_rows(), tmp_path / "whole"
+    kept = {"per_device_train_batch_size": 4, "learning_rate": 5e-3, "save_strategy": "steps", "save_steps": 10}
+    whole, gradients = train(make_model(), folder, rows, max_steps=20, logging_steps=5, **kept)
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+
+    # Another model stands at the start, so whatever is not read stays wrong.
+    resumed = Gradients()
+    trainer = Trainer(
+        model=make_model(seed=5), args=whole.args, train_dataset=rows, data_collator=collate, callbacks=[resumed]
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+    assert len(resumed.steps) == 10
+    for name, gradient in gradients.steps[10].items():
+        torch.testing.assert_close(resumed.steps[0][name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+    reloaded = SparseMoeVlmForConditionalGeneration.from_pretrained(folder / "checkpoint-20")
+    for name, parameter in reloaded.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name)), name
+
+
+def test_going_back_to_the_best_model(tmp_path):
+    rows = make_rows()
+    trainer = Trainer(
+        model=make_model(),
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            max_steps=4,
+            learning_rate=5e-3,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            greater_is_better=True,  # so that the best model is not the last one
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=collate,
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > losses[-1] + 0.1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-4)
+
+
+def test_evaluation_and_prediction(tmp_path):
+    model = make_model()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_eval_batch_size=8,
+        ),
+        eval_dataset=make_rows(),
+        data_collator=collate,
+    )
+    batch = collate(make_rows())
+    with torch.no_grad():
+        expected = model(**batch)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
+    output = trainer.predict(make_rows(), ignore_keys=["past_key_values", "image_hidden_states"])
+    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), expected.logits, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+DISTRIBUTED = """
+import os, sys, tempfile
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+from tests.conftest import make_model
+from tests.integration.test_trainer import collate, make_rows
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+rows = make_rows()
+pictures, texts = rows[1::2], rows[::2]
+mine = collate(pictures if rank == 0 else texts)
+assert ("pixel_values" in mine) == (rank == 0)
+whole = collate(pictures + texts)
+num_targets = int((whole["labels"][:, 1:] != -100).sum())
+
+for experts in ("eager", "grouped_mm", "batched_mm"):
+    for arrangement in ("hybrid", "joint", "isolated"):
+        # Not one parameter may be left out: with `find_unused_parameters` off, the ranks would wait for one another.
+        model = make_model(expert_groups=arrangement).train()
+        model.set_experts_implementation(experts)
+        parallel = DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            parallel(**mine, num_items_in_batch=num_targets).loss.backward()
+        shared = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        model(**whole, num_items_in_batch=num_targets).loss.backward()
+        for name, parameter in model.named_parameters():
+            # Data parallelism averages over the processes.
+            torch.testing.assert_close(2 * shared[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+trainer = Trainer(
+    model=make_model(),
+    args=TrainingArguments(
+        output_dir=sys.argv[1],
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        ddp_find_unused_parameters=False,
+        save_strategy="no",
+    ),
+    # Batches alternate between the ranks: those of one rank hold no picture.
+    train_dataset=[*pictures[:2], *texts[:2], *pictures[2:], *texts[2:]],
+    data_collator=collate,
+)
+trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
+trainer.train()
+weights = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+gathered = [torch.zeros_like(weights) for _ in range(2)]
+dist.all_gather(gathered, weights)
+assert torch.equal(*gathered)
+print(f"rank {rank} is done")
+dist.destroy_process_group()
+"""
+
+
+def test_data_parallelism_with_a_rank_without_pictures(tmp_path):
+    """Two processes: no hang, and the gradients of one process."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("is done") == 2
