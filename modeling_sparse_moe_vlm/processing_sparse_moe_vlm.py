@@ -237,20 +237,16 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
 def _check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
     """Raises `ValueError` unless there are as many pictures as image tokens, in every text if nested by text."""
+    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images passed"
     if any(isinstance(row, list) for row in images):
         if len(images) != len(num_tokens):
-            raise ValueError(f"`images` holds pictures for {len(images)} texts, but `text` has {len(num_tokens)}.")
+            raise ValueError(f"{rule}: `images` is for {len(images)} texts, but `text` has {len(num_tokens)}.")
         for row, (pictures, number) in enumerate(zip(images, num_tokens, strict=True)):
             num_pictures = len(pictures) if isinstance(pictures, list) else 1
             if num_pictures != number:
-                raise ValueError(
-                    f"text[{row}] has {number} {image_token} tokens, but {num_pictures} images were passed for it."
-                )
+                raise ValueError(f"{rule}: text[{row}] has {number} tokens, but {num_pictures} images.")
     elif len(images) != sum(num_tokens):
-        raise ValueError(
-            f"the text has {sum(num_tokens)} {image_token} tokens, but {len(images)} images were passed: every picture "
-            "needs one."
-        )
+        raise ValueError(f"{rule}: there are {sum(num_tokens)} tokens, but {len(images)} images.")
 
 
 def _tell_from_text(tokenizer, image_token: str) -> bool:

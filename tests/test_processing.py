@@ -155,26 +155,26 @@ def test_number_of_tokens_for_engines(processor):
 @pytest.mark.parametrize(
     ("text", "num_images", "message"),
     [
-        ("<image>", 2, "1 <image> tokens, but 2 images"),
-        ("<image><image>", 1, "2 <image> tokens, but 1 images"),
-        ("<image>", 0, "1 <image> tokens, but 0 images"),
-        ("none", 1, "0 <image> tokens, but 1 images"),
-        (["<image>", "a"], 2, "1 <image> tokens, but 2 images"),
+        ("<image>", 2, "1 tokens, but 2 images"),
+        ("<image><image>", 1, "2 tokens, but 1 images"),
+        ("<image>", 0, "1 tokens, but 0 images"),
+        ("none", 1, "0 tokens, but 1 images"),
+        (["<image>", "a"], 2, "1 tokens, but 2 images"),
     ],
 )
 def test_numbers_that_disagree(processor, text, num_images, message):
     pictures = [make_picture(i) for i in range(num_images)] or None
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"the number of <image> tokens in the prompts should be .*{message}"):
         processor(text=text, images=pictures)
 
 
 def test_numbers_that_disagree_within_a_row_though_the_sums_agree(processor):
     a, b, c = (make_picture(i) for i in range(3))
-    with pytest.raises(ValueError, match=r"text\[0\] has 1 <image> tokens, but 2 images were passed for it"):
+    with pytest.raises(ValueError, match=r"text\[0\] has 1 tokens, but 2 images"):
         processor(text=["<image>", "<image><image>"], images=[[a, b], [c]])
-    with pytest.raises(ValueError, match="pictures for 2 texts, but `text` has 1"):
+    with pytest.raises(ValueError, match="`images` is for 2 texts, but `text` has 1"):
         processor(text="<image><image>", images=[[a], [b]])
-    with pytest.raises(ValueError, match=r"text\[1\] has 1 <image> tokens, but 0 images"):
+    with pytest.raises(ValueError, match=r"text\[1\] has 1 tokens, but 0 images"):
         processor.apply_chat_template([[user(a)], [{"role": "user", "content": [{"type": "image"}]}]], **CHAT)
 
 
