@@ -55,6 +55,9 @@ _FLAGS = (
     "output_router_logits",
 )
 
+# Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
+_NOT_PREDICTIONS = ["past_key_values", "router_logits", "aux_loss", "z_loss", "image_hidden_states"]
+
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
 _MODEL_FILE = "modeling_sparse_moe_vlm"
@@ -163,7 +166,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
 
     model_type = "sparse_moe_vlm_text"
     base_config_key = "text_config"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = _NOT_PREDICTIONS
 
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -450,6 +453,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     """
 
     model_type = "sparse_moe_vlm"
+    keys_to_ignore_at_inference = _NOT_PREDICTIONS
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,

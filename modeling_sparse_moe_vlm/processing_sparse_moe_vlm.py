@@ -121,9 +121,12 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         """Loads and checks the pictures, and makes lists of single inputs.
 
         Raises:
-            ValueError: For empty texts, for a picture that cannot be read or is absurdly large, and for a number of
-                pictures that differs from that of the placeholders. The message names the text or picture.
+            ValueError: For videos and audio, for empty texts, for a picture that cannot be read or is absurdly large,
+                and for a number of pictures that differs from that of the placeholders. The message names the text or
+                picture.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("the processor takes pictures and texts, neither `videos` nor `audio`.")
         rows = None
         if text is not None:
             rows = [text] if isinstance(text, str) else list(text)
@@ -139,7 +142,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             _check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
         if images is not None:
             images = [image for row in images for image in (row if isinstance(row, list) else [row])] or None
-        return super().prepare_inputs_layout(images=images, text=rows, videos=videos, audio=audio, **kwargs)
+        return super().prepare_inputs_layout(images=images, text=rows, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length

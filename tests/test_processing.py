@@ -184,6 +184,12 @@ def test_empty_and_wrong_texts(processor, text):
         processor(text=text)
 
 
+@pytest.mark.parametrize("kind", ["videos", "audio"])
+def test_other_modalities_are_refused(processor, kind):
+    with pytest.raises(ValueError, match="neither `videos` nor `audio`"):
+        processor(text="a", **{kind: [np.zeros((4, 8, 8, 3))]})
+
+
 def test_nothing_at_all(processor):
     with pytest.raises(ValueError, match="at least one input"):
         processor()

@@ -169,8 +169,11 @@ def test_going_back_to_the_best_model(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-4)
 
 
-def test_evaluation_and_prediction(tmp_path):
-    model = make_model()
+@pytest.mark.parametrize("output_router_logits", [False, True])
+def test_evaluation_and_prediction(tmp_path, output_router_logits):
+    """Predictions are the logits alone, also where the model returns router losses and pictures of unequal number."""
+    model = make_model(output_router_logits=output_router_logits)
+    predictions = []
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -179,18 +182,24 @@ def test_evaluation_and_prediction(tmp_path):
             remove_unused_columns=False,
             report_to="none",
             disable_tqdm=True,
-            per_device_eval_batch_size=8,
+            per_device_eval_batch_size=5,
         ),
         eval_dataset=make_rows(),
         data_collator=collate,
+        compute_metrics=lambda prediction: predictions.append(prediction) or {"seen": 1.0},
     )
-    batch = collate(make_rows())
-    with torch.no_grad():
-        expected = model(**batch)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.loss.item(), rel=1e-4)
-    output = trainer.predict(make_rows(), ignore_keys=["past_key_values", "image_hidden_states"])
-    predictions = output.predictions[0] if isinstance(output.predictions, tuple) else output.predictions
-    torch.testing.assert_close(torch.from_numpy(predictions), expected.logits, atol=1e-4, rtol=1e-4)
+    metrics = trainer.evaluate()
+    rows, batches, expected = make_rows(), [], 0.0
+    for batch in (collate(rows[:5]), collate(rows[5:])):
+        with torch.no_grad():
+            outputs = model(**batch)
+        batches.append(outputs.logits)
+        expected += outputs.loss.item() * len(outputs.logits) / len(rows)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    logits = torch.from_numpy(predictions[0].predictions)
+    assert logits.shape == (8, 16, 99)
+    torch.testing.assert_close(logits[:5, : batches[0].shape[1]], batches[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits[5:], batches[1], atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ several processes

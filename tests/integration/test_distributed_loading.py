@@ -1,0 +1,62 @@
+"""Tensor, expert and fully sharded parallelism over two processes, through the plans of the configuration."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.conftest import make_model
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from tests.conftest import make_inputs
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+for arrangement in ("joint", "hybrid", "isolated"):
+    folder = f"{sys.argv[1]}/{arrangement}"
+    whole = SparseMoeVlmForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = whole(**make_inputs()).logits
+    for sizes in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}):
+        sharded = SparseMoeVlmForConditionalGeneration.from_pretrained(
+            folder, distributed_config=DistributedConfig(**sizes)
+        ).eval()
+        with torch.no_grad():
+            logits = sharded(**make_inputs()).logits
+        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=f"{arrangement} {sizes}")
+        # Every process holds half of every expert stack.
+        for name, parameter in sharded.named_parameters():
+            if ".experts." in name and "shared" not in name:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                assert 2 * local.numel() == whole.get_parameter(name).numel(), (arrangement, sizes, name)
+print(f"rank {dist.get_rank()} is done")
+dist.destroy_process_group()
+"""
+
+
+def test_every_plan_gives_what_one_process_gives(tmp_path):
+    for arrangement in ("joint", "hybrid", "isolated"):
+        make_model(expert_groups=arrangement, vocab_size=100).save_pretrained(tmp_path / arrangement)
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("is done") == 2
