@@ -185,7 +185,7 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
 
 
 def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    return tensor if rows is None else tensor[rows]
+    return tensor if rows is None else tensor.index_select(0, rows)
 
 
 def _add(output: torch.Tensor, addend: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

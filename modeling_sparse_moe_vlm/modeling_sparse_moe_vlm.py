@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -35,6 +35,7 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextCo
 from .connector import SparseMoeVlmMultiModalProjector
 from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
 from .losses import router_losses, share_of_batch
+from .normalization import SparseMoeVlmRMSNorm
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmModelOutputWithPast
 from .parallel import is_one_of_several_processes, plan_by_group
 from .routing import RoutingPlan, RoutingPlanner, SparseMoeVlmTopKRouter
@@ -56,8 +57,8 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
             self.mlp = SparseMoeVlmSparseMoeBlock(config, layer_idx)
         else:
             self.mlp = SparseMoeVlmMLP(config, config.intermediate_size)
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -151,7 +152,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.layers = nn.ModuleList(
             [SparseMoeVlmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.routing_planner = RoutingPlanner(config)
         self.gradient_checkpointing = False

@@ -90,18 +90,19 @@ class RoutingPlanner:
         if not restricted and self.num_slots is None:
             return None
 
-        all_text = mm_token_type_ids is None
-        if mm_token_type_ids is None:
-            ids = torch.zeros(1, dtype=torch.long, device=device)
-        else:
+        ids = torch.zeros(1, dtype=torch.long, device=device)
+        if mm_token_type_ids is not None:
             ids = mm_token_type_ids.reshape(-1).to(device)
         # Here, and only here, a forward pass waits for the device: once for all layers, and not where it is traced.
-        may_wait = not all_text and not is_tracing(ids)
-        if may_wait and not ((ids >= 0) & (ids < len(self.modalities))).all():
+        may_wait = mm_token_type_ids is not None and not is_tracing(ids)
+        all_text = mm_token_type_ids is None or (may_wait and not ids.any())
+        if may_wait and not all_text and not ((ids >= 0) & (ids < len(self.modalities))).all():
             raise ValueError(
                 f"`mm_token_type_ids` must lie between 0 and {len(self.modalities) - 1}, the positions in the "
                 f"configuration's `modalities` {self.modalities}, got {ids.unique().tolist()}."
             )
+        if all_text:
+            ids = ids[:1]  # what holds for one text token holds for all
         masks: dict[tuple[int, ...] | None, torch.Tensor] = {
             modality_ids: _is_any_of(ids, modality_ids) for modality_ids in restricted
         }
