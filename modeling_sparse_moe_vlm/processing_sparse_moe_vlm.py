@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import AddedToken, image_utils
@@ -129,7 +130,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             raise ValueError("the processor takes pictures and texts, neither `videos` nor `audio`.")
         rows = None
         if text is not None:
-            rows = [text] if isinstance(text, str) else list(text)
+            rows = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else [text]
             for position, row in enumerate(rows):
                 if not isinstance(row, str) or not row:
                     raise ValueError(f"`text` must be non-empty strings, but text[{position}] is {row!r}.")
