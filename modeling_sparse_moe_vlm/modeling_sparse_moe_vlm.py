@@ -356,7 +356,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         elif self.training and torch.is_grad_enabled() and is_one_of_several_processes():
             # The other processes may have pictures, and all must run the same modules: data parallelism waits for the
             # gradient of every parameter, and sharded weights are gathered together.
-            inputs_embeds = inputs_embeds + 0.0 * self._blank_image_features().sum().to(inputs_embeds.device)
+            inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -544,8 +544,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         """
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
-        if mm_token_type_ids is None and input_ids is not None:
-            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids)
+        if mm_token_type_ids is None and (input_ids is None) != (inputs_embeds is None):
+            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -208,6 +208,20 @@ def test_embeddings_equal_ids_and_derived_modalities_equal_given_ones(arrangemen
         assert_rows_close(real_logits(model, embeds), expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("form", ["input_ids", "inputs_embeds"])
+def test_router_losses_know_derived_modalities(arrangement, form):
+    model, inputs = make_model(expert_groups=arrangement), make_mixed_inputs()
+    flags = {"output_router_logits": True, "labels": inputs["input_ids"]}
+    with torch.no_grad():
+        expected = model(**inputs, **flags)
+        given = {key: value for key, value in inputs.items() if key != "mm_token_type_ids"}
+        if form == "inputs_embeds":
+            given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+        actual = model(**given, **flags)
+    for key in ("loss", "aux_loss", "z_loss"):
+        torch.testing.assert_close(actual[key], expected[key])
+
+
 def test_pictures_go_where_their_tokens_are(arrangement):
     """Exchanging two pictures of one prompt, or pictures of two prompts, is not the same as leaving them."""
     model, inputs = make_model(expert_groups=arrangement), make_inputs(images_per_row=2)
