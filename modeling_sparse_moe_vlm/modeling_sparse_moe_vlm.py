@@ -5,19 +5,14 @@ images ──► vision tower ──► connector ──┐
 text ────► token embedding ─────────────┘
 """
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     AutoModel,
     AutoModelForCausalLM,
@@ -25,113 +20,23 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForMultimodalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, logging, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
-from .checkpoint import convert_from_disk
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
-from .experts import SparseMoeVlmExperts, SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock, register_expert_conversion
+from .decoder_layer import SparseMoeVlmDecoderLayer
+from .experts import register_expert_conversion
 from .losses import router_losses, share_of_batch
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmModelOutputWithPast
 from .parallel import is_one_of_several_processes, plan_by_group
-from .routing import RoutingPlan, RoutingPlanner, SparseMoeVlmTopKRouter
-
-logger = logging.get_logger(__name__)
+from .pretrained import SparseMoeVlmPreTrainedModel
+from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
 
 # ------------------------------------------------------------------------------------------------ decoder
-
-
-class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm decoder layer: attention, then experts (or one dense network): `(B, T, D)` → `(B, T, D)`."""
-
-    def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
-        super().__init__()
-        self.is_sparse = config.is_sparse_layer(layer_idx)
-        self.self_attn = SparseMoeVlmAttention(config, layer_idx)
-        self.mlp: nn.Module
-        if self.is_sparse:
-            self.mlp = SparseMoeVlmSparseMoeBlock(config, layer_idx)
-        else:
-            self.mlp = SparseMoeVlmMLP(config, config.intermediate_size)
-        self.input_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        routing: RoutingPlan | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        attention_output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attention_output
-        normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + (self.mlp(normed, routing) if self.is_sparse else self.mlp(normed))
-
-
-class SparseMoeVlmPreTrainedModel(PreTrainedModel):
-    """Base class: initialisation, and what the library needs to know of the architecture."""
-
-    config: SparseMoeVlmConfig
-    base_model_prefix = "model"
-    input_modalities: tuple[str, ...] = ("image", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["SparseMoeVlmDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # The library looks for the decorator in the file of this class, but the experts have their own.
-    _can_set_experts_implementation_cached_value = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.get_text_config().initializer_range
-        if isinstance(module, SparseMoeVlmExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, SparseMoeVlmTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """As the library's, but never reentrant, which runs layers without autograd: router losses would not train."""
-        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            logger.warning_once(
-                "Reentrant checkpointing loses the router losses' gradient; `use_reentrant=False` is used."
-            )
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
-        return super().load_state_dict(convert_from_disk(self, state_dict), *args, **kwargs)
-
-    def save_pretrained(self, *args, **kwargs):
-        """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""
-        # FSDP2 puts a class of torch over the model's, and the library takes the code from the file of the class.
-        cls = type(self)
-        own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
-        names = cls.__module__, cls.__name__
-        cls.__module__, cls.__name__ = own.__module__, own.__name__
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            cls.__module__, cls.__name__ = names
 
 
 class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):

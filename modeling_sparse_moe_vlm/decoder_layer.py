@@ -1,0 +1,50 @@
+"""Decoder layer: attention, then experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import SparseMoeVlmAttention
+from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from .experts import SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock
+from .normalization import SparseMoeVlmRMSNorm
+from .routing import RoutingPlan
+
+
+class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm decoder layer: attention, then experts (or one dense network): `(B, T, D)` → `(B, T, D)`."""
+
+    def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
+        super().__init__()
+        self.is_sparse = config.is_sparse_layer(layer_idx)
+        self.self_attn = SparseMoeVlmAttention(config, layer_idx)
+        self.mlp: nn.Module
+        if self.is_sparse:
+            self.mlp = SparseMoeVlmSparseMoeBlock(config, layer_idx)
+        else:
+            self.mlp = SparseMoeVlmMLP(config, config.intermediate_size)
+        self.input_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        routing: RoutingPlan | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attention_output
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed, routing) if self.is_sparse else self.mlp(normed))

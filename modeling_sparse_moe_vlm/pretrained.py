@@ -1,0 +1,70 @@
+"""Base class of the models: initialisation, checkpoints, and what the library needs to know of the architecture."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+
+from .checkpoint import convert_from_disk
+from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from .experts import SparseMoeVlmExperts
+from .routing import SparseMoeVlmTopKRouter
+
+logger = logging.get_logger(__name__)
+
+
+class SparseMoeVlmPreTrainedModel(PreTrainedModel):
+    """Base class: initialisation, and what the library needs to know of the architecture."""
+
+    config: SparseMoeVlmConfig
+    base_model_prefix = "model"
+    input_modalities: tuple[str, ...] = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseMoeVlmDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # The library looks for the decorator in the file of this class, but the experts have their own.
+    _can_set_experts_implementation_cached_value = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, SparseMoeVlmExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, SparseMoeVlmTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """As the library's, but never reentrant, which runs layers without autograd: router losses would not train."""
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            logger.warning_once(
+                "Reentrant checkpointing loses the router losses' gradient; `use_reentrant=False` is used."
+            )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
+        return super().load_state_dict(convert_from_disk(self, state_dict), *args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""
+        # FSDP2 puts a class of torch over the model's, and the library takes the code from the file of the class.
+        cls = type(self)
+        own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+        names = cls.__module__, cls.__name__
+        cls.__module__, cls.__name__ = own.__module__, own.__name__
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            cls.__module__, cls.__name__ = names
