@@ -68,6 +68,7 @@ MIN_VOCABULARY = 4  # fewer, and the answer to a question about a neighbour is h
 MAX_SIDE = 8
 MIN_CELL_SIZE = 8  # pixels; smaller drawings cannot be told apart
 MAX_COUNT = 3
+DESCRIBED_EMPTY = 0.2  # chance of an empty cell in scenes to be described; with more, "nothing" would be a good guess
 MAX_TRIES = 1000
 ROWS_PER_PART = 1000
 
@@ -371,18 +372,27 @@ class _SceneWriter:
 
     def _row(self, rng: random.Random, turn: int) -> _Draft:
         row = turn % self.rows
-        scene = self._fill(rng, {}, self.names)
+        scene = self._fill(rng, {}, self.names, empty=DESCRIBED_EMPTY)
         return _Draft(scene, f"What is in row {row + 1}?", self._describe_row(scene, row))
 
     def _caption(self, rng: random.Random, turn: int) -> _Draft:
-        scene = self._fill(rng, {}, self.names)
+        scene = self._fill(rng, {}, self.names, empty=DESCRIBED_EMPTY)
         rows = [self._describe_row(scene, row) for row in range(self.rows)]
         return _Draft(scene, "Describe the picture.", " above ".join(rows))
 
-    def _fill(self, rng: random.Random, placed: dict[int, str], names: list[str]) -> tuple[str, ...]:
-        """Fills the cells around what is placed, from a palette so small that repeats and empty cells are common."""
-        palette = ["", *rng.sample(names, min(self.cells, len(names)))]
-        return tuple(placed[cell] if cell in placed else rng.choice(palette) for cell in range(self.cells))
+    def _fill(
+        self, rng: random.Random, placed: dict[int, str], names: list[str], empty: float | None = None
+    ) -> tuple[str, ...]:
+        """
+        Fills the cells around what is placed, from a palette so small that repeats are common. A cell stays empty with
+        the chance `empty`, by default drawn for each scene: from a lone object to a full grid, all are as common.
+        """
+        palette = rng.sample(names, min(self.cells, len(names)))
+        empty = rng.random() if empty is None else empty
+        return tuple(
+            placed[cell] if cell in placed else "" if rng.random() < empty else rng.choice(palette)
+            for cell in range(self.cells)
+        )
 
     def _holding(self, rng: random.Random, count: int, shown: list[str], others: list[str]) -> tuple[str, ...]:
         """A scene with something of `shown` in `count` cells and nothing of it in the rest."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -57,7 +58,8 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
 
 def time_interleaved(runs: dict[str, Callable[[], object]], device: str, repetitions: int) -> dict[str, float]:
     """
-    Median seconds of each run. The runs take turns, forwards and backwards, so that a drift of the machine meets all.
+    Median seconds of each run. The runs take turns, each time in another order, so that a drift of the machine and what
+    the run before left in the caches meet all alike.
 
     Args:
         runs (`dict[str, Callable]`): What is timed, by name.
@@ -65,8 +67,9 @@ def time_interleaved(runs: dict[str, Callable[[], object]], device: str, repetit
         repetitions (`int`): Timed runs of each; two more come first, to warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for repetition in range(-2, repetitions):
-        for name in list(runs) if repetition % 2 == 0 else list(runs)[::-1]:
+        for name in order.sample(list(runs), len(runs)):
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()

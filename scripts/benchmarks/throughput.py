@@ -24,14 +24,14 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig, SparseMoeVlmTextModel
 
 PEER, FLOOR = "qwen3_vl_moe", "dense"
-NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, HEADS = 32, 4, 256, 512, 8
+NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, HEADS = 32, 4, 512, 1024, 16
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    models = {name: model.to(arguments.device, dtype) for name, model in build(num_layers=4).items()}
+    models = {name: model.to(arguments.device, dtype).eval() for name, model in build(num_layers=4).items()}
     check_equal(models["joint"], models[PEER], arguments.device)
 
     prompt, train_batch = (256, (2, 128)) if arguments.quick else (1024, (4, 256))
@@ -95,7 +95,7 @@ def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) ->
 @torch.no_grad()
 def check_equal(joint: torch.nn.Module, peer: torch.nn.Module, device: str) -> None:
     """With the same weights the joint arrangement is the peer, so both do the same work."""
-    ours, theirs = (model.eval()(**inputs(model, 2, 32, device)).last_hidden_state.float() for model in (joint, peer))
+    ours, theirs = (model(**inputs(model, 2, 32, device)).last_hidden_state.float() for model in (joint, peer))
     tolerance = 1e-4 if theirs.dtype == next(peer.parameters()).dtype else 5e-2
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
         raise AssertionError(f"outputs differ by {(ours - theirs).abs().max():.1e}: the comparison would be unfair.")
@@ -106,13 +106,12 @@ def prefill(model: torch.nn.Module, length: int, device: str):
 
     @torch.no_grad()
     def run():
-        model.eval()(**batch, use_cache=True)
+        model(**batch, use_cache=True)
 
     return run
 
 
 def decode(model: torch.nn.Module, length: int, device: str):
-    model.eval()
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(**inputs(model, 1, length, device), past_key_values=cache)
@@ -120,7 +119,7 @@ def decode(model: torch.nn.Module, length: int, device: str):
 
     @torch.no_grad()
     def run():
-        model.eval()(**token, past_key_values=cache)
+        model(**token, past_key_values=cache)
         cache.crop(-1)
 
     return run
@@ -128,9 +127,10 @@ def decode(model: torch.nn.Module, length: int, device: str):
 
 def train(model: torch.nn.Module, shape: tuple[int, int], device: str):
     batch = inputs(model, *shape, device)
+    model.train()
 
     def run():
-        model.train()(**batch, use_cache=False).last_hidden_state.square().mean().backward()
+        model(**batch, use_cache=False).last_hidden_state.square().mean().backward()
         model.zero_grad()
 
     return run
