@@ -55,12 +55,12 @@ CATEGORIES = {
     "an animal": ("animal-",),
     "a plant": ("plant-",),
     "food": ("food-",),
-    "something to do with transport": ("transport-air", "transport-ground", "transport-water"),
+    "a means of transport": ("transport-air", "transport-ground", "transport-water"),
 }
 # Kind of question: its words, and the step from the object asked about to its neighbour in rows and columns.
 DIRECTIONS = {
-    "left_of": ("to the left of", 0, -1),
-    "right_of": ("to the right of", 0, 1),
+    "left_of": ("left of", 0, -1),
+    "right_of": ("right of", 0, 1),
     "above": ("above", -1, 0),
     "below": ("below", 1, 0),
 }
@@ -344,7 +344,7 @@ class _SceneWriter:
         name = rng.choice(self.names)
         return _Draft(
             self._fill(rng, {row * self.columns + column: name}, self._others(name)),
-            f"In which row and column can you see the {name}?",
+            f"Where is the {name}?",
             f"row {row + 1}, column {column + 1}",
         )
 
@@ -357,7 +357,7 @@ class _SceneWriter:
         name = rng.choice(self.names)
         count = turn % (self.max_count + 1)
         scene = self._holding(rng, count, [name], self._others(name))
-        return _Draft(scene, f"How many times can you see the {name}?", str(count))
+        return _Draft(scene, f"How often can you see the {name}?", str(count))
 
     def _exists_category(self, rng: random.Random, turn: int) -> _Draft:
         phrase, members, others = rng.choice(self.categories)
@@ -368,7 +368,7 @@ class _SceneWriter:
         phrase, members, others = rng.choice(self.categories)
         count = turn % (self.max_count + 1)
         scene = self._holding(rng, count, members, others)
-        return _Draft(scene, f"In how many cells can you see {phrase}?", str(count))
+        return _Draft(scene, f"How often can you see {phrase}?", str(count))
 
     def _row(self, rng: random.Random, turn: int) -> _Draft:
         row = turn % self.rows

@@ -78,24 +78,24 @@ def literal_answer(question: str, scene: list[str], grid: tuple[int, int], subgr
 
     def belongs(name: str, phrase: str) -> bool:
         start = {"an animal": "animal-", "a plant": "plant-", "food": "food-"}.get(phrase, "transport-")
-        assert start != "transport-" or phrase == "something to do with transport"
+        assert start != "transport-" or phrase == "a means of transport"
         return name != "" and subgroups[name].startswith(start) and subgroups[name] != "transport-sign"
 
-    if match := re.fullmatch(r"What is directly (to the left of|to the right of|above|below) the (.*)\?", question):
+    if match := re.fullmatch(r"What is directly (left of|right of|above|below) the (.*)\?", question):
         row, column = place(match[2])
         row += {"above": -1, "below": 1}.get(match[1], 0)
-        column += {"to the left of": -1, "to the right of": 1}.get(match[1], 0)
+        column += {"left of": -1, "right of": 1}.get(match[1], 0)
         assert min(row, column) >= 0
         assert rows[row][column] != ""
         return rows[row][column]
-    if match := re.fullmatch(r"In which row and column can you see the (.*)\?", question):
+    if match := re.fullmatch(r"Where is the (.*)\?", question):
         row, column = place(match[1])
         return f"row {row + 1}, column {column + 1}"
     if match := re.fullmatch(r"What is in row (\d)\?", question):
         return in_words(rows[int(match[1]) - 1])
-    if match := re.fullmatch(r"How many times can you see the (.*)\?", question):
+    if match := re.fullmatch(r"How often can you see the (.*)\?", question):
         return str(sum(name == match[1] for name in scene))
-    if match := re.fullmatch(r"In how many cells can you see (.*)\?", question):
+    if match := re.fullmatch(r"How often can you see (.*)\?", question):
         return str(sum(belongs(name, match[1]) for name in scene))
     if match := re.fullmatch(r"Can you see the (.*)\?", question):
         return "yes" if match[1] in scene else "no"
