@@ -1,5 +1,7 @@
 """Sparse mixture-of-experts vision-language models for Hugging Face Transformers."""
 
+from transformers import AutoProcessor
+
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .modeling_sparse_moe_vlm import (
     SparseMoeVlmForCausalLM,
@@ -9,6 +11,8 @@ from .modeling_sparse_moe_vlm import (
     SparseMoeVlmTextModel,
 )
 from .processing_sparse_moe_vlm import SparseMoeVlmProcessor
+
+AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
 

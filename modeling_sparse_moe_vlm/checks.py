@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -27,7 +28,10 @@ def check_number(field: str, value: Any, *, at_most: float = math.inf) -> None:
     """Raises `ValueError` unless the field holds a number from 0 to `at_most`."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     wanted = "of at least 0" if at_most == math.inf else f"from 0 to {at_most}"
-    check(is_number and 0 <= value <= at_most, f"`{field}` must be a number {wanted}, got {value!r}.")
+    check(
+        is_number and math.isfinite(value) and 0 <= value <= at_most,
+        f"`{field}` must be a number {wanted}, got {value!r}.",
+    )
 
 
 def check_boolean(field: str, value: Any) -> None:
@@ -53,3 +57,16 @@ def check_layers(field: str, layers: Any, num_hidden_layers: int) -> None:
     check_sequence(field, layers, int)
     wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
     check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
+    check_distinct(field, layers)
+
+
+def check_distinct(field: str, values: Sequence[Any]) -> None:
+    """Raises `ValueError` if the field holds something twice."""
+    check(len(set(values)) == len(values), f"`{field}` repeats a value: {list(values)}.")
+
+
+def check_spelling(unknown: Iterable[str], fields: Collection[str]) -> None:
+    """Raises `ValueError` if an unknown field reads like a misspelt known one: the library would keep it unheeded."""
+    for field in unknown:
+        close = difflib.get_close_matches(field, fields, n=1, cutoff=0.88)
+        check(not close, f"there is no field `{field}`: did you mean `{', '.join(close)}`?")

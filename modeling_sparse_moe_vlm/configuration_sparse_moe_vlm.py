@@ -1,19 +1,13 @@
 """Configuration of the sparse mixture-of-experts vision-language model."""
-# ruff: noqa: E402
 
 from __future__ import annotations
 
+from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
+
+# isort: split
+
+from dataclasses import fields
 from typing import Any, ClassVar
-
-import transformers
-
-# Checked before anything else is imported, so that no other release fails in a less telling way.
-SUPPORTED_TRANSFORMERS = ">=5.20,<6"
-if not (5, 20) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
-    raise ImportError(
-        f"sparse_moe_vlm supports transformers{SUPPORTED_TRANSFORMERS}, but transformers {transformers.__version__} is "
-        f"installed. Install a supported release: pip install 'transformers{SUPPORTED_TRANSFORMERS}'."
-    )
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
@@ -22,8 +16,20 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.utils import logging
 
-from .checks import check, check_boolean, check_choice, check_integer, check_layers, check_number, check_sequence
+from .checks import (
+    check,
+    check_boolean,
+    check_choice,
+    check_distinct,
+    check_integer,
+    check_layers,
+    check_number,
+    check_sequence,
+    check_spelling,
+)
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
+from .parameters import count_parameters
+from .vision_tower import check_vision_config, patches_per_side
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +62,7 @@ _FLAGS = (
 )
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
-_NOT_PREDICTIONS = ["past_key_values", "router_logits", "aux_loss", "z_loss", "image_hidden_states"]
+_NOT_PREDICTIONS = ["past_key_values", "cache", "router_logits", "aux_loss", "z_loss", "image_hidden_states"]
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
@@ -232,6 +238,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        check_spelling(kwargs, {field.name for field in fields(type(self))})
         kwargs.setdefault("auto_map", dict(TEXT_AUTO_MAP))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -291,7 +298,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
 
     def num_parameters(self) -> int:
         """Total number of parameters of the decoder with its language head, counted without allocating weights."""
-        return _count_parameters(self)[0]
+        return count_parameters(self, "text")[0]
 
     def num_active_parameters(self, modality: str = "text") -> int:
         """
@@ -305,9 +312,15 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         Raises:
             ValueError: If the modality is unknown.
         """
-        return _count_parameters(self, modality)[1]
+        return count_parameters(self, modality)[1]
 
     # ---------------------------------------------------------------- validation
+
+    def validate_architecture(self) -> None:
+        """Checks the fields again, which may have been changed, when a model is made of them."""
+        super().validate_architecture()
+        self._check_fields()
+        self._resolve_expert_groups()
 
     def _check_fields(self) -> None:
         for field in _COUNTS:
@@ -349,7 +362,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
             f"`mm_token_type_ids`), got {self.modalities}.",
         )
-        check(len(set(self.modalities)) == len(self.modalities), f"`modalities` repeats a name: {self.modalities}.")
+        check_distinct("modalities", self.modalities)
 
     def _resolve_expert_groups(self) -> None:
         self.expert_groups = resolve_groups(
@@ -410,6 +423,10 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         check_choice(
             "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
         )
+        theta = self.rope_parameters.get("rope_theta")
+        if theta is not None:
+            check_number("rope_parameters['rope_theta']", theta)
+            check(theta > 0, f"`rope_parameters['rope_theta']` must be more than 0, got {theta!r}.")
         try:
             self.validate_rope()
         except KeyError as error:
@@ -476,6 +493,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
+        check_spelling(kwargs, {field.name for field in fields(type(self))})
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         for field in ("vision_config", "text_config"):
             value = getattr(self, field)
@@ -488,6 +506,12 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         # The language head belongs to the whole model, so the two flags are one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
+
+    def validate_architecture(self) -> None:
+        """See [`SparseMoeVlmTextConfig.validate_architecture`]."""
+        super().validate_architecture()
+        self.text_config.validate_architecture()
+        self._check_fields()
 
     def _check_fields(self) -> None:
         text, vision = self.text_config, self.vision_config
@@ -502,15 +526,15 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         check_choice("projector_hidden_act", self.projector_hidden_act, ACT2FN)
         check_integer("image_token_id", self.image_token_id, at_least=0, below=text.vocab_size)
         check_integer("pixel_shuffle_factor", self.pixel_shuffle_factor)
-        for field in ("image_size", "patch_size"):
-            check(
-                isinstance(getattr(vision, field, None), int),
-                f"`vision_config` ({vision.model_type}) must give `{field}` as one integer, got "
-                f"{getattr(vision, field, None)!r}: choose a vision model with square images and patches.",
-            )
-        side = vision.image_size // vision.patch_size
         check(
-            side >= 1 and side % self.pixel_shuffle_factor == 0,
+            self.image_token_id != text.pad_token_id,
+            f"`image_token_id` ({self.image_token_id}) is also `text_config.pad_token_id`: pictures need a token of "
+            "their own.",
+        )
+        check_vision_config(vision)
+        side = patches_per_side(vision)
+        check(
+            side % self.pixel_shuffle_factor == 0,
             f"`pixel_shuffle_factor` ({self.pixel_shuffle_factor}) must divide the {side} patches per side that "
             f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
         )
@@ -518,12 +542,11 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     @property
     def image_seq_length(self) -> int:
         """Number of tokens that one image becomes."""
-        side = self.vision_config.image_size // self.vision_config.patch_size // self.pixel_shuffle_factor
-        return side * side
+        return (patches_per_side(self.vision_config) // self.pixel_shuffle_factor) ** 2
 
     def num_parameters(self) -> int:
         """Total number of parameters of [`SparseMoeVlmForConditionalGeneration`], without allocating weights."""
-        return _count_parameters(self)[0]
+        return count_parameters(self, "text")[0]
 
     def num_active_parameters(self, modality: str = "text") -> int:
         """
@@ -538,7 +561,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         Raises:
             ValueError: If the modality is unknown.
         """
-        return _count_parameters(self, modality)[1]
+        return count_parameters(self, modality)[1]
 
     # Only the decoder has experts; passed down to a library vision tower a plain string would be refused.
     @property
@@ -550,13 +573,6 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         if not isinstance(value, dict):
             value = {"": value, "text_config": value}
         PreTrainedConfig._experts_implementation.fset(self, value)
-
-
-def _count_parameters(config: PreTrainedConfig, modality: str = "text") -> tuple[int, int]:
-    # Imported here: the model imports this file.
-    from .parameters import count_parameters
-
-    return count_parameters(config, modality)
 
 
 # `transformers serve` reads these tables when the configuration is imported, before any model file.

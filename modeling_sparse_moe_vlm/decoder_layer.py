@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import SparseMoeVlmAttention
+from .cache_name import takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .experts import SparseMoeVlmMLP, SparseMoeVlmSparseMoeBlock
 from .normalization import SparseMoeVlmRMSNorm
@@ -29,6 +30,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    @takes_cache_by_name
     def forward(
         self,
         hidden_states: torch.Tensor,

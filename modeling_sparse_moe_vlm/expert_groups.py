@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .checks import check, check_boolean, check_integer, check_layers, check_sequence
+from .checks import check, check_boolean, check_distinct, check_integer, check_layers, check_sequence
 
 # Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
 BUILTIN_MODALITIES = ("text", "image", "video", "audio")
@@ -84,8 +84,7 @@ def resolve_groups(
         groups = _arrange(groups, modalities, 8 if num_experts is None else num_experts)
     check_sequence("expert_groups", groups, dict)
     groups = [_complete(group, modalities, intermediate_size, num_hidden_layers) for group in groups]
-    names = [group["name"] for group in groups]
-    check(len(set(names)) == len(names), f"`expert_groups` repeats a name: {names}.")
+    check_distinct("expert_groups", [group["name"] for group in groups])
     return groups
 
 
@@ -146,6 +145,7 @@ def _complete(
         not unknown and len(group["modalities"]) > 0,
         f"`{field}.modalities` is {group['modalities']}, but must name some of the `modalities` {modalities}.",
     )
+    check_distinct(f"{field}.modalities", group["modalities"])
     if group["layers"] is not None:
         check_layers(f"{field}.layers", group["layers"], num_hidden_layers)
     # Lists, and copies: a configuration is saved as JSON, and its lists are its own.

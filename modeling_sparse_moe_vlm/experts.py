@@ -19,7 +19,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter, WeightTransform
 from transformers.integrations import use_experts_implementation
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
@@ -218,8 +218,10 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
     names = config.routed_group_names
     prefixes = {f"mlp.experts.{name}" for name in names} if len(names) > 1 else set()
     for known in get_checkpoint_conversion_mapping(config.model_type) or []:
-        prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)
-    converters = []
+        if isinstance(known, WeightConverter):
+            prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)
+    # The decoder alone finds its weights in a checkpoint of the whole model, too.
+    converters: list[WeightTransform] = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
     # The first match counts, and a dot stands for any character: longer names come before shorter ones that they
     # start with, and the pattern without a group comes last.
     for prefix in sorted(prefixes | {"mlp.experts"}, key=lambda prefix: (-len(prefix), prefix)):

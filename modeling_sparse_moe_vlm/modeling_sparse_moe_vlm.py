@@ -20,11 +20,13 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForMultimodalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
+from .cache_name import CACHE_NAME, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
@@ -35,6 +37,9 @@ from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmModelOutput
 from .parallel import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
+from .vision_tower import patch_features
+
+logger = logging.get_logger(__name__)
 
 # ------------------------------------------------------------------------------------------------ decoder
 
@@ -69,6 +74,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
         self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
 
+    @takes_cache_by_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -97,12 +103,18 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             use_cache (`bool`, *optional*): Whether to return the cache.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `mm_token_type_ids` has
+                another shape than the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if mm_token_type_ids is not None and mm_token_type_ids.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`mm_token_type_ids` has shape {tuple(mm_token_type_ids.shape)}, but there are tokens of shape "
+                f"{tuple(inputs_embeds.shape[:2])}: it needs one modality id per token of this call."
+            )
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -111,8 +123,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE_NAME: past_key_values},
         )
         # Made after the mask, because with a cache the library does not look for several sequences in a row.
         if use_cache and past_key_values is None:
@@ -127,11 +139,11 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 attention_mask=causal_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 routing=routing,
+                **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
 
 
 # ------------------------------------------------------------------------------------------------ vision and language
@@ -143,6 +155,9 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
     def __init__(self, config: SparseMoeVlmConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        for name, parameter in self.vision_tower.named_parameters():
+            if name.endswith("mask_token"):  # for masked pictures, which towers see in their own training alone
+                parameter.requires_grad_(False)
         self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
         self.language_model = SparseMoeVlmTextModel._from_config(config.text_config)
         self.post_init()
@@ -180,10 +195,19 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
     def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
         """The vision tower's output and the image tokens `(num_images, image_seq_length, hidden_size)`."""
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = outputs.last_hidden_state  # (num_images, prefix + patches, width)
-        # Class and register tokens, where the tower has them, come first.
-        num_patches = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
-        return outputs, self.multi_modal_projector(features[:, features.shape[1] - num_patches :])
+        features = patch_features(outputs.last_hidden_state, self.config.vision_config)
+        if self.training and outputs.get("pooler_output") is not None and is_one_of_several_processes():
+            # What makes the pooled output is used for nothing, but data parallelism waits for its gradients.
+            features = features + (0.0 * outputs.pooler_output).sum().to(features)
+        return outputs, self.multi_modal_projector(features)
+
+    def has_placeholders(self, input_ids: torch.Tensor | None, past_key_values: Cache | None = None) -> bool:
+        """Whether token ids start a text with image placeholders; `False` where that cannot be told (tracing)."""
+        if input_ids is None or is_tracing(input_ids):
+            return False
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return False
+        return bool((input_ids == self.config.image_token_id).any())
 
     def _blank_image_features(self) -> torch.Tensor:
         config = self.config.vision_config
@@ -201,6 +225,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1).long()
 
+    @takes_cache_by_name
     @can_return_tuple
     def forward(
         self,
@@ -221,13 +246,14 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Modality id of every token, as the processor makes them; derived from the placeholders when absent.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already.
+                `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already; `{}` to
+                have a text read without its pictures.
 
         The other arguments are those of [`SparseMoeVlmTextModel`].
 
         Raises:
-            ValueError: If image features and placeholders do not match in number, or both or neither of two exclusive
-                arguments are given.
+            ValueError: If image features and placeholders do not match in number, with no pictures at all included, or
+                both or neither of two exclusive arguments are given.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
@@ -258,10 +284,16 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
                 ),
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
-        elif self.training and torch.is_grad_enabled() and is_one_of_several_processes():
-            # The other processes may have pictures, and all must run the same modules: data parallelism waits for the
-            # gradient of every parameter, and sharded weights are gathered together.
-            inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
+        else:
+            if mm_encoder_outputs is None and self.has_placeholders(input_ids, past_key_values):
+                raise ValueError(
+                    "The text has image placeholders, but there are no pictures: pass `pixel_values` as the processor "
+                    "makes them, or `mm_encoder_outputs={}` to have the text read without its pictures."
+                )
+            if self.training and torch.is_grad_enabled() and is_one_of_several_processes():
+                # The other processes may have pictures, and all must run the same modules: data parallelism waits for
+                # the gradient of every parameter, and sharded weights are gathered together.
+                inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -323,11 +355,11 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             aux_loss=aux_loss,
             z_loss=z_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             image_hidden_states=getattr(outputs, "image_hidden_states", None),
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
@@ -344,6 +376,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache_by_name
     @can_return_tuple
     def forward(
         self,
@@ -423,10 +456,20 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        """As the library's; pictures that it does not pass on (to assistants, for one) are known to be missing."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
+            if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
+                logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")
+            model_inputs["mm_encoder_outputs"] = {}
+        return model_inputs
+
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @takes_cache_by_name
     @can_return_tuple
     def forward(
         self,

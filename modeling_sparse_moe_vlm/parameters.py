@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedConfig, initialization
+import copy
 
-from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
-from .modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, initialization
 
 
 def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]:
@@ -28,21 +27,20 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
     text_config = config.get_text_config()
     if modality not in text_config.modalities:
         raise ValueError(f"unknown modality {modality!r}: the configuration has {text_config.modalities}.")
-    is_text_only = config.model_type == SparseMoeVlmTextConfig.model_type
-    model_class = SparseMoeVlmForCausalLM if is_text_only else SparseMoeVlmForConditionalGeneration
     with torch.device("meta"), initialization.no_init_weights():
-        model = model_class(type(config).from_dict(config.to_dict()))
+        # By the auto class, since the model imports this file. Code that came with a checkpoint is running already.
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=True)
     model.tie_weights()
 
     total = model.num_parameters()
     idle = sum(_idle_experts(text_config, layer, modality) for layer in range(text_config.num_hidden_layers))
-    if modality == "text" and not is_text_only:
+    if modality == "text" and text_config is not config:
         vision = (model.model.vision_tower, model.model.multi_modal_projector)
         idle += sum(parameter.numel() for module in vision for parameter in module.parameters())
     return total, total - idle
 
 
-def _idle_experts(config: SparseMoeVlmTextConfig, layer_idx: int, modality: str) -> int:
+def _idle_experts(config: PreTrainedConfig, layer_idx: int, modality: str) -> int:
     """Parameters of a layer's experts that one token of the modality leaves unused."""
     per_unit = 3 * config.hidden_size  # gate, up and down weights per unit of an expert's width
     groups = config.layer_expert_groups(layer_idx)

@@ -25,7 +25,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -33,6 +33,10 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # The library looks for the decorator in the file of this class, but the experts have their own.
     _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config, *args, **kwargs):
+        config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
+
+# isort: split
+
 import re
 import warnings
 from collections.abc import Sequence
@@ -9,10 +13,7 @@ from typing import Any
 
 from transformers import AddedToken, image_utils
 from transformers.convert_slow_tokenizer import normalizers
-from transformers.models.auto.processing_auto import AutoProcessor
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
-
-from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -276,7 +277,6 @@ def _tell_from_text(tokenizer, image_token: str) -> bool:
     return token_id not in tokenizer(broken, add_special_tokens=False)["input_ids"]
 
 
-AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
 SparseMoeVlmProcessor.register_for_auto_class()
 
 __all__ = ["SparseMoeVlmProcessor"]

@@ -14,6 +14,7 @@ from transformers import AutoConfig, SiglipVisionConfig, ViTConfig
 
 from modeling_sparse_moe_vlm import (
     SparseMoeVlmConfig,
+    SparseMoeVlmForCausalLM,
     SparseMoeVlmForConditionalGeneration,
     SparseMoeVlmTextConfig,
     configuration_sparse_moe_vlm,
@@ -251,6 +252,9 @@ WRONG = [
     ({"hidden_act": "swiglu"}, r"`hidden_act` must be one of .*silu.*got 'swiglu'"),
     ({"initializer_range": -0.1}, r"`initializer_range` must be a number of at least 0"),
     ({"rms_norm_eps": "1e-6"}, r"`rms_norm_eps` must be a number"),
+    ({"num_experts_per_token": 2}, r"no field `num_experts_per_token`: did you mean `num_experts_per_tok`"),
+    ({"router_aux_loss_coeff": 0.1}, r"did you mean `router_aux_loss_coef`"),
+    ({"router_z_loss_coef": float("inf")}, r"`router_z_loss_coef` must be a number"),
     ({"rms_norm_eps": float("nan")}, r"`rms_norm_eps` must be a number"),
     ({"attention_dropout": 1.5}, r"`attention_dropout` must be a number from 0 to 1"),
     ({"use_qk_norm": "false"}, r"`use_qk_norm` must be True or False, got 'false'"),
@@ -259,6 +263,8 @@ WRONG = [
     ({"pad_token_id": 32000}, r"`pad_token_id` must be an integer from 0 to 31999"),
     ({"pad_token_id": -1}, r"`pad_token_id`"),
     ({"rope_parameters": 10000.0}, r"`rope_parameters` must be a dict"),
+    ({"rope_parameters": {"rope_theta": "big"}}, r"`rope_parameters\['rope_theta'\]` must be a number"),
+    ({"rope_parameters": {"rope_theta": 0.0}}, r"`rope_parameters\['rope_theta'\]` must be more than 0"),
     ({"rope_parameters": {"rope_type": "spiral"}}, r"`rope_parameters\['rope_type'\]` must be one of default.*yarn"),
     ({"rope_parameters": {"rope_type": "yarn"}}, r"`rope_parameters` is incomplete.*factor"),
     ({"decoder_sparse_step": 0}, r"`decoder_sparse_step`"),
@@ -269,7 +275,7 @@ WRONG = [
     ({"modalities": "text"}, r"`modalities` must be a list of str"),
     ({"modalities": ["image", "text"]}, r"`modalities` must start in the order"),
     ({"modalities": ["text", "image", "depth"]}, r"`modalities` must start in the order"),
-    ({"modalities": ["text", "image", "video", "audio", "text"]}, r"`modalities` repeats a name"),
+    ({"modalities": ["text", "image", "video", "audio", "text"]}, r"`modalities` repeats a value"),
     ({"num_experts": 0}, r"`num_experts` must be an integer of at least 1"),
     ({"num_experts": "8"}, r"`num_experts` must be an integer"),
     ({"num_experts_per_tok": 9}, r"`num_experts_per_tok` is 9 .*layer 0 has 8 routed experts.*lower it"),
@@ -304,6 +310,8 @@ WRONG = [
     (group(modalities=[]), r"`expert_groups\['joint'\].modalities` is \[\]"),
     (group(modalities=["text"]), r"for modality 'image', but layer 0 has 0 routed experts"),
     (group(layers=[99]), r"`expert_groups\['joint'\].layers` names layers \[99\]"),
+    (group(layers=[0, 0]), r"`expert_groups\['joint'\].layers` repeats a value: \[0, 0\]"),
+    (group(modalities=["text", "text"]), r"`expert_groups\['joint'\].modalities` repeats a value"),
     (group(layers=1), r"`expert_groups\['joint'\].layers` must be a list of int"),
     (group(layers=[1]), r"leaves sparse layer 0 without a routed group"),
     (
@@ -311,7 +319,7 @@ WRONG = [
         r"`expert_groups\['joint'\].layers` is \[3\], of which none is sparse",
     ),
     (group() | {"num_experts": 8}, r"`num_experts` is 8, but `expert_groups` have 4.*leave `num_experts` out"),
-    ({"expert_groups": MANY_GROUPS + MANY_GROUPS[:1]}, r"`expert_groups` repeats a name"),
+    ({"expert_groups": MANY_GROUPS + MANY_GROUPS[:1]}, r"`expert_groups` repeats a value"),
     *(
         (group(name=name), r"group name .* in `expert_groups`")
         for name in ("Joint", "a-b", "a.b", "1", "", "up_proj", "training", "keys", "forward", None)
@@ -335,13 +343,25 @@ def test_wrong_field_of_the_decoder(fields, message):
         ({"text_config": AutoConfig.for_model("qwen3")}, r"`text_config` must be of type 'sparse_moe_vlm_text'"),
         ({"text_config": {"modalities": ["text"]}}, r"`text_config` .*`modalities` that include 'image'"),
         ({"vision_config": "siglip"}, r"`vision_config` must be a configuration or a dict"),
-        ({"vision_config": {"model_type": "resnet"}}, r"`vision_config` \(resnet\) must give `image_size`"),
+        ({"vision_config": {"model_type": "resnet"}}, r"`vision_config` \(resnet\) merges patches from stage to stage"),
         ({"vision_config": ViTConfig(image_size=(224, 112))}, r"`vision_config` \(vit\) must give `image_size`"),
         ({"pixel_shuffle_factor": 3}, r"`pixel_shuffle_factor` \(3\) must divide the 14 patches per side"),
         ({"pixel_shuffle_factor": 0}, r"`pixel_shuffle_factor` must be an integer of at least 1"),
-        ({"vision_config": {"patch_size": 500}}, r"must divide the 0 patches"),
+        (
+            {"vision_config": {"patch_size": 500}},
+            r"`vision_config.image_size` \(224\) must be at least `patch_size` \(500\)",
+        ),
         ({"image_token_id": 32000}, r"`image_token_id` must be an integer from 0 to 31999, got 32000"),
         ({"image_token_id": -1}, r"`image_token_id`"),
+        ({"image_token_id": 5, "text_config": {"pad_token_id": 5}}, r"`image_token_id` \(5\) is also .*pad_token_id"),
+        ({"image_token_index": 5}, r"no field `image_token_index`: did you mean `image_token_id`"),
+        ({"vision_config": {"model_type": "swin"}}, r"\(swin\) merges patches.*SigLIP, CLIP"),
+        ({"vision_config": {"model_type": "convnext"}}, r"\(convnext\) merges patches"),
+        ({"vision_config": {"model_type": "pixtral"}}, r"\(pixtral\) packs pictures of any size"),
+        ({"vision_config": {"model_type": "qwen3_vl_vision"}}, r"\(qwen3_vl_vision\) packs pictures"),
+        ({"vision_config": {"model_type": "siglip2_vision_model"}}, r"takes pictures as lists of patches"),
+        ({"vision_config": {"model_type": "videomae"}}, r"\(videomae\) reads videos"),
+        ({"vision_config": {"patch_size": 0}}, r"`vision_config.patch_size` must be an integer of at least 1"),
         ({"image_token_id": "<image>"}, r"`image_token_id`"),
         ({"projector_hidden_act": "gelo"}, r"`projector_hidden_act` must be one of .*gelu"),
         ({"multimodal_projector_bias": "no"}, r"`multimodal_projector_bias` must be True or False"),
@@ -371,7 +391,7 @@ GATE = """
         sys.modules["transformers"].__version__ = version
         loaded = set(sys.modules)
         try:
-            importlib.import_module("remote_code.configuration_sparse_moe_vlm")
+            importlib.import_module(f"remote_code.{sys.argv[2]}_sparse_moe_vlm")
             results[version] = None
         except ImportError as error:
             results[version] = str(error)
@@ -380,11 +400,12 @@ GATE = """
 """
 
 
-def test_unsupported_transformers_stops_at_once():
+@pytest.mark.parametrize("file", ["configuration", "processing"])
+def test_unsupported_transformers_stops_at_once(file):
     supported = ["5.20.0", "5.23.0", "5.23.1.dev0", "5.99.0"]
     unsupported = ["5.19.9", "4.57.0", "6.0.0", "6.0.0.dev0", "10.1"]
     output = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GATE), json.dumps(supported + unsupported)],
+        [sys.executable, "-c", textwrap.dedent(GATE), json.dumps(supported + unsupported), file],
         capture_output=True,
         text=True,
         check=True,
@@ -401,3 +422,15 @@ def test_defaults_are_silent():
     program = "from modeling_sparse_moe_vlm import SparseMoeVlmConfig; SparseMoeVlmConfig().num_parameters()"
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert output.stdout + output.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("num_experts", 16, r"`num_experts` is 16, but"), ("num_experts_per_tok", 99, "`num_experts_per_tok` is 99")],
+)
+def test_fields_changed_after_construction_are_checked_when_a_model_is_made(field, value, message):
+    config = make_config()
+    setattr(config.text_config, field, value)
+    for make in (SparseMoeVlmForConditionalGeneration, lambda config: SparseMoeVlmForCausalLM(config.text_config)):
+        with pytest.raises(ValueError, match=message):
+            make(config)

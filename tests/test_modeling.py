@@ -11,6 +11,7 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmForConditionalGeneration,
     SparseMoeVlmTextConfig,
 )
+from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG, make_config, make_inputs, make_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -303,6 +304,46 @@ def test_numbers_that_do_not_match(change):
     inputs.pop("mm_token_type_ids")
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**inputs)
+
+
+def test_placeholders_without_pictures():
+    model = make_model()
+    inputs = make_inputs()
+    pixel_values = inputs.pop("pixel_values")
+    for each in (model, model.model):
+        with pytest.raises(ValueError, match="image placeholders, but there are no pictures: pass `pixel_values`"):
+            each(**inputs)
+    with torch.no_grad():
+        blind = model(**inputs, mm_encoder_outputs={}).logits
+        seeing = model(**inputs, pixel_values=pixel_values).logits
+    assert not torch.allclose(blind, seeing)
+    # What was cached had its pictures.
+    start = {key: value[:, :8] for key, value in inputs.items()}
+    past_key_values = model(**start, pixel_values=pixel_values).get(CACHE_NAME)
+    rest = {key: value[:, 8:] if key != "attention_mask" else value for key, value in inputs.items()}
+    torch.testing.assert_close(model(**rest, past_key_values=past_key_values).logits, seeing[:, 8:])
+
+
+@pytest.mark.parametrize("shape", [(2, 13), (1, 14), (28,)])
+def test_modality_ids_of_another_shape(shape):
+    model, inputs = make_text_model(), make_inputs(images_per_row=0)
+    inputs["mm_token_type_ids"] = torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"`mm_token_type_ids` has shape .* tokens of shape \(2, 14\)"):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_cache_by_the_librarys_name():
+    model, inputs = make_text_model(), make_inputs(images_per_row=0)
+    whole = model(**inputs).logits
+    first = model(input_ids=inputs["input_ids"][:, :9])
+    cache = {CACHE_NAME: copy.deepcopy(first.get(CACHE_NAME))}
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"][:, 9:], **cache).logits, whole[:, 9:])
+    cache = {"past_key_values": first.get(CACHE_NAME)}
+    torch.testing.assert_close(model(input_ids=inputs["input_ids"][:, 9:], **cache).logits, whole[:, 9:])
+    if CACHE_NAME != "past_key_values":
+        with pytest.raises(ValueError, match="are the same argument"):
+            model(input_ids=inputs["input_ids"], **cache, **{CACHE_NAME: first.get(CACHE_NAME)})
 
 
 def test_exclusive_arguments():

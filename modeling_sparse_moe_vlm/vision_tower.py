@@ -1,0 +1,69 @@
+"""What the model asks of a vision tower: one row of features per patch of a square picture."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+from .checks import check, check_integer
+
+# Towers that cut pictures in another way, by a field that only their configurations have, and what they do.
+_OTHER_FIELDS = {
+    "depths": "merges patches from stage to stage",
+    "num_frames": "reads videos",
+    "tubelet_size": "reads videos",
+    "spatial_merge_size": "packs pictures of any size",
+}
+_OTHER_TYPES = {
+    "pixtral": "packs pictures of any size",
+    "siglip2_vision_model": "takes pictures as lists of patches",
+}
+
+
+def check_vision_config(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless a tower with this configuration gives one row of features per square patch."""
+    name = f"`vision_config` ({config.model_type})"
+    advice = "choose a tower with one feature per square patch: SigLIP, CLIP, ViT, DINOv2, DINOv3, …"
+    reason = _OTHER_TYPES.get(config.model_type) or next(
+        (reason for field, reason in _OTHER_FIELDS.items() if getattr(config, field, None) is not None), None
+    )
+    check(reason is None, f"{name} {reason}, which the connector does not know: {advice}.")
+    for field in ("image_size", "patch_size"):
+        value = getattr(config, field, None)
+        check(isinstance(value, int), f"{name} must give `{field}` as one integer, got {value!r}: {advice}.")
+    for field in ("hidden_size", "image_size", "patch_size"):
+        check_integer(f"vision_config.{field}", getattr(config, field, None))
+    check(
+        config.image_size >= config.patch_size,
+        f"`vision_config.image_size` ({config.image_size}) must be at least `patch_size` ({config.patch_size}).",
+    )
+
+
+def patches_per_side(config: PreTrainedConfig) -> int:
+    """Number of patches along one side of a picture."""
+    return config.image_size // config.patch_size
+
+
+def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """
+    The features of the patches, without those of class and register tokens, which come first where a tower has them.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_images, num_prefix_tokens + num_patches, hidden_size)`):
+            Last hidden state of the tower.
+        config (`PreTrainedConfig`):
+            Configuration of the tower.
+
+    Returns:
+        `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
+
+    Raises:
+        ValueError: If the tower gives something else.
+    """
+    num_patches = patches_per_side(config) ** 2
+    if features.dim() != 3 or features.shape[1] < num_patches or features.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"the vision tower ({config.model_type}) gives features of shape {tuple(features.shape)}, but the model "
+            f"needs (images, at least {num_patches} patches, {config.hidden_size})."
+        )
+    return features[:, features.shape[1] - num_patches :]
