@@ -62,7 +62,15 @@ _FLAGS = (
 )
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
-_NOT_PREDICTIONS = ["past_key_values", "cache", "router_logits", "aux_loss", "z_loss", "image_hidden_states"]
+_NOT_PREDICTIONS = [
+    "past_key_values",
+    "cache",
+    "router_logits",
+    "aux_loss",
+    "z_loss",
+    "aux_loss_by_modality",
+    "image_hidden_states",
+]
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"

@@ -18,10 +18,14 @@ class RouterLosses(NamedTuple):
     Args:
         aux_loss (`torch.Tensor`): Load-balancing loss, scalar.
         z_loss (`torch.Tensor`): Router z-loss, scalar.
+        aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`):
+            Load-balancing loss of each modality, to be watched: detached, and not a number where the batch has no such
+            token.
     """
 
     aux_loss: torch.Tensor
     z_loss: torch.Tensor
+    aux_loss_by_modality: torch.Tensor
 
 
 def load_balancing_loss(
@@ -78,7 +82,8 @@ def router_losses(
 ) -> RouterLosses:
     """
     Router losses of a forward pass, computed per layer and modality and never pooled: a pooled figure hides a modality
-    that collapses.
+    that collapses. The tokens of a modality are balanced over all the experts that serve it, and over no others: over
+    its own group where groups are isolated, over a group and the joint pool where both serve it.
 
     Args:
         config (`SparseMoeVlmTextConfig`):
@@ -103,7 +108,7 @@ def router_losses(
     if mm_token_type_ids is not None:
         ids = mm_token_type_ids.reshape(-1).to(device)
 
-    aux_losses, z_losses = [], []
+    aux_losses, z_losses = [], []  # of each layer, (num_modalities,)
     counted = {name: real * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
     present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
     for layer, logits in zip(sparse_layers, router_logits, strict=True):
@@ -121,9 +126,15 @@ def router_losses(
             num_serving = sum(group.num_experts for group in groups if group.serves(modality))
             aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
             z.append(router_z_loss(router_logits=logits, tokens=tokens))
-        aux_losses.append((torch.stack(aux) * present).sum() / present.sum().clamp(min=1.0))
-        z_losses.append((torch.stack(z) * present).sum() / present.sum().clamp(min=1.0))
-    return RouterLosses(aux_loss=torch.stack(aux_losses).mean(), z_loss=torch.stack(z_losses).mean())
+        aux_losses.append(torch.stack(aux))
+        z_losses.append(torch.stack(z))
+    weights = present / (present.sum().clamp(min=1.0))
+    by_modality = torch.stack(aux_losses).mean(dim=0)
+    return RouterLosses(
+        aux_loss=(by_modality * weights).sum(),
+        z_loss=(torch.stack(z_losses).mean(dim=0) * weights).sum(),
+        aux_loss_by_modality=by_modality.detach().masked_fill(present == 0, torch.nan),
+    )
 
 
 def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:

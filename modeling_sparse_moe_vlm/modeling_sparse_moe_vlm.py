@@ -341,12 +341,14 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        loss = aux_loss = z_loss = None
+        loss = aux_loss = z_loss = by_modality = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         if outputs.router_logits:
             padding_mask = attention_mask if torch.is_tensor(attention_mask) else None  # not Flex attention's
-            aux_loss, z_loss = router_losses(text_config, outputs.router_logits, mm_token_type_ids, padding_mask)
+            aux_loss, z_loss, by_modality = router_losses(
+                text_config, outputs.router_logits, mm_token_type_ids, padding_mask
+            )
             if labels is not None and loss is not None:
                 router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
                 loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
@@ -354,6 +356,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             z_loss=z_loss,
+            aux_loss_by_modality=by_modality,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -29,9 +29,12 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     Args:
         z_loss (`torch.Tensor`, *optional*, returned with the router logits):
             Router z-loss, scalar, beside the load-balancing `aux_loss`.
+        aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`, *optional*, returned with the router logits):
+            Load-balancing loss of each modality, detached; not a number where the batch has no such token.
         image_hidden_states (`torch.Tensor` of shape `(num_image_tokens, hidden_size)`, *optional*):
             Image tokens of the batch, as the connector makes them.
     """
 
     z_loss: torch.Tensor | None = None
+    aux_loss_by_modality: torch.Tensor | None = None
     image_hidden_states: torch.Tensor | None = None

@@ -110,7 +110,9 @@ def test_a_modality_that_collapses_is_not_hidden_by_another():
     )
     assert pooled.item() == pytest.approx(1.0), "pooled, routing looks perfectly balanced"
     # The image half has the worst value, 4, and the text half that of three experts in balance.
-    assert router_losses(config, [logits], ids).aux_loss.item() == pytest.approx((4 + 4 / 3) / 2, rel=1e-4)
+    losses = router_losses(config, [logits], ids)
+    assert losses.aux_loss.item() == pytest.approx((4 + 4 / 3) / 2, rel=1e-4)
+    assert losses.aux_loss_by_modality.tolist() == pytest.approx([4 / 3, 4], rel=1e-4)
 
 
 def test_absent_modality_does_not_count():
@@ -119,7 +121,10 @@ def test_absent_modality_does_not_count():
     logits = random_logits(config, ids)
     expected = literal_losses(config, logits, ids, torch.ones_like(ids))
     for given in (ids, None):
-        assert as_numbers(router_losses(config, logits, given)) == pytest.approx(expected, rel=1e-5)
+        losses = router_losses(config, logits, given)
+        assert as_numbers(losses) == pytest.approx(expected, rel=1e-5)
+        assert losses.aux_loss_by_modality[0].item() == pytest.approx(expected[0], rel=1e-5)
+        assert losses.aux_loss_by_modality[1].isnan()
     # A modality all of whose tokens are padding is absent, too.
     ids = IDS.clone()
     mask = (ids == 0).long()
@@ -170,8 +175,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(router, offset):
     config = make_config(expert_groups="isolated", router=router).text_config
     logits = [(layer.detach() + offset).requires_grad_() for layer in random_logits(config, IDS)]
     losses = router_losses(config, logits, IDS, MASK)
-    sum(losses).backward()
-    assert all(loss.isfinite() for loss in losses)
+    (losses.aux_loss + losses.z_loss).backward()
+    assert all(loss.isfinite().all() for loss in losses)
     assert all(layer.grad.isfinite().all() for layer in logits)
 
 
@@ -179,7 +184,7 @@ def test_low_precision_logits_are_computed_in_float32():
     config = make_config(expert_groups="joint").text_config
     logits = [layer.bfloat16() for layer in random_logits(config, IDS)]
     losses = router_losses(config, logits, IDS, MASK)
-    assert losses == router_losses(config, [layer.float() for layer in logits], IDS, MASK)
+    assert as_numbers(losses) == as_numbers(router_losses(config, [layer.float() for layer in logits], IDS, MASK))
     assert losses.aux_loss.dtype == torch.float32
 
 
