@@ -15,9 +15,10 @@ from modeling_sparse_moe_vlm import SparseMoeVlmConfig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", help="configuration files, or folders of checkpoints")
+    configs = parser.parse_args().configs
     print("| model | parameters | active per text token | active per image token | weights in bfloat16 |")
     print("| --- | --- | --- | --- | --- |")
-    for path in parser.parse_args().configs:
+    for path in configs:
         config = SparseMoeVlmConfig.from_pretrained(path)
         total = config.num_parameters()
         active = [config.num_active_parameters(modality) for modality in ("text", "image")]

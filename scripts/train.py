@@ -1,11 +1,12 @@
 """
-Trains a model, evaluates it, draws what it does and saves it.
+Trains a model, saves it, evaluates it and draws what it does.
 
     python scripts/train.py                                        # the main job: configuration/training/demo.yaml
     python scripts/train.py --set training.max_steps=200           # with another value
     python scripts/train.py --resume                               # goes on where an interrupted run stopped
 
-Writes to the output folder: the model (folder `model`), `answers.png`, `expert_load.png` and `metrics.json`.
+Writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and `expert_load.png`.
+A model of another class than ours gets no model card and no picture of its experts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from pathlib import Path
 
 from transformers import TrainingArguments, set_seed
 
+from modeling_sparse_moe_vlm import SparseMoeVlmConfig
+from modeling_sparse_moe_vlm.toolbox.baseline import BlindBaseline, blind_baseline
 from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
 from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
-from modeling_sparse_moe_vlm.toolbox.recipes import load_recipe
+from modeling_sparse_moe_vlm.toolbox.recipes import find_model, load_recipe
 from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
 from modeling_sparse_moe_vlm.toolbox.routing_statistics import expert_load
-from modeling_sparse_moe_vlm.toolbox.scenes import BlindBaseline, blind_baseline, load_scenes
+from modeling_sparse_moe_vlm.toolbox.scenes import load_scenes
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_checkpoint, from_scratch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,47 +44,51 @@ def main() -> None:
     set_seed(training_arguments.seed)
 
     data = load_scenes(**recipe.data)
-    if recipe.model.endswith(".json"):
-        model, processor = from_scratch(str(ROOT / recipe.model), data["train"], **recipe.tokenizer)
+    model_path = find_model(recipe.model, ROOT)
+    if model_path.endswith(".json"):
+        model, processor = from_scratch(model_path, data["train"], **recipe.tokenizer)
     else:
-        model, processor = from_checkpoint(recipe.model)
-    print(describe(model))
+        model, processor = from_checkpoint(model_path)
+    is_ours = model.config.model_type == SparseMoeVlmConfig.model_type
+    print(describe(model, is_ours))
+    print_resizing(model, data["train"][0]["image"])
 
     start = time.time()
+    collator = VisionLanguageCollator(processor)
     trainer = SparseMoeTrainer(
         model=model,
         args=training_arguments,
-        data_collator=VisionLanguageCollator(processor),
+        data_collator=collator,
         train_dataset=conversations(data["train"]),
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     metrics: dict = {"training_seconds": round(time.time() - start, 1)}
-
-    heldout = [split for split in ("test", "test_style") if split in data]
-    for split in heldout:
-        answers = generate_answers(model, processor, conversations(data[split]))
-        metrics[split] = score(data["train"], data[split], answers)
-        if split == "test":
-            test_answers = answers
-    print_scores(metrics, heldout)
-    print_examples(data["train"], data["test"], test_answers)
-
-    shown = random.Random(0).sample(range(len(data["test"])), k=min(12, len(data["test"])))
-    draw_answers([data["test"][i] for i in shown], [test_answers[i] for i in shown], output_dir / "answers.png")
-    rows = conversations(data["test"].select(range(min(256, len(data["test"])))))
-    batches = [
-        trainer.data_collator([rows[i] for i in range(j, min(j + 64, len(rows)))]) for j in range(0, len(rows), 64)
-    ]
-    draw_expert_load(expert_load(model.eval(), batches), output_dir / "expert_load.png")
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
-
+    # At once, so that nothing is lost when a later step fails.
     model_dir = output_dir / "model"
     model.save_pretrained(model_dir)
     processor.save_pretrained(model_dir)
-    write_model_card(
-        model_dir, template=ROOT / "model_card.md", config=model.config, metrics=metrics, recipe=Path(arguments.recipe)
-    )
+
+    heldout = [split for split in ("test", "test_style") if split in data]
+    answers = {split: generate_answers(model, processor, conversations(data[split])) for split in heldout}
+    metrics |= {split: score(data["train"], data[split], answers[split]) for split in heldout}
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    if is_ours:
+        write_model_card(
+            model_dir, template=ROOT / "model_card.md", config=model.config, metrics=metrics, recipe=recipe
+        )
+    print_scores(metrics, heldout)
+    print_examples(data["train"], data["test"], answers["test"])
+
+    shown = random.Random(0).sample(range(len(data["test"])), k=min(12, len(data["test"])))
+    draw_answers([data["test"][i] for i in shown], [answers["test"][i] for i in shown], output_dir / "answers.png")
+    rows = conversations(data["test"].select(range(min(256, len(data["test"])))))
+    batches = [collator([rows[i] for i in range(j, min(j + 64, len(rows)))]) for j in range(0, len(rows), 64)]
+    load = expert_load(model.eval(), batches) if is_ours else {}
+    if load:
+        draw_expert_load(load, output_dir / "expert_load.png")
+    else:
+        print("No picture of the load of the experts: the model has no routed experts of ours.")
     print_how_to_load(model_dir, output_dir)
 
 
@@ -94,13 +101,22 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def describe(model) -> str:
+def describe(model, is_ours: bool) -> str:
+    if not is_ours:
+        return f"{type(model).__name__} with {model.num_parameters():,} parameters."
     config = model.config
     active = ", ".join(
         f"{config.num_active_parameters(modality):,} active per {modality} token"
         for modality in config.text_config.modalities
     )
     return f"Model with {config.num_parameters():,} parameters ({active})."
+
+
+def print_resizing(model, picture) -> None:
+    side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+    if isinstance(side, int) and picture.size != (side, side):
+        width, height = picture.size
+        print(f"Note: pictures of {width}×{height} pixels are resized to the {side}×{side} of the model.")
 
 
 def score(train, test, answers: list[str]) -> dict[str, dict[str, float]]:
@@ -138,7 +154,7 @@ def print_examples(train, test, answers: list[str], count: int = 12) -> None:
 def print_how_to_load(model_dir: Path, output_dir: Path) -> None:
     print(
         f"""
-Wrote {output_dir / "answers.png"}, {output_dir / "expert_load.png"}, {output_dir / "metrics.json"} and the model.
+Wrote the model, the metrics and the pictures to {output_dir}.
 Ask it about a new picture:
 
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from ..checks import check_choice
+
 EMOJI_FILE = Path(__file__).parent / "assets" / "emoji.parquet"
 DRAWING_SIZE = 64
 STYLES = ("twemoji", "noto")
@@ -137,25 +139,6 @@ def _distinct_emoji() -> list[dict[str, Any]]:
 def _question_split(name: str, topic: str) -> str:
     bucket = stable_bucket(f"{name}/{topic}")
     return "train" if bucket < 80 else "validation" if bucket < 90 else "test"
-
-
-def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    """
-    Checks that an argument is one of its possible values.
-
-    Args:
-        argument (`str`):
-            The name of the argument.
-        value (`str`):
-            What was passed.
-        choices (`tuple[str, ...]`):
-            What may be passed.
-
-    Raises:
-        `ValueError`: If the value is none of the choices.
-    """
-    if value not in choices:
-        raise ValueError(f"`{argument}` must be one of {', '.join(map(repr, choices))}, not {value!r}.")
 
 
 def stable_bucket(key: str) -> int:

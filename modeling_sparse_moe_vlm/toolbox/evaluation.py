@@ -33,7 +33,7 @@ def generate_answers(
         processor (`ProcessorMixin`):
             Its processor.
         rows (`Sequence[dict]`):
-            Rows with `messages` and `images`; a final assistant turn is left out.
+            Rows as [`~toolbox.collator.VisionLanguageCollator`] takes them; a final assistant turn is left out.
         batch_size (`int`, defaults to 64):
             Number of conversations per batch.
         generate_kwargs:
@@ -41,24 +41,29 @@ def generate_answers(
 
     Returns:
         `list[str]`: one answer per row.
+
+    Raises:
+        ValueError: If the pictures of a row are not as many as its placeholders; the message names the row.
     """
     generate_kwargs = {"max_new_tokens": 32, "do_sample": False} | generate_kwargs
     was_training = model.training
     model.eval()
     answers: list[str] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
-        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        inputs = processor.apply_chat_template(
-            [_questions(with_images(row)) for row in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(model.device, dtype=model.dtype)
-        output = model.generate(**inputs, **generate_kwargs)
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    model.train(was_training)
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
+            batch = range(start, min(start + batch_size, len(rows)))
+            inputs = processor.apply_chat_template(
+                [_questions(with_images(rows[i], i)) for i in batch],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            ).to(model.device, dtype=model.dtype)
+            output = model.generate(**inputs, **generate_kwargs)
+            answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    finally:
+        model.train(was_training)
     return answers
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_sparse_moe_vlm import SUPPORTED_TRANSFORMERS, SparseMoeVlmConfig
+from .recipes import Recipe
 
-REPOSITORY = "https://github.com/sparse-moe-vlm/sparse-moe-vlm"
 SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emoji scenes, held-out drawing style"}
 
 
@@ -19,7 +19,7 @@ def write_model_card(
     template: str | Path,
     config: SparseMoeVlmConfig,
     metrics: dict[str, Any] | None = None,
-    recipe: str | Path | None = None,
+    recipe: Recipe | None = None,
 ) -> ModelCard:
     """
     Writes `README.md` into a model's folder.
@@ -33,15 +33,19 @@ def write_model_card(
             Configuration of the model.
         metrics (`dict`, *optional*):
             By split, `{"overall": {"model", "blind", "most_frequent_answer"}}` in percent, as measured.
-        recipe (`str` or `Path`, *optional*):
-            The recipe that the model was trained with.
+        recipe ([`~toolbox.recipes.Recipe`], *optional*):
+            What the model was trained with.
 
     Returns:
         `huggingface_hub.ModelCard`
     """
     folder = Path(folder)
     metrics = metrics or {}
-    results = [{"name": name} | metrics[split]["overall"] for split, name in SPLIT_NAMES.items() if split in metrics]
+    results = [
+        {"split": split, "name": name} | metrics[split]["overall"]
+        for split, name in SPLIT_NAMES.items()
+        if split in metrics
+    ]
     card_data = ModelCardData(
         model_name=folder.name,
         license="apache-2.0",
@@ -55,6 +59,7 @@ def write_model_card(
                 task_type="visual-question-answering",
                 dataset_type="emoji-scenes",
                 dataset_name=row["name"],
+                dataset_split=row["split"],  # without it, the results of all splits would merge
                 metric_type="exact_match",
                 metric_value=round(row["model"], 1),
             )
@@ -67,7 +72,6 @@ def write_model_card(
         card_data,
         template_path=str(template),
         model_name=folder.name,
-        repository=REPOSITORY,
         supported=SUPPORTED_TRANSFORMERS,
         vision_model_type=config.vision_config.model_type,
         num_parameters=f"{config.num_parameters():,}",
@@ -81,7 +85,7 @@ def write_model_card(
         ),
         num_experts_per_tok=text_config.num_experts_per_tok,
         results=results,
-        recipe=Path(recipe).read_text().strip() if recipe is not None else None,
+        recipe=recipe.to_yaml().strip() if recipe is not None else None,
     )
     card.save(folder / "README.md")
     return card

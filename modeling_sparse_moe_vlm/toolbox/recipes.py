@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from transformers import TrainingArguments
+
+from ..checks import check
+from .scenes import load_scenes, scenes
+from .tokenizer import train_tokenizer
+
+# What scripts/train.py decides itself.
+SET_BY_SCRIPT = {"output_dir", "remove_unused_columns"}
+NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
 
 @dataclass
@@ -21,7 +32,7 @@ class Recipe:
         data (`dict`):
             Arguments of [`~toolbox.scenes.load_scenes`].
         training (`dict`):
-            Arguments of [`~transformers.TrainingArguments`].
+            Arguments of [`~transformers.TrainingArguments`], but for `output_dir` and `remove_unused_columns`.
         tokenizer (`dict`):
             Arguments of [`~toolbox.tokenizer.train_tokenizer`], for a model from scratch.
     """
@@ -30,6 +41,10 @@ class Recipe:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that [`load_recipe`] reads."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -50,31 +65,90 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             names it.
     """
     content = yaml.safe_load(Path(path).read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"the recipe {path} must be a mapping with the key `model`.")
+    check(isinstance(content, dict), f"the recipe {path} must be a mapping with the key `model`.")
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ValueError(f"override {override!r} has no value: write it as `section.key=value`.")
-        *sections, last = key.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"override {override!r}: {section!r} is a value, not a section.")
-        place[last] = yaml.safe_load(value)
+        _override(content, override)
+
     known = [entry.name for entry in fields(Recipe)]
-    unknown = sorted(set(content) - set(known))
-    if unknown or "model" not in content:
-        raise ValueError(f"the recipe {path} needs the key `model` and knows {known}; it has unknown keys {unknown}.")
-    recipe = Recipe(**content)
-    # YAML 1.1 reads `1e-3` as a string.
-    recipe.training = {key: _number(value) for key, value in recipe.training.items()}
-    return recipe
+    unknown = [key for key in content if key not in known]
+    check(not unknown, f"the recipe {path} has unknown keys {unknown}; known ones are {known}.")
+    check(
+        isinstance(content.get("model"), str),
+        f"the recipe {path} needs the key `model`, a file or a name, got {content.get('model')!r}.",
+    )
+    for section, arguments in _arguments().items():
+        if content.get(section) is None:
+            content[section] = {}
+        values = content[section]
+        check(isinstance(values, dict), f"`{section}` of the recipe {path} must be a mapping, got {values!r}.")
+        unknown = [key for key in values if key not in arguments]
+        check(
+            not unknown,
+            f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them.",
+        )
+    content["training"] = _with_numbers(content["training"])
+    return Recipe(**content)
 
 
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def find_model(model: str, root: Path) -> str:
+    """
+    Finds the model of a recipe: relative to the working directory, else to the root of the repository, else on the Hub.
+
+    Args:
+        model (`str`):
+            Configuration file, folder of a checkpoint, or name on the Hub.
+        root (`Path`):
+            Root of the repository.
+
+    Returns:
+        `str`: the path, or the name as it is.
+
+    Raises:
+        FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
+    """
+    places = [Path.cwd() / model, root / model]
+    for place in places:
+        if place.exists():
+            return str(place)
+    if model.endswith(".json") or model.count("/") > 1:
+        raise FileNotFoundError(f"there is no model {' or '.join(map(str, places))}: correct `model` in the recipe.")
+    return model
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    """Sets one value, as `"section.key=value"` says."""
+    key, separator, value = override.partition("=")
+    check(bool(separator), f"override {override!r} has no value: write it as `section.key=value`.")
+    *sections, last = key.split(".")
+    for section in sections:
+        if content.get(section) is None:
+            content[section] = {}
+        content = content[section]
+        check(isinstance(content, dict), f"override {override!r}: {section!r} is a value, not a section.")
+    content[last] = yaml.safe_load(value)
+
+
+def _arguments() -> dict[str, set[str]]:
+    """By section of a recipe, the keys that it may have."""
+    drawn = {*inspect.signature(load_scenes).parameters, *inspect.signature(scenes).parameters}
+    return {
+        "data": drawn - {"kwargs", "split", "num_examples"},
+        "training": {entry.name for entry in fields(TrainingArguments) if entry.init} - SET_BY_SCRIPT,
+        "tokenizer": {*inspect.signature(train_tokenizer).parameters} - {"texts"},
+    }
+
+
+def _with_numbers(training: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which `1e-3`, a string to YAML 1.1, is a number where a number is wanted."""
+    hints = get_type_hints(TrainingArguments)
+    numbers: dict[str, Any] = {}
+    for key, value in training.items():
+        types = get_args(hints[key]) or (hints[key],)
+        if not isinstance(value, str) or str in types or not re.fullmatch(NUMBER_WITH_EXPONENT, value):
+            continue
+        if float in types:
+            numbers[key] = float(value)
+        elif int in types:
+            check(float(value).is_integer(), f"`training.{key}` must be a whole number, got {value}.")
+            numbers[key] = int(float(value))
+    return training | numbers

@@ -1,4 +1,4 @@
-"""Scenes of emoji on a grid, with questions that only the picture answers, and what can be answered without it."""
+"""Scenes of emoji on a grid, with questions that only the picture answers."""
 
 import random
 from collections import Counter
@@ -11,12 +11,12 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.utils import tqdm
 from PIL import Image as PILImage
 
+from ..checks import check_choice
 from .emoji import (
     EXAMPLE_FEATURES,
     HELD_OUT_STYLE,
     SPLITS,
     STYLES,
-    check_choice,
     draw_on_white,
     emoji_entries,
     encode_png,
@@ -90,8 +90,8 @@ def scenes(
     an object, its `position`, what a `row` holds, whether an object or a category of objects is there (`exists`,
     `exists_category`) and how often (`count`, `count_category`; up to 3, and in half the cells at most), and a
     `caption` of the whole scene. Every question has one right answer, and the question alone does not give it away:
-    see [`blind_baseline`]. Kinds that make no sense on a grid or vocabulary (`above` in a single row) are left out.
-    Categories are those of Unicode, see `CATEGORIES`.
+    see [`~toolbox.baseline.blind_baseline`]. Kinds that make no sense on a grid or vocabulary (`above` in a single
+    row) are left out. Categories are those of Unicode, see `CATEGORIES`.
 
     An arrangement of objects belongs to one split for good, whatever the seed and size of the splits: 70 % to `train`,
     10 % to each of the others. Within a split, no question is asked twice about the same arrangement. The same
@@ -212,84 +212,6 @@ def to_messages(example: dict[str, Any]) -> dict[str, Any]:
         ],
         "images": [example["image"]],
     }
-
-
-class BlindBaseline:
-    """
-    Answers questions without looking: with the answer that training saw most often for the same question, else for its
-    kind, else at all.
-
-    Args:
-        train (`datasets.Dataset`):
-            Rows with the columns `question`, `answer` and `kind`.
-    """
-
-    def __init__(self, train: Dataset) -> None:
-        answers: Counter[str] = Counter()
-        by_kind: dict[str, Counter[str]] = {}
-        by_question: dict[str, Counter[str]] = {}
-        for question, answer, kind in _texts(train):
-            answers[answer] += 1
-            by_kind.setdefault(kind, Counter())[answer] += 1
-            by_question.setdefault(question, Counter())[answer] += 1
-        self.most_frequent = _mode(answers)
-        self.most_frequent_of_kind = {kind: _mode(counts) for kind, counts in by_kind.items()}
-        self._of_question = {question: _mode(counts) for question, counts in by_question.items()}
-
-    def answer(self, question: str, kind: str) -> str:
-        """
-        Guesses the answer to a question.
-
-        Args:
-            question (`str`):
-                The question.
-            kind (`str`):
-                Its kind.
-
-        Returns:
-            `str`: The guess.
-        """
-        return self._of_question.get(question, self.most_frequent_of_kind.get(kind, self.most_frequent))
-
-
-def blind_baseline(train: Dataset, test: Dataset) -> dict[str, dict[str, float]]:
-    """
-    Measures how well the questions are answered without looking at the pictures: what a model has to beat.
-
-    Args:
-        train (`datasets.Dataset`):
-            What the guesses are learned from: rows with the columns `question`, `answer` and `kind`.
-        test (`datasets.Dataset`):
-            What they are measured on.
-
-    Returns:
-        `dict[str, dict[str, float]]`: For `"overall"` and for each kind the accuracies in percent of `blind` (see
-        [`BlindBaseline`]) and of `most_frequent_answer` (one answer for everything, for a kind the one of that kind).
-    """
-    guess = BlindBaseline(train)
-    blind: dict[str, list[bool]] = {"overall": []}
-    frequent: dict[str, list[bool]] = {"overall": []}
-    for question, answer, kind in _texts(test):
-        right = guess.answer(question, kind) == answer
-        blind["overall"].append(right)
-        blind.setdefault(kind, []).append(right)
-        frequent["overall"].append(guess.most_frequent == answer)
-        frequent.setdefault(kind, []).append(guess.most_frequent_of_kind.get(kind, guess.most_frequent) == answer)
-    return {
-        kind: {
-            "blind": 100 * sum(blind[kind]) / len(blind[kind]),
-            "most_frequent_answer": 100 * sum(frequent[kind]) / len(frequent[kind]),
-        }
-        for kind in blind
-    }
-
-
-def _texts(examples: Dataset) -> Iterator[tuple[str, str, str]]:
-    return zip(*(examples[column][:] for column in ("question", "answer", "kind")), strict=True)
-
-
-def _mode(counts: Counter[str]) -> str:
-    return counts.most_common(1)[0][0]
 
 
 class _Draft(NamedTuple):

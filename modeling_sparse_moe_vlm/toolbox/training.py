@@ -105,5 +105,14 @@ def from_scratch(
 
 
 def from_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A trained model of any image-text-to-text class, with its processor."""
+    """
+    A trained model of any image-text-to-text class, with its processor.
+
+    Args:
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`
+    """
     return AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)

@@ -4,19 +4,22 @@ import json
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
-from modeling_sparse_moe_vlm.toolbox.collator import IGNORE_INDEX, VisionLanguageCollator
-from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
 from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
+from modeling_sparse_moe_vlm.toolbox.recipes import Recipe, load_recipe
 from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
 from modeling_sparse_moe_vlm.toolbox.routing_statistics import expert_load
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes, to_messages
+from modeling_sparse_moe_vlm.toolbox.scenes import scenes
 from modeling_sparse_moe_vlm.toolbox.tokenizer import train_tokenizer
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_scratch
 
 PRESET = "configuration/models/tiny.json"
+RECIPE = "configuration/training/demo.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +40,6 @@ def test_tokenizer_loses_no_text():
     assert tokenizer.convert_tokens_to_ids(["<pad>", "<image>", "<|im_start|>", "<|im_end|>"]) == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="must be at least 260"):
         train_tokenizer(["x"], vocab_size=100)
-
-
-def test_collator_targets_are_the_answers(data, fresh):
-    _, processor = fresh
-    rows = [to_messages(data[i]) for i in range(4)]
-    batch = VisionLanguageCollator(processor)(rows)
-    for i, labels in enumerate(batch["labels"]):
-        target = processor.decode(labels[labels != IGNORE_INDEX])
-        assert target == data[i]["answer"] + "<|im_end|>"
-    assert batch["pixel_values"].shape == (4, 3, 32, 32)
-    with pytest.raises(ValueError, match="no assistant turn"):
-        VisionLanguageCollator(processor)([{"messages": rows[0]["messages"][:1], "images": rows[0]["images"]}])
-    with pytest.raises(ValueError, match="more than `max_length`"):
-        VisionLanguageCollator(processor, max_length=5)(rows)
 
 
 def test_training_lowers_the_loss_and_logs_router_losses(tmp_path, data, fresh):
@@ -95,25 +84,32 @@ def test_answers_and_load_and_pictures(tmp_path, data, fresh):
     assert (tmp_path / "load.png").stat().st_size > 5000
 
 
-def test_exact_match():
-    assert exact_match(["Cat.", " dog", "3"], ["cat", "dog", "2"]) == pytest.approx(200 / 3)
-    with pytest.raises(ValueError, match="1 predictions for 2"):
-        exact_match(["a"], ["a", "b"])
-
-
 def test_model_card_says_what_was_measured(tmp_path, fresh):
     model, processor = fresh
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    metrics = {"test": {"overall": {"model": 12.34, "blind": 5.0, "most_frequent_answer": 4.0}}}
-    write_model_card(tmp_path, template="model_card.md", config=model.config, metrics=metrics)
+    metrics = {
+        "test": {"overall": {"model": 12.34, "blind": 5.0, "most_frequent_answer": 4.0}},
+        "test_style": {"overall": {"model": 6.78, "blind": 5.0, "most_frequent_answer": 4.0}},
+    }
+    recipe = load_recipe(RECIPE, ["training.max_steps=7", "data.num_train=66"])
+    write_model_card(tmp_path, template="model_card.md", config=model.config, metrics=metrics, recipe=recipe)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text"
-    assert [result.metric_value for result in card.data.eval_results] == [12.3]
+    measured = {result.dataset_split: (result.dataset_name, result.metric_value) for result in card.data.eval_results}
+    assert measured == {
+        "test": ("Emoji scenes, held-out arrangements", 12.3),
+        "test_style": ("Emoji scenes, held-out drawing style", 6.8),
+    }
     assert "| Emoji scenes, held-out arrangements | 12.3 | 5.0 | 4.0 |" in card.text
+    shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert Recipe(**shown) == recipe
+    assert "http" not in card.text
+
     write_model_card(tmp_path, template="model_card.md", config=model.config)
     unmeasured = ModelCard.load(tmp_path / "README.md")
     assert not unmeasured.data.eval_results
     assert "Nothing was measured" in unmeasured.text
+    assert "no record of its training" in unmeasured.text
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"]
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters() == model.config.num_parameters()

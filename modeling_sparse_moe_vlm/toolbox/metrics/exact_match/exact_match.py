@@ -30,8 +30,13 @@ class ExactMatch(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        hits = [_normalise(a) == _normalise(b) for a, b in zip(predictions, references, strict=True)]
+        hits = [is_right(a, b) for a, b in zip(predictions, references, strict=True)]
         return {"exact_match": 100.0 * sum(hits) / len(hits)}
+
+
+def is_right(answer: str, reference: str) -> bool:
+    """Whether an answer equals its reference; case, surrounding white space and a final full stop do not count."""
+    return _normalise(answer) == _normalise(reference)
 
 
 def _normalise(answer: str) -> str:
