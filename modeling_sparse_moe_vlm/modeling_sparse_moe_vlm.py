@@ -459,9 +459,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
         """As the library's; pictures that it does not pass on (to assistants, for one) are known to be missing."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, mm_token_type_ids, **kwargs)
         if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
             if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
                 logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")

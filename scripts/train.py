@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     arguments = parse_arguments()
     recipe = load_recipe(arguments.recipe, arguments.set)
+    model_path = find_model(recipe.model, ROOT)
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     training_arguments = TrainingArguments(
@@ -44,7 +45,6 @@ def main() -> None:
     set_seed(training_arguments.seed)
 
     data = load_scenes(**recipe.data)
-    model_path = find_model(recipe.model, ROOT)
     if model_path.endswith(".json"):
         model, processor = from_scratch(model_path, data["train"], **recipe.tokenizer)
     else:

@@ -106,7 +106,7 @@ def find_model(model: str, root: Path) -> str:
     Raises:
         FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
     """
-    places = [Path.cwd() / model, root / model]
+    places = list(dict.fromkeys([Path.cwd() / model, root / model]))
     for place in places:
         if place.exists():
             return str(place)

@@ -1,0 +1,147 @@
+"""Blind baseline: what can be answered from the questions alone, without looking at the pictures."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from datasets import Dataset
+
+from .metrics.exact_match.exact_match import is_right
+
+# How often training must have seen a question: what is tried. One that was seen once cannot be held back and known.
+LEAST_COUNTS = tuple(2**power for power in range(1, 9))
+# How many standard deviations a gain must have to be more than luck.
+CLEAR = 2.0
+
+
+class BlindBaseline:
+    """
+    Answers questions without looking: with the answer that training saw most often for the same question, else for its
+    kind, else at all.
+
+    The most frequent of few answers is mostly luck. So a question's own answer is taken only where training saw the
+    question often enough. How often that is, is chosen for each kind on the training rows: each half of them is guessed
+    from the other, and where the questions' own answers are not clearly better there, that of the kind is taken.
+
+    Args:
+        train (`datasets.Dataset`):
+            Rows with the columns `question`, `answer` and `kind`.
+    """
+
+    def __init__(self, train: Dataset) -> None:
+        rows = _rows(train)
+        self.most_frequent = _mode(Counter(row.answer for row in rows))
+        self.most_frequent_of_kind = _modes(_answers(rows, "kind"))
+        by_question = _answers(rows, "question")
+        self._of_question = _modes(by_question)
+        self._seen = {question: answers.total() for question, answers in by_question.items()}
+        self._least_count = _least_counts(rows)
+
+    def answer(self, question: str, kind: str) -> str:
+        """
+        Guesses the answer to a question.
+
+        Args:
+            question (`str`):
+                The question.
+            kind (`str`):
+                Its kind.
+
+        Returns:
+            `str`: The guess.
+        """
+        if kind in self._least_count and self._seen.get(question, 0) >= self._least_count[kind]:
+            return self._of_question[question]
+        return self.most_frequent_of_kind.get(kind, self.most_frequent)
+
+
+def blind_baseline(train: Dataset, test: Dataset) -> dict[str, dict[str, float]]:
+    """
+    Measures how well the questions are answered without looking at the pictures: what a model has to beat.
+
+    Args:
+        train (`datasets.Dataset`):
+            What the guesses are learned from: rows with the columns `question`, `answer` and `kind`.
+        test (`datasets.Dataset`):
+            What they are measured on.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For `"overall"` and for each kind the accuracies in percent of `blind` (see
+        [`BlindBaseline`]) and of `most_frequent_answer` (one answer for everything, for a kind the one of that kind).
+    """
+    guess = BlindBaseline(train)
+    blind: dict[str, list[bool]] = defaultdict(list)
+    frequent: dict[str, list[bool]] = defaultdict(list)
+    for question, answer, kind in _rows(test):
+        right = is_right(guess.answer(question, kind), answer)
+        blind["overall"].append(right)
+        blind[kind].append(right)
+        frequent["overall"].append(is_right(guess.most_frequent, answer))
+        frequent[kind].append(is_right(guess.most_frequent_of_kind.get(kind, guess.most_frequent), answer))
+    return {
+        kind: {
+            "blind": 100 * sum(blind[kind]) / len(blind[kind]),
+            "most_frequent_answer": 100 * sum(frequent[kind]) / len(frequent[kind]),
+        }
+        for kind in blind
+    }
+
+
+class _Row(NamedTuple):
+    question: str
+    answer: str
+    kind: str
+
+
+def _rows(examples: Dataset) -> list[_Row]:
+    return [_Row(*texts) for texts in zip(*(examples[column][:] for column in _Row._fields), strict=True)]
+
+
+def _answers(rows: Iterable[_Row], by: str) -> dict[str, Counter[str]]:
+    """How often each answer was seen, by question or by kind."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        answers[getattr(row, by)][row.answer] += 1
+    return dict(answers)
+
+
+def _modes(answers: dict[str, Counter[str]]) -> dict[str, str]:
+    return {key: _mode(counts) for key, counts in answers.items()}
+
+
+def _mode(counts: Counter[str]) -> str:
+    return counts.most_common(1)[0][0]
+
+
+def _least_counts(rows: list[_Row]) -> dict[str, int]:
+    """By kind, how often a question must have been seen; no entry where the questions' own answers do not help."""
+    halves: tuple[list[_Row], list[_Row]] = ([], [])
+    seen: Counter[str] = Counter()
+    for row in rows:
+        halves[seen[row.question] % 2].append(row)
+        seen[row.question] += 1
+
+    # By kind: how often a question was seen, and whether its own answer gains (1), changes nothing (0) or loses (-1).
+    outcomes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for known, held_back in (halves, halves[::-1]):
+        of_question, of_kind = _modes(_answers(known, "question")), _modes(_answers(known, "kind"))
+        for question, answer, kind in held_back:
+            if question in of_question and kind in of_kind:
+                won = is_right(of_question[question], answer) - is_right(of_kind[kind], answer)
+                outcomes[kind].append((seen[question], won))
+
+    chosen = {}
+    for kind, pairs in outcomes.items():
+        gains = {least: _clear_gain([won for count, won in pairs if count >= least]) for least in LEAST_COUNTS}
+        best = max(LEAST_COUNTS, key=lambda least: gains[least])
+        if gains[best] > 0:
+            chosen[kind] = best
+    return chosen
+
+
+def _clear_gain(outcomes: list[int]) -> int:
+    """The sum of the outcomes, or 0 where it may be luck: the standard deviation of n outcomes' sum is at most √n."""
+    gain = sum(outcomes)
+    return gain if gain > CLEAR * len(outcomes) ** 0.5 else 0

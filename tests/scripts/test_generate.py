@@ -1,0 +1,24 @@
+"""generate.py answers as the model does."""
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
+from tests.fixtures import make_picture, user
+
+
+def test_answers_about_pictures(trained, run_here, tmp_path):
+    pictures = [tmp_path / "0.png", tmp_path / "1.png"]
+    for seed, path in enumerate(pictures):
+        make_picture(seed).save(path)
+    folder = trained[0] / "model"
+    arguments = ["--model", folder, "--question", "Can you see the cat?", "--max-new-tokens", "5"]
+    printed = run_here("generate.py", *arguments, "--image", pictures[0], "--image", pictures[1])
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    row = {"messages": [user(*map(make_picture, range(2)), "Can you see the cat?")]}
+    assert printed == generate_answers(model, processor, [row], max_new_tokens=5)[0] + "\n"
+
+
+def test_answers_without_a_picture(trained, run_here):
+    folder = trained[0] / "model"
+    assert run_here("generate.py", "--model", folder, "--question", "Why?", "--max-new-tokens", "5").endswith("\n")

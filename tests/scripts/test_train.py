@@ -1,0 +1,106 @@
+"""train.py from the recipe to a folder with everything, in small."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
+from modeling_sparse_moe_vlm.toolbox import report
+from modeling_sparse_moe_vlm.toolbox.tokenizer import train_tokenizer
+from tests.scripts.conftest import run_train, train_arguments
+
+
+def history(output_dir, step: int) -> list[dict]:
+    """Losses of the steps up to a checkpoint."""
+    state = json.loads((output_dir / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def test_a_run_leaves_model_metrics_card_and_pictures(trained):
+    output_dir, printed = trained
+    assert AutoModelForImageTextToText.from_pretrained(output_dir / "model").num_parameters() > 1e6
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    assert set(metrics) == {"training_seconds", "test", "test_style"}
+    assert set(metrics["test"]["overall"]) == {"model", "blind", "most_frequent_answer"}
+    assert (output_dir / "answers.png").stat().st_size > 5000
+    assert (output_dir / "expert_load.png").stat().st_size > 5000
+    assert "active per image token" in printed
+    assert "are resized" not in printed
+
+    card = ModelCard.load(output_dir / "model/README.md")
+    assert [result.dataset_split for result in card.data.eval_results] == ["test", "test_style"]
+    shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert shown["training"]["max_steps"] == 2, "the card shows the recipe without what was changed"
+
+
+def test_an_interrupted_run_goes_on(trained, tmp_path):
+    output_dir = tmp_path / "output"
+    shutil.copytree(trained[0] / "checkpoints", output_dir / "checkpoints")
+    before = history(output_dir, 2)
+    result = run_train(tmp_path, "--resume", *train_arguments(output_dir, max_steps=3, save_steps=3))
+    assert result.returncode == 0, result.stderr
+    after = history(output_dir, 3)
+    assert [entry["step"] for entry in after] == [1, 2, 3]
+    assert after[:2] == before
+    assert (output_dir / "model/config.json").exists()
+
+
+def test_a_failing_picture_costs_nothing(run_here, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no picture today")
+
+    monkeypatch.setattr(report, "draw_answers", fail)
+    with pytest.raises(RuntimeError, match="no picture today"):
+        run_here("train.py", *train_arguments(tmp_path, max_steps=1))
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "model").num_parameters() > 1e6
+    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "model/README.md").exists()
+
+
+def test_models_of_other_classes_train_too(run_here, tmp_path):
+    tokenizer = train_tokenizer(["Can you see the cat?"], vocab_size=270)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=1)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+    ).save_pretrained(tmp_path / "llava")
+
+    output_dir = tmp_path / "output"
+    printed = run_here(
+        "train.py", *train_arguments(output_dir, max_steps=1), f"--set=model={tmp_path / 'llava'}", "--set=tokenizer={}"
+    )
+    assert "LlavaForConditionalGeneration with" in printed
+    assert "pictures of 32×32 pixels are resized to the 16×16 of the model" in printed
+    assert "No picture of the load of the experts" in printed
+    assert (output_dir / "answers.png").exists()
+    assert not (output_dir / "expert_load.png").exists()
+    assert AutoModelForImageTextToText.from_pretrained(output_dir / "model").config.model_type == "llava"
