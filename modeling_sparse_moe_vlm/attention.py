@@ -1,4 +1,7 @@
-"""Attention of the decoder, in the Llama/Qwen3 convention, through Transformers' attention interface."""
+"""Attention of the decoder, in the Llama/Qwen3 convention, through Transformers' attention interface.
+
+Plain attention, or distributed attention where the forward pass asks for it: see `distributed_attention.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.import_utils import is_tracing
 
+from .attention_parts import AttentionParts
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .normalization import SparseMoeVlmRMSNorm
 
@@ -40,6 +45,24 @@ class SparseMoeVlmAttention(nn.Module):
         self.k_norm = (
             SparseMoeVlmRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         )
+        # log π by head and modality
+        self.modality_log_priors = None
+        if config.learned_modality_priors:
+            self.modality_log_priors = nn.Parameter(torch.empty(config.num_attention_heads, len(config.modalities)))
+        self._priors_seen: tuple[int, int] | None = None
+        self._priors_are_equal = False
+
+    def needs_priors(self) -> bool:
+        """Whether plain attention would not do: some head has unequal priors, or they learn now."""
+        priors = self.modality_log_priors
+        if priors is None:
+            return False
+        if is_tracing(priors) or (torch.is_grad_enabled() and priors.requires_grad):
+            return True
+        seen = priors.data_ptr(), priors._version
+        if seen != self._priors_seen:  # looked at only when they have changed
+            self._priors_seen, self._priors_are_equal = seen, bool((priors == priors[:, :1]).all())
+        return not self._priors_are_equal
 
     def forward(
         self,
@@ -47,6 +70,7 @@ class SparseMoeVlmAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        attention_parts: AttentionParts | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
@@ -63,14 +87,14 @@ class SparseMoeVlmAttention(nn.Module):
         attention_function = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_function(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*input_shape, -1).contiguous()), weights
+        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
+        if attention_parts is not None:
+            output, _, weights = attention_parts.attend(
+                attention_function, self, query, key, value, attention_mask, self.modality_log_priors, **options
+            )
+        else:
+            output, weights = attention_function(self, query, key, value, attention_mask, **options)
+        output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
+        if attention_parts is None and self.modality_log_priors is not None and self.training:
+            output = output + 0.0 * self.modality_log_priors.sum()  # a batch of text: they stay in the graph
+        return output, weights

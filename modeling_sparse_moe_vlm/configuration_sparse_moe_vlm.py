@@ -9,57 +9,18 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
-from transformers.utils import logging
 
-from .checks import (
-    check,
-    check_boolean,
-    check_choice,
-    check_distinct,
-    check_integer,
-    check_layers,
-    check_number,
-    check_sequence,
-    check_spelling,
-)
-from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
+from .checks import check, check_spelling
+from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .parameters import count_parameters
-from .vision_tower import check_vision_config, patches_per_side
-
-logger = logging.get_logger(__name__)
-
-ROUTERS = ("softmax", "sigmoid", "top_p")
+from .validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields, resolve_expert_groups
+from .vision_tower import patches_per_side
 
 # Completes the type of fields that may be left out, or given in another form: `__post_init__` replaces what was given.
 Given = Any
-
-# Fields of the decoder that hold whole numbers from 1, numbers from 0, and True or False.
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-    "decoder_sparse_step",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-)
-_NUMBERS = ("initializer_range", "rms_norm_eps", "router_aux_loss_coef", "router_z_loss_coef")
-_FLAGS = (
-    "use_cache",
-    "tie_word_embeddings",
-    "attention_bias",
-    "use_qk_norm",
-    "norm_topk_prob",
-    "output_router_logits",
-)
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
 _NOT_PREDICTIONS = [
@@ -70,6 +31,8 @@ _NOT_PREDICTIONS = [
     "z_loss",
     "aux_loss_by_modality",
     "image_hidden_states",
+    "modality_weights",
+    "count_free_modality_weights",
 ]
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
@@ -129,6 +92,14 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             Dropout on the attention weights.
         use_qk_norm (`bool`, defaults to `True`):
             Whether queries and keys are RMS-normalised per head, as in Qwen3.
+        alpha_init (`float`, defaults to 0.5):
+            Prior of the image part in distributed attention, and of every other modality but text (α₀): how much more
+            than its attention logits say a part weighs.
+        beta_init (`float`, defaults to 0.5):
+            Prior of the text part (β₀). Equal priors are plain attention; only their ratio counts.
+        learned_modality_priors (`bool`, defaults to `False`):
+            Whether every head learns its own priors, from `alpha_init` and `beta_init` on, or they stay what they are
+            (which trained best in Vidi, arXiv 2504.15681).
         decoder_sparse_step (`int`, defaults to 1):
             Every how many layers one is sparse: layer `i` is if `(i + 1) % decoder_sparse_step == 0`.
         mlp_only_layers (`list[int]`, *optional*):
@@ -178,7 +149,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     ```
     """
 
-    model_type = "sparse_moe_vlm_text"
+    model_type = TEXT_MODEL_TYPE
     base_config_key = "text_config"
     keys_to_ignore_at_inference = _NOT_PREDICTIONS
 
@@ -189,6 +160,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.modality_log_priors": "colwise",
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
@@ -227,6 +199,9 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: float = 0.0
     use_qk_norm: bool = True
+    alpha_init: float = 0.5
+    beta_init: float = 0.5
+    learned_modality_priors: bool = False
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | Given = None
     modalities: list[str] | Given = None
@@ -254,16 +229,16 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             self.mlp_only_layers = []
         if self.modalities is None:
             self.modalities = BUILTIN_MODALITIES[:2]
-        self._check_fields()
+        check_text_fields(self)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.mlp_only_layers = list(self.mlp_only_layers)
         self.modalities = list(self.modalities)
-        self._resolve_expert_groups()
+        resolve_expert_groups(self)
         # A copy, since the library completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
-        self._check_rope()
+        check_rope(self)
 
     # ---------------------------------------------------------------- arrangement of experts
 
@@ -327,118 +302,8 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Checks the fields again, which may have been changed, when a model is made of them."""
         super().validate_architecture()
-        self._check_fields()
-        self._resolve_expert_groups()
-
-    def _check_fields(self) -> None:
-        for field in _COUNTS:
-            check_integer(field, getattr(self, field))
-        for field in _NUMBERS:
-            check_number(field, getattr(self, field))
-        for field in _FLAGS:
-            check_boolean(field, getattr(self, field))
-        check_number("attention_dropout", self.attention_dropout, at_most=1)
-        check_choice("hidden_act", self.hidden_act, ACT2FN)
-        check_choice("router", self.router, ROUTERS)
-        check_number("router_top_p", self.router_top_p, at_most=1)
-        check(self.router_top_p > 0, "`router_top_p` must be more than 0, or no expert would be chosen.")
-        check(
-            isinstance(self.rope_parameters, dict | None),
-            f"`rope_parameters` must be a dict, got {self.rope_parameters!r}.",
-        )
-        if self.pad_token_id is not None:
-            check_integer("pad_token_id", self.pad_token_id, at_least=0, below=self.vocab_size)
-        check(
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"`num_attention_heads` ({self.num_attention_heads}) must be a multiple of `num_key_value_heads` "
-            f"({self.num_key_value_heads}).",
-        )
-        if self.head_dim is None:
-            check(
-                self.hidden_size % (2 * self.num_attention_heads) == 0,
-                f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
-                f"({self.num_attention_heads}), for rotary embeddings: choose one, or set `head_dim`.",
-            )
-        else:
-            check_integer("head_dim", self.head_dim)
-            check(self.head_dim % 2 == 0, f"`head_dim` must be even for rotary embeddings, got {self.head_dim}.")
-        check_layers("mlp_only_layers", self.mlp_only_layers, self.num_hidden_layers)
-        check_sequence("modalities", self.modalities, str)
-        known = BUILTIN_MODALITIES[: len(self.modalities)]
-        check(
-            bool(known) and tuple(self.modalities[: len(known)]) == known,
-            f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
-            f"`mm_token_type_ids`), got {self.modalities}.",
-        )
-        check_distinct("modalities", self.modalities)
-
-    def _resolve_expert_groups(self) -> None:
-        self.expert_groups = resolve_groups(
-            self.expert_groups,
-            modalities=self.modalities,
-            num_experts=self.num_experts,
-            intermediate_size=self.moe_intermediate_size,
-            num_hidden_layers=self.num_hidden_layers,
-        )
-        by_modality = self.num_experts_per_tok_by_modality or {}
-        check(
-            isinstance(by_modality, dict) and set(by_modality) <= set(self.modalities),
-            f"`num_experts_per_tok_by_modality` must be a dict whose keys are among the `modalities` "
-            f"{self.modalities}, got {by_modality!r}.",
-        )
-        for modality, num_experts in by_modality.items():
-            check_integer(f"num_experts_per_tok_by_modality[{modality!r}]", num_experts)
-
-        sparse_layers = [i for i in range(self.num_hidden_layers) if self.is_sparse_layer(i)]
-        for group in self.expert_groups:
-            check(
-                group["layers"] is None or not set(sparse_layers).isdisjoint(group["layers"]),
-                f"`expert_groups[{group['name']!r}].layers` is {group['layers']}, of which none is sparse: name one of "
-                f"the sparse layers {sparse_layers}, or drop the group.",
-            )
-        num_routed = {0}
-        for layer in sparse_layers:
-            groups = self.layer_expert_groups(layer, always_on=False)
-            check(
-                bool(groups),
-                f"`expert_groups` leaves sparse layer {layer} without a routed group: add one whose `layers` "
-                f"contains {layer}, or list the layer in `mlp_only_layers`.",
-            )
-            for modality in self.modalities:
-                serving = sum(group.num_experts for group in groups if group.serves(modality))
-                chosen = self.experts_per_token(modality)
-                check(
-                    chosen <= serving,
-                    f"`num_experts_per_tok` is {chosen} for modality {modality!r}, but layer {layer} has {serving} "
-                    "routed experts that serve it: lower it (`num_experts_per_tok` or "
-                    "`num_experts_per_tok_by_modality`), or let a group serve more.",
-                )
-                if chosen == 1 < serving and self.norm_topk_prob:
-                    logger.warning_once(
-                        f"`num_experts_per_tok` is 1 for modality {modality!r} and `norm_topk_prob` is True: the only "
-                        "weight is always 1, so the router learns nothing from the language loss. Set "
-                        "`norm_topk_prob=False`."
-                    )
-            num_routed.add(sum(group.num_experts for group in groups))
-        check(
-            self.num_experts in (None, max(num_routed)) or not sparse_layers,
-            f"`num_experts` is {self.num_experts}, but `expert_groups` have {max(num_routed)} routed experts in a "
-            "layer: leave `num_experts` out, or change the groups.",
-        )
-        self.num_experts = max(num_routed)
-
-    def _check_rope(self) -> None:
-        check_choice(
-            "rope_parameters['rope_type']", self.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS)
-        )
-        theta = self.rope_parameters.get("rope_theta")
-        if theta is not None:
-            check_number("rope_parameters['rope_theta']", theta)
-            check(theta > 0, f"`rope_parameters['rope_theta']` must be more than 0, got {theta!r}.")
-        try:
-            self.validate_rope()
-        except KeyError as error:
-            raise ValueError(f"`rope_parameters` is incomplete: {error}.") from error
+        check_text_fields(self)
+        resolve_expert_groups(self)
 
 
 class SparseMoeVlmConfig(PreTrainedConfig):
@@ -510,7 +375,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
                 f"`{field}` must be a configuration or a dict, got {value!r}.",
             )
         super().__post_init__(**kwargs)
-        self._check_fields()
+        check_fields(self)
         # The language head belongs to the whole model, so the two flags are one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
@@ -519,33 +384,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         """See [`SparseMoeVlmTextConfig.validate_architecture`]."""
         super().validate_architecture()
         self.text_config.validate_architecture()
-        self._check_fields()
-
-    def _check_fields(self) -> None:
-        text, vision = self.text_config, self.vision_config
-        # Not `isinstance`: a checkpoint that brings its code along has classes of its own.
-        check(
-            text.model_type == SparseMoeVlmTextConfig.model_type and "image" in text.modalities,
-            f"`text_config` must be of type {SparseMoeVlmTextConfig.model_type!r} with `modalities` that include "
-            f"'image', got {text.model_type!r} with {getattr(text, 'modalities', None)}.",
-        )
-        for field in ("tie_word_embeddings", "use_cache", "multimodal_projector_bias"):
-            check_boolean(field, getattr(self, field))
-        check_choice("projector_hidden_act", self.projector_hidden_act, ACT2FN)
-        check_integer("image_token_id", self.image_token_id, at_least=0, below=text.vocab_size)
-        check_integer("pixel_shuffle_factor", self.pixel_shuffle_factor)
-        check(
-            self.image_token_id != text.pad_token_id,
-            f"`image_token_id` ({self.image_token_id}) is also `text_config.pad_token_id`: pictures need a token of "
-            "their own.",
-        )
-        check_vision_config(vision)
-        side = patches_per_side(vision)
-        check(
-            side % self.pixel_shuffle_factor == 0,
-            f"`pixel_shuffle_factor` ({self.pixel_shuffle_factor}) must divide the {side} patches per side that "
-            f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
-        )
+        check_fields(self)
 
     @property
     def image_seq_length(self) -> int:

@@ -5,14 +5,14 @@ images ──► vision tower ──► connector ──┐
 text ────► token embedding ─────────────┘
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import (
     AutoModel,
     AutoModelForCausalLM,
@@ -26,14 +26,19 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
+from .attention_parts import plan_attention
 from .cache_name import CACHE_NAME, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import register_expert_conversion
-from .losses import router_losses, share_of_batch
+from .language_head import SparseMoeVlmLanguageHead
 from .normalization import SparseMoeVlmRMSNorm
-from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmModelOutputWithPast
+from .outputs import (
+    SparseMoeVlmCausalLMOutputWithPast,
+    SparseMoeVlmModelOutputWithPast,
+    SparseMoeVlmTextModelOutputWithPast,
+)
 from .parallel import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
@@ -74,6 +79,12 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
         self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
 
+    def _attentions(self) -> Iterator[SparseMoeVlmAttention]:
+        for layer in self.layers:
+            attention = layer.self_attn
+            assert isinstance(attention, SparseMoeVlmAttention)
+            yield attention
+
     @takes_cache_by_name
     @merge_with_config_defaults
     @capture_outputs
@@ -86,8 +97,11 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_modality_weights: bool = False,
+        modality_priors: Mapping[str, float] | None = None,
+        modality_guidance: float = 0.0,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> SparseMoeVlmTextModelOutputWithPast:
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids; or `inputs_embeds`.
@@ -101,6 +115,13 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Modality id of every token (position in `config.modalities`); all text when `None`.
             use_cache (`bool`, *optional*): Whether to return the cache.
+            output_modality_weights (`bool`, *optional*, defaults to `False`):
+                Whether to return the weight of every attention part (α, β, …), by layer, head and token. With a cache,
+                from the call on that fills it.
+            modality_priors (`Mapping[str, float]`, *optional*):
+                By modality, a factor on the prior of its part: `{"image": 2.0}` looks at the pictures twice as hard.
+            modality_guidance (`float`, *optional*, defaults to 0.0):
+                g: returns Z + g·(Z − O_text) in place of Z, for tokens that see a picture.
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `mm_token_type_ids` has
@@ -129,6 +150,17 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         # Made after the mask, because with a cache the library does not look for several sequences in a row.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        parts = plan_attention(
+            self.config,
+            mm_token_type_ids,
+            inputs_embeds,
+            causal_mask,
+            past_key_values,
+            has_learned_priors=any(attention.needs_priors() for attention in self._attentions()),
+            output_modality_weights=output_modality_weights,
+            modality_priors=modality_priors,
+            modality_guidance=modality_guidance,
+        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         routing = self.routing_planner(mm_token_type_ids, inputs_embeds.device)
 
@@ -140,10 +172,15 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
                 routing=routing,
+                attention_parts=parts,
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: past_key_values})
+        return SparseMoeVlmTextModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            **(parts.read_out() if parts is not None else {}),
+            **{CACHE_NAME: past_key_values},
+        )
 
 
 # ------------------------------------------------------------------------------------------------ vision and language
@@ -310,62 +347,6 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
 # ------------------------------------------------------------------------------------------------ heads
 
 
-class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
-    """What the models with a language head share: logits, language loss, router losses."""
-
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's, with the modality ids of the tokens at hand in every release and decoding mode."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        if mm_token_type_ids is not None:
-            prompt = model_inputs.get("inputs_embeds")
-            tokens = model_inputs["input_ids"] if prompt is None else prompt
-            # Candidates of assisted decoding have no ids yet; what follows the prompt is text.
-            num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
-            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
-            model_inputs["mm_token_type_ids"] = mm_token_type_ids.to(tokens.device).contiguous()
-        return model_inputs
-
-    def _head(
-        self,
-        outputs: MoeModelOutputWithPast,
-        labels: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        mm_token_type_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        **kwargs,
-    ) -> SparseMoeVlmCausalLMOutputWithPast:
-        text_config = self.config.get_text_config()
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-
-        loss = aux_loss = z_loss = by_modality = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        if outputs.router_logits:
-            padding_mask = attention_mask if torch.is_tensor(attention_mask) else None  # not Flex attention's
-            aux_loss, z_loss, by_modality = router_losses(
-                text_config, outputs.router_logits, mm_token_type_ids, padding_mask
-            )
-            if labels is not None and loss is not None:
-                router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
-                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
-        return SparseMoeVlmCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
-            aux_loss_by_modality=by_modality,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            image_hidden_states=getattr(outputs, "image_hidden_states", None),
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
-        )
-
-
 class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
     """The decoder alone, with a language head."""
 
@@ -392,6 +373,9 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        output_modality_weights: bool = False,
+        modality_priors: Mapping[str, float] | None = None,
+        modality_guidance: float = 0.0,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> SparseMoeVlmCausalLMOutputWithPast:
@@ -417,6 +401,9 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
             mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            output_modality_weights=output_modality_weights,
+            modality_priors=modality_priors,
+            modality_guidance=modality_guidance,
             return_dict=True,
             **kwargs,
         )
@@ -487,6 +474,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        output_modality_weights: bool = False,
+        modality_priors: Mapping[str, float] | None = None,
+        modality_guidance: float = 0.0,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> SparseMoeVlmCausalLMOutputWithPast:
@@ -508,6 +498,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
+            output_modality_weights=output_modality_weights,
+            modality_priors=modality_priors,
+            modality_guidance=modality_guidance,
             return_dict=True,
             **kwargs,
         )

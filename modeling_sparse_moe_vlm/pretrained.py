@@ -9,6 +9,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .attention import SparseMoeVlmAttention
+from .attention_parts import initial_log_priors
 from .checkpoint import convert_from_disk
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
@@ -47,6 +49,9 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, SparseMoeVlmTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, SparseMoeVlmAttention) and module.modality_log_priors is not None:
+            log_priors = torch.tensor(initial_log_priors(module.config))
+            init.copy_(module.modality_log_priors, log_priors.expand_as(module.modality_log_priors))
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         """As the library's, but never reentrant, which runs layers without autograd: router losses would not train."""

@@ -38,9 +38,10 @@ NAMES = [
 ]
 TEXT_INPUTS = ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "mm_token_type_ids"]
 IMAGE_INPUTS = ["input_ids", "pixel_values", *TEXT_INPUTS[1:], "mm_encoder_outputs"]
-HEAD_INPUTS = ["labels", "use_cache", "output_router_logits", "logits_to_keep", "kwargs"]
+STEERING = ["output_modality_weights", "modality_priors", "modality_guidance"]
+HEAD_INPUTS = ["labels", "use_cache", "output_router_logits", *STEERING, "logits_to_keep", "kwargs"]
 SIGNATURES = {
-    SparseMoeVlmTextModel.forward: [*TEXT_INPUTS, "use_cache", "kwargs"],
+    SparseMoeVlmTextModel.forward: [*TEXT_INPUTS, "use_cache", *STEERING, "kwargs"],
     SparseMoeVlmModel.forward: [*IMAGE_INPUTS, "kwargs"],
     SparseMoeVlmForCausalLM.forward: [*TEXT_INPUTS, *HEAD_INPUTS],
     SparseMoeVlmForConditionalGeneration.forward: [*IMAGE_INPUTS, *HEAD_INPUTS],

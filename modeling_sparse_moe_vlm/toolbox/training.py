@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,10 @@ from .tokenizer import train_tokenizer
 
 
 class SparseMoeTrainer(Trainer):
-    """`Trainer` that also logs the router losses (`aux_loss`, `z_loss`), as means since the last log."""
+    """
+    `Trainer` that also logs the router losses as means since the last log: `aux_loss`, `z_loss`, and the balancing loss
+    of each modality (`aux_loss_text`, …), in which one that collapses shows.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -33,15 +37,22 @@ class SparseMoeTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            for name in ("aux_loss", "z_loss"):
-                if outputs.get(name) is not None:
-                    self._router_losses.setdefault(name, []).append(outputs[name].detach())
+            losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
+            by_modality = outputs.get("aux_loss_by_modality")
+            if by_modality is not None:
+                modalities = self.accelerator.unwrap_model(model).config.get_text_config().modalities
+                losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
+            for name, value in losses.items():
+                if value is not None:
+                    self._router_losses.setdefault(name, []).append(value.detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             for name, values in self._router_losses.items():
-                logs[name] = round(torch.stack(values).mean().item(), 4)
+                mean = torch.stack(values).nanmean().item()
+                if not math.isnan(mean):  # a modality of which there was no token
+                    logs[name] = round(mean, 4)
             self._router_losses.clear()
         super().log(logs, *args, **kwargs)
 
@@ -97,7 +108,10 @@ def from_scratch(
     config = SparseMoeVlmConfig.from_dict(raw)
     model = SparseMoeVlmForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=32
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id],  # stands for pictures, which the model does not make
+        max_new_tokens=32,
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})

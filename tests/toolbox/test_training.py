@@ -65,7 +65,9 @@ def test_training_lowers_the_loss_and_logs_router_losses(tmp_path, data, fresh):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert logs[-1]["loss"] < logs[0]["loss"]
-    assert all(entry["aux_loss"] > 0 for entry in logs)
+    for entry in logs:
+        assert entry["aux_loss"] == pytest.approx((entry["aux_loss_text"] + entry["aux_loss_image"]) / 2, abs=2e-4)
+        assert entry["aux_loss"] > 0
 
 
 def test_answers_and_load_and_pictures(tmp_path, data, fresh):

@@ -1,0 +1,260 @@
+"""Distributed attention: attention in parts, one per modality, merged exactly.
+
+A query q sees the keys of parts P (text, image, …) with logits s_j. Each part is attended on its own::
+
+    O_P = Σ_{j∈P} softmax_P(s)_j · v_j          ℓ_P = logsumexp_{j∈P} s_j
+
+and the parts are merged with priors π_P > 0 (D-Attn, arXiv 2502.01906, without its learned gates; ring attention merges
+blocks in the same way, arXiv 2310.01889)::
+
+    w_P = π_P·exp(ℓ_P) / Σ_Q π_Q·exp(ℓ_Q)       Z = Σ_P w_P·O_P
+
+The weights sum to 1: α of the image part, β of the text part. With equal priors Z is attention over all keys. Guidance
+g (attention-space classifier-free guidance, arXiv 2601.13707) returns Z + g·(Z − O_text) instead.
+
+[`attend_in_parts`] is the literal reference. The fast forms give the same: [`attend_by_channels`] through any attention
+backend, [`attend_by_row`] for one query, and [`.attention_runs`] for long runs of one modality on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+# Kernels want head sizes that are multiples of 8.
+_CHANNELS = 8
+# Log-prior of a part that is left out: far below any other, but finite in every dtype.
+_NEVER = -1e4
+
+
+class Merged(NamedTuple):
+    """Result of distributed attention, for B rows, H heads, T queries, M modalities and heads of size D.
+
+    Args:
+        output (`torch.Tensor` of shape `(B, T, H, D)`): Z, laid out as Transformers' attention functions do.
+        weights (`torch.Tensor` of shape `(B, H, T, M)`, *optional*): w_P, in float32.
+        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention weights, from eager attention alone.
+    """
+
+    output: torch.Tensor
+    weights: torch.Tensor | None = None
+    attentions: torch.Tensor | None = None
+
+
+def merge(outputs: torch.Tensor, logsumexps: torch.Tensor, log_priors: torch.Tensor | None = None) -> tuple:
+    """
+    Merges attention parts.
+
+    Args:
+        outputs (`torch.Tensor` of shape `(P, ..., D)`):
+            Output O_P of each part; anything where the part is empty.
+        logsumexps (`torch.Tensor` of shape `(P, ...)`):
+            ℓ_P, minus infinity where the part has no visible key.
+        log_priors (`torch.Tensor`, broadcastable to `(P, ...)`, *optional*):
+            log π_P.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: Z `(..., D)`, 0 where all parts are empty, and the weights w `(P, ...)`.
+    """
+    scores = logsumexps if log_priors is None else logsumexps + log_priors
+    nothing = torch.isneginf(scores).all(dim=0, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=0).masked_fill(nothing, 0.0)
+    return (weights.unsqueeze(-1) * outputs).sum(dim=0), weights
+
+
+def attend_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_ids: torch.Tensor,
+    num_modalities: int,
+    *,
+    visible: torch.Tensor,
+    scaling: float,
+    log_priors: torch.Tensor | None = None,
+    guidance: float = 0.0,
+) -> Merged:
+    """
+    The reference: computes every part by itself, in full, and merges them.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, T, D)`):
+            Queries.
+        key (`torch.Tensor` of shape `(B, H_kv, S, D)`):
+            Keys; H is a multiple of H_kv.
+        value (`torch.Tensor` of shape `(B, H_kv, S, D)`):
+            Values.
+        key_ids (`torch.Tensor` of shape `(B, S)`):
+            Modality id of every key.
+        num_modalities (`int`):
+            Number M of modalities.
+        visible (`torch.Tensor` of shape `(B or 1, 1, T, S)`):
+            Whether a query sees a key, of type bool.
+        scaling (`float`):
+            Factor of the logits.
+        log_priors (`torch.Tensor` of shape `(H, M)`, *optional*):
+            log π by head and modality; all equal when `None`.
+        guidance (`float`, defaults to 0.0):
+            g.
+
+    Returns:
+        [`Merged`]
+    """
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(2, 3)).float() * scaling
+    outputs, logsumexps = [], []
+    for modality in range(num_modalities):
+        part = visible & (key_ids == modality)[:, None, None]
+        empty = ~part.any(dim=-1, keepdim=True)
+        # An empty part is attended anyhow, so that no gradient is NaN, and counts for nothing.
+        part_scores = scores.masked_fill(~(part | empty), -torch.inf)
+        outputs.append(torch.softmax(part_scores, dim=-1) @ value.float())
+        logsumexps.append(torch.logsumexp(part_scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf))
+    by_part = None if log_priors is None else log_priors.float().T[:, None, :, None]
+    merged, weights = merge(torch.stack(outputs), torch.stack(logsumexps), by_part)
+    if guidance:
+        merged = _guide(merged, outputs[0], (weights[0] > 0) & (weights[1:].sum(dim=0) > 0), guidance)
+    return Merged(merged.to(value.dtype).transpose(1, 2), weights.movedim(0, -1))
+
+
+def attend_by_channels(
+    attention_function: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    key_ids: torch.Tensor,
+    num_modalities: int,
+    *,
+    log_priors: torch.Tensor | None = None,
+    guidance: float = 0.0,
+    **kwargs: Any,
+) -> Merged:
+    """
+    Any backend, any mask, any layout: log π rides in extra query and key channels, and extra value channels that
+    indicate the modality come back as the weights. Arguments as in [`attend_in_parts`], the mask as the backend has it.
+
+    Args:
+        attention_function (`Callable`):
+            One of `ALL_ATTENTION_FUNCTIONS`.
+        module (`torch.nn.Module`):
+            The attention module.
+        attention_mask:
+            The backend's mask.
+        kwargs:
+            Further arguments of the backend, `scaling` among them.
+
+    Returns:
+        [`Merged`]
+    """
+    channels = -(-(num_modalities - 1) // _CHANNELS) * _CHANNELS
+    # The part of text (id 0) is what the others are compared with, so it needs no channel.
+    indicator = F.one_hot(key_ids, channels + 1)[:, None, :, 1:].to(key.dtype)  # (B, 1, S, channels)
+    indicator = indicator.expand(-1, key.shape[1], -1, -1)
+
+    def attend(log_priors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        bias = query.new_zeros(*query.shape[:3], channels)
+        if log_priors is not None:
+            relative = (log_priors[:, 1:] - log_priors[:, :1]).float() / kwargs["scaling"]
+            bias = F.pad(relative, (0, channels - relative.shape[1])).to(query.dtype)[None, :, None].expand_as(bias)
+        return attention_function(
+            module,
+            torch.cat([query, bias], dim=-1),
+            torch.cat([key, indicator], dim=-1),
+            torch.cat([value, indicator], dim=-1),
+            attention_mask,
+            **kwargs,
+        )
+
+    extended, attentions = attend(log_priors)
+    output, others = extended.split([value.shape[-1], channels], dim=-1)
+    others = others[..., : num_modalities - 1].float().transpose(1, 2)  # (B, H, T, M - 1)
+    weights = torch.cat([1.0 - others.sum(dim=-1, keepdim=True), others], dim=-1).clamp(0.0, 1.0)
+    if guidance:
+        text_alone = query.new_full((query.shape[1], num_modalities), _NEVER)
+        text_alone[:, 0] = 0.0
+        text_output, text_others = attend(text_alone)[0].split([value.shape[-1], channels], dim=-1)
+        sees_text = text_others.sum(dim=-1) < 0.5  # where there is no text, the others share all the weight
+        sees_other = others.sum(dim=-1).transpose(1, 2) > 0
+        output = _guide(output, text_output, sees_text & sees_other, guidance)
+    return Merged(output.contiguous(), weights, attentions)
+
+
+def attend_by_row(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    key_ids: torch.Tensor,
+    num_modalities: int,
+    *,
+    scaling: float,
+    log_priors: torch.Tensor | None = None,
+    guidance: float = 0.0,
+) -> Merged:
+    """
+    One query per row, as in decoding: its logits are a vector, so the plain formula costs nothing. Arguments as in
+    [`attend_in_parts`], with T = 1.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B or 1, 1 or H, 1, S)`, *optional*):
+            Of type bool, or what is added to the logits.
+
+    Returns:
+        [`Merged`]
+    """
+    batch_size, num_heads, _, head_dim = query.shape
+    num_key_value_heads = key.shape[1]
+    grouped = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
+    scores = (grouped @ key.transpose(2, 3)).float().view(batch_size, num_heads, 1, -1) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, -torch.inf)
+        else:
+            scores = scores + attention_mask
+    is_of = F.one_hot(key_ids, num_modalities).to(scores.dtype)  # (B, S, M)
+    if log_priors is not None:
+        scores = scores + (is_of @ log_priors.to(scores.dtype).T).transpose(1, 2).unsqueeze(2)
+    probabilities = torch.softmax(scores, dim=-1)  # (B, H, 1, S)
+    weights = probabilities @ is_of[:, None]
+
+    def average(probabilities: torch.Tensor) -> torch.Tensor:
+        grouped = probabilities.to(value.dtype).view(batch_size, num_key_value_heads, -1, key.shape[2])
+        return (grouped @ value).view(batch_size, 1, num_heads, -1)
+
+    output = average(probabilities)
+    if guidance:
+        text_share = weights[..., :1]
+        text_output = average(probabilities * is_of[..., 0][:, None, None] / text_share.clamp(min=1e-30))
+        sees_both = (text_share > 0) & (weights[..., 1:].sum(dim=-1, keepdim=True) > 0)
+        output = _guide(output, text_output, sees_both.squeeze(-1).transpose(1, 2), guidance)
+    return Merged(output, weights)
+
+
+def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """
+    The weights without the effect of how many keys a part has: from ℓ_P − log n_P instead of ℓ_P. A picture of many
+    tokens has a large α merely for being large.
+
+    Args:
+        weights (`torch.Tensor` of shape `(B, H, T, M)`):
+            w_P.
+        counts (`torch.Tensor` of shape `(B, T, M)`):
+            Number n_P of keys of each part that a query sees.
+
+    Returns:
+        `torch.Tensor` of shape `(B, H, T, M)`: sums to 1 where a query sees anything.
+    """
+    each = weights / counts.clamp(min=1)[:, None].to(weights)
+    return each / each.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny)
+
+
+def _guide(output: torch.Tensor, text_output: torch.Tensor, sees_both: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Z + g·(Z − O_text) where a query sees text and something else."""
+    guided = output + guidance * (output - text_output.to(output.dtype))
+    return torch.where(sees_both.unsqueeze(-1), guided, output)

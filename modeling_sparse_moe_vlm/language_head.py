@@ -1,0 +1,126 @@
+"""What the models with a language head share: logits, losses, and generation that reads the attention weights out."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .cache_name import CACHE_NAME
+from .losses import router_losses, share_of_batch
+from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
+from .pretrained import SparseMoeVlmPreTrainedModel
+
+# The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
+_read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
+    "_read_out", default=(None, [])
+)
+
+
+class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
+    """What the models with a language head share: logits, language loss, router losses."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def generate(self, *args, output_modality_weights: bool = False, **kwargs):
+        """
+        See [`~transformers.GenerationMixin.generate`], with the steering arguments of [`SparseMoeVlmTextModel`].
+
+        Args:
+            output_modality_weights (`bool`, *optional*, defaults to `False`):
+                Whether to return the weight of every attention part, beside the other outputs: `modality_weights` and
+                `count_free_modality_weights`, for every step a tuple with one tensor `(rows, heads, T, num_modalities)`
+                per layer, where T is the length of the prompt in the first step, then 1 (in assisted decoding, the
+                number of candidates that were taken, plus 1). Needs `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: If the weights are to be returned, but no dict.
+        """
+        if not output_modality_weights:
+            return super().generate(*args, **kwargs)
+        # Not an argument of the model: assistants would be given it, too.
+        token = _read_out.set((self, []))
+        try:
+            outputs = super().generate(*args, **kwargs)
+            _, read_out = _read_out.get()
+        finally:
+            _read_out.reset(token)
+        if not isinstance(outputs, ModelOutput):
+            raise ValueError("`output_modality_weights=True` needs `return_dict_in_generate=True`.")
+        for name in ("modality_weights", "count_free_modality_weights"):
+            outputs[name] = tuple(step[name] for step in read_out)
+        return outputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
+        """As the library's; keeps the attention weights of the tokens that this step has taken."""
+        model, read_out = _read_out.get()
+        if model is self:
+            # There are logits for the last token and for every candidate.
+            num_refused = outputs.logits.shape[1] - num_new_tokens
+            read_out.append(
+                {
+                    name: tuple(weights[:, :, : weights.shape[2] - num_refused] for weights in outputs[name])
+                    for name in ("modality_weights", "count_free_modality_weights")
+                }
+            )
+        return super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *args, num_new_tokens=num_new_tokens, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
+        """As the library's, with the modality ids of the tokens at hand in every release and decoding mode."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if _read_out.get()[0] is self:
+            model_inputs["output_modality_weights"] = True
+        if mm_token_type_ids is not None:
+            prompt = model_inputs.get("inputs_embeds")
+            tokens = model_inputs["input_ids"] if prompt is None else prompt
+            # Candidates of assisted decoding have no ids yet; what follows the prompt is text.
+            num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
+            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
+            model_inputs["mm_token_type_ids"] = mm_token_type_ids.to(tokens.device).contiguous()
+        return model_inputs
+
+    def _head(
+        self,
+        outputs: SparseMoeVlmTextModelOutputWithPast,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        mm_token_type_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> SparseMoeVlmCausalLMOutputWithPast:
+        text_config = self.config.get_text_config()
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+
+        loss = aux_loss = z_loss = by_modality = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        if outputs.router_logits:
+            padding_mask = attention_mask if torch.is_tensor(attention_mask) else None  # not Flex attention's
+            aux_loss, z_loss, by_modality = router_losses(
+                text_config, outputs.router_logits, mm_token_type_ids, padding_mask
+            )
+            if labels is not None and loss is not None:
+                router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
+                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
+        return SparseMoeVlmCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            z_loss=z_loss,
+            aux_loss_by_modality=by_modality,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            image_hidden_states=outputs.get("image_hidden_states"),
+            modality_weights=outputs.modality_weights,
+            count_free_modality_weights=outputs.count_free_modality_weights,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+        )

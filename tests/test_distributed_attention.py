@@ -1,0 +1,240 @@
+"""Distributed attention: every fast form against the literal parts, and those against plain softmax attention."""
+
+import pytest
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from modeling_sparse_moe_vlm.attention_parts import visible_counts
+from modeling_sparse_moe_vlm.attention_runs import MAX_RUNS, Run, attend_runs, find_runs
+from modeling_sparse_moe_vlm.distributed_attention import (
+    attend_by_channels,
+    attend_by_row,
+    attend_in_parts,
+    count_free,
+    merge,
+)
+
+B, H, H_KV, D, M = 2, 4, 2, 16, 3
+SCALING = 0.3
+LAYOUTS = {
+    "text, picture, text": [0] * 7 + [1] * 12 + [0] * 5,
+    "picture first": [1] * 9 + [0] * 6,
+    "picture last": [0] * 4 + [1] * 11,
+    "three modalities": [0] * 5 + [2] * 4 + [1] * 6 + [2] * 3 + [0] * 7,
+    "text alone": [0] * 13,
+    "picture alone": [1] * 8,
+    "single tokens": [0, 1, 0, 2, 1, 0],
+}
+FORMS = ["runs", "eager", "sdpa"]
+
+
+class Module(torch.nn.Module):
+    """What attention functions ask of an attention module."""
+
+    num_key_value_groups = H // H_KV
+    is_causal = True
+    training = False
+
+
+def make_tensors(length: int, seed: int = 0, dtype=torch.float32, queries: int | None = None) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(B, H, queries or length, D), (B, H_KV, length, D), (B, H_KV, length, D)]
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    tensors.append(torch.randn(H, M, generator=generator))
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def causal(length: int) -> torch.Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+
+
+def additive(visible: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def attend(form: str, ids, query, key, value, log_priors, visible=None, guidance=0.0):
+    """Output `(B, T, H, D)` and weights, causal or as `visible` says."""
+    options = {"scaling": SCALING, "log_priors": log_priors, "guidance": guidance}
+    if form == "parts":
+        visible = causal(key.shape[2]) if visible is None else visible
+        return attend_in_parts(query, key, value, ids, M, visible=visible, **options)[:2]
+    if form == "runs":
+        output, weights = attend_runs(query, key, value, find_runs(ids), M, **options)
+        return output.transpose(1, 2), weights
+    if form == "row":
+        return attend_by_row(query, key, value, visible, ids, M, **options)[:2]
+    function = eager_attention_forward if form == "eager" else ALL_ATTENTION_FUNCTIONS[form]
+    mask = visible
+    if form == "eager":
+        mask = additive(causal(key.shape[2]) if visible is None else visible)
+    return attend_by_channels(function, Module(), query, key, value, mask, ids, M, **options)[:2]
+
+
+def values_and_gradients(form, ids, tensors, **kwargs):
+    """Output, weights, and the gradients of a random projection of the output."""
+    for tensor in tensors:
+        tensor.grad = None
+    output, weights = attend(form, ids, *tensors, **kwargs)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
+    (output * direction).sum().backward()
+    return [output.detach(), weights.detach(), *(tensor.grad.clone() for tensor in tensors)]
+
+
+# ---------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_priors_are_plain_softmax_attention(layout):
+    ids = torch.tensor([LAYOUTS[layout]] * B)
+    query, key, value, _ = make_tensors(ids.shape[1])
+    output, weights = attend("parts", ids, query, key, value, None)
+    scores = (query @ key.repeat_interleave(2, dim=1).mT * SCALING).masked_fill(~causal(ids.shape[1]), -torch.inf)
+    probabilities = torch.softmax(scores, dim=-1)
+    torch.testing.assert_close(output, (probabilities @ value.repeat_interleave(2, dim=1)).transpose(1, 2))
+    for modality in range(M):
+        expected = (probabilities * (ids == modality)[:, None, None]).sum(dim=-1)
+        torch.testing.assert_close(weights[..., modality], expected)
+
+
+def test_priors_are_factors_of_the_parts():
+    """w_P ∝ π_P·exp(ℓ_P), so the odds of two parts change by the ratio of their priors, whatever the logits."""
+    ids = torch.tensor([LAYOUTS["three modalities"]] * B)
+    query, key, value, log_priors = make_tensors(ids.shape[1])
+    plain = attend("parts", ids, query, key, value, None)[1][:, :, -1]
+    weighted = attend("parts", ids, query, key, value, log_priors)[1][:, :, -1]
+    odds = (weighted[..., 1] / weighted[..., 0]) / (plain[..., 1] / plain[..., 0])
+    torch.testing.assert_close(odds, torch.exp(log_priors[:, 1] - log_priors[:, 0]).expand_as(odds))
+    torch.testing.assert_close(weighted.sum(dim=-1), torch.ones(B, H))
+
+
+def test_empty_parts_have_no_weight_and_no_nan():
+    ids = torch.tensor([[0] * 6, [1] * 6])
+    tensors = make_tensors(6)
+    output, weights, *gradients = values_and_gradients("parts", ids, tensors)
+    assert all(value.isfinite().all() for value in (output, weights, *gradients))
+    assert weights[0, :, :, 0].eq(1).all()
+    assert weights[1, :, :, 1].eq(1).all()
+    assert weights[..., 2].eq(0).all()
+
+
+def test_a_query_that_sees_nothing():
+    outputs, logsumexps = torch.randn(2, 3, D), torch.full((2, 3), -torch.inf)
+    merged, weights = merge(outputs, logsumexps)
+    assert merged.eq(0).all()
+    assert weights.eq(0).all()
+
+
+# ---------------------------------------------------------------- the fast forms
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_priors", [False, True])
+def test_fast_forms_equal_the_parts(form, layout, with_priors):
+    """Forward and every gradient, those of the priors included."""
+    ids = torch.tensor([LAYOUTS[layout]] * B)
+    query, key, value, log_priors = make_tensors(ids.shape[1])
+    if with_priors:
+        tensors = [query, key, value, log_priors]
+        fast, literal = (values_and_gradients(each, ids, tensors) for each in (form, "parts"))
+    else:
+        fast, literal = (attend(each, ids, query, key, value, None) for each in (form, "parts"))
+    for ours, expected in zip(fast, literal, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["eager", "sdpa"])
+def test_channels_take_any_mask_and_rows_of_any_layout(form):
+    ids = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 2, 2, 0, 1]])
+    visible = causal(8) & torch.tensor([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1]]).bool()[:, None, None]
+    visible |= torch.eye(8, dtype=torch.bool)  # padding sees itself
+    tensors = make_tensors(8)
+    fast, literal = (values_and_gradients(each, ids, tensors, visible=visible) for each in (form, "parts"))
+    for ours, expected in zip(fast, literal, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_row_equals_the_parts(mask):
+    ids = torch.tensor([LAYOUTS["three modalities"], LAYOUTS["three modalities"][::-1]])
+    query, key, value, log_priors = make_tensors(ids.shape[1], queries=1)
+    visible = torch.ones(B, 1, 1, ids.shape[1], dtype=torch.bool)
+    if mask is not None:
+        visible[0, ..., :6] = False
+    given = {None: None, "bool": visible, "additive": additive(visible)}[mask]
+    row = attend("row", ids, query, key, value, log_priors, visible=given, guidance=0.5)
+    literal = attend("parts", ids, query, key, value, log_priors, visible=visible, guidance=0.5)
+    for ours, expected in zip(row, literal, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_guidance_takes_away_what_text_alone_says(form, layout):
+    ids = torch.tensor([LAYOUTS[layout]] * B)
+    with torch.no_grad():
+        query, key, value, log_priors = make_tensors(ids.shape[1])
+        guided = attend(form, ids, query, key, value, log_priors, guidance=0.7)[0]
+        torch.testing.assert_close(
+            guided, attend("parts", ids, query, key, value, log_priors, guidance=0.7)[0], rtol=1e-4, atol=2e-5
+        )
+        # By its definition, with attention over the text keys alone.
+        plain, weights = attend("parts", ids, query, key, value, log_priors)
+        text_visible = causal(ids.shape[1]) & (ids == 0)[:, None, None]
+        text = attend("parts", ids, query, key, value, None, visible=text_visible)[0]
+        sees_both = ((weights[..., 0] > 0) & (weights[..., 1:].sum(dim=-1) > 0)).transpose(1, 2).unsqueeze(-1)
+        expected = torch.where(sees_both, plain + 0.7 * (plain - text), plain)
+        torch.testing.assert_close(guided, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_stays_within_its_precision(form):
+    ids = torch.tensor([LAYOUTS["text, picture, text"]] * B)
+    query, key, value, log_priors = (tensor.detach() for tensor in make_tensors(ids.shape[1]))
+    low = [tensor.bfloat16() for tensor in (query, key, value)]
+    output, weights = attend(form, ids, *low, log_priors)
+    exact, exact_weights = attend("parts", ids, *(tensor.float() for tensor in low), log_priors)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), exact, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(weights, exact_weights, rtol=0.02, atol=0.02)
+
+
+# ---------------------------------------------------------------- runs and counts
+
+
+def test_runs():
+    ids = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0]])
+    assert find_runs(ids) == (Run(0, 2, 0), Run(2, 5, 1), Run(5, 6, 0))
+    ids[1, 2] = 0
+    assert find_runs(ids) is None, "rows differ"
+    assert find_runs(torch.tensor([[0, 1] * MAX_RUNS])) is None, "too many"
+    assert find_runs(torch.zeros(3, 1, dtype=torch.long)) == (Run(0, 1, 0),)
+
+
+def test_visible_counts():
+    ids = torch.tensor([[0, 1, 1, 0], [1, 0, 2, 0]])
+    expected = torch.tensor(
+        [[[1, 0, 0], [1, 1, 0], [1, 2, 0], [2, 2, 0]], [[0, 1, 0], [1, 1, 0], [1, 1, 1], [2, 1, 1]]]
+    )
+    for mask in (None, torch.ones(2, 4), causal(4), additive(causal(4))):
+        assert torch.equal(visible_counts(mask, ids, 4, M), expected.float())
+    assert torch.equal(visible_counts(None, ids, 1, M), expected[:, -1:].float()), "one query after cached keys"
+    padded = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    assert visible_counts(padded, ids, 4, M)[1, :, 1].tolist() == [0, 0, 0, 0]
+
+
+def test_count_free_weights_do_not_depend_on_how_often_a_key_is_there():
+    """A part whose keys are all there twice has twice the weight, and the same count-free weight."""
+    query, key, value, _ = make_tensors(3, queries=1)
+    ids = torch.tensor([[0, 0, 1]] * B)
+    doubled = torch.tensor([0, 1, 2, 2])
+    once, twice = (
+        attend("row", ids[:, rows], query, key[:, :, rows], value[:, :, rows], None)[1]
+        for rows in (torch.arange(3), doubled)
+    )
+    odds = [weights[..., 1] / weights[..., 0] for weights in (once, twice)]
+    torch.testing.assert_close(odds[1], 2 * odds[0])
+    counts = [torch.tensor([[[2.0, 1.0, 0.0]]] * B), torch.tensor([[[2.0, 2.0, 0.0]]] * B)]
+    torch.testing.assert_close(count_free(once, counts[0]), count_free(twice, counts[1]))
+    torch.testing.assert_close(count_free(once, counts[0]).sum(dim=-1), torch.ones(B, H, 1))
