@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -57,7 +58,7 @@ class SparseMoeVlmAttention(nn.Module):
         priors = self.modality_log_priors
         if priors is None:
             return False
-        if is_tracing(priors) or (torch.is_grad_enabled() and priors.requires_grad):
+        if is_tracing(priors) or isinstance(priors, DTensor) or (torch.is_grad_enabled() and priors.requires_grad):
             return True
         seen = priors.data_ptr(), priors._version
         if seen != self._priors_seen:  # looked at only when they have changed
@@ -88,13 +89,16 @@ class SparseMoeVlmAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
+        log_priors = self.modality_log_priors
+        if isinstance(log_priors, DTensor):
+            log_priors = log_priors.to_local()  # under tensor parallelism, those of the heads that are here
         if attention_parts is not None:
             output, _, weights = attention_parts.attend(
-                attention_function, self, query, key, value, attention_mask, self.modality_log_priors, **options
+                attention_function, self, query, key, value, attention_mask, log_priors, **options
             )
         else:
             output, weights = attention_function(self, query, key, value, attention_mask, **options)
         output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
-        if attention_parts is None and self.modality_log_priors is not None and self.training:
-            output = output + 0.0 * self.modality_log_priors.sum()  # a batch of text: they stay in the graph
+        if attention_parts is None and log_priors is not None and self.training:
+            output = output + 0.0 * log_priors.sum()  # a batch of text: they stay in the graph
         return output, weights

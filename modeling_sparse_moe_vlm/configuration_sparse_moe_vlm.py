@@ -123,6 +123,10 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
               arm of MoIIE (arXiv 2508.09779, 13 benchmarks: hybrid 60.0, isolated 59.1, joint 59.1, dense 58.8).
             - `"joint"`: one pool of `num_experts` routed experts for every modality.
             - `"isolated"`: `num_experts` routed experts split evenly into one group per modality.
+        expert_pool (`list[int]`, *optional*):
+            Cross-layer expert pools: for every layer the number of the pool whose routed experts it uses, `None` (as
+            in dense layers) for its own. Layers of one pool share the routed experts, each with a router of its own
+            (UniPool, arXiv 2605.06665); always-on experts stay with their layers.
         router (`str`, defaults to `"softmax"`):
             How router logits become expert weights: `"softmax"`, `"sigmoid"` (DeepSeek-V3, arXiv 2412.19437) or
             `"top_p"` (the fewest experts whose probability reaches `router_top_p`; arXiv 2403.07652).
@@ -164,6 +168,9 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
+        "expert_pools.*.gate_up_proj": "packed_colwise",
+        "expert_pools.*.down_proj": "rowwise",
+        "expert_pools.*": "moe_tp_experts",
         "layers.*.mlp.shared_experts.*.gate_proj": "colwise",
         "layers.*.mlp.shared_experts.*.up_proj": "colwise",
         "layers.*.mlp.shared_experts.*.down_proj": "rowwise",
@@ -175,6 +182,9 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
+        "expert_pools.*.gate_up_proj": "grouped_gemm",
+        "expert_pools.*.down_proj": "grouped_gemm",
+        "expert_pools.*": "ep_dispatch_experts",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -210,6 +220,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     num_experts_per_tok_by_modality: dict[str, int] | None = None
     moe_intermediate_size: int = 1408
     expert_groups: list[dict[str, Any]] | Given = "hybrid"
+    expert_pool: list[int | None] | None = None
     router: str = "softmax"
     router_top_p: float = 0.6
     norm_topk_prob: bool = True
@@ -267,6 +278,19 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             for group in groups
             if (group.layers is None or layer_idx in group.layers) and always_on in (None, group.always_on)
         )
+
+    @property
+    def pools(self) -> dict[int, list[int]]:
+        """The layers of every expert pool, by the pool's number."""
+        pools: dict[int, list[int]] = {}
+        for layer, pool in enumerate(self.expert_pool or []):
+            if pool is not None:
+                pools.setdefault(pool, []).append(layer)
+        return pools
+
+    def layer_pool(self, layer_idx: int) -> int | None:
+        """The pool whose routed experts layer `layer_idx` uses; `None` for its own."""
+        return None if self.expert_pool is None else self.expert_pool[layer_idx]
 
     @property
     def routed_group_names(self) -> list[str]:

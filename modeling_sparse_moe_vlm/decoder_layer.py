@@ -38,6 +38,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
         routing: RoutingPlan | None = None,
+        pooled_experts: nn.Module | None = None,
         **kwargs,
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
@@ -49,4 +50,6 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attention_output
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + (self.mlp(normed, routing) if self.is_sparse else self.mlp(normed))
+        if self.is_sparse:
+            return hidden_states + self.mlp(normed, routing, pooled_experts=pooled_experts)
+        return hidden_states + self.mlp(normed)

@@ -146,7 +146,8 @@ class SparseMoeVlmSharedExperts(nn.ModuleDict):
 class SparseMoeVlmSparseMoeBlock(nn.Module):
     """Sparse feed-forward block of a decoder layer: router → routed experts, plus always-on experts.
 
-    `hidden_states (B, T, D)` → `(B, T, D)`. Without `routing`, the tokens are all text.
+    `hidden_states (B, T, D)` → `(B, T, D)`. Without `routing`, the tokens are all text. Where the layer belongs to an
+    expert pool, the routed experts are `pooled_experts`.
     """
 
     def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
@@ -155,16 +156,18 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         always_on = config.layer_expert_groups(layer_idx, always_on=True)
         self.groups_key = groups_key(routed)
         self.gate = SparseMoeVlmTopKRouter(config, routed)
-        self.experts: SparseMoeVlmExperts | SparseMoeVlmExpertGroups
-        if len(config.routed_group_names) == 1:
-            self.experts = SparseMoeVlmExperts(config, routed[0])
-            if config.router == "top_p" or config.num_experts_per_tok_by_modality:
-                _accept_sentinels(self.experts)
-        else:
-            self.experts = SparseMoeVlmExpertGroups(config, routed)
+        # Layers of an expert pool have no routed experts of their own.
+        self.experts = None if config.layer_pool(layer_idx) is not None else make_experts(config, routed)
         self.shared_experts = SparseMoeVlmSharedExperts(config, always_on) if always_on else None
 
-    def forward(self, hidden_states: torch.Tensor, routing: RoutingPlan | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing: RoutingPlan | None = None,
+        pooled_experts: SparseMoeVlmExperts | SparseMoeVlmExpertGroups | None = None,
+    ) -> torch.Tensor:
+        experts = self.experts if pooled_experts is None else pooled_experts
+        assert experts is not None
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])
         tokens = None
@@ -175,13 +178,26 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
             _, top_k_weights, top_k_index = self.gate(
                 hidden_states, routing.served.get(self.groups_key), routing.num_slots
             )
-        if isinstance(self.experts, SparseMoeVlmExpertGroups):
-            output = self.experts(hidden_states, top_k_index, top_k_weights, tokens)
+        if isinstance(experts, SparseMoeVlmExpertGroups):
+            output = experts(hidden_states, top_k_index, top_k_weights, tokens)
         else:
-            output = self.experts(hidden_states, top_k_index, top_k_weights)
+            output = experts(hidden_states, top_k_index, top_k_weights)
+        output = output.to(hidden_states.device)  # a pool may be placed elsewhere
         if self.shared_experts is not None:
             output = self.shared_experts(hidden_states, output, tokens)
         return output.reshape(shape)
+
+
+def make_experts(
+    config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]
+) -> SparseMoeVlmExperts | SparseMoeVlmExpertGroups:
+    """The routed experts of a layer, or of the layers that share a pool."""
+    if len(config.routed_group_names) > 1:
+        return SparseMoeVlmExpertGroups(config, groups)
+    experts = SparseMoeVlmExperts(config, groups[0])
+    if config.router == "top_p" or config.num_experts_per_tok_by_modality:
+        _accept_sentinels(experts)
+    return experts
 
 
 def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -212,11 +228,12 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
     Registers how checkpoints, which hold experts one by one, become fused stacks, and back.
 
     On disk: `mlp.experts.<e>.gate_proj.weight` …, or `mlp.experts.<group>.<e>.gate_proj.weight` … where the model has
-    several routed groups. Transformers keeps one table per model type, which therefore has the groups of every model
-    that the process has made.
+    several routed groups; likewise `expert_pools.<pool>.<e>.gate_proj.weight` …. Transformers keeps one table per model
+    type, which therefore has the groups and pools of every model that the process has made.
     """
     names = config.routed_group_names
-    prefixes = {f"mlp.experts.{name}" for name in names} if len(names) > 1 else set()
+    places = ["mlp.experts", *(f"expert_pools.{pool}" for pool in config.pools)]
+    prefixes = {f"{place}.{name}" for place in places for name in names} if len(names) > 1 else set(places)
     for known in get_checkpoint_conversion_mapping(config.model_type) or []:
         if isinstance(known, WeightConverter):
             prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)

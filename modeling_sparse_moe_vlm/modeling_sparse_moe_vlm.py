@@ -31,7 +31,7 @@ from .cache_name import CACHE_NAME, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
-from .experts import register_expert_conversion
+from .experts import make_experts, register_expert_conversion
 from .language_head import SparseMoeVlmLanguageHead
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import (
@@ -67,6 +67,10 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.layers = nn.ModuleList(
             [SparseMoeVlmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
+        self.expert_pools = nn.ModuleDict()
+        for pool, layers in config.pools.items():
+            groups = config.layer_expert_groups(layers[0], always_on=False)
+            self.expert_pools[str(pool)] = make_experts(config, groups)
         self.norm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.routing_planner = RoutingPlanner(config)
@@ -78,6 +82,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         super().init_parallel_plans()
         self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
         self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
+        if self.config.pools:
+            self._fsdp_plan["expert_pools.*"] = "free_full_weight"
 
     def _attentions(self) -> Iterator[SparseMoeVlmAttention]:
         for layer in self.layers:
@@ -165,7 +171,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         routing = self.routing_planner(mm_token_type_ids, inputs_embeds.device)
 
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer_idx, layer in enumerate(self.layers):
+            pool = self.config.layer_pool(layer_idx)
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -173,6 +180,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 position_ids=position_ids,
                 routing=routing,
                 attention_parts=parts,
+                pooled_experts=None if pool is None else self.expert_pools[str(pool)],
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )

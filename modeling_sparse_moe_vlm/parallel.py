@@ -25,10 +25,16 @@ def plan_by_group(plan: dict[str, str], config: SparseMoeVlmTextConfig) -> dict[
     always_on = [group["name"] for group in config.expert_groups if group["always_on"]]
     spelled_out = {}
     for pattern, style in plan.items():
+        # The library complains about what a plan names in vain.
+        if "expert_pools.*" in pattern and not config.pools:
+            continue
+        if "modality_log_priors" in pattern and not config.learned_modality_priors:
+            continue
         if "mlp.shared_experts.*" in pattern:
             patterns = [pattern.replace("shared_experts.*", f"shared_experts.{name}") for name in always_on]
-        elif "mlp.experts" in pattern and len(routed) > 1:
-            patterns = [pattern.replace("mlp.experts", f"mlp.experts.{name}") for name in routed]
+        elif len(routed) > 1 and ("mlp.experts" in pattern or "expert_pools.*" in pattern):
+            place = "mlp.experts" if "mlp.experts" in pattern else "expert_pools.*"
+            patterns = [pattern.replace(place, f"{place}.{name}") for name in routed]
         else:
             patterns = [pattern]
         spelled_out.update(dict.fromkeys(patterns, style))

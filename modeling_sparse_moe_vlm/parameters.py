@@ -33,25 +33,26 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
     model.tie_weights()
 
     total = model.num_parameters()
-    idle = sum(_idle_experts(text_config, layer, modality) for layer in range(text_config.num_hidden_layers))
+    layers = [[layer] for layer in range(text_config.num_hidden_layers) if text_config.layer_pool(layer) is None]
+    idle = sum(_idle_experts(text_config, shared, modality) for shared in [*layers, *text_config.pools.values()])
     if modality == "text" and text_config is not config:
         vision = (model.model.vision_tower, model.model.multi_modal_projector)
         idle += sum(parameter.numel() for module in vision for parameter in module.parameters())
     return total, total - idle
 
 
-def _idle_experts(config: PreTrainedConfig, layer_idx: int, modality: str) -> int:
-    """Parameters of a layer's experts that one token of the modality leaves unused."""
+def _idle_experts(config: PreTrainedConfig, layers: list[int], modality: str) -> int:
+    """Parameters of the experts of layers that share the routed ones which one token of the modality leaves unused."""
     per_unit = 3 * config.hidden_size  # gate, up and down weights per unit of an expert's width
-    groups = config.layer_expert_groups(layer_idx)
     idle = 0
-    # Where groups differ in width, the k widest experts that serve the token are an upper bound of what it uses.
+    for layer in layers:
+        for group in config.layer_expert_groups(layer, always_on=True):
+            idle += 0 if group.serves(modality) else group.num_experts * group.intermediate_size
+    # Where groups differ in width, the widest experts that serve the token are an upper bound of what it uses; where
+    # layers share them, so is that it picks others in each.
     widths = []
-    for group in groups:
-        size = group.num_experts * group.intermediate_size * per_unit
-        if group.always_on:
-            idle += 0 if group.serves(modality) else size
-        else:
-            idle += size
-            widths += [group.intermediate_size] * (group.num_experts if group.serves(modality) else 0)
-    return idle - per_unit * sum(sorted(widths, reverse=True)[: config.experts_per_token(modality)])
+    for group in config.layer_expert_groups(layers[0], always_on=False):
+        idle += group.num_experts * group.intermediate_size
+        widths += [group.intermediate_size] * (group.num_experts if group.serves(modality) else 0)
+    num_chosen = config.experts_per_token(modality) * len(layers)
+    return per_unit * (idle - sum(sorted(widths, reverse=True)[:num_chosen]))

@@ -27,7 +27,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "pooled_experts"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

@@ -151,6 +151,32 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
         "layer: leave `num_experts` out, or change the groups.",
     )
     config.num_experts = max(num_routed)
+    if config.expert_pool is not None:
+        _check_pools(config)
+
+
+def _check_pools(config: PreTrainedConfig) -> None:
+    check(
+        isinstance(config.expert_pool, list | tuple) and len(config.expert_pool) == config.num_hidden_layers,
+        f"`expert_pool` must be a list with a pool or None for each of the {config.num_hidden_layers} layers, got "
+        f"{config.expert_pool!r}.",
+    )
+    config.expert_pool = list(config.expert_pool)
+    for layer, pool in enumerate(config.expert_pool):
+        if pool is None:
+            continue
+        check_integer(f"expert_pool[{layer}]", pool, at_least=0)
+        check(
+            config.is_sparse_layer(layer),
+            f"`expert_pool[{layer}]` is {pool}, but layer {layer} is dense: make it None, or the layer sparse.",
+        )
+    for pool, layers in config.pools.items():
+        groups = {config.layer_expert_groups(layer, always_on=False) for layer in layers}
+        check(
+            len(groups) == 1,
+            f"`expert_pool` has layers {layers} share pool {pool}, but `expert_groups` give them different routed "
+            "groups: let their groups name all of these layers, or pool others.",
+        )
 
 
 def check_rope(config: PreTrainedConfig) -> None:

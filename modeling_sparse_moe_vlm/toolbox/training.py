@@ -77,16 +77,17 @@ def _to_conversations(batch: dict[str, list]) -> dict[str, list]:
 
 
 def from_scratch(
-    config_file: str, texts: Dataset, vocab_size: int = 1024
+    config_file: str, examples: Dataset, vocab_size: int = 1024
 ) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
-    A new model from a preset, with a tokenizer trained on the texts at hand.
+    A new model from a preset, with a tokenizer trained on the texts at hand, and an image processor that normalises
+    pictures as those at hand ask for.
 
     Args:
         config_file (`str`):
             Model configuration, a JSON file. Vocabulary size and special tokens are those of the tokenizer.
-        texts (`datasets.Dataset`):
-            Rows with `question` and `answer`.
+        examples (`datasets.Dataset`):
+            Rows with `question`, `answer` and `image`.
         vocab_size (`int`, defaults to 1024):
             Largest size of the vocabulary.
 
@@ -95,7 +96,10 @@ def from_scratch(
     """
     roles = "user\nassistant\n"  # so that the chat template's words are tokens, too
     tokenizer = train_tokenizer(
-        (roles + f"{question}\n{answer}" for question, answer in zip(texts["question"], texts["answer"], strict=True)),
+        (
+            roles + f"{question}\n{answer}"
+            for question, answer in zip(examples["question"], examples["answer"], strict=True)
+        ),
         vocab_size,
     )
     raw = SparseMoeVlmConfig.from_json_file(config_file).to_dict()
@@ -115,7 +119,17 @@ def from_scratch(
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    image_processor.image_mean, image_processor.image_std = _pixel_statistics(examples, image_processor)
     return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the pixels of some pictures, by channel."""
+    step = max(len(examples) // 1000, 1)
+    pictures = [examples[i]["image"] for i in range(0, len(examples), step)]
+    pixels = image_processor(pictures, do_normalize=False, return_tensors="pt")["pixel_values"]
+    by_channel = pixels.transpose(0, 1).flatten(1)
+    return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
 
 
 def from_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import torch
+
 from tests.conftest import make_model
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +21,7 @@ from tests.conftest import make_inputs
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-for arrangement in ("joint", "hybrid", "isolated"):
+for arrangement in ("joint", "hybrid", "isolated", "pools"):
     folder = f"{sys.argv[1]}/{arrangement}"
     whole = SparseMoeVlmForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
@@ -34,7 +36,7 @@ for arrangement in ("joint", "hybrid", "isolated"):
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=f"{arrangement} {sizes}")
         # Every process holds half of every expert stack.
         for name, parameter in sharded.named_parameters():
-            if ".experts." in name and "shared" not in name:
+            if ".experts." in name or "expert_pools" in name:
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
                 assert 2 * local.numel() == whole.get_parameter(name).numel(), (arrangement, sizes, name)
 print(f"rank {dist.get_rank()} is done")
@@ -45,6 +47,10 @@ dist.destroy_process_group()
 def test_every_plan_gives_what_one_process_gives(tmp_path):
     for arrangement in ("joint", "hybrid", "isolated"):
         make_model(expert_groups=arrangement, vocab_size=100).save_pretrained(tmp_path / arrangement)
+    pools = make_model(expert_pool=[0, 0], learned_modality_priors=True, vocab_size=100)
+    for layer in pools.model.language_model.layers:
+        torch.nn.init.normal_(layer.self_attn.modality_log_priors)
+    pools.save_pretrained(tmp_path / "pools")
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -58,5 +64,5 @@ def test_every_plan_gives_what_one_process_gives(tmp_path):
         timeout=240,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == 0, result.stderr[-12000:]
     assert result.stdout.count("is done") == 2
