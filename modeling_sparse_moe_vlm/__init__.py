@@ -3,6 +3,7 @@
 from transformers import AutoProcessor
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from .fusion import SparseMoeFusion
 from .modeling_sparse_moe_vlm import (
     SparseMoeVlmForCausalLM,
     SparseMoeVlmForConditionalGeneration,
@@ -17,6 +18,7 @@ AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
 __version__ = "0.1.0"
 
 __all__ = [
+    "SparseMoeFusion",
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",

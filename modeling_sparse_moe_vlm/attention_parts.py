@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,9 @@ class AttentionParts:
             The runs of one modality, where all rows share them and nothing is masked but what comes later.
         counts (`torch.Tensor` of shape `(B, T, M)`, *optional*):
             Number of keys of each part that a query sees, where the weights are read out.
-        weights (`list[torch.Tensor]`), count_free_weights (`list[torch.Tensor]`):
+        indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
+            1.0 where a key is of a modality, else 0.0: made by the first layer that needs it.
+        weights (`list[torch.Tensor]`):
             What the layers read out, `(B, H, T, M)` each.
     """
 
@@ -47,8 +49,8 @@ class AttentionParts:
     guidance: float = 0.0
     runs: tuple[Run, ...] | None = None
     counts: torch.Tensor | None = None
+    indicator: torch.Tensor | None = None
     weights: list[torch.Tensor] = field(default_factory=list)
-    count_free_weights: list[torch.Tensor] = field(default_factory=list)
 
     def attend(
         self,
@@ -98,7 +100,12 @@ class AttentionParts:
             )
             merged = Merged(output.transpose(1, 2).contiguous(), weights)
         elif _is_row(query, attention_mask) and dropout == 0.0 and not wants_attentions:
-            merged = attend_by_row(query, key, value, attention_mask, key_ids, self.num_modalities, **forms)
+            if self.indicator is None:
+                self.indicator = F.one_hot(key_ids, self.num_modalities).float()
+            merged = attend_by_row(
+                query, key, value, attention_mask, key_ids, self.num_modalities, **forms,
+                indicator=self.indicator.to(key.device),
+            )  # fmt: skip
         else:
             merged = attend_by_channels(
                 attention_function, module, query, key, value, attention_mask, key_ids, self.num_modalities,
@@ -106,16 +113,16 @@ class AttentionParts:
             )  # fmt: skip
         if self.counts is not None and merged.weights is not None:
             self.weights.append(merged.weights)
-            self.count_free_weights.append(count_free(merged.weights, self.counts.to(merged.weights.device)))
         return merged
 
     def read_out(self) -> dict[str, tuple[torch.Tensor, ...]]:
         """What the layers read out, by name of the output; nothing where the weights are not read out."""
         if self.counts is None:
             return {}
+        weights = torch.stack([weights.to(self.counts.device) for weights in self.weights])
         return {
             "modality_weights": tuple(self.weights),
-            "count_free_modality_weights": tuple(self.count_free_weights),
+            "count_free_modality_weights": count_free(weights, self.counts).unbind(),
         }
 
     def _all_log_priors(self, learned: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
@@ -190,7 +197,30 @@ def initial_log_priors(config: PreTrainedConfig) -> list[float]:
     return [log_beta if modality == "text" else log_alpha for modality in config.modalities]
 
 
-def visible_counts(attention_mask: Any, key_ids: torch.Tensor, length: int, num_modalities: int) -> torch.Tensor:
+def given_log_priors(modalities: Sequence[str], modality_priors: Mapping[str, float] | None) -> list[float]:
+    """
+    log π that a call gives, by modality; 0 for those that it does not name.
+
+    Raises:
+        ValueError: If a modality is unknown, or a prior is not a number of more than 0.
+    """
+    given = dict(modality_priors or {})
+    unknown = sorted(set(given) - set(modalities))
+    check(not unknown, f"`modality_priors` has unknown modalities {unknown}: the model has {list(modalities)}.")
+    for modality, prior in given.items():
+        check_number(f"modality_priors[{modality!r}]", prior)
+        check(prior > 0, f"`modality_priors[{modality!r}]` must be more than 0, got {prior!r}.")
+    return [math.log(given.get(modality, 1.0)) for modality in modalities]
+
+
+def visible_counts(
+    attention_mask: Any,
+    key_ids: torch.Tensor,
+    length: int,
+    num_modalities: int,
+    *,
+    sliding_window: int | None = None,
+) -> torch.Tensor:
     """
     Number of keys of each modality that a query sees.
 
@@ -203,6 +233,8 @@ def visible_counts(attention_mask: Any, key_ids: torch.Tensor, length: int, num_
             Number T of queries.
         num_modalities (`int`):
             Number M of modalities.
+        sliding_window (`int`, *optional*):
+            How many keys a query sees at most, where the mask does not say so: `None` or `(B, S)`.
 
     Returns:
         `torch.Tensor` of shape `(B, T, M)`, in float32.
@@ -222,18 +254,15 @@ def visible_counts(attention_mask: Any, key_ids: torch.Tensor, length: int, num_
     is_of = F.one_hot(key_ids, num_modalities).float()
     if attention_mask is not None:
         is_of = is_of * attention_mask[:, :, None].to(is_of)
-    return is_of.cumsum(dim=1)[:, -length:]
+    counts = is_of.cumsum(dim=1)
+    if sliding_window is not None:
+        counts = counts - F.pad(counts, (0, 0, sliding_window, 0))[:, : counts.shape[1]]
+    return counts[:, -length:]
 
 
 def _log_priors(config: PreTrainedConfig, modality_priors: Mapping[str, float] | None) -> list[float] | None:
     """By modality, those of the configuration, unless they are learned, and of the call; `None` where all are equal."""
-    given = dict(modality_priors or {})
-    unknown = sorted(set(given) - set(config.modalities))
-    check(not unknown, f"`modality_priors` has unknown modalities {unknown}: the model has {config.modalities}.")
-    for modality, prior in given.items():
-        check_number(f"modality_priors[{modality!r}]", prior)
-        check(prior > 0, f"`modality_priors[{modality!r}]` must be more than 0, got {prior!r}.")
-    log_priors = [math.log(given.get(modality, 1.0)) for modality in config.modalities]
+    log_priors = given_log_priors(config.modalities, modality_priors)
     if not config.learned_modality_priors:
         log_priors = [given + own for given, own in zip(log_priors, initial_log_priors(config), strict=True)]
     # Their ratios count: equal ones are none.
@@ -262,6 +291,8 @@ def _remember(mm_token_type_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
 
 def _fit(key_ids: torch.Tensor, length: int) -> torch.Tensor:
     """Padded with text, which a mask hides, or cut to the number of keys."""
+    if key_ids.shape[1] == length:
+        return key_ids
     return F.pad(key_ids, (0, max(length - key_ids.shape[1], 0)))[:, :length]
 
 

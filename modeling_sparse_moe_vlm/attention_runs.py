@@ -1,9 +1,8 @@
 """Distributed attention over runs of one modality, on the CPU: flash attention of torch, part by part.
 
-A sequence like text | picture | text is a few runs of one modality. With the keys sorted by modality, what a run of
-queries sees are a few stretches of the sorted keys: for every modality the earlier runs, in full, and the run itself,
-causally. Each is one call of the flash kernel, which also returns its logsumexp; no logit is computed that plain causal
-attention would not compute. The calls are merged as in [`.distributed_attention`].
+A sequence like text | picture | text is a few runs of one modality. A run of queries sees the earlier runs in full and
+itself causally: each is one call of the flash kernel, which also returns its logsumexp. No logit is computed that plain
+causal attention would not compute. The calls are merged as in [`.distributed_attention`].
 
 The backward pass is that of ring attention (arXiv 2310.01889): the kernel's own, call by call, with the *merged* output
 and logsumexp.
@@ -29,14 +28,9 @@ class Run(NamedTuple):
     stop: int
     modality: int
 
-
-class _Call(NamedTuple):
-    """One call of the kernel: queries, sorted keys, the modality of the keys, and whether it is causal."""
-
-    queries: slice
-    keys: slice
-    modality: int
-    is_causal: bool
+    @property
+    def tokens(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 def find_runs(ids: torch.Tensor) -> tuple[Run, ...] | None:
@@ -91,107 +85,89 @@ def attend_runs(
         `tuple[torch.Tensor, torch.Tensor]`: Z `(B, H, T, D)` and the weights `(B, H, T, M)` in float32, which carry no
         gradient.
     """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     if log_priors is None:
-        log_priors = torch.zeros(query.shape[1], num_modalities, device=query.device)
+        log_priors = torch.zeros(query.shape[1], num_modalities)
     return _AttendRuns.apply(query, key, value, log_priors.float(), runs, scaling, guidance)
 
 
 class _AttendRuns(torch.autograd.Function):
+    """With a head of keys and values for every head of the queries."""
+
     @staticmethod
     def forward(ctx: Any, query, key, value, log_priors, runs, scaling, guidance):
-        order = _order(runs)
-        key, value = _take(key, order), _take(value, order)
-        num_modalities = log_priors.shape[1]
-        shape = query.shape[:3]
-        logsumexps = torch.full((num_modalities, *shape), -torch.inf)
-        outputs = torch.zeros((num_modalities, *query.shape), dtype=query.dtype)
-        for call in _calls(runs):
-            output, logsumexp = _forward(
-                query[:, :, call.queries], key[:, :, call.keys], value[:, :, call.keys],
-                is_causal=call.is_causal, scale=scaling,
-            )  # fmt: skip
-            so_far = logsumexps[call.modality, :, :, call.queries]
-            if torch.isneginf(so_far[0, 0, 0]):
-                outputs[call.modality, :, :, call.queries] = output
-                so_far.copy_(logsumexp)
-            else:
-                _merge_into(outputs[call.modality, :, :, call.queries], so_far, output, logsumexp)
-
-        scores = logsumexps + log_priors.T[:, None, :, None]
-        total = torch.logsumexp(scores, dim=0)
-        weights = torch.exp(scores - total)
-        merged = torch.zeros(query.shape, dtype=query.dtype)
-        for modality in range(num_modalities):
-            merged.addcmul_(outputs[modality], weights[modality].unsqueeze(-1).to(query.dtype))
-        ctx.save_for_backward(query, key, value, log_priors, merged, total, outputs, weights, order)
+        batch_size, num_heads, length, _ = query.shape
+        # Laid out as attention functions return it, and seen as (B, H, T, D).
+        merged = query.new_empty(batch_size, length, num_heads, query.shape[3]).transpose(1, 2)
+        output = torch.empty_like(merged) if guidance else merged
+        total = torch.empty(batch_size, num_heads, length)
+        weights = torch.zeros(batch_size, num_heads, length, log_priors.shape[1])
+        for number, run in enumerate(runs):
+            here = run.tokens
+            seen = runs[: number + 1]
+            parts, scores = [], []
+            for other in seen:
+                part, logsumexp = _forward(
+                    query[:, :, here], key[:, :, other.tokens], value[:, :, other.tokens],
+                    is_causal=other is run, scale=scaling,
+                )  # fmt: skip
+                parts.append(part)
+                scores.append(logsumexp + log_priors[:, other.modality, None])
+            total[:, :, here] = torch.logsumexp(torch.stack(scores), dim=0) if number else scores[0]
+            shares = [torch.exp(score - total[:, :, here]) for score in scores]
+            for other, share in zip(seen, shares, strict=True):
+                weights[:, :, here, other.modality] += share
+            _mix(merged[:, :, here], parts, shares)
+            if guidance:
+                _mix(output[:, :, here], parts, _guided(shares, [other.modality for other in seen], guidance))
+        ctx.save_for_backward(query, key, value, log_priors, merged, total, weights)
         ctx.runs, ctx.scaling = runs, scaling
-        output = merged
-        if guidance:
-            sees_both = ((weights[0] > 0) & (weights[1:].sum(dim=0) > 0)).unsqueeze(-1)
-            output = torch.where(sees_both, merged + guidance * (merged - outputs[0]), merged)
-        weights = weights.movedim(0, -1)
         ctx.mark_non_differentiable(weights)
         return output, weights
 
     @staticmethod
     def backward(ctx: Any, grad_output, _grad_weights):
-        query, key, value, log_priors, merged, total, outputs, weights, order = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for call in _calls(ctx.runs):
-            queries, keys = call.queries, call.keys
-            # exp(s − this) is the weight of a key in the merged softmax.
-            logsumexp = total[:, :, queries] - log_priors[:, call.modality, None]
-            parts = _backward(
-                grad_output[:, :, queries], query[:, :, queries], key[:, :, keys], value[:, :, keys],
-                merged[:, :, queries], logsumexp, 0.0, call.is_causal, scale=ctx.scaling,
-            )  # fmt: skip
-            for grad, part, at in zip((grad_query, grad_key, grad_value), parts, (queries, keys, keys), strict=True):
-                grad[:, :, at] += part
+        query, key, value, log_priors, merged, total, weights = ctx.saved_tensors
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for number, run in enumerate(ctx.runs):
+            here = run.tokens
+            for other in ctx.runs[: number + 1]:
+                there = other.tokens
+                # exp(s − this) is the weight of a key in the merged softmax.
+                logsumexp = total[:, :, here] - log_priors[:, other.modality, None]
+                parts = _backward(
+                    grad_output[:, :, here], query[:, :, here], key[:, :, there], value[:, :, there],
+                    merged[:, :, here], logsumexp, 0.0, other is run, scale=ctx.scaling,
+                )  # fmt: skip
+                for grad, part, tokens in zip(grads, parts, (here, there, there), strict=True):
+                    grad[:, :, tokens] += part
         grad_priors = None
         if ctx.needs_input_grad[3]:
-            # ∂Z/∂log π_P = w_P·(O_P − Z)
-            shares = torch.einsum("mbhtd,bhtd->mbht", outputs - merged, grad_output).float()
-            grad_priors = (weights * shares).sum(dim=(1, 3)).T
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        return grad_query, _take(grad_key, back), _take(grad_value, back), grad_priors, None, None, None
+            # ∂Z/∂log π_P = w_P·(O_P − Z), and the first term, summed over queries, is that of the values' gradient.
+            along_values = (value * grads[2]).float().sum(dim=(0, 3))  # (H, T)
+            along_output = (merged * grad_output).float().sum(dim=-1)  # (B, H, T)
+            grad_priors = -torch.einsum("bhtm,bht->hm", weights, along_output)
+            for run in ctx.runs:
+                grad_priors[:, run.modality] += along_values[:, run.tokens].sum(dim=1)
+        return *grads, grad_priors, None, None, None
 
 
-def _merge_into(output: torch.Tensor, logsumexp: torch.Tensor, other: torch.Tensor, other_logsumexp: torch.Tensor):
-    """Merges two stretches of one part, into the first."""
-    total = torch.logaddexp(logsumexp, other_logsumexp)
-    share = torch.exp(other_logsumexp - total).unsqueeze(-1).to(output.dtype)
-    output.lerp_(other, share)
-    logsumexp.copy_(total)
+def _mix(mixed: torch.Tensor, parts: list[torch.Tensor], shares: list[torch.Tensor]) -> None:
+    """Writes the sum of the parts with these weights."""
+    torch.mul(parts[0], shares[0].unsqueeze(-1).to(mixed.dtype), out=mixed)
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        mixed.addcmul_(part, share.unsqueeze(-1).to(mixed.dtype))
 
 
-def _order(runs: tuple[Run, ...]) -> torch.Tensor:
-    """The positions sorted by modality."""
-    by_modality = sorted(runs, key=lambda run: run.modality)
-    return torch.cat([torch.arange(run.start, run.stop) for run in by_modality])
-
-
-def _take(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return tensor.index_select(2, order)
-
-
-def _calls(runs: tuple[Run, ...]) -> list[_Call]:
-    lengths: dict[int, int] = {}
-    for run in runs:
-        lengths[run.modality] = lengths.get(run.modality, 0) + run.stop - run.start
-    first, start = {}, 0
-    for modality in sorted(lengths):
-        first[modality] = start
-        start += lengths[modality]
-
-    calls = []
-    seen = dict.fromkeys(lengths, 0)
-    for run in runs:
-        queries = slice(run.start, run.stop)
-        for modality, count in seen.items():
-            if count:
-                calls.append(_Call(queries, slice(first[modality], first[modality] + count), modality, False))
-        begin = first[run.modality] + seen[run.modality]
-        calls.append(_Call(queries, slice(begin, begin + run.stop - run.start), run.modality, True))
-        seen[run.modality] += run.stop - run.start
-    return calls
+def _guided(shares: list[torch.Tensor], modalities: list[int], guidance: float) -> list[torch.Tensor]:
+    """Weights that make Z + g·(Z − O_text) of the parts; those of Z where there is text alone, or none."""
+    text = [share for share, modality in zip(shares, modalities, strict=True) if modality == 0]
+    if not text or len(text) == len(shares):
+        return shares
+    text_share = torch.stack(text).sum(dim=0)
+    return [
+        share * (1.0 + guidance) - (guidance * share / text_share if modality == 0 else 0.0)
+        for share, modality in zip(shares, modalities, strict=True)
+    ]

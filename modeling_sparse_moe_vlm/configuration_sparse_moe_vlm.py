@@ -105,8 +105,8 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         mlp_only_layers (`list[int]`, *optional*):
             Layers that stay dense whatever `decoder_sparse_step` says.
         modalities (`list[str]`, *optional*, defaults to `["text", "image"]`):
-            Names of the token modalities; the position is the id in `mm_token_type_ids`. The list starts in
-            Transformers' own order (text, image, video, audio); further ones follow.
+            Names of the token modalities; the position is the id in `mm_token_type_ids`. Those that Transformers
+            knows have its numbers (0 text, 1 image, 2 video, 3 audio); others take any place behind the pictures'.
         num_experts (`int`, *optional*, defaults to 8):
             Number of routed experts of a sparse layer. With explicit `expert_groups` it is derived from them.
         num_experts_per_tok (`int`, defaults to 2):
@@ -139,7 +139,24 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, defaults to 0.001):
             Coefficient of the load-balancing loss (per modality, averaged over layers and modalities).
         router_z_loss_coef (`float`, defaults to 0.0):
-            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5).
+            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5). It keeps logits small; it does not
+            balance.
+        router_local_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
+            Coefficient of LIMoE's local entropy loss (arXiv 2206.02770, sec. 2.2), which makes the router decide; for
+            all modalities, or by modality (0 for those that are left out).
+        router_global_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
+            Coefficient of LIMoE's global entropy loss, which makes the tokens of a modality differ; likewise.
+        router_global_entropy_threshold (`float` or `dict[str, float]`, *optional*):
+            τ of the global entropy loss, in nats: log(S) asks a modality to use at least about S experts. By default
+            all the experts that serve it.
+        router_bias_update_rate (`float`, *optional*):
+            Loss-free balancing (DeepSeek-V3, arXiv 2412.19437, eq. 16; arXiv 2408.15664): routers have a bias per
+            modality and expert for the choice of experts alone, which moves by that much after every training step
+            (the paper's rate is 1e-3). With 0 the bias is there and stays as it is; with `None` there is none.
+        expert_capacity_factor (`float`, *optional*):
+            Capacity of an expert, in multiples of its share in balanced routing; the least certain tokens beyond it
+            are dropped (V-MoE's batch-priority routing, arXiv 2106.05974, sec. 4). With it the routing of a token
+            depends on its batch. No limit when `None`.
 
     Raises:
         ValueError: If fields contradict each other; the message names the field and the fix.
@@ -227,6 +244,11 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
     router_z_loss_coef: float = 0.0
+    router_local_entropy_coef: float | dict[str, float] = 0.0
+    router_global_entropy_coef: float | dict[str, float] = 0.0
+    router_global_entropy_threshold: float | dict[str, float] | None = None
+    router_bias_update_rate: float | None = None
+    expert_capacity_factor: float | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -293,6 +315,12 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         return None if self.expert_pool is None else self.expert_pool[layer_idx]
 
     @property
+    def layers_by_experts(self) -> list[list[int]]:
+        """The sparse layers in order, those that share their routed experts together."""
+        own = [[i] for i in range(self.num_hidden_layers) if self.is_sparse_layer(i) and self.layer_pool(i) is None]
+        return sorted([*own, *self.pools.values()])
+
+    @property
     def routed_group_names(self) -> list[str]:
         """Names of the routed groups of the whole model; with a single one, `mlp.experts` is that group itself."""
         return [group["name"] for group in self.expert_groups if not group["always_on"]]
@@ -342,6 +370,10 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             Configuration of the decoder.
         image_token_id (`int`, defaults to 1):
             Id of the placeholder token that image features replace.
+        modality_encoders (`dict[str, dict]`, *optional*):
+            By name of a further modality (one of `text_config.modalities`), its encoder: the `model_type` and fields of
+            any configuration that `AutoModel` makes an encoder of, registered ones included, and the `token_id` of its
+            placeholder token.
         pixel_shuffle_factor (`int`, defaults to 2):
             Patches are merged in squares of that side before the connector's MLP (space-to-depth), so an image has
             `(image_size / patch_size / pixel_shuffle_factor) ** 2` tokens.
@@ -383,6 +415,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     vision_config: PreTrainedConfig | Given = None
     text_config: SparseMoeVlmTextConfig | Given = None
     image_token_id: int = 1
+    modality_encoders: dict[str, dict[str, Any]] | None = None
     pixel_shuffle_factor: int = 2
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
@@ -409,6 +442,15 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         super().validate_architecture()
         self.text_config.validate_architecture()
         check_fields(self)
+
+    @property
+    def placeholder_ids(self) -> dict[int, int]:
+        """By modality id, the id of the placeholder token: 1 for images, and the further modalities'."""
+        further = {
+            self.text_config.modalities.index(name): encoder["token_id"]
+            for name, encoder in (self.modality_encoders or {}).items()
+        }
+        return {1: self.image_token_id} | further
 
     @property
     def image_seq_length(self) -> int:

@@ -196,6 +196,7 @@ def attend_by_row(
     scaling: float,
     log_priors: torch.Tensor | None = None,
     guidance: float = 0.0,
+    indicator: torch.Tensor | None = None,
 ) -> Merged:
     """
     One query per row, as in decoding: its logits are a vector, so the plain formula costs nothing. Arguments as in
@@ -204,36 +205,41 @@ def attend_by_row(
     Args:
         attention_mask (`torch.Tensor` of shape `(B or 1, 1 or H, 1, S)`, *optional*):
             Of type bool, or what is added to the logits.
+        indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
+            1.0 where a key is of a modality, else 0.0, where it is known already.
 
     Returns:
         [`Merged`]
     """
     batch_size, num_heads, _, head_dim = query.shape
-    num_key_value_heads = key.shape[1]
-    grouped = query.reshape(batch_size, num_key_value_heads, -1, head_dim)
-    scores = (grouped @ key.transpose(2, 3)).float().view(batch_size, num_heads, 1, -1) * scaling
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)  # (B·H_kv, S, D)
+    grouped = query.view(len(keys), -1, head_dim)  # (B·H_kv, H / H_kv, D)
+    scores = torch.baddbmm(grouped.new_empty(1, 1, 1), grouped, keys.transpose(1, 2), beta=0, alpha=scaling)
+    if scores.dtype != torch.float32:
+        scores = scores.float()
+    by_head = (batch_size, num_heads, -1)
     if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, -torch.inf)
-        else:
-            scores = scores + attention_mask
-    is_of = F.one_hot(key_ids, num_modalities).to(scores.dtype)  # (B, S, M)
+        mask = attention_mask.squeeze(2)  # (B or 1, 1 or H, S)
+        is_bool = mask.dtype == torch.bool
+        scores = scores.view(by_head).masked_fill(~mask, -torch.inf) if is_bool else scores.view(by_head) + mask
+    is_of = F.one_hot(key_ids, num_modalities).float() if indicator is None else indicator
     if log_priors is not None:
-        scores = scores + (is_of @ log_priors.to(scores.dtype).T).transpose(1, 2).unsqueeze(2)
-    probabilities = torch.softmax(scores, dim=-1)  # (B, H, 1, S)
-    weights = probabilities @ is_of[:, None]
+        scores = scores.view(by_head) + (is_of @ log_priors.float().T).transpose(1, 2)
+    probabilities = torch.softmax(scores, dim=-1).view(by_head)
+    weights = torch.bmm(probabilities, is_of)  # (B, H, M)
 
     def average(probabilities: torch.Tensor) -> torch.Tensor:
-        grouped = probabilities.to(value.dtype).view(batch_size, num_key_value_heads, -1, key.shape[2])
-        return (grouped @ value).view(batch_size, 1, num_heads, -1)
+        if value.dtype != torch.float32:
+            probabilities = probabilities.to(value.dtype)
+        return torch.bmm(probabilities.view(len(values), -1, key.shape[2]), values).view(batch_size, 1, num_heads, -1)
 
     output = average(probabilities)
     if guidance:
         text_share = weights[..., :1]
-        text_output = average(probabilities * is_of[..., 0][:, None, None] / text_share.clamp(min=1e-30))
+        text_output = average(probabilities * is_of[..., 0][:, None] / text_share.clamp(min=1e-30))
         sees_both = (text_share > 0) & (weights[..., 1:].sum(dim=-1, keepdim=True) > 0)
-        output = _guide(output, text_output, sees_both.squeeze(-1).transpose(1, 2), guidance)
-    return Merged(output, weights)
+        output = _guide(output, text_output, sees_both.transpose(1, 2), guidance)
+    return Merged(output, weights.unsqueeze(2))
 
 
 def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -242,13 +248,13 @@ def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     tokens has a large α merely for being large.
 
     Args:
-        weights (`torch.Tensor` of shape `(B, H, T, M)`):
+        weights (`torch.Tensor` of shape `(..., B, H, T, M)`):
             w_P.
         counts (`torch.Tensor` of shape `(B, T, M)`):
             Number n_P of keys of each part that a query sees.
 
     Returns:
-        `torch.Tensor` of shape `(B, H, T, M)`: sums to 1 where a query sees anything.
+        `torch.Tensor` of shape `(..., B, H, T, M)`: sums to 1 where a query sees anything.
     """
     each = weights / counts.clamp(min=1)[:, None].to(weights)
     return each / each.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny)

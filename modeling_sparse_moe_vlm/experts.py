@@ -176,7 +176,11 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         else:
             tokens = routing.tokens
             _, top_k_weights, top_k_index = self.gate(
-                hidden_states, routing.served.get(self.groups_key), routing.num_slots
+                hidden_states,
+                routing.served.get(self.groups_key),
+                routing.num_slots,
+                routing.modality_ids,
+                routing.real,
             )
         if isinstance(experts, SparseMoeVlmExpertGroups):
             output = experts(hidden_states, top_k_index, top_k_weights, tokens)
@@ -195,7 +199,7 @@ def make_experts(
     if len(config.routed_group_names) > 1:
         return SparseMoeVlmExpertGroups(config, groups)
     experts = SparseMoeVlmExperts(config, groups[0])
-    if config.router == "top_p" or config.num_experts_per_tok_by_modality:
+    if config.router == "top_p" or config.num_experts_per_tok_by_modality or config.expert_capacity_factor:
         _accept_sentinels(experts)
     return experts
 

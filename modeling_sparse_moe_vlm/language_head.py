@@ -14,6 +14,7 @@ from .cache_name import CACHE_NAME
 from .losses import router_losses, share_of_batch
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
+from .routing import router_biases
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -99,22 +100,20 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        loss = aux_loss = z_loss = by_modality = None
+        loss = losses = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         if outputs.router_logits:
-            padding_mask = attention_mask if torch.is_tensor(attention_mask) else None  # not Flex attention's
-            aux_loss, z_loss, by_modality = router_losses(
-                text_config, outputs.router_logits, mm_token_type_ids, padding_mask
-            )
+            biases = None if text_config.router_bias_update_rate is None else router_biases(self)
+            losses = router_losses(text_config, outputs.router_logits, mm_token_type_ids, attention_mask, biases)
             if labels is not None and loss is not None:
-                router_loss = text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
-                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss.to(loss.device)
+                router_loss = losses.total(text_config).to(loss.device)
+                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss
         return SparseMoeVlmCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
-            z_loss=z_loss,
-            aux_loss_by_modality=by_modality,
+            aux_loss=None if losses is None else losses.aux_loss,
+            z_loss=None if losses is None else losses.z_loss,
+            aux_loss_by_modality=None if losses is None else losses.aux_loss_by_modality,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

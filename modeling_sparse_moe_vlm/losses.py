@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
-from .routing import route
+from .routing import bias_of_tokens, real_tokens, route
 
 
 class RouterLosses(NamedTuple):
@@ -21,11 +22,20 @@ class RouterLosses(NamedTuple):
         aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`):
             Load-balancing loss of each modality, to be watched: detached, and not a number where the batch has no such
             token.
+        entropy_loss (`torch.Tensor`, *optional*):
+            LIMoE's local and global entropy losses, scalar, times their coefficients already, since those may differ by
+            modality; `None` where all are 0.
     """
 
     aux_loss: torch.Tensor
     z_loss: torch.Tensor
     aux_loss_by_modality: torch.Tensor
+    entropy_loss: torch.Tensor | None = None
+
+    def total(self, config: SparseMoeVlmTextConfig) -> torch.Tensor:
+        """What is added to the language loss: every loss times its coefficient, a scalar."""
+        total = config.router_aux_loss_coef * self.aux_loss + config.router_z_loss_coef * self.z_loss
+        return total if self.entropy_loss is None else total + self.entropy_loss
 
 
 def load_balancing_loss(
@@ -74,16 +84,58 @@ def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch
     return (torch.logsumexp(router_logits, dim=-1).square() * tokens).sum() / tokens.sum().clamp(min=1.0)
 
 
+def local_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    Mean entropy of the given tokens' router probabilities, in nats (LIMoE, arXiv 2206.02770, sec. 2.2, Ω_local). The
+    smaller it is, the more each token's routing is decided.
+
+    Args:
+        router_probs (`torch.Tensor` of shape `(T, E)`):
+            Router probabilities; 0 where an expert does not serve the token.
+        tokens (`torch.Tensor` of shape `(T,)`):
+            1 for the tokens that count, else 0, in the dtype of the probabilities.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 if no token counts.
+    """
+    return (_entropy(router_probs) * tokens).sum() / tokens.sum().clamp(min=1.0)
+
+
+def global_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor, threshold: float) -> torch.Tensor:
+    """
+    max(0, τ − H(p̄)), with p̄ the mean of the given tokens' router probabilities and H its entropy in nats (LIMoE, arXiv
+    2206.02770, sec. 2.2, Ω_global with its threshold). It is 0 once the tokens spread over about exp(τ) experts.
+
+    Args:
+        router_probs, tokens: See [`local_entropy_loss`].
+        threshold (`float`):
+            τ, in nats.
+
+    Returns:
+        `torch.Tensor`: a scalar; 0 if no token counts.
+    """
+    count = tokens.sum()
+    mean = (router_probs * tokens[:, None]).sum(dim=0) / count.clamp(min=1.0)
+    return torch.relu(threshold - _entropy(mean)) * (count > 0)
+
+
+def _entropy(probs: torch.Tensor) -> torch.Tensor:
+    # With 0·log 0 = 0, and a finite gradient there.
+    return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(dim=-1)
+
+
 def router_losses(
     config: SparseMoeVlmTextConfig,
     router_logits: Sequence[torch.Tensor],
     mm_token_type_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    biases: Sequence[torch.Tensor] | None = None,
 ) -> RouterLosses:
     """
     Router losses of a forward pass, computed per layer and modality and never pooled: a pooled figure hides a modality
     that collapses. The tokens of a modality are balanced over all the experts that serve it, and over no others: over
-    its own group where groups are isolated, over a group and the joint pool where both serve it.
+    its own group where groups are isolated, over a group and the joint pool where both serve it. Layers that share
+    their experts are balanced together, since it is the experts that are to be used evenly (UniPool, arXiv 2605.06665).
 
     Args:
         config (`SparseMoeVlmTextConfig`):
@@ -94,46 +146,82 @@ def router_losses(
             Modality id of every token; all text when `None`.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             0 for padding. A mask of another rank says nothing of padding, so every token counts.
+        biases (`Sequence[torch.Tensor]`, *optional*):
+            One tensor `(num_modalities, num_experts)` per sparse layer, with which the experts were chosen (see
+            [`router_biases`]).
 
     Returns:
         [`RouterLosses`]
     """
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     device = router_logits[0].device
     num_tokens = router_logits[0].shape[0]
-    real = torch.ones(num_tokens, device=device)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -(num_tokens // attention_mask.shape[0]) :].reshape(-1).to(device, torch.float32)
+    real = real_tokens(attention_mask, num_tokens)
+    weight = torch.ones(num_tokens, device=device) if real is None else real.to(device, torch.float32)
     ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
     if mm_token_type_ids is not None:
         ids = mm_token_type_ids.reshape(-1).to(device)
 
-    aux_losses, z_losses = [], []  # of each layer, (num_modalities,)
-    counted = {name: real * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
+    counted = {name: weight * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
     present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
-    for layer, logits in zip(sparse_layers, router_logits, strict=True):
-        logits = logits.to(device).float()
-        groups = config.layer_expert_groups(layer, always_on=False)
+    has_entropy = bool(config.router_local_entropy_coef or config.router_global_entropy_coef)
+    aux_losses, z_losses, entropy_losses = [], [], []  # of each layer, (num_modalities,)
+    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
+    numbers = {layer: number for number, layer in enumerate(sparse_layers)}
+    for layers in config.layers_by_experts:
+        logits = _join([router_logits[numbers[layer]].to(device).float() for layer in layers])
+        bias = None
+        if biases is not None:
+            bias = _join([bias_of_tokens(biases[numbers[layer]].to(device), ids) for layer in layers])
+        groups = config.layer_expert_groups(layers[0], always_on=False)
         # Affinities scaled to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19), or probabilities as they are.
         probs = torch.softmax(F.logsigmoid(logits) if config.router == "sigmoid" else logits, dim=-1)
         chosen = {
-            top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p)[1]
+            top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p, bias=bias)[1]
             for top_k in {config.experts_per_token(modality) for modality in counted}
         }
-        aux, z = [], []
+        aux, z, entropy = [], [], []
         for modality, tokens in counted.items():
+            tokens = _join([tokens] * len(layers))
             index = chosen[config.experts_per_token(modality)]
             num_serving = sum(group.num_experts for group in groups if group.serves(modality))
             aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
             z.append(router_z_loss(router_logits=logits, tokens=tokens))
-        aux_losses.append(torch.stack(aux))
-        z_losses.append(torch.stack(z))
+            if has_entropy:
+                entropy.append(_entropy_losses(config, modality, probs, tokens, num_serving))
+        # Layers that share experts weigh as much together as they would one by one.
+        aux_losses += [torch.stack(aux)] * len(layers)
+        z_losses += [torch.stack(z)] * len(layers)
+        if has_entropy:
+            entropy_losses += [torch.stack(entropy)] * len(layers)
     weights = present / (present.sum().clamp(min=1.0))
     by_modality = torch.stack(aux_losses).mean(dim=0)
     return RouterLosses(
         aux_loss=(by_modality * weights).sum(),
         z_loss=(torch.stack(z_losses).mean(dim=0) * weights).sum(),
         aux_loss_by_modality=by_modality.detach().masked_fill(present == 0, torch.nan),
+        entropy_loss=(torch.stack(entropy_losses).mean(dim=0) * weights).sum() if has_entropy else None,
+    )
+
+
+def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def _entropy_losses(
+    config: SparseMoeVlmTextConfig, modality: str, probs: torch.Tensor, tokens: torch.Tensor, num_serving: int
+) -> torch.Tensor:
+    """Both entropy losses of one modality times their coefficients, a scalar."""
+
+    def of_modality(value, default: float) -> float:
+        value = value.get(modality) if isinstance(value, dict) else value
+        return default if value is None else value
+
+    threshold = of_modality(config.router_global_entropy_threshold, math.log(num_serving))
+    local_loss = local_entropy_loss(router_probs=probs, tokens=tokens)
+    global_loss = global_entropy_loss(router_probs=probs, tokens=tokens, threshold=threshold)
+    return (
+        of_modality(config.router_local_entropy_coef, 0.0) * local_loss
+        + of_modality(config.router_global_entropy_coef, 0.0) * global_loss
     )
 
 

@@ -33,6 +33,7 @@ from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts, register_expert_conversion
 from .language_head import SparseMoeVlmLanguageHead
+from .modality_encoder import SparseMoeVlmModalityEncoders
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
@@ -168,7 +169,9 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             modality_guidance=modality_guidance,
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        routing = self.routing_planner(mm_token_type_ids, inputs_embeds.device)
+        routing = self.routing_planner(
+            mm_token_type_ids, inputs_embeds.device, attention_mask, inputs_embeds.shape[0] * inputs_embeds.shape[1]
+        )
 
         hidden_states = inputs_embeds
         for layer_idx, layer in enumerate(self.layers):
@@ -204,6 +207,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             if name.endswith("mask_token"):  # for masked pictures, which towers see in their own training alone
                 parameter.requires_grad_(False)
         self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
+        self.modality_encoders = SparseMoeVlmModalityEncoders(config)
         self.language_model = SparseMoeVlmTextModel._from_config(config.text_config)
         self.post_init()
 
@@ -264,11 +268,17 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Modality ids `(B, T)`, read off the placeholder tokens: 1 for image tokens, 0 for text."""
-        if input_ids is not None:
-            return (input_ids == self.config.image_token_id).long()
-        assert inputs_embeds is not None
-        image_token_id = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_token_id)).all(dim=-1).long()
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        assert tokens is not None
+        ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        for modality_id, token_id in self.config.placeholder_ids.items():
+            if input_ids is not None:
+                is_placeholder = input_ids == token_id
+            else:
+                placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=tokens.device))
+                is_placeholder = (tokens == placeholder).all(dim=-1)
+            ids = ids.masked_fill(is_placeholder, modality_id)
+        return ids
 
     @takes_cache_by_name
     @can_return_tuple
@@ -282,6 +292,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        modality_values: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
@@ -293,6 +304,8 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already; `{}` to
                 have a text read without its pictures.
+            modality_values (`Mapping[str, torch.Tensor]`, *optional*):
+                By further modality, what its encoder takes: one item per row, in the order of their placeholders.
 
         The other arguments are those of [`SparseMoeVlmTextModel`].
 
@@ -307,8 +320,11 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        if mm_token_type_ids is None:
+        if mm_token_type_ids is None or (self.modality_encoders and input_ids is not None):
+            # Processors know of text and pictures alone.
             mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds)
+        if modality_values:
+            inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, mm_token_type_ids)
 
         image_features = None  # (num_image_tokens, hidden_size)
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -461,6 +477,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
                 logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")
             model_inputs["mm_encoder_outputs"] = {}
+        cache = model_inputs.get(CACHE_NAME)
+        if cache is not None and cache.get_seq_length() > 0:
+            model_inputs.pop("modality_values", None)  # their tokens are cached
         return model_inputs
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -479,6 +498,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        modality_values: Mapping[str, torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -493,7 +513,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         """
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
-        if mm_token_type_ids is None and (input_ids is None) != (inputs_embeds is None):
+        is_unknown = mm_token_type_ids is None or (self.config.modality_encoders and input_ids is not None)
+        if is_unknown and (input_ids is None) != (inputs_embeds is None):
             mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -504,6 +525,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
+            modality_values=modality_values,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_modality_weights=output_modality_weights,

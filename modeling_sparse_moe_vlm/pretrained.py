@@ -27,6 +27,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _skip_keys_device_placement = ["past_key_values", "cache", "pooled_experts"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -49,6 +50,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             init.normal_(module.down_proj, mean=0.0, std=std)
         elif isinstance(module, SparseMoeVlmTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, SparseMoeVlmAttention) and module.modality_log_priors is not None:
             log_priors = torch.tensor(initial_log_priors(module.config))
             init.copy_(module.modality_log_priors, log_priors.expand_as(module.modality_log_priors))

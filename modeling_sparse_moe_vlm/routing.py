@@ -10,6 +10,7 @@ shared by all layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
+from .capacity import drop_over_capacity, expert_capacity
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
 
@@ -33,11 +35,17 @@ class RoutingPlan(NamedTuple):
             bool; no entry where every expert serves every token.
         num_slots (`torch.Tensor`, *optional*):
             Number of experts per token, `(T or 1, 1)`, where it depends on the modality.
+        modality_ids (`torch.Tensor` of shape `(T,)`, *optional*):
+            Modality id of every token, where routers ask for it; all text when `None`.
+        real (`torch.Tensor` of shape `(T,)`, *optional*):
+            `False` for padding, where routers ask for it; no padding when `None`.
     """
 
     tokens: dict[str, torch.Tensor | None]
     served: dict[str, torch.Tensor]
     num_slots: torch.Tensor | None
+    modality_ids: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
 
 def groups_key(groups: tuple[ExpertGroup, ...]) -> str:
@@ -74,20 +82,32 @@ class RoutingPlanner:
                 self.masked_routers[groups_key(routed)] = tuple((group.name, group.num_experts) for group in routed)
         slots = tuple(config.experts_per_token(modality) for modality in config.modalities)
         self.num_slots = slots if len(set(slots)) > 1 else None
+        self.has_bias = config.router_bias_update_rate is not None
+        self.has_capacity = config.expert_capacity_factor is not None
 
-    def __call__(self, mm_token_type_ids: torch.Tensor | None, device: torch.device) -> RoutingPlan | None:
+    def __call__(
+        self,
+        mm_token_type_ids: torch.Tensor | None,
+        device: torch.device,
+        attention_mask: torch.Tensor | None = None,
+        num_tokens: int = 0,
+    ) -> RoutingPlan | None:
         """
         Args:
             mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Modality id of every token; all tokens are text when `None`.
             device (`torch.device`):
                 Device of the hidden states.
+            attention_mask (`torch.Tensor`, *optional*):
+                What tells padding, where experts have a capacity (see [`real_tokens`]).
+            num_tokens (`int`, defaults to 0):
+                Number of tokens (batch_size * sequence_length), which the mask is for.
 
         Returns:
-            `RoutingPlan`, *optional*: `None` where neither groups nor the number of experts depend on the modality.
+            `RoutingPlan`, *optional*: `None` where routing depends on the hidden states alone.
         """
         restricted = {ids for ids in self.modality_ids.values() if ids is not None}
-        if not restricted and self.num_slots is None:
+        if not restricted and self.num_slots is None and not self.has_bias and not self.has_capacity:
             return None
 
         ids = torch.zeros(1, dtype=torch.long, device=device)
@@ -124,13 +144,36 @@ class RoutingPlanner:
         }
         num_slots = None
         if self.num_slots is not None:
-            slots = [(ids == modality_id) * number for modality_id, number in enumerate(self.num_slots)]
-            num_slots = torch.stack(slots, dim=1).sum(dim=1, keepdim=True)
+            num_slots = slots_per_token(ids, self.num_slots)
         return RoutingPlan(
             tokens={name: rows[modality_ids] for name, modality_ids in self.modality_ids.items()},
             served=served,
             num_slots=num_slots,
+            modality_ids=ids if (self.has_bias or self.has_capacity) and not all_text else None,
+            real=real_tokens(attention_mask, num_tokens) if self.has_capacity else None,
         )
+
+
+def slots_per_token(modality_ids: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """Number of experts per token, `(T, 1)`, from that of each modality and the modality ids `(T,)`."""
+    by_modality = [(modality_ids == modality_id) * number for modality_id, number in enumerate(slots)]
+    return torch.stack(by_modality, dim=1).sum(dim=1, keepdim=True)
+
+
+def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """
+    Which tokens of a forward pass are no padding, `(num_tokens,)` of type bool; `None` for all of them.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, cached + sequence_length)`, *optional*):
+            0 for padding. A mask of another rank or kind says nothing of padding, so every token counts.
+        num_tokens (`int`):
+            Number of tokens, batch_size * sequence_length.
+    """
+    if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
+        return None
+    length = num_tokens // attention_mask.shape[0]
+    return attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).bool()
 
 
 def _is_any_of(ids: torch.Tensor, modality_ids: tuple[int, ...]) -> torch.Tensor:
@@ -148,6 +191,7 @@ def route(
     norm_topk_prob: bool = True,
     top_p: float = 1.0,
     num_slots: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Picks the experts of every token.
@@ -168,13 +212,23 @@ def route(
             Probability to reach with `router="top_p"`.
         num_slots (`torch.Tensor` of shape `(T or 1, 1)`, *optional*):
             Number of experts per token where it differs between tokens, at most `top_k`.
+        bias (`torch.Tensor` of shape `(T or 1, E)`, *optional*):
+            Added to the scores (probabilities, with `"sigmoid"` affinities) for the choice and its order alone, never
+            to the weights (DeepSeek-V3, eq. 16). With `"top_p"`, experts are taken in this order until their own
+            probabilities reach `top_p`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: weights in the dtype of the logits and expert ids of type int64, both
         `(T, top_k)`, best first. An unused slot has weight 0 and the sentinel id E, which experts skip.
     """
-    # The order of logits is that of their softmax and of their sigmoid, so the choice needs no probabilities.
-    chosen, index = torch.topk(logits, top_k, dim=-1)
+    if bias is None:
+        # The order of logits is that of their softmax and of their sigmoid, so the choice needs no probabilities.
+        chosen, index = torch.topk(logits, top_k, dim=-1)
+    else:
+        plain = logits.detach().float()
+        affinity = torch.sigmoid(plain) if router == "sigmoid" else torch.softmax(plain, dim=-1)
+        index = torch.topk((affinity + bias).masked_fill(plain == -torch.inf, -torch.inf), top_k, dim=-1).indices
+        chosen = logits.gather(-1, index)
     scores = chosen.float()
     if router == "sigmoid":
         log_weights = F.logsigmoid(scores)
@@ -198,35 +252,145 @@ def route(
     return weights.to(logits.dtype), index
 
 
+class RoutingRule(NamedTuple):
+    """How the router of a layer turns its logits into experts: what the configuration says, worked out once.
+
+    Args:
+        top_k (`int`): Number of experts per token, the largest over the modalities.
+        router, norm_topk_prob, top_p: See [`route`].
+        capacity (`tuple[float, ...]`, *optional*): By modality, capacity per token (see [`expert_capacity`]).
+    """
+
+    top_k: int
+    router: str
+    norm_topk_prob: bool
+    top_p: float
+    capacity: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]) -> RoutingRule:
+        """The rule of a layer with these routed groups."""
+        capacity = None
+        if config.expert_capacity_factor is not None:
+            capacity = tuple(
+                config.expert_capacity_factor
+                * config.experts_per_token(modality)
+                / sum(group.num_experts for group in groups if group.serves(modality))
+                for modality in config.modalities
+            )
+        return cls(
+            top_k=max(config.experts_per_token(modality) for modality in config.modalities),
+            router=config.router,
+            norm_topk_prob=config.norm_topk_prob,
+            top_p=config.router_top_p,
+            capacity=capacity,
+        )
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        *,
+        num_slots: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[`route`] by this rule."""
+        return route(
+            logits,
+            top_k=self.top_k,
+            router=self.router,
+            norm_topk_prob=self.norm_topk_prob,
+            top_p=self.top_p,
+            num_slots=num_slots,
+            bias=bias,
+        )
+
+    def drop(
+        self,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        *,
+        modality_ids: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of the choice where experts have a capacity: tokens are served by their highest score."""
+        if self.capacity is None:
+            return weights, index
+        if modality_ids is None:
+            modality_ids = torch.zeros_like(index[:, 0])
+        scores = logits.detach().float()
+        priority = scores.amax(dim=-1)
+        if self.router != "sigmoid":
+            priority = priority - torch.logsumexp(scores, dim=-1)
+        return drop_over_capacity(
+            weights,
+            index,
+            num_experts=logits.shape[-1],
+            priority=priority,
+            capacity=expert_capacity(share=self.capacity, modality_ids=modality_ids, real=real),
+            modality_ids=modality_ids,
+            real=real,
+        )
+
+
+def bias_of_tokens(bias: torch.Tensor, modality_ids: torch.Tensor | None) -> torch.Tensor:
+    """The rows of a router's bias `(num_modalities, E)` for tokens with modality ids `(T,)`: `(T or 1, E)`."""
+    return bias[:1] if modality_ids is None else bias[modality_ids]
+
+
 class SparseMoeVlmTopKRouter(nn.Module):
     """One router per layer over the experts of all its routed groups: a single product for every modality.
 
     Shapes: `hidden_states (T, D)` → `router_logits (T, E)`, `top_k_weights (T, k)`, `top_k_index (T, k)`.
+
+    With `config.router_bias_update_rate`, `e_score_correction_bias (num_modalities, E)` is the bias of loss-free
+    balancing. It has a row per modality, since one bias for all could only balance their sum: a joint expert that text
+    overloads and images leave idle would be in balance.
     """
+
+    e_score_correction_bias: torch.Tensor | None
 
     def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
         super().__init__()
-        self.router = config.router
-        self.norm_topk_prob = config.norm_topk_prob
-        self.top_p = config.router_top_p
-        self.top_k = max(config.experts_per_token(modality) for modality in config.modalities)
-        self.weight = nn.Parameter(torch.empty(sum(group.num_experts for group in groups), config.hidden_size))
+        self.rule = RoutingRule.of(config, groups)
+        num_experts = sum(group.num_experts for group in groups)
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
+        bias = None
+        if config.router_bias_update_rate is not None:
+            bias = torch.zeros(len(config.modalities), num_experts, dtype=torch.float32)
+        # A buffer, which no parallelism shards and no optimizer sees.
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn, recurse=True):
+        """As torch's, but the bias stays in float32: steps of a thousandth would be lost in lower precision."""
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        return self
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         served: torch.Tensor | None = None,
         num_slots: torch.Tensor | None = None,
+        modality_ids: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         router_logits = F.linear(hidden_states, self.weight)
         if served is not None:
             router_logits = router_logits.masked_fill(~served, -torch.inf)
-        top_k_weights, top_k_index = route(
-            router_logits,
-            top_k=self.top_k,
-            router=self.router,
-            norm_topk_prob=self.norm_topk_prob,
-            top_p=self.top_p,
-            num_slots=num_slots,
+        bias = None
+        if self.e_score_correction_bias is not None:
+            bias = bias_of_tokens(self.e_score_correction_bias, modality_ids)
+        top_k_weights, top_k_index = self.rule.choose(router_logits, num_slots=num_slots, bias=bias)
+        top_k_weights, top_k_index = self.rule.drop(
+            router_logits, top_k_weights, top_k_index, modality_ids=modality_ids, real=real
         )
         return router_logits, top_k_weights, top_k_index
+
+
+def router_biases(model: nn.Module) -> list[torch.Tensor] | None:
+    """The biases `(num_modalities, E)` of a model's routers, layer by layer; `None` where they have none."""
+    # By attribute: routers that came with a checkpoint are of another class.
+    biases = [getattr(module, "e_score_correction_bias", None) for module in model.modules()]
+    return [bias for bias in biases if bias is not None] or None

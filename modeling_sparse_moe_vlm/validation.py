@@ -49,6 +49,10 @@ _FLAGS = (
 )
 
 
+def _builtin(position: int) -> str | None:
+    return BUILTIN_MODALITIES[position] if position < len(BUILTIN_MODALITIES) else None
+
+
 def check_text_fields(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if a field of a decoder's configuration is wrong by itself."""
     for field in _COUNTS:
@@ -87,13 +91,31 @@ def check_text_fields(config: PreTrainedConfig) -> None:
         check(config.head_dim % 2 == 0, f"`head_dim` must be even for rotary embeddings, got {config.head_dim}.")
     check_layers("mlp_only_layers", config.mlp_only_layers, config.num_hidden_layers)
     check_sequence("modalities", config.modalities, str)
-    known = BUILTIN_MODALITIES[: len(config.modalities)]
-    check(
-        bool(known) and tuple(config.modalities[: len(known)]) == known,
-        f"`modalities` must start in the order {BUILTIN_MODALITIES} (the position is the id in "
-        f"`mm_token_type_ids`), got {config.modalities}.",
-    )
     check_distinct("modalities", config.modalities)
+    wrong = [name for i, name in enumerate(config.modalities) if name in BUILTIN_MODALITIES and name != _builtin(i)]
+    check(
+        bool(config.modalities) and config.modalities[0] == "text" and not wrong,
+        f"`modalities` must start with 'text', and {BUILTIN_MODALITIES} must have their own places, which are the ids "
+        f"in `mm_token_type_ids`; got {list(config.modalities)}.",
+    )
+    _check_balancing(config)
+
+
+def _check_balancing(config: PreTrainedConfig) -> None:
+    for field in ("router_local_entropy_coef", "router_global_entropy_coef", "router_global_entropy_threshold"):
+        value = getattr(config, field)
+        if isinstance(value, dict):
+            unknown = sorted(set(value) - set(config.modalities))
+            check(not unknown, f"`{field}` names {unknown}, but the `modalities` are {config.modalities}.")
+            for modality, number in value.items():
+                check_number(f"{field}[{modality!r}]", number)
+        elif value is not None or field != "router_global_entropy_threshold":
+            check_number(field, value)
+    if config.router_bias_update_rate is not None:
+        check_number("router_bias_update_rate", config.router_bias_update_rate)
+    if config.expert_capacity_factor is not None:
+        check_number("expert_capacity_factor", config.expert_capacity_factor)
+        check(config.expert_capacity_factor > 0, "`expert_capacity_factor` must be more than 0, or None for no limit.")
 
 
 def resolve_expert_groups(config: PreTrainedConfig) -> None:
@@ -218,3 +240,29 @@ def check_fields(config: PreTrainedConfig) -> None:
         f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side that "
         f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
     )
+    _check_modality_encoders(config)
+
+
+def _check_modality_encoders(config: PreTrainedConfig) -> None:
+    encoders = config.modality_encoders
+    if encoders is None:
+        return
+    further = [name for name in config.text_config.modalities if name not in ("text", "image")]
+    check(
+        isinstance(encoders, dict) and set(encoders) <= set(further),
+        "`modality_encoders` must be a dict whose keys are further modalities of `text_config.modalities`, "
+        f"{further}, got {encoders!r}.",
+    )
+    for name, encoder in encoders.items():
+        check(
+            isinstance(encoder, dict) and isinstance(encoder.get("model_type"), str) and "token_id" in encoder,
+            f"`modality_encoders[{name!r}]` must be a dict with `model_type`, the encoder's fields and `token_id`, got "
+            f"{encoder!r}.",
+        )
+        check_integer(
+            f"modality_encoders[{name!r}]['token_id']",
+            encoder["token_id"],
+            at_least=0,
+            below=config.text_config.vocab_size,
+        )
+    check_distinct("placeholder tokens (`image_token_id`, `token_id`s)", list(config.placeholder_ids.values()))

@@ -32,6 +32,14 @@ ARRANGEMENTS = {
     "joint-sigmoid": {"expert_groups": "joint", "router": "sigmoid"},
     "hybrid-unnormalised": {"norm_topk_prob": False},
     "hybrid-top_p-unnormalised": {"router": "top_p", "norm_topk_prob": False, "num_experts_per_tok": 4},
+    "joint-bias": {"expert_groups": "joint", "router_bias_update_rate": 1e-3},
+    "many-sigmoid-bias": {
+        "expert_groups": MANY_GROUPS,
+        "num_experts": None,
+        "router": "sigmoid",
+        "router_bias_update_rate": 1e-3,
+    },
+    "hybrid-top_p-bias": {"router": "top_p", "num_experts_per_tok": 3, "router_bias_update_rate": 1e-3},
 }
 
 
@@ -41,16 +49,19 @@ def make_block(seed: int = 0, implementation: str = "eager", **text_config):
     config._experts_implementation = implementation
     block = SparseMoeVlmSparseMoeBlock(config, layer_idx=0)
     generator = torch.Generator().manual_seed(seed)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    for tensor in (*block.parameters(), *block.buffers()):
+        torch.nn.init.normal_(tensor, std=0.3, generator=generator)
     return block, config
 
 
-def route_token(scores: torch.Tensor, k: int, router: str, normalised: bool, top_p: float) -> dict[int, torch.Tensor]:
-    """Weights of the experts that one token with these router logits `(experts,)` goes to."""
+def route_token(
+    scores: torch.Tensor, k: int, router: str, normalised: bool, top_p: float, bias: torch.Tensor | None = None
+) -> dict[int, torch.Tensor]:
+    """Weights of the experts that one token with these router logits and this bias, `(experts,)`, goes to."""
     affinity = torch.sigmoid(scores) if router == "sigmoid" else torch.exp(scores) / torch.exp(scores).sum()
+    rank = affinity if bias is None else affinity + bias
     chosen, mass = [], 0.0
-    for expert in sorted(range(len(scores)), key=lambda expert: -affinity[expert].item())[:k]:
+    for expert in sorted(range(len(scores)), key=lambda expert: -rank[expert].item())[:k]:
         if router == "top_p" and mass >= top_p:
             break
         chosen.append(expert)
@@ -85,8 +96,14 @@ def run_block(block, config, hidden_states: torch.Tensor, modality_ids: torch.Te
                     candidates.append((row, stack, number))
                 row += 1
         scores = torch.stack([block.gate.weight[row] @ x for row, _, _ in candidates])
+        bias = block.gate.e_score_correction_bias
         weights = route_token(
-            scores, config.experts_per_token(modality), config.router, config.norm_topk_prob, config.router_top_p
+            scores,
+            config.experts_per_token(modality),
+            config.router,
+            config.norm_topk_prob,
+            config.router_top_p,
+            None if bias is None else bias[modality_id, [row for row, _, _ in candidates]],
         )
         for candidate, weight in weights.items():
             _, stack, number = candidates[candidate]

@@ -17,6 +17,8 @@ ARRANGEMENTS = {
     "isolated": {"expert_groups": "isolated"},
     "top_p": {"router": "top_p", "num_experts_per_tok": 3},
     "by_modality": {"num_experts_per_tok_by_modality": {"text": 1, "image": 3}},
+    "bias": {"router": "sigmoid", "router_bias_update_rate": 1e-3},
+    "capacity": {"expert_capacity_factor": 1.0, "router_global_entropy_coef": 0.1},
 }
 
 

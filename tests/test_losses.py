@@ -7,8 +7,15 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM
-from modeling_sparse_moe_vlm.losses import load_balancing_loss, router_losses, router_z_loss, share_of_batch
-from modeling_sparse_moe_vlm.routing import RoutingPlanner, groups_key
+from modeling_sparse_moe_vlm.losses import (
+    global_entropy_loss,
+    load_balancing_loss,
+    local_entropy_loss,
+    router_losses,
+    router_z_loss,
+    share_of_batch,
+)
+from modeling_sparse_moe_vlm.routing import RoutingPlanner, groups_key, router_biases
 from tests.conftest import make_config, make_inputs, make_model
 from tests.oracles import ARRANGEMENTS, route_token
 
@@ -37,10 +44,10 @@ def as_numbers(losses) -> tuple[float, float]:
     return losses.aux_loss.item(), losses.z_loss.item()
 
 
-def literal_losses(config, router_logits, ids, mask) -> tuple[float, float]:
+def literal_losses(config, router_logits, ids, mask, biases=None) -> tuple[float, float]:
     """Both losses, token by token, in float64 and one modality and layer after the other."""
     layers_aux, layers_z = [], []
-    for logits in router_logits:
+    for number, logits in enumerate(router_logits):
         aux, z = [], []
         for modality_id, modality in enumerate(config.modalities):
             tokens = [t for t in range(ids.numel()) if ids.flatten()[t] == modality_id and mask.flatten()[t] == 1]
@@ -50,8 +57,9 @@ def literal_losses(config, router_logits, ids, mask) -> tuple[float, float]:
             load, importance, squares = dict.fromkeys(serving, 0.0), dict.fromkeys(serving, 0.0), 0.0
             for t in tokens:
                 scores = logits[t, serving].detach().double()
+                bias = None if biases is None else biases[number][modality_id, serving].double()
                 weights = route_token(
-                    scores, config.experts_per_token(modality), config.router, True, config.router_top_p
+                    scores, config.experts_per_token(modality), config.router, True, config.router_top_p, bias
                 )
                 for expert in weights:
                     load[serving[expert]] += 1 / len(tokens)
@@ -82,6 +90,44 @@ def test_losses_are_the_literal_ones(name, masked):
         assert (layer.grad != 0).any()
         if masked:
             assert (layer.grad[MASK.flatten() == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["joint-bias", "many-sigmoid-bias", "hybrid-top_p-bias"])
+def test_load_is_that_of_the_biased_choice(name):
+    config = make_config(**ARRANGEMENTS[name]).text_config
+    logits = random_logits(config, IDS)
+    biases = [torch.randn(2, layer.shape[1], generator=torch.Generator().manual_seed(1)) for layer in logits]
+    losses = as_numbers(router_losses(config, logits, IDS, MASK, biases))
+    assert losses == pytest.approx(literal_losses(config, logits, IDS, MASK, biases), rel=1e-5)
+    assert losses[0] != pytest.approx(as_numbers(router_losses(config, logits, IDS, MASK))[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["joint", "many-top_p", "joint-sigmoid"])
+def test_layers_that_share_experts_are_balanced_together(name):
+    """As if the tokens of all layers of a pool stood in one layer: what counts is how the shared experts are used."""
+    pooled = make_config(**ARRANGEMENTS[name], num_hidden_layers=3, expert_pool=[0, None, 0]).text_config
+    one = make_config(**ARRANGEMENTS[name], num_hidden_layers=1).text_config
+    logits = random_logits(pooled, IDS)
+    losses = router_losses(pooled, logits, IDS, MASK)
+    together = router_losses(one, [torch.cat([logits[0], logits[2]])], torch.cat([IDS, IDS]), torch.cat([MASK, MASK]))
+    alone = router_losses(one, [logits[1]], IDS, MASK)
+    for field in ("aux_loss", "z_loss"):
+        expected = (2 * getattr(together, field) + getattr(alone, field)) / 3
+        torch.testing.assert_close(getattr(losses, field), expected)
+    apart = router_losses(make_config(**ARRANGEMENTS[name], num_hidden_layers=3).text_config, logits, IDS, MASK)
+    assert (losses.aux_loss - apart.aux_loss).abs() > 1e-3
+
+
+def test_a_pool_whose_layers_use_different_experts_is_balanced():
+    config = make_config(
+        expert_groups="joint", num_experts_per_tok=1, norm_topk_prob=False, num_hidden_layers=2, expert_pool=[0, 0]
+    ).text_config
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    first, second = torch.tensor([0, 1] * 4), torch.tensor([2, 3] * 4)
+    logits = [20 * torch.nn.functional.one_hot(experts, 4).float() for experts in (first, second)]
+    assert router_losses(config, logits, ids).aux_loss.item() == pytest.approx(1.0, rel=1e-4)
+    config.expert_pool = None
+    assert router_losses(config, logits, ids).aux_loss.item() == pytest.approx(2.0, rel=1e-4)
 
 
 def test_groups_by_layer():
@@ -169,13 +215,87 @@ def test_z_loss():
     assert loss.item() == pytest.approx((math.log(4.0) ** 2 + (5 + math.log(3.0)) ** 2) / 2)
 
 
+# ---------------------------------------------------------------- LIMoE's entropy losses
+
+
+def entropy(probabilities) -> float:
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
+@pytest.mark.parametrize("name", ["hybrid", "many", "many-top_p", "joint-sigmoid"])
+def test_entropy_losses_are_the_literal_ones(name, masked):
+    """Ω_local = mean H(p), Ω_global = max(0, τ - H(mean p)), each with a coefficient by modality."""
+    local_coef, global_coef, threshold = {"text": 0.3}, {"text": 0.2, "image": 0.7}, {"image": 1.1}
+    config = make_config(
+        **ARRANGEMENTS[name],
+        router_local_entropy_coef=local_coef,
+        router_global_entropy_coef=global_coef,
+        router_global_entropy_threshold=threshold,
+    ).text_config
+    mask = MASK if masked else torch.ones_like(MASK)
+    logits = random_logits(config, IDS)
+    expected = []
+    for layer in logits:
+        for modality_id, modality in enumerate(config.modalities):
+            tokens = (IDS.flatten() == modality_id) & (mask.flatten() == 1)
+            scores = layer[tokens].detach().double()
+            scores = scores[:, scores[0].isfinite()]
+            affinity = torch.sigmoid(scores) if config.router == "sigmoid" else torch.exp(scores)
+            rows = (affinity / affinity.sum(dim=1, keepdim=True)).tolist()
+            local_loss = sum(entropy(row) for row in rows) / len(rows)
+            mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+            global_loss = max(0.0, threshold.get(modality, math.log(len(mean))) - entropy(mean))
+            expected.append(local_coef.get(modality, 0) * local_loss + global_coef[modality] * global_loss)
+    losses = router_losses(config, logits, IDS, MASK if masked else None)
+    assert losses.entropy_loss.item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    losses.entropy_loss.backward()
+    for layer in logits:
+        assert layer.grad.isfinite().all()
+        assert (layer.grad != 0).any()
+        assert (layer.grad[layer == -torch.inf] == 0).all()
+        if masked:
+            assert (layer.grad[MASK.flatten() == 0] == 0).all()
+
+
+def test_global_entropy_is_free_above_its_threshold():
+    """log(S) asks for S experts, used evenly."""
+    tokens = torch.ones(4)
+    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]] * 2, requires_grad=True)
+    for number, expected in ((1, 0.0), (2, 0.0), (4, math.log(2))):
+        loss = global_entropy_loss(router_probs=probs, tokens=tokens, threshold=math.log(number))
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+    loss.backward()
+    assert probs.grad.isfinite().all()
+    assert local_entropy_loss(router_probs=probs, tokens=tokens).item() == pytest.approx(0.0)
+    even = torch.full((4, 4), 0.25)
+    assert local_entropy_loss(router_probs=even, tokens=tokens).item() == pytest.approx(math.log(4))
+
+
+def test_entropy_of_no_token_is_nothing():
+    probs, tokens = torch.full((4, 4), 0.25), torch.zeros(4)
+    assert local_entropy_loss(router_probs=probs, tokens=tokens) == 0
+    assert global_entropy_loss(router_probs=probs, tokens=tokens, threshold=1.0) == 0
+
+
+def test_entropy_is_not_worked_out_unless_it_counts(monkeypatch):
+    monkeypatch.delattr("modeling_sparse_moe_vlm.losses.local_entropy_loss")
+    config = make_config().text_config
+    losses = router_losses(config, random_logits(config, IDS), IDS)
+    assert losses.entropy_loss is None
+    expected = config.router_aux_loss_coef * losses.aux_loss
+    assert torch.equal(losses.total(config), expected)
+
+
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_p"])
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
 def test_extreme_logits_give_finite_losses_and_gradients(router, offset):
-    config = make_config(expert_groups="isolated", router=router).text_config
+    config = make_config(
+        expert_groups="isolated", router=router, router_local_entropy_coef=1.0, router_global_entropy_coef=1.0
+    ).text_config
     logits = [(layer.detach() + offset).requires_grad_() for layer in random_logits(config, IDS)]
     losses = router_losses(config, logits, IDS, MASK)
-    (losses.aux_loss + losses.z_loss).backward()
+    (losses.aux_loss + losses.z_loss + losses.entropy_loss).backward()
     assert all(loss.isfinite().all() for loss in losses)
     assert all(layer.grad.isfinite().all() for layer in logits)
 
@@ -214,6 +334,24 @@ def test_padding_does_not_change_the_loss(name, side):
     with torch.no_grad():
         language_loss = model(**inputs, output_router_logits=False).loss
     torch.testing.assert_close(expected.loss, language_loss + coefficients)
+
+
+def test_entropy_and_bias_count_in_the_models_loss():
+    """The loss has the weighted entropy terms, and the model's own biases tell its losses what was chosen."""
+    fields = {"router_aux_loss_coef": 0.5, "router_bias_update_rate": 1e-3, "router_local_entropy_coef": 0.4}
+    model = make_model(expert_groups="joint", **fields)
+    inputs = make_inputs()
+    inputs["labels"] = inputs["input_ids"]
+    for bias in router_biases(model):
+        bias.normal_(std=0.5)
+    with torch.no_grad():
+        outputs = model(**inputs, output_router_logits=True)
+        language_loss = model(**inputs, output_router_logits=False).loss
+    known = inputs["mm_token_type_ids"], inputs["attention_mask"], router_biases(model)
+    losses = router_losses(model.config.text_config, outputs.router_logits, *known)
+    torch.testing.assert_close(outputs.aux_loss, losses.aux_loss)
+    assert losses.entropy_loss > 0.1
+    torch.testing.assert_close(outputs.loss, language_loss + 0.5 * losses.aux_loss + losses.entropy_loss)
 
 
 def test_cached_tokens_do_not_count_again():

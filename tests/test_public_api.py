@@ -27,6 +27,7 @@ ROOT = PACKAGE.parent
 MODEL_FILES = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 
 NAMES = [
+    "SparseMoeFusion",
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
@@ -37,7 +38,7 @@ NAMES = [
     "SparseMoeVlmTextModel",
 ]
 TEXT_INPUTS = ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "mm_token_type_ids"]
-IMAGE_INPUTS = ["input_ids", "pixel_values", *TEXT_INPUTS[1:], "mm_encoder_outputs"]
+IMAGE_INPUTS = ["input_ids", "pixel_values", *TEXT_INPUTS[1:], "mm_encoder_outputs", "modality_values"]
 STEERING = ["output_modality_weights", "modality_priors", "modality_guidance"]
 HEAD_INPUTS = ["labels", "use_cache", "output_router_logits", *STEERING, "logits_to_keep", "kwargs"]
 SIGNATURES = {

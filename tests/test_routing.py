@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from modeling_sparse_moe_vlm.routing import RoutingPlanner, SparseMoeVlmTopKRouter, route
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.routing import RoutingPlanner, SparseMoeVlmTopKRouter, route, router_biases
 from tests.conftest import IMAGE_TOKEN_ID, make_config, make_inputs, make_model
 from tests.oracles import ARRANGEMENTS, MANY_GROUPS, route_token
 
@@ -30,11 +31,14 @@ def as_dict(weights: torch.Tensor, index: torch.Tensor, num_experts: int = EXPER
     return tokens
 
 
-def literal(logits: torch.Tensor, k: list[int], router: str, normalised: bool, top_p: float) -> list[dict[int, float]]:
+def literal(
+    logits: torch.Tensor, k: list[int], router: str, normalised: bool, top_p: float, bias: torch.Tensor | None = None
+) -> list[dict[int, float]]:
     tokens = []
-    for scores, token_k in zip(logits.double(), k, strict=True):
+    for number, (scores, token_k) in enumerate(zip(logits.double(), k, strict=True)):
         serving = scores.isfinite().nonzero().squeeze(1)
-        weights = route_token(scores[serving], token_k, router, normalised, top_p)
+        own_bias = None if bias is None else bias[number % len(bias), serving].double()
+        weights = route_token(scores[serving], token_k, router, normalised, top_p, own_bias)
         tokens.append({serving[expert].item(): weight.item() for expert, weight in weights.items()})
     return tokens
 
@@ -112,6 +116,91 @@ def test_gradient_is_that_of_the_literal_formula(router, normalised, top_p):
     assert (logits.grad.abs().sum() > 0) == (not normalised or (index[:, 1] < EXPERTS).any())
 
 
+# ---------------------------------------------------------------- the bias of loss-free balancing
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+@pytest.mark.parametrize(("router", "normalised", "top_p"), SETTINGS)
+def test_bias_decides_the_choice_and_leaves_the_weights(router, normalised, top_p, rows):
+    logits = random_logits()
+    logits[1::3, [0, 4]] = -torch.inf
+    bias = torch.randn(rows, EXPERTS, generator=torch.Generator().manual_seed(1)) * 0.5
+    arguments = {"top_k": 3, "router": router, "norm_topk_prob": normalised, "top_p": top_p}
+    weights, index = route(logits, **arguments, bias=bias)
+    actual = as_dict(weights, index)
+    for token, wanted in zip(actual, literal(logits, [3] * 64, router, normalised, top_p, bias), strict=True):
+        assert token == pytest.approx(wanted, rel=1e-5, abs=1e-7)
+    unbiased = as_dict(*route(logits, **arguments))
+    assert sum(set(token) != set(other) for token, other in zip(actual, unbiased, strict=True)) > 8
+    without_effect = route(logits, **arguments, bias=torch.zeros(1, EXPERTS))
+    for token, other in zip(as_dict(*without_effect), unbiased, strict=True):
+        assert token == pytest.approx(other)
+
+
+def test_bias_never_chooses_what_does_not_serve():
+    logits = random_logits()
+    logits[:, [0, 4]] = -torch.inf
+    bias = torch.tensor([[100.0, 0.0, 0.0, 0.0, 100.0, 0.0]])
+    _, index = route(logits, top_k=4, bias=bias)
+    assert not torch.isin(index, torch.tensor([0, 4])).any()
+
+
+def test_bias_gets_no_gradient_and_logits_get_that_of_the_weights():
+    logits = random_logits(8).requires_grad_()
+    bias = torch.randn(1, EXPERTS).requires_grad_()
+    weights, index = route(logits, top_k=2, bias=bias)
+    (weights * torch.arange(2.0)).sum().backward()
+    assert bias.grad is None
+    chosen = logits.detach().gather(-1, index).requires_grad_()
+    (torch.softmax(chosen, dim=-1) * torch.arange(2.0)).sum().backward()
+    torch.testing.assert_close(logits.grad.gather(-1, index), chosen.grad)
+
+
+def test_each_modality_has_its_own_bias():
+    config = make_config(expert_groups="joint", router_bias_update_rate=1e-3).text_config
+    router = SparseMoeVlmTopKRouter(config, config.layer_expert_groups(0))
+    torch.nn.init.normal_(router.weight)
+    router.e_score_correction_bias.copy_(torch.tensor([[9.0, 9, 0, 0], [0, 0, 9, 9]]))
+    hidden_states, ids = torch.randn(6, 32), torch.tensor([0, 1, 0, 1, 1, 0])
+    index = router(hidden_states, modality_ids=ids)[2]
+    assert torch.equal(index >= 2, (ids == 1)[:, None].expand(-1, 2))
+    assert (router(hidden_states)[2] < 2).all(), "all text"
+
+
+def test_model_without_bias_has_none():
+    model = make_model()
+    assert router_biases(model) is None
+    assert not [name for name in model.state_dict() if "e_score_correction_bias" in name]
+
+
+def test_bias_is_saved_and_stays_in_float32(tmp_path):
+    model = make_model(expert_groups="isolated", router_bias_update_rate=0.0)
+    biases = router_biases(model)
+    assert [bias.shape for bias in biases] == [(2, 4)] * 2
+    assert all((bias == 0).all() for bias in biases)
+    for bias in biases:
+        bias.normal_()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded, report = SparseMoeVlmForConditionalGeneration.from_pretrained(
+            tmp_path, dtype=dtype, output_loading_info=True
+        )
+        assert not any(report.values())
+        assert loaded.lm_head.weight.dtype == dtype
+        for bias, expected in zip(router_biases(loaded), biases, strict=True):
+            assert bias.dtype == torch.float32
+            assert torch.equal(bias, expected)
+    assert all(bias.dtype == torch.float32 for bias in router_biases(model.bfloat16()))
+
+
+def test_bias_starts_at_zero_in_a_checkpoint_without(tmp_path):
+    """Loss-free balancing may be turned on later, and starts from nothing."""
+    make_model().save_pretrained(tmp_path)
+    config = make_config(router_bias_update_rate=1e-3)
+    loaded = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, config=config)
+    assert all((bias == 0).all() for bias in router_biases(loaded))
+
+
 # ---------------------------------------------------------------- the router
 
 
@@ -148,6 +237,8 @@ def test_gradient_reaches_the_router(name):
 def test_routing_of_a_token_does_not_depend_on_its_batch(name):
     """Alone, together, in another order, padded left or right: every row is routed alike, in every layer."""
     model = make_model(**ARRANGEMENTS[name])
+    for bias in router_biases(model) or []:
+        bias.normal_(std=0.3)
     inputs = make_inputs(batch_size=3)
     inputs["input_ids"][2, 2:6] = torch.tensor([10, 11, 12, 13])  # a row without a picture
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN_ID).long()
@@ -187,8 +278,8 @@ def test_routing_of_a_token_does_not_depend_on_its_batch(name):
 # ---------------------------------------------------------------- the planner
 
 
-def plan(ids, **text_config):
-    return RoutingPlanner(make_config(**text_config).text_config)(ids, DEVICE)
+def plan(ids, mask=None, num_tokens=0, **text_config):
+    return RoutingPlanner(make_config(**text_config).text_config)(ids, DEVICE, mask, num_tokens)
 
 
 def test_nothing_to_plan_where_all_tokens_are_alike():
@@ -196,6 +287,23 @@ def test_nothing_to_plan_where_all_tokens_are_alike():
     assert plan(ids, expert_groups="joint") is None
     assert plan(None, expert_groups="joint") is None
     assert plan(ids, expert_groups="joint", num_experts_per_tok_by_modality={"text": 1, "image": 1}) is None
+
+
+def test_plan_has_what_bias_and_capacity_ask_for():
+    ids, mask = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    biased = plan(ids, mask, 6, expert_groups="joint", router_bias_update_rate=0.0)
+    assert biased.modality_ids.tolist() == [0, 1, 0, 1, 0, 0]
+    assert biased.real is None
+    limited = plan(ids, mask, 6, expert_groups="joint", expert_capacity_factor=1.0)
+    assert limited.modality_ids.tolist() == [0, 1, 0, 1, 0, 0]
+    assert limited.real.tolist() == [False] + [True] * 5
+    for text in (None, torch.zeros_like(ids)):
+        limited = plan(text, mask, 6, expert_groups="joint", expert_capacity_factor=1.0)
+        assert limited.modality_ids is None
+        assert limited.real.tolist() == [False] + [True] * 5
+    plain = plan(ids, mask, 6)
+    assert plain.modality_ids is None
+    assert plain.real is None
 
 
 def test_plan_of_a_mixed_batch():

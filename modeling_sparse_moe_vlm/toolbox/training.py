@@ -20,31 +20,43 @@ from transformers import (
 from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ..modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ..processing_sparse_moe_vlm import SparseMoeVlmProcessor
+from .routing_monitor import RoutingMonitor
 from .scenes import to_messages
 from .tokenizer import train_tokenizer
 
 
 class SparseMoeTrainer(Trainer):
     """
-    `Trainer` that also logs the router losses as means since the last log: `aux_loss`, `z_loss`, and the balancing loss
-    of each modality (`aux_loss_text`, …), in which one that collapses shows.
+    `Trainer` that also watches the routers of our models. Since the last log it logs
+
+    - means of the router losses: `aux_loss`, `z_loss`, and the balancing loss of each modality (`aux_loss_text`, …);
+    - how each modality spreads over each group of experts: `routing/<group>/<modality>/<figure>`, over all layers (see
+      [`~toolbox.routing_statistics.RoutingStatistics`]; `trainer.routing.statistics` has the layers one by one), with a
+      warning where one has collapsed.
+
+    With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
+    return its router logits (`config.output_router_logits`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._router_losses: dict[str, list[torch.Tensor]] = {}
+        self.routing = RoutingMonitor()
+        self.add_callback(self.routing)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
+            unwrapped = self.accelerator.unwrap_model(model)
             losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
             by_modality = outputs.get("aux_loss_by_modality")
             if by_modality is not None:
-                modalities = self.accelerator.unwrap_model(model).config.get_text_config().modalities
+                modalities = unwrapped.config.get_text_config().modalities
                 losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
             for name, value in losses.items():
                 if value is not None:
                     self._router_losses.setdefault(name, []).append(value.detach())
+            self.routing.add(unwrapped, inputs, outputs.get("router_logits"))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -54,6 +66,7 @@ class SparseMoeTrainer(Trainer):
                 if not math.isnan(mean):  # a modality of which there was no token
                     logs[name] = round(mean, 4)
             self._router_losses.clear()
+            logs |= {f"routing/{name}": round(value, 4) for name, value in self.routing.report().items()}
         super().log(logs, *args, **kwargs)
 
 
@@ -94,14 +107,8 @@ def from_scratch(
     Returns:
         `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
     """
-    roles = "user\nassistant\n"  # so that the chat template's words are tokens, too
-    tokenizer = train_tokenizer(
-        (
-            roles + f"{question}\n{answer}"
-            for question, answer in zip(examples["question"], examples["answer"], strict=True)
-        ),
-        vocab_size,
-    )
+    texts = zip(examples["question"], examples["answer"], strict=True)
+    tokenizer = train_tokenizer((f"{question}\n{answer}" for question, answer in texts), vocab_size)
     raw = SparseMoeVlmConfig.from_json_file(config_file).to_dict()
     raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
     raw["text_config"] |= {

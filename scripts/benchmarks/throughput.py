@@ -22,6 +22,7 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
 
 from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig, SparseMoeVlmTextModel
+from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 
 PEER, FLOOR = "qwen3_vl_moe", "dense"
 NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, HEADS = 32, 4, 512, 1024, 16
@@ -96,7 +97,7 @@ def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) ->
 def check_equal(joint: torch.nn.Module, peer: torch.nn.Module, device: str) -> None:
     """With the same weights the joint arrangement is the peer, so both do the same work."""
     ours, theirs = (model(**inputs(model, 2, 32, device)).last_hidden_state.float() for model in (joint, peer))
-    tolerance = 1e-4 if theirs.dtype == next(peer.parameters()).dtype else 5e-2
+    tolerance = 1e-4 if next(peer.parameters()).dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
         raise AssertionError(f"outputs differ by {(ours - theirs).abs().max():.1e}: the comparison would be unfair.")
 
@@ -114,12 +115,12 @@ def prefill(model: torch.nn.Module, length: int, device: str):
 def decode(model: torch.nn.Module, length: int, device: str):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**inputs(model, 1, length, device), past_key_values=cache)
+        model(**inputs(model, 1, length, device), **{CACHE_NAME: cache})
     token = {name: value[:, -1:] for name, value in inputs(model, 1, length, device).items()}
 
     @torch.no_grad()
     def run():
-        model(**token, past_key_values=cache)
+        model(**token, **{CACHE_NAME: cache})
         cache.crop(-1)
 
     return run

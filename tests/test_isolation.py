@@ -1,0 +1,225 @@
+"""Isolated experts keep text apart: to the bit in training, and out of memory when there is nothing but text."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.routing import router_biases
+from modeling_sparse_moe_vlm.toolbox.isolation import freeze_text
+from tests.conftest import make_config, make_inputs, make_model
+from tests.integration.test_trainer import collate, make_rows
+
+# Groups for text, for pictures and always-on ones, some of them in one layer alone.
+OWN_GROUPS = [
+    {"name": "words", "num_experts": 3, "modalities": ["text"]},
+    {"name": "pixels", "num_experts": 4, "modalities": ["image"]},
+    {"name": "reading", "num_experts": 1, "modalities": ["text"], "always_on": True, "layers": [0]},
+    {"name": "seeing", "num_experts": 1, "modalities": ["image"], "always_on": True},
+]
+KINDS = {
+    "isolated": {"expert_groups": "isolated"},
+    "own groups": {"expert_groups": OWN_GROUPS, "num_experts": None},
+    "pool": {"expert_groups": OWN_GROUPS, "num_experts": None, "expert_pool": [0, 0]},
+    "dense layer": {"expert_groups": "isolated", "mlp_only_layers": [0]},
+    "top_p": {"expert_groups": "isolated", "router": "top_p", "norm_topk_prob": False},
+    "fixed bias": {"expert_groups": "isolated", "router": "sigmoid", "router_bias_update_rate": 0.0},
+    "learned priors": {"expert_groups": "isolated", "learned_modality_priors": True, "alpha_init": 0.9},
+}
+BALANCING = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "output_router_logits": True}
+
+
+@torch.no_grad()
+def read(model, images_per_row: int) -> torch.Tensor:
+    return model.eval()(**make_inputs(seed=9, images_per_row=images_per_row)).logits
+
+
+def train_on_pictures(model, optimizer_class=torch.optim.AdamW, steps: int = 5) -> None:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = optimizer_class(trainable, lr=0.02, weight_decay=0.1)
+    model.train()
+    for step in range(steps):
+        inputs = make_inputs(seed=step)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_is_bit_identical_after_training_on_pictures(kind, optimizer_class):
+    model = make_model(**KINDS[kind], **BALANCING)
+    for bias in router_biases(model) or []:
+        bias.normal_(std=0.1)
+    text, pictures = read(model, 0), read(model, 1)
+    handle = freeze_text(model)
+    train_on_pictures(model, optimizer_class)
+    handle.remove()
+    assert torch.equal(read(model, 0), text)
+    assert (read(model, 1) - pictures).abs().max() > 1e-2, "and pictures are read otherwise"
+
+
+def test_everything_of_the_pictures_learns():
+    model = make_model(**KINDS["own groups"], **BALANCING)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    handle = freeze_text(model)
+    train_on_pictures(model)
+    handle.remove()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    expected = {
+        name
+        for name in before
+        if any(part in name for part in ("vision_tower", "multi_modal_projector", ".pixels.", ".seeing.", "mlp.gate."))
+    }
+    assert changed == expected
+    for layer in model.model.language_model.layers:
+        rows = (
+            layer.mlp.gate.weight != before[f"model.language_model.layers.{layer.self_attn.layer_idx}.mlp.gate.weight"]
+        )
+        assert rows.any(dim=1).tolist() == [False] * 3 + [True] * 4, "of the router the rows of picture experts"
+
+
+@pytest.mark.parametrize("forgotten", ["nothing", "the routers", "the rest"])
+def test_text_would_move_without(forgotten):
+    """What the guarantee rests on: weight decay moves the routers' rows for text, and training moves the rest."""
+    model = make_model(**KINDS["isolated"], **BALANCING)
+    text = read(model, 0)
+    handle = freeze_text(model)
+    if forgotten == "the routers":
+        handle.remove()
+    elif forgotten == "the rest":
+        model.requires_grad_(True)
+    train_on_pictures(model)
+    handle.remove()
+    assert torch.equal(read(model, 0), text) == (forgotten == "nothing")
+
+
+def test_with_trainer_and_through_a_checkpoint(tmp_path):
+    model = make_model(**KINDS["isolated"], **BALANCING)
+    text = read(model, 0)
+    handle = freeze_text(model)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        max_steps=4,
+        save_steps=2,
+        learning_rate=0.02,
+        weight_decay=0.1,
+    )
+    Trainer(model=model, args=arguments, train_dataset=make_rows(), data_collator=collate).train()
+    handle.remove()
+    assert torch.equal(read(model, 0), text)
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):
+        saved = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path / checkpoint)
+        assert torch.equal(read(saved, 0), text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, r"share experts between text and other modalities: \{'joint': \['text', 'image'\]\}"),
+        ({"expert_groups": "joint"}, r'Give each its own groups, as `expert_groups="isolated"` does'),
+        (
+            {
+                "expert_groups": [
+                    *OWN_GROUPS[:2],
+                    {"name": "everyone", "num_experts": 1, "always_on": True},
+                ],
+                "num_experts": None,
+            },
+            r"'everyone'",
+        ),
+        (
+            {"expert_groups": "isolated", "router_bias_update_rate": 1e-3},
+            r"`router_bias_update_rate` is 0.001.*set it to 0",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen_for_text_alone(fields, message):
+    model = make_model(**fields)
+    with pytest.raises(ValueError, match=message):
+        freeze_text(model)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "nothing is half frozen"
+
+
+def test_groups_that_others_share_among_themselves_are_no_obstacle():
+    groups = [
+        {"name": "words", "num_experts": 2, "modalities": ["text"]},
+        {"name": "rest", "num_experts": 4, "modalities": ["image", "video"]},
+    ]
+    model = make_model(expert_groups=groups, num_experts=None, modalities=["text", "image", "video"])
+    freeze_text(model).remove()
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any(".rest." in name for name in learning)
+    assert not any(".words." in name for name in learning)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def picture_modules(model) -> list[str]:
+    """Names of everything that text does not need."""
+    ends = (".experts.image", "shared_experts.image", "vision_tower", "multi_modal_projector")
+    return [name for name, _ in model.named_modules() if name.endswith(ends)]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_text_needs_no_picture_expert_in_memory(implementation):
+    """On the meta device they have no weights at all; the forward pass and `generate` do without."""
+    model = make_model(expert_groups="isolated")
+    model.set_experts_implementation(implementation)
+    inputs = make_inputs(images_per_row=0)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    names = picture_modules(model)
+    assert len(names) == 4
+    for name in names:
+        model.get_submodule(name).to("meta")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(model(input_ids=inputs["input_ids"]).logits, expected)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            model(**make_inputs())
+
+
+def test_text_reads_no_picture_expert_from_the_disk(tmp_path):
+    """With the group of the pictures offloaded by Accelerate, text is read though the files are gone."""
+    model = make_model(expert_groups="isolated")
+    text, pictures = read(model, 0), read(model, 1)
+    model.save_pretrained(tmp_path / "model")
+    places = {
+        name: "disk" if name.endswith(".experts.image") else "cpu"
+        for name, module in model.named_modules()
+        if [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    }
+    offloaded = SparseMoeVlmForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offloaded")
+    )
+    experts = [offloaded.get_submodule(name) for name, place in places.items() if place == "disk"]
+    assert len(experts) == 2
+    assert all(parameter.is_meta for module in experts for parameter in module.parameters())
+    assert torch.equal(read(offloaded, 0), text)
+    assert torch.equal(read(offloaded, 1), pictures)
+
+    for folder in ("model", "offloaded"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
+    assert torch.equal(read(offloaded, 0), text)
+    with pytest.raises(Exception, match=r"No such file|does not exist|not found"):
+        read(offloaded, 1)
+
+
+def test_the_arrangement_is_what_isolates():
+    """With a joint group there is nothing to leave out: no module belongs to the pictures but their tower."""
+    names = picture_modules(make_model(expert_groups="joint"))
+    assert [name.rpartition(".")[2] for name in names] == ["vision_tower", "multi_modal_projector"]
+    assert make_config(expert_groups="isolated").text_config.routed_group_names == ["text", "image"]
