@@ -40,10 +40,7 @@ def draw_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str], path: s
         axes.set_title(text, fontsize=9, color="darkgreen" if right else "firebrick", parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
-    with warnings.catch_warnings():
-        # What the font lacks is drawn as a box.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_expert_load(load: Mapping[str, torch.Tensor], path: str | Path) -> None:
@@ -75,4 +72,11 @@ def draw_expert_load(load: Mapping[str, torch.Tensor], path: str | Path) -> None
         axes.set_yticks(range(layers))
     figure.colorbar(image, ax=list(plots), label="share of the modality's slots × experts")
     figure.suptitle("Load of the routed experts (1: balanced, blank: no such expert)", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG. Models may say what no font can show: that is drawn as a box, without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(path, dpi=110)
