@@ -37,9 +37,10 @@ def main() -> None:
     configs = {"with pools": pooled, "without": base.config}
     for name, config in configs.items():
         model = SparseMoeVlmForConditionalGeneration(config)
-        count = sum(p.numel() for n, p in model.named_parameters() if "experts" in n or "expert_pools" in n)
-        routed = sum(p.numel() for n, p in model.named_parameters() if "gate_up_proj" in n or n.endswith(".down_proj"))
-        print(f"{name}: {config.num_parameters():,} parameters, {count:,} of them experts', {routed:,} routed ones'")
+        pools, layers = model.model.language_model.expert_pools, model.model.language_model.layers
+        routed = [pools, *(layer.mlp.experts for layer in layers if layer.mlp.experts is not None)]
+        count = sum(parameter.numel() for module in routed for parameter in module.parameters())
+        print(f"{name}: {config.num_parameters():,} parameters, {count:,} of them the routed experts'")
 
     rows = []
     for seed in range(arguments.seeds):
