@@ -99,7 +99,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             Prior of the text part (β₀). Equal priors are plain attention; only their ratio counts.
         learned_modality_priors (`bool`, defaults to `False`):
             Whether every head learns its own priors, from `alpha_init` and `beta_init` on, or they stay what they are
-            (which trained best in Vidi, arXiv 2504.15681).
+            (fixed, as in Vidi, arXiv 2504.15681).
         decoder_sparse_step (`int`, defaults to 1):
             Every how many layers one is sparse: layer `i` is if `(i + 1) % decoder_sparse_step == 0`.
         mlp_only_layers (`list[int]`, *optional*):

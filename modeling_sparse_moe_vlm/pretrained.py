@@ -27,7 +27,6 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     input_modalities: tuple[str, ...] = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _skip_keys_device_placement = ["past_key_values", "cache", "pooled_experts"]
     _supports_flash_attn = True
     _supports_sdpa = True

@@ -60,6 +60,11 @@ def test_one_token_alone_is_never_dropped():
     assert expert_capacity(share=[1.0, 1.0], modality_ids=torch.zeros(3, dtype=torch.long)).tolist() == [3, 0]
 
 
+def test_a_whole_number_is_not_rounded_up():
+    """0.2 · 2 / 6 · 45 is 3, and a little more in floating point."""
+    assert expert_capacity(share=[0.2 * 2 / 6], modality_ids=torch.zeros(45, dtype=torch.long)).tolist() == [3]
+
+
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("capacity", [[0, 1], [2, 1], [5, 3], [100, 100]])
 def test_dropping_is_the_literal_algorithm(capacity, k):
