@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 _interceptions: dict[str, tuple[tuple[Set[nn.Module], AttentionFunction], ...]] = {}
 # What was registered under these names before; nothing for eager attention.
 _backends: dict[str, AttentionFunction | None] = {}
+# Meanwhile nothing is compiled: compiled code would see neither the change nor its end.
+_uncompiled = ExitStack()
 _lock = threading.Lock()
 
 
@@ -56,19 +58,21 @@ def intercept_attention(modules: Set[nn.Module], name: str, attend: AttentionFun
             not any(modules & taken for taken, _ in others),
             "the attention of this model is read out or steered already: leave that context first.",
         )
+        if not _interceptions:
+            _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
         if not others:
             _register(name)
         _interceptions[name] = (*others, (modules, attend))
     try:
-        # What is compiled would see neither the change nor its end.
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         with _lock:
             _interceptions[name] = tuple(each for each in _interceptions[name] if each[0] is not modules)
             if not _interceptions[name]:
                 del _interceptions[name]
                 _restore(name)
+            if not _interceptions:
+                _uncompiled.close()
 
 
 def _register(name: str) -> None:

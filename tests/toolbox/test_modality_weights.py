@@ -10,6 +10,8 @@ from transformers import (
     Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
@@ -366,6 +368,62 @@ def test_backends_with_a_window_instead_of_a_mask(padded, monkeypatch):
             assert_close_where_real(alpha[layer], expected, inputs["attention_mask"])
 
 
+@torch.no_grad()
+def test_attention_that_is_not_causal():
+    """Without a mask, SDPA goes by what the layer says of itself."""
+    model, inputs = make_model(), make_inputs(padded=False)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.is_causal = False
+    with modality_weights(model) as weights:
+        model(**inputs)
+    alpha, beta = weights.alpha, weights.beta
+    assert alpha[..., 0].min() > 0, "the first token sees the picture behind it"
+    torch.testing.assert_close(weights.of("image", count_free=True), (alpha / 4) / (alpha / 4 + beta / 10))
+
+
+@torch.no_grad()
+def test_videos():
+    model, inputs = make_model("qwen3_vl"), make_inputs("qwen3_vl")
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = VIDEO
+    inputs["mm_token_type_ids"] *= 2
+    inputs |= {"pixel_values_videos": inputs.pop("pixel_values"), "video_grid_thw": inputs.pop("image_grid_thw")}
+    with modality_weights(model) as weights:
+        model(**inputs)
+    model.set_attn_implementation({"text_config": "eager"})
+    attentions = model(**inputs, output_attentions=True).attentions
+    for layer, matrix in enumerate(attentions):
+        expected = expected_weights(matrix, inputs["mm_token_type_ids"])[0][..., 2]
+        assert_close_where_real(weights.of("video")[layer], expected, inputs["attention_mask"])
+    assert weights.alpha.eq(0).all()
+
+
+def test_layers_that_pass_over_a_prompt():
+    """Gemma 4 runs its last layers on the last token alone, where the name of the backend and the mask allow it."""
+    text_config = TEXT | {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": WINDOW,
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 99,
+    }
+    tokens = {"image_token_id": IMAGE, "video_token_id": VIDEO, "audio_token_id": 5, "boi_token_id": 6}
+    torch.manual_seed(0)
+    model = prepare(Gemma4ForConditionalGeneration(Gemma4Config(text_config=text_config, vision_config=None, **tokens)))
+    inputs = {name: make_inputs(padded=False)[name] for name in ("input_ids", "attention_mask")}
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    for options in ({}, {"cache_implementation": "static"}):
+        plain = model.generate(**inputs, **GREEDY, **options)
+        with modality_weights(model) as weights:
+            assert torch.equal(model.generate(**inputs, **GREEDY, **options), plain)
+        ids = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 7))
+        with torch.no_grad(), modality_weights(model, modality_ids=ids) as at_once:
+            model(input_ids=plain[:, :-1], attention_mask=torch.ones_like(ids), mm_token_type_ids=ids)
+        torch.testing.assert_close(weights.alpha[:2], at_once.alpha[:2], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(weights.alpha[..., 13:], at_once.alpha[..., 13:], rtol=1e-3, atol=1e-5)
+
+
 def test_assisted_generation_leaves_out_what_was_refused():
     model, inputs = make_model("gemma3"), {key: value[:1] for key, value in make_inputs("gemma3").items()}
     assistant = copy.deepcopy(model)
@@ -390,13 +448,16 @@ def test_sequences_one_after_the_other():
         cache = model(**first)[CACHE_NAME]
         branch = copy.deepcopy(cache)
         model(inputs["input_ids"][:, 11:], past_key_values=cache)
+        # A placeholder that was generated has no picture.
+        model(torch.full((2, 1), IMAGE), past_key_values=cache)
     with modality_weights(model) as other:  # in another context
         model(inputs["input_ids"][:, 11:], past_key_values=branch)
     with modality_weights(model) as at_once:
         model(**inputs)
-    assert len(weights.steps) == 10
-    assert weights.alpha.shape == (2, 2, 4, 14), "those of the last sequence"
-    torch.testing.assert_close(weights.alpha, at_once.alpha)
+    assert len(weights.steps) == 11
+    assert weights.alpha.shape == (2, 2, 4, 15), "those of the last sequence"
+    assert weights.steps[-1].modality_ids.eq(0).all()
+    torch.testing.assert_close(weights.alpha[..., :14], at_once.alpha)
     torch.testing.assert_close(other.alpha, at_once.alpha[..., 11:])
 
 
@@ -589,6 +650,9 @@ def test_contexts_of_several_models_do_not_mix(implementation):
     assert [len(first_weights.steps), len(second_weights.steps)] == [1, 2]
     assert torch.equal(*(step.modality_weights[1] for step in second_weights.steps))
     assert registered() == before
+    compiled: list = []
+    torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph.forward)(torch.ones(2))
+    assert compiled, "the compiler works again"
 
 
 @torch.no_grad()
