@@ -12,7 +12,7 @@ def expert_capacity(
 ) -> torch.Tensor:
     """
     Capacity of every expert for the tokens of each modality: ⌈C·k·n/E⌉, for the n tokens of the modality, each of which
-    goes to k of the E experts that serve it, with the capacity factor C (V-MoE, arXiv 2106.05974, sec. 2; rounded up,
+    goes to k of the E experts that serve it, with the capacity factor C (V-MoE, arXiv 2106.05974; rounded up,
     as in its code, so that one token alone is never dropped).
 
     Args:
@@ -47,7 +47,7 @@ def drop_over_capacity(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Batch-priority routing: experts take the first choices of all tokens before the second ones, and so on, among them
-    the tokens of the highest priority first, until their capacity is used up (V-MoE, arXiv 2106.05974, sec. 4.1 and the
+    the tokens of the highest priority first, until their capacity is used up (V-MoE, arXiv 2106.05974, and the
     algorithm there). Every modality has a capacity of its own, so none can crowd another out.
 
     Args:

@@ -142,7 +142,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5). It keeps logits small; it does not
             balance.
         router_local_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
-            Coefficient of LIMoE's local entropy loss (arXiv 2206.02770, sec. 2.2), which makes the router decide; for
+            Coefficient of LIMoE's local entropy loss (arXiv 2206.02770), which makes the router decide; for
             all modalities, or by modality (0 for those that are left out).
         router_global_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
             Coefficient of LIMoE's global entropy loss, which makes the tokens of a modality differ; likewise.
@@ -155,7 +155,7 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             (the paper's rate is 1e-3). With 0 the bias is there and stays as it is; with `None` there is none.
         expert_capacity_factor (`float`, *optional*):
             Capacity of an expert, in multiples of its share in balanced routing; the least certain tokens beyond it
-            are dropped (V-MoE's batch-priority routing, arXiv 2106.05974, sec. 4). With it the routing of a token
+            are dropped (V-MoE's batch-priority routing, arXiv 2106.05974). With it the routing of a token
             depends on its batch. No limit when `None`.
 
     Raises:

@@ -86,7 +86,7 @@ def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch
 
 def local_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    Mean entropy of the given tokens' router probabilities, in nats (LIMoE, arXiv 2206.02770, sec. 2.2, Ω_local). The
+    Mean entropy of the given tokens' router probabilities, in nats (LIMoE, arXiv 2206.02770, Ω_local). The
     smaller it is, the more each token's routing is decided.
 
     Args:
@@ -104,7 +104,7 @@ def local_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor) -> t
 def global_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor, threshold: float) -> torch.Tensor:
     """
     max(0, τ − H(p̄)), with p̄ the mean of the given tokens' router probabilities and H its entropy in nats (LIMoE, arXiv
-    2206.02770, sec. 2.2, Ω_global with its threshold). It is 0 once the tokens spread over about exp(τ) experts.
+    2206.02770, Ω_global with its threshold). It is 0 once the tokens spread over about exp(τ) experts.
 
     Args:
         router_probs, tokens: See [`local_entropy_loss`].

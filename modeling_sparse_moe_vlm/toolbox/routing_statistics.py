@@ -55,7 +55,7 @@ class GroupRouting:
 
     @property
     def max_violation(self) -> float:
-        """Excess of the largest load over the mean one, relative to it (MaxVio, arXiv 2408.15664, eq. 4). Balanced: 0.
+        """Excess of the largest load over the mean one, relative to it (MaxVio, arXiv 2408.15664). Balanced: 0.
         Not a number where no choice fell on the group."""
         return len(self.wanted) * max(self.load) - 1 if any(self.wanted) else math.nan
 
