@@ -206,6 +206,8 @@ def test_evaluation_and_prediction(tmp_path, output_router_logits):
 
 DISTRIBUTED = """
 import os, sys, tempfile
+import os
+import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -265,6 +267,8 @@ dist.all_gather(gathered, weights)
 assert torch.equal(*gathered)
 print(f"rank {rank} is done")
 dist.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # at a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts
 """
 
 
