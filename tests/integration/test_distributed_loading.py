@@ -1,18 +1,12 @@
 """Tensor, expert and fully sharded parallelism over two processes, through the plans of the configuration."""
 
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import torch
 
 from tests.conftest import make_model
+from tests.processes import run_in_two_processes
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
-import os
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -42,8 +36,6 @@ for arrangement in ("joint", "hybrid", "isolated", "pools"):
                 assert 2 * local.numel() == whole.get_parameter(name).numel(), (arrangement, sizes, name)
 print(f"rank {dist.get_rank()} is done")
 dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # at a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts
 """
 
 
@@ -54,18 +46,6 @@ def test_every_plan_gives_what_one_process_gives(tmp_path):
     for layer in pools.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.modality_log_priors)
     pools.save_pretrained(tmp_path / "pools")
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    result = run_in_two_processes(SCRIPT, tmp_path)
     assert result.returncode == 0, result.stderr[-12000:]
     assert result.stdout.count("is done") == 2

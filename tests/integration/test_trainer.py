@@ -1,18 +1,12 @@
 """Training with `Trainer`: accumulation, checkpointing and data parallelism change nothing but the schedule."""
 
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from tests.conftest import make_inputs, make_model
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_in_two_processes
 
 
 def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -267,25 +261,11 @@ dist.all_gather(gathered, weights)
 assert torch.equal(*gathered)
 print(f"rank {rank} is done")
 dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # at a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts
 """
 
 
 def test_data_parallelism_with_a_rank_without_pictures(tmp_path):
     """Two processes: no hang, and the gradients of one process."""
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    result = run_in_two_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("is done") == 2

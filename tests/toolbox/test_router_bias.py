@@ -1,10 +1,5 @@
 """Loss-free balancing: the paper's update, per modality, and alike in every process."""
 
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,8 +8,7 @@ from modeling_sparse_moe_vlm.toolbox.router_bias import bias_direction, update_r
 from modeling_sparse_moe_vlm.toolbox.routing_counts import RoutingCounts, measure_routing
 from tests.conftest import make_inputs, make_model
 from tests.oracles import MANY_GROUPS
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_in_two_processes
 
 
 def counts_of(wanted: list) -> RoutingCounts:
@@ -94,7 +88,6 @@ def test_model_without_bias():
 
 DISTRIBUTED = """
 import os
-import sys
 import torch
 import torch.distributed as dist
 from modeling_sparse_moe_vlm.routing import router_biases
@@ -122,15 +115,9 @@ for bias, whole in zip(router_biases(shared), expected, strict=True):
 differs = any(not torch.equal(bias, whole) for bias, whole in zip(router_biases(alone), expected, strict=True))
 assert differs, "one process alone would move elsewhere"
 dist.destroy_process_group()
-sys.stdout.flush()
-os._exit(0)  # at a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts
 """
 
 
 def test_processes_move_alike(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    result = run_in_two_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
