@@ -265,9 +265,17 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         return self._encode_images(blank)[1]
 
     def get_mm_token_type_ids(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Modality ids `(B, T)`, read off the placeholder tokens: 1 for image tokens, 0 for text."""
+        """
+        Modality ids `(B, T)`: those given, or read off the placeholder tokens (1 for image tokens, 0 for text) where
+        there are none, or where there are further modalities, since processors know of text and pictures alone.
+        """
+        if mm_token_type_ids is not None and not (self.modality_encoders and input_ids is not None):
+            return mm_token_type_ids
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
         ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
@@ -320,9 +328,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        if mm_token_type_ids is None or (self.modality_encoders and input_ids is not None):
-            # Processors know of text and pictures alone.
-            mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds)
+        mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
         if modality_values:
             inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, mm_token_type_ids)
 
@@ -513,9 +519,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         """
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
-        is_unknown = mm_token_type_ids is None or (self.config.modality_encoders and input_ids is not None)
-        if is_unknown and (input_ids is None) != (inputs_embeds is None):
-            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids, inputs_embeds)
+        if (input_ids is None) != (inputs_embeds is None):
+            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

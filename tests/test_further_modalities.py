@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.toolbox.routing_counts import measure_routing
 from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG, make_inputs
 
 SENSOR_TOKEN_ID = 98
@@ -107,6 +108,11 @@ def test_the_processors_ids_may_not_know_of_it(model, inputs):
     with torch.no_grad():
         known = model(**{**inputs, "mm_token_type_ids": model.model.get_mm_token_type_ids(inputs["input_ids"])})
         assert torch.equal(model(**inputs).logits, known.logits)
+
+
+def test_its_tokens_are_counted_as_its_own(model, inputs):
+    counts = measure_routing(model, [inputs])
+    assert counts.tokens.tolist() == [14, 8, 6], "the ids given call its tokens text"
 
 
 def test_generation(model, inputs):

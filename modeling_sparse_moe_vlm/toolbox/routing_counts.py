@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -142,7 +143,7 @@ def measure_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
     """
     total = None
     for batch in tqdm(batches, desc="Measuring routing", unit="batch"):
-        inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, model.device)
         counts = count_batch(model, inputs, model(**inputs, output_router_logits=True).router_logits)
         if counts is not None:
             total = counts if total is None else total + counts
@@ -158,11 +159,10 @@ def count_batch(
     if not router_logits:
         return None
     ids = inputs.get("mm_token_type_ids")
-    if ids is None:
+    if ids is None or getattr(model.config, "modality_encoders", None):
         # Wherever it is: the model may be wrapped, or a decoder alone, which reads nothing but text.
         readers = [module for module in model.modules() if hasattr(module, "get_mm_token_type_ids")]
-        ids = (
-            readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds")) if readers else None
-        )
+        if readers:
+            ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)
     config = model.config.get_text_config()
     return count_routing(config, router_logits, ids, inputs.get("attention_mask"), router_biases(model))
