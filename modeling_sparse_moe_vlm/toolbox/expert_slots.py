@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .expert_sources import ExpertSource
+from .expert_sources import ExpertSource, FileSource
 
 # Reading releases the interpreter's lock; more threads hardly read faster from memory.
 READERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="expert-reader")
@@ -65,19 +66,22 @@ class ExpertSlots:
         self.sources = sources
         self.num_experts = next(iter(sources.values())).shape[0]
         self.device = device
-        self.stacks = {
-            name: torch.zeros(num_slots, *source.shape[1:], dtype=dtypes[name], device=device)
-            for name, source in sources.items()
-        }
+        self.stacks = self._allocate(num_slots, dtypes)
         self.experts: list[int | None] = [None] * num_slots
         self.count = count
         self._slots: OrderedDict[int, int] = OrderedDict()  # by expert, the least recently used first
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._reads: list[Future] = []
-        self._reading: list[int] = []
+        self._reading: Mapping[int, int] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.expert_bytes = sum(math.prod(source.shape[1:]) * source.dtype.itemsize for source in sources.values())
         self._names = {stack.untyped_storage().data_ptr(): name for name, stack in self.stacks.items()}
+
+    def _allocate(self, num_slots: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.zeros(num_slots, *source.shape[1:], dtype=dtypes[name], device=self.device)
+            for name, source in self.sources.items()
+        }
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -97,7 +101,9 @@ class ExpertSlots:
 
     def clear(self) -> None:
         """Forgets the experts in the slots."""
-        self.experts = [None] * len(self)
+        for expert, slot in self._slots.items():
+            self.experts[slot] = None
+            self._drop(expert)
         self._slots.clear()
         self._tables = None
 
@@ -157,22 +163,38 @@ class ExpertSlots:
             for emptied in (self.experts[slot], expert):
                 if emptied in self._slots:
                     self.experts[self._slots.pop(emptied)] = None
+                    self._drop(emptied)
             self.experts[slot], self._slots[expert] = expert, slot
+        self._reading = missing
+        self._read(missing)
+
+    def _read(self, placement: Mapping[int, int]) -> None:
         if self._stream is not None:
             # Computations that were launched before may still need what is overwritten.
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._reading = list(missing)
-        for expert, slot in missing.items():
+        for expert, slot in placement.items():
             for name, source in self.sources.items():
-                read = partial(self._read, source, expert, self.stacks[name][slot])
+                read = partial(self._read_one, source, expert, self.stacks[name][slot])
                 if source.blocks:
                     self._reads.append(READERS.submit(read))
                 else:
                     read()
 
+    @torch.no_grad()
+    def _read_one(self, source: ExpertSource, expert: int, target: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            source.read(expert, target)
+
+    def _drop(self, expert: int) -> None:
+        """Whatever there is to do when an expert has lost its slot."""
+
+    def _row(self, expert: int, slot: int) -> int:
+        """Where an expert is in the stacks."""
+        return slot
+
     def wait(self) -> None:
         """Waits for what was started. Computations that are launched from now on see the experts."""
-        reads, reading, self._reads, self._reading = self._reads, self._reading, [], []
+        reads, reading, self._reads, self._reading = self._reads, self._reading, [], {}
         try:
             for read in reads:
                 read.result()
@@ -182,11 +204,6 @@ class ExpertSlots:
             raise
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
-
-    @torch.no_grad()
-    def _read(self, source: ExpertSource, expert: int, target: torch.Tensor) -> None:
-        with torch.cuda.stream(self._stream):
-            source.read(expert, target)
 
     @contextmanager
     def saved_for_backward(self, placement: Mapping[int, int]) -> Iterator[None]:
@@ -216,9 +233,54 @@ class ExpertSlots:
             unpack_outer(saved.turn)
             stack = self.stacks[saved.name]
             first, last = saved.offset // stack.stride(0), saved.last // stack.stride(0)
-            self.start({expert: slot for expert, slot in placement.items() if first <= slot <= last})
+            rows = {expert: self._row(expert, slot) for expert, slot in placement.items()}
+            self.start({expert: slot for expert, slot in placement.items() if first <= rows[expert] <= last})
             self.wait()
             return stack.as_strided(saved.size, saved.stride, saved.offset)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
+
+
+class MappedSlots(ExpertSlots):
+    """
+    Slots for experts that run on the CPU and lie in files. Nothing is copied: the whole stacks are mapped, and a slot
+    is the right of an expert to have its pages in the process's memory. Ids of experts stay as they are.
+    """
+
+    sources: Mapping[str, FileSource]
+
+    @staticmethod
+    def serve(sources: Mapping[str, ExpertSource], dtypes: Mapping[str, torch.dtype], device: torch.device) -> bool:
+        """Whether experts can be mapped: from files, as they are, on Linux."""
+        return (
+            sys.platform == "linux"
+            and device.type == "cpu"
+            and all(isinstance(source, FileSource) for source in sources.values())
+            and all(source.dtype == dtypes[name] for name, source in sources.items())
+        )
+
+    def _allocate(self, num_slots: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        return {name: source.map() for name, source in self.sources.items()}
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._tables is None:
+            self._tables = torch.arange(self.num_experts + 1), torch.arange(self.num_experts)
+        return self._tables
+
+    def start(self, placement: Mapping[int, int]) -> None:
+        for source in self.sources.values():
+            source.check()
+        super().start(placement)
+
+    def _read(self, placement: Mapping[int, int]) -> None:
+        for expert in placement:
+            for source in self.sources.values():
+                source.load(expert)
+
+    def _row(self, expert: int, slot: int) -> int:
+        return expert
+
+    def _drop(self, expert: int) -> None:
+        for source in self.sources.values():
+            source.drop(expert)

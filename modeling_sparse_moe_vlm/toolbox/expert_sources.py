@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+# Of Linux, since 5.14; Python's `mmap` has no name for it.
+MADV_POPULATE_READ = 22
 
 
 class ExpertSource(Protocol):
@@ -51,56 +54,86 @@ class MemorySource:
         slot.copy_(self.tensor[expert], non_blocking=True)
 
 
-@dataclass(frozen=True)
 class FileSource:
     """
-    Experts that lie one behind the other in a file. They are read by position rather than mapped: a mapped file that
-    gets shorter ends the process with a bus error, a read one raises.
+    Experts that lie one behind the other in a file.
 
     Args:
         path (`str`): The file.
         offset (`int`): Where the first expert begins, in bytes.
         shape (`tuple[int, ...]`): Shape of the stack, `(experts, ...)`.
         dtype (`torch.dtype`): Type in the file.
+
+    Raises:
+        OSError: If the file is gone, or ends before the experts do, now or at a later call.
     """
 
-    path: str
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
     blocks = True
 
-    def __post_init__(self):
-        try:
-            # Stays open, so that the experts outlive the file's name.
-            object.__setattr__(self, "_file", open(self.path, "rb", buffering=0))  # noqa: SIM115
-        except OSError as error:
-            raise OSError(f"cannot read experts from {self.path}: {error.strerror}. Load the model again.") from error
-        end = self.offset + math.prod(self.shape) * self.dtype.itemsize
-        if os.fstat(self._file.fileno()).st_size < end:
-            raise _truncated(self.path, end)
+    def __init__(self, path: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype):
+        self.path, self.offset, self.shape, self.dtype = path, offset, shape, dtype
+        self.expert_bytes = math.prod(shape[1:]) * dtype.itemsize
+        self._mapping: mmap.mmap | None = None
+        with _explained(path):
+            # Stays open: the experts may outlive the file's name.
+            self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115
+        self.check()
+
+    def check(self) -> None:
+        """Whether all of the experts are (still) there: to touch what is not, where it is mapped, ends the process."""
+        size, end = os.fstat(self._file.fileno()).st_size, self.offset + self.shape[0] * self.expert_bytes
+        if size < end:
+            raise OSError(
+                f"{self.path} is truncated: experts lie in it up to byte {end}, but it has {size} bytes. Write or "
+                "download the file again, then load the model again."
+            )
 
     def read(self, expert: int, slot: torch.Tensor) -> None:
-        direct = slot.device.type == "cpu" and slot.dtype == self.dtype and slot.is_contiguous()
+        direct = slot.device.type == "cpu" and slot.dtype == self.dtype
         buffer = slot if direct else torch.empty(self.shape[1:], dtype=self.dtype)
         view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
-        position = self.offset + expert * view.nbytes
-        while view.nbytes:  # the system may hand over less than asked for
-            count = os.preadv(self._file.fileno(), [view], position)
-            if count == 0:
-                raise _truncated(self.path, position + view.nbytes)
-            view, position = view[count:], position + count
+        position = self.offset + expert * self.expert_bytes
+        with _explained(self.path):
+            while view.nbytes:  # the system may hand over less than asked for
+                count = os.preadv(self._file.fileno(), [view], position)
+                if count == 0:
+                    self.check()
+                view, position = view[count:], position + count
         if not direct:
             slot.copy_(buffer)
 
+    def map(self) -> torch.Tensor:
+        """The whole stack, `(experts, ...)`, mapped into memory: what is not touched takes none."""
+        self._mapping = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = math.prod(self.shape)
+        return torch.frombuffer(self._mapping, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
-def _truncated(path: str, end: int) -> OSError:
-    return OSError(
-        f"{path} is truncated: experts are expected in it up to byte {end}, but it has {os.path.getsize(path)}"
-        " bytes. Write or download the file again, then load the model again."
-        if os.path.exists(path)
-        else f"{path} was truncated and removed while experts were paged from it. Load the model again."
-    )
+    def load(self, expert: int) -> None:
+        """Brings the pages of a mapped expert into memory."""
+        first, last = self._pages(expert)
+        with _explained(self.path):
+            self._mapping.madvise(MADV_POPULATE_READ, first, last - first)
+
+    def drop(self, expert: int) -> None:
+        """Takes the pages of a mapped expert out of the process's memory, but for those that it shares with others."""
+        first, last = self._pages(expert)
+        first, last = first + mmap.PAGESIZE, last - mmap.PAGESIZE
+        if first < last:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _pages(self, expert: int) -> tuple[int, int]:
+        begin = self.offset + expert * self.expert_bytes
+        end = begin + self.expert_bytes
+        return begin // mmap.PAGESIZE * mmap.PAGESIZE, -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Says which file it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot read experts from {path}: {error.strerror}. Load the model again.") from error
 
 
 def find_sources(weights: Mapping[str, Any], names: Iterable[str], pin: bool) -> dict[str, ExpertSource]:
@@ -156,10 +189,8 @@ def _find_source(
 def _read_header(path: str) -> tuple[dict[str, Any], int]:
     """The table of contents of a safetensors file, and where its data begin."""
     try:
-        with Path(path).open("rb") as file:
+        with _explained(path), Path(path).open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return json.loads(file.read(length)), 8 + length
     except ValueError as error:
         raise OSError(f"{path} is no whole safetensors file ({error}). Write or download it again.") from error
-    except OSError as error:
-        raise OSError(f"cannot read experts from {path}: {error.strerror}. Load the model again.") from error

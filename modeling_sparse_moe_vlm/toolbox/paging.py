@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import convert_file_size_to_int, send_to_device
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .expert_slots import ExpertSlots
+from .expert_slots import ExpertSlots, MappedSlots
 from .expert_sources import ExpertSource, MemorySource, find_sources
 
 
@@ -147,7 +148,13 @@ def page_experts(
             if module not in paged:
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
     phase = Phase(base)
-    hooks = {name: PagingHook(name, sources[name], num_slots[name], devices[name], phase) for name in modules}
+    undo = [phase.remove]
+    for module in base.modules():
+        # What ran on one device already, but for the experts, needs nobody who moves inputs there before each module.
+        if module is not base and module not in modules.values() and _is_idle(module, set(devices.values())):
+            undo.append(partial(add_hook_to_module, module, module._hf_hook))
+            remove_hook_from_module(module)
+    hooks = {name: PagingHook(name, sources[name], num_slots[name], devices[name], phase, undo) for name in modules}
     for name, module in modules.items():
         add_hook_to_module(module, hooks[name])
     return PagedExperts(base, hooks)
@@ -162,9 +169,10 @@ def unpage_experts(model: nn.Module) -> None:
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, PagingHook):
             remove_hook_from_module(module)
-            hook.phase.remove()
             if hook.replaced is not None:
                 add_hook_to_module(module, hook.replaced)
+            while hook.undo:
+                hook.undo.pop()()
 
 
 class Phase:
@@ -200,12 +208,21 @@ class PagingHook(ModelHook):
     passes as the slots ask for: the experts that are there first, while the missing ones are read.
     """
 
-    def __init__(self, name: str, sources: dict[str, ExpertSource], num_slots: int, device: torch.device, phase: Phase):
+    def __init__(
+        self,
+        name: str,
+        sources: dict[str, ExpertSource],
+        num_slots: int,
+        device: torch.device,
+        phase: Phase,
+        undo: list[Callable[[], object]],
+    ):
         self.name = name
         self.sources = sources
         self.num_slots = num_slots
         self.device = device
         self.phase = phase
+        self.undo = undo  # what is to be done once when paging ends; shared by the hooks of a model
         self.counts: dict[str, PagingCounts] = defaultdict(PagingCounts)
         self.current = "backward"  # the phase that reads are counted for
 
@@ -214,7 +231,8 @@ class PagingHook(ModelHook):
         # Transformers asks the hook for parameters on the meta device when it saves a model.
         self.weights_map = getattr(self.replaced, "weights_map", None)
         dtypes = {name: getattr(module, name).dtype for name in self.sources}
-        self.slots = ExpertSlots(self.sources, dtypes, self.num_slots, self.device, self._count)
+        kind = MappedSlots if MappedSlots.serve(self.sources, dtypes, self.device) else ExpertSlots
+        self.slots = kind(self.sources, dtypes, self.num_slots, self.device, self._count)
         self.parameters = {name: nn.Parameter(stack, requires_grad=False) for name, stack in self.slots.stacks.items()}
         self._forward = module._old_forward
         module._old_forward = partial(self.forward, module)
@@ -235,7 +253,7 @@ class PagingHook(ModelHook):
             )
         # Models name the arguments differently, and agree on their order.
         inputs = (*args, *kwargs.values())
-        hidden_states, top_k_index, top_k_weights = send_to_device(inputs, self.device)
+        hidden_states, top_k_index, top_k_weights = (tensor.to(self.device) for tensor in inputs)
         self.current = self.phase.of(hidden_states.shape[0])
         try:
             output = self._run_in_passes(module, hidden_states, top_k_index, top_k_weights)
@@ -288,7 +306,7 @@ class PagingHook(ModelHook):
         slot, module._slot_experts = slots.tables()  # the latter for adapters, which have something for every expert
         try:
             module._parameters.update(self.parameters)
-            module.num_experts = len(slots)
+            module.num_experts = len(module._slot_experts)
             with saved:
                 return self._forward(hidden_states, slot[top_k_index], top_k_weights)
         finally:
@@ -332,6 +350,12 @@ def _device(module: nn.Module) -> torch.device:
         if getattr(part, "execution_device", None) is not None:
             return _full(part.execution_device)
     return next(module.parameters(recurse=False)).device
+
+
+def _is_idle(module: nn.Module, devices: set[torch.device]) -> bool:
+    """Whether Accelerate's hook does no more than to move inputs to the one device where all else is."""
+    hook = getattr(module, "_hf_hook", None)
+    return isinstance(hook, AlignDevicesHook) and not hook.offload and {_device(module)} == devices
 
 
 def _full(device: str | int | torch.device) -> torch.device:
