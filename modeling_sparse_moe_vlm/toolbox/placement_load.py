@@ -1,0 +1,141 @@
+"""The share of the routed work that falls on each experts module, from measured routing in any of its forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+# By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
+Loads = dict[str, dict[str, float]]
+# By modality, by sparse layer, by expert of the layer, a count or share.
+_Table = dict[str, list[list[float]]]
+
+EVEN = "all"  # the one "modality" where nothing was measured
+
+
+def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
+    """The place (a layer's experts, or a pool) that an experts module is a part of, and the group it belongs to."""
+    groups = getattr(config, "routed_group_names", [])
+    place = name.rsplit(".shards.", 1)[0]
+    parent, _, last = place.rpartition(".")
+    if len(groups) > 1 and last in groups:
+        return parent, last
+    return place, groups[0] if groups else None
+
+
+def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Loads:
+    """
+    The share of every modality's choices that falls on each experts module.
+
+    Args:
+        sizes (`Mapping[str, int]`):
+            By name of an experts module, in the model's order, its number of experts.
+        config (`PreTrainedConfig`):
+            Configuration of the decoder.
+        routing (*optional*):
+            See [`~placement.plan_expert_placement`]; every expert is expected to do the same where there is none.
+
+    Returns:
+        `dict[str, dict[str, float]]`: by module, by modality. Modalities that chose nothing are left out.
+
+    Raises:
+        ValueError: If the routing does not fit the model.
+    """
+    places: dict[str, list[str]] = {}
+    for name in sizes:
+        places.setdefault(place_of(name, config)[0], []).append(name)
+    layers = _places_of_layers(list(places), config)
+    if routing is None:
+        table = {EVEN: [[1 / n] * n for n in (sum(sizes[name] for name in places[place]) for place in layers)]}
+    elif (rows := _rows(routing)) is not None:
+        return _normalise(_loads_of_rows(rows, sizes, config))
+    else:
+        table = _table(routing)
+    loads: Loads = {name: {} for name in sizes}
+    for modality, of_layers in table.items():
+        if len(of_layers) != len(layers):
+            raise ValueError(
+                f"`routing` has {len(of_layers)} layers for {modality!r}, but the model has {len(layers)} with experts."
+            )
+        for place, of_experts in zip(layers, of_layers, strict=True):
+            counts = [0.0 if math.isnan(count) else float(count) for count in of_experts]
+            num_experts = sum(sizes[name] for name in places[place])
+            if len(counts) < num_experts or any(counts[num_experts:]):
+                raise ValueError(f"`routing` has {len(counts)} experts for {place!r}, which has {num_experts}.")
+            first = 0
+            for name in places[place]:
+                share = sum(counts[first : first + sizes[name]])
+                first += sizes[name]
+                loads[name][modality] = loads[name].get(modality, 0.0) + share
+    return _normalise(loads)
+
+
+def _places_of_layers(places: list[str], config: PreTrainedConfig) -> list[str]:
+    """The place whose experts each sparse layer uses: layers of a pool have it in common."""
+    pools = {place.rsplit(".", 1)[1]: place for place in places if ".expert_pools." in f".{place}"}
+    if not pools:
+        return places
+    own = iter(place for place in places if place not in pools.values())
+    sparse = (layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer))
+    pool_of = (config.layer_pool(layer) for layer in sparse)
+    return [next(own) if pool is None else pools[str(pool)] for pool in pool_of]
+
+
+def _normalise(loads: Loads) -> Loads:
+    totals: dict[str, float] = {}
+    for by_modality in loads.values():
+        for modality, load in by_modality.items():
+            totals[modality] = totals.get(modality, 0.0) + load
+    used = [modality for modality, total in totals.items() if total > 0]
+    return {name: {m: loads[name].get(m, 0.0) / totals[m] for m in used} for name in loads}
+
+
+def _rows(routing: Any) -> list[Mapping[str, Any]] | None:
+    """Rows by place, group and modality, where the routing has them ([`RoutingStatistics`], or its JSON)."""
+    rows = routing.get("rows") if isinstance(routing, Mapping) else getattr(routing, "rows", None)
+    if rows is None:
+        return None
+    return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in rows]
+
+
+def _loads_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], config: PreTrainedConfig) -> Loads:
+    loads: Loads = {name: {} for name in sizes}
+    modules: dict[tuple[str, str | None], list[str]] = {}
+    for name in sizes:
+        place, group = place_of(name, config)
+        number = next(part for part in place.split(".") if part.isdigit())
+        kind = "pool" if ".expert_pools." in f".{place}" else "layer"
+        modules.setdefault((f"{kind}_{number}", group), []).append(name)
+    for row in rows:
+        names = modules.get((row["place"], row["group"]))
+        if names is None:
+            raise ValueError(f"`routing` has {row['place']!r} with group {row['group']!r}, which the model has not.")
+        if sum(sizes[name] for name in names) != len(row["wanted"]):
+            raise ValueError(f"`routing` has {len(row['wanted'])} experts for {row['place']!r}, unlike the model.")
+        first = 0
+        for name in names:
+            load = float(sum(row["wanted"][first : first + sizes[name]]))
+            first += sizes[name]
+            loads[name][row["modality"]] = loads[name].get(row["modality"], 0.0) + load
+    return loads
+
+
+def _table(routing: Any) -> _Table:
+    """Counts by layer and expert: of each modality in a mapping or in [`RoutingCounts`], or of all tokens together."""
+    if hasattr(routing, "wanted"):
+        return {str(m): routing.wanted[:, m].tolist() for m in range(routing.wanted.shape[1])}
+    by_modality = routing if isinstance(routing, Mapping) else {EVEN: routing}
+    table: _Table = {}
+    for modality, of_layers in by_modality.items():
+        table[str(modality)] = of_layers.tolist() if isinstance(of_layers, torch.Tensor) else list(of_layers)
+        if not all(isinstance(of_experts, list | tuple) for of_experts in table[str(modality)]):
+            raise ValueError(
+                "`routing` must have counts by layer and expert: a tensor of shape (layers, experts), one for each "
+                f"modality, or what `measure_routing`, `routing_statistics` or `expert_load` return; got {routing!r}."
+            )
+    return table
