@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+import re
+from itertools import chain
+from typing import Any
 
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 
 
@@ -45,3 +52,85 @@ def is_one_of_several_processes() -> bool:
     """Whether this process works with others (data, tensor or expert parallelism)."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
+    """
+    Fits the parallel plans to the model that is about to be spread over processes, and checks that it can be.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, before its weights are loaded.
+        sizes (`transformers.distributed.DistributedConfig`):
+            How many processes share what.
+
+    Raises:
+        ValueError: If heads, widths or experts cannot be shared out evenly; the message names them and the fix.
+    """
+    config = model.config.get_text_config()
+    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in chain(model.named_modules(), model.named_parameters())}
+    for plan_name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+        # The library complains about what a plan names in vain.
+        plan = {name: style for name, style in getattr(model, plan_name).items() if name in names}
+        if plan_name == "_fsdp_plan" and sizes.ep_size > 1:
+            # Dispatched experts are wrapped on their own, and no module can be twice.
+            plan = {name: style for name, style in plan.items() if not name.endswith("expert_pools.*")}
+        setattr(model, plan_name, plan)
+    if sizes.tp_size > 1 and sizes.tp_plan != {}:
+        _check_tensor_parallelism(config, sizes)
+    if sizes.ep_size > 1:
+        for group in config.expert_groups:
+            check(
+                group["always_on"] or group["num_experts"] % sizes.ep_size == 0,
+                f"the {group['num_experts']} experts of the group {group['name']!r} cannot be shared out evenly among "
+                f"{sizes.ep_size} processes: choose an `ep_size` that divides the number of experts of every group.",
+            )
+
+
+def _check_tensor_parallelism(config: SparseMoeVlmTextConfig, sizes: Any) -> None:
+    numbers = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    if sizes.ep_size == 1:
+        # Stacks of fused experts are cut by width.
+        for group in config.expert_groups:
+            if not group["always_on"]:
+                numbers[f"intermediate_size` of the group `{group['name']}"] = group["intermediate_size"]
+    for name, number in numbers.items():
+        check(
+            number % sizes.tp_size == 0,
+            f"`{name}` ({number}) cannot be shared out evenly among {sizes.tp_size} processes: choose a `tp_size` that "
+            "divides it, or share the model in another way (`fsdp_size`, `ep_size`).",
+        )
+
+
+def mend_expert_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, int]) -> None:
+    """
+    What the library leaves undone in a model whose experts it has shared out.
+
+    Args:
+        model (`nn.Module`):
+            The model, with its plans applied.
+        sizes (`transformers.distributed.DistributedConfig`):
+            How many processes share what.
+        num_experts (`dict[nn.Module, int]`):
+            By stack of experts that may be sent the sentinel id, its number of experts before.
+    """
+    for experts, number in num_experts.items():
+        _skip_sentinels(experts, number)
+    if sizes.efsdp_size == 1:
+        # Up to transformers 5.20, at least, the gradients of such experts are divided by the number of batches twice.
+        for module in model.modules():
+            if hasattr(module, "set_force_sum_reduction_for_comms"):
+                module.set_force_sum_reduction_for_comms(False)
+
+
+def _skip_sentinels(experts: nn.Module, num_experts: int) -> None:
+    """Keeps sentinel ids from experts whose tokens are exchanged between processes, which has no place for them."""
+    exchange = experts.forward
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        token, slot = (top_k_index < num_experts).nonzero(as_tuple=True)
+        chosen = top_k_index[token, slot, None], top_k_weights[token, slot, None]
+        outputs = exchange(hidden_states[token], *chosen)
+        return torch.zeros_like(hidden_states).index_add(0, token, outputs.to(hidden_states.dtype))
+
+    experts.forward = forward  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ from .attention_parts import initial_log_priors
 from .checkpoint import convert_from_disk
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
+from .parallel import mend_expert_parallelism, prepare_plans
 from .routing import SparseMoeVlmTopKRouter
 
 logger = logging.get_logger(__name__)
@@ -63,6 +64,19 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             )
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        """As the library's, but first checks that the sizes fit the model, and lets experts be sent sentinel ids."""
+        if mesh_manager is None:
+            return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        prepare_plans(model, distributed_config)
+        receivers = [module for module in model.modules() if getattr(module, "_is_expert_parallel", False)]
+        num_experts = {module: module.num_experts for module in receivers}
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if distributed_config.ep_size > 1:
+            mend_expert_parallelism(model, distributed_config, num_experts)
+        return model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
