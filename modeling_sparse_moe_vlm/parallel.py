@@ -119,8 +119,9 @@ def mend_expert_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.M
     if sizes.efsdp_size == 1:
         # Up to transformers 5.20, at least, the gradients of such experts are divided by the number of batches twice.
         for module in model.modules():
-            if hasattr(module, "set_force_sum_reduction_for_comms"):
-                module.set_force_sum_reduction_for_comms(False)
+            force_sum: Any = getattr(module, "set_force_sum_reduction_for_comms", None)
+            if force_sum is not None:
+                force_sum(False)
 
 
 def _skip_sentinels(experts: nn.Module, num_experts: int) -> None:

@@ -10,18 +10,29 @@ ROOT = Path(__file__).parents[1]
 LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
-def run_in_two_processes(program: str, folder: Path) -> subprocess.CompletedProcess:
+def run_in_processes(program: str, folder: Path, number: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
     """Runs the program under `torchrun`, written to the folder, which is also its first argument."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    return _run(launcher, program, folder, timeout)
+
+
+def launch(
+    config_file: Path, program: str, folder: Path, *options: str, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Runs the program under `accelerate launch` likewise."""
+    launcher = ["accelerate.commands.launch", "--config_file", str(config_file), *options]
+    return _run(launcher, program, folder, timeout)
+
+
+def _run(launcher: list[str], program: str, folder: Path, timeout: float) -> subprocess.CompletedProcess:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(program) + LEAVE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, str(folder)],
+        [sys.executable, "-m", *launcher, str(script), str(folder)],
         cwd=ROOT,
-        env=environment,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )

@@ -3,7 +3,7 @@
 import torch
 
 from tests.conftest import make_model
-from tests.processes import run_in_two_processes
+from tests.processes import run_in_processes
 
 SCRIPT = """
 import sys
@@ -46,6 +46,6 @@ def test_every_plan_gives_what_one_process_gives(tmp_path):
     for layer in pools.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.modality_log_priors)
     pools.save_pretrained(tmp_path / "pools")
-    result = run_in_two_processes(SCRIPT, tmp_path)
+    result = run_in_processes(SCRIPT, tmp_path)
     assert result.returncode == 0, result.stderr[-12000:]
     assert result.stdout.count("is done") == 2

@@ -6,7 +6,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from tests.conftest import make_inputs, make_model
-from tests.processes import run_in_two_processes
+from tests.processes import run_in_processes
 
 
 def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -266,6 +266,6 @@ dist.destroy_process_group()
 
 def test_data_parallelism_with_a_rank_without_pictures(tmp_path):
     """Two processes: no hang, and the gradients of one process."""
-    result = run_in_two_processes(DISTRIBUTED, tmp_path)
+    result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("is done") == 2

@@ -8,7 +8,7 @@ from modeling_sparse_moe_vlm.toolbox.router_bias import bias_direction, update_r
 from modeling_sparse_moe_vlm.toolbox.routing_counts import RoutingCounts, measure_routing
 from tests.conftest import make_inputs, make_model
 from tests.oracles import MANY_GROUPS
-from tests.processes import run_in_two_processes
+from tests.processes import run_in_processes
 
 
 def counts_of(wanted: list) -> RoutingCounts:
@@ -119,5 +119,5 @@ dist.destroy_process_group()
 
 
 def test_processes_move_alike(tmp_path):
-    result = run_in_two_processes(DISTRIBUTED, tmp_path)
+    result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
