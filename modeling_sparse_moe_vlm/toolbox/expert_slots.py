@@ -73,6 +73,8 @@ class ExpertSlots:
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._reads: list[Future] = []
         self._reading: Mapping[int, int] = {}
+        # A GPU copies beside its computations. For the CPU, a second pass costs more than it hides.
+        self.overlaps = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.expert_bytes = sum(math.prod(source.shape[1:]) * source.dtype.itemsize for source in sources.values())
         self._names = {stack.untyped_storage().data_ptr(): name for name, stack in self.stacks.items()}
@@ -134,7 +136,7 @@ class ExpertSlots:
         for expert in current:
             self._slots.move_to_end(expert)
         misses = [expert for expert in experts if expert not in current]
-        if len(experts) <= len(self):
+        if len(experts) <= len(self) and not (self.overlaps and current and misses):
             yield current | self._victims(misses, current)
             return
         if current:
@@ -161,12 +163,13 @@ class ExpertSlots:
         self._tables = None
         for expert, slot in missing.items():
             for emptied in (self.experts[slot], expert):
-                if emptied in self._slots:
+                if emptied is not None and emptied in self._slots:
                     self.experts[self._slots.pop(emptied)] = None
                     self._drop(emptied)
             self.experts[slot], self._slots[expert] = expert, slot
         self._reading = missing
-        self._read(missing)
+        with self._or_forget(missing):
+            self._read(missing)
 
     def _read(self, placement: Mapping[int, int]) -> None:
         if self._stream is not None:
@@ -194,16 +197,28 @@ class ExpertSlots:
 
     def wait(self) -> None:
         """Waits for what was started. Computations that are launched from now on see the experts."""
-        reads, reading, self._reads, self._reading = self._reads, self._reading, [], {}
-        try:
-            for read in reads:
-                read.result()
-        except BaseException:
-            for expert in reading:  # a slot that was not filled must not count as a hit later
-                self.experts[self._slots.pop(expert)] = None
-            raise
+        reading, self._reading = self._reading, {}
+        with self._or_forget(reading):
+            self._finish(reading)
+
+    def _finish(self, placement: Mapping[int, int]) -> None:
+        reads, self._reads = self._reads, []
+        for read in reads:
+            read.result()
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    @contextmanager
+    def _or_forget(self, placement: Mapping[int, int]) -> Iterator[None]:
+        """A slot that was not filled must not count as a hit later."""
+        try:
+            yield
+        except BaseException:
+            for expert, slot in placement.items():
+                self._slots.pop(expert, None)
+                self.experts[slot] = None
+            self._tables = None
+            raise
 
     @contextmanager
     def saved_for_backward(self, placement: Mapping[int, int]) -> Iterator[None]:
@@ -225,7 +240,7 @@ class ExpertSlots:
             # The context around it may compute again what it did not keep, and read other experts for that: it has
             # its turn first.
             turn = pack_outer(tensor.new_empty(0))
-            return _SlotView(name, tensor.size(), tensor.stride(), tensor.storage_offset(), turn)
+            return _SlotView(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()), turn)
 
         def unpack(saved):
             if not isinstance(saved, _SlotView):
@@ -248,7 +263,7 @@ class MappedSlots(ExpertSlots):
     is the right of an expert to have its pages in the process's memory. Ids of experts stay as they are.
     """
 
-    sources: Mapping[str, FileSource]
+    sources: Mapping[str, FileSource]  # type: ignore[assignment]
 
     @staticmethod
     def serve(sources: Mapping[str, ExpertSource], dtypes: Mapping[str, torch.dtype], device: torch.device) -> bool:
@@ -274,6 +289,11 @@ class MappedSlots(ExpertSlots):
         super().start(placement)
 
     def _read(self, placement: Mapping[int, int]) -> None:
+        for expert in placement:
+            for source in self.sources.values():
+                source.announce(expert)
+
+    def _finish(self, placement: Mapping[int, int]) -> None:
         for expert in placement:
             for source in self.sources.values():
                 source.load(expert)

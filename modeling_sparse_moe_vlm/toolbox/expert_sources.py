@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -91,14 +92,14 @@ class FileSource:
     def read(self, expert: int, slot: torch.Tensor) -> None:
         direct = slot.device.type == "cpu" and slot.dtype == self.dtype
         buffer = slot if direct else torch.empty(self.shape[1:], dtype=self.dtype)
-        view = memoryview(buffer.view(-1).view(torch.uint8).numpy())
+        array: Any = buffer.view(-1).view(torch.uint8).numpy()
+        view = memoryview(array)
         position = self.offset + expert * self.expert_bytes
-        with _explained(self.path):
-            while view.nbytes:  # the system may hand over less than asked for
+        while view.nbytes:  # the system may hand over less than asked for
+            self.check()
+            with _explained(self.path):
                 count = os.preadv(self._file.fileno(), [view], position)
-                if count == 0:
-                    self.check()
-                view, position = view[count:], position + count
+            view, position = view[count:], position + count
         if not direct:
             slot.copy_(buffer)
 
@@ -108,18 +109,29 @@ class FileSource:
         count = math.prod(self.shape)
         return torch.frombuffer(self._mapping, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
+    def announce(self, expert: int) -> None:
+        """Lets the system begin to read a mapped expert."""
+        self._advise(mmap.MADV_WILLNEED, *self._pages(expert))
+
     def load(self, expert: int) -> None:
-        """Brings the pages of a mapped expert into memory."""
-        first, last = self._pages(expert)
+        """Brings the pages of a mapped expert into the process's memory."""
         with _explained(self.path):
-            self._mapping.madvise(MADV_POPULATE_READ, first, last - first)
+            try:
+                self._advise(MADV_POPULATE_READ, *self._pages(expert))
+            except OSError as error:
+                # An older kernel does not know this: pages come when they are touched.
+                if error.errno != errno.EINVAL:
+                    raise
 
     def drop(self, expert: int) -> None:
         """Takes the pages of a mapped expert out of the process's memory, but for those that it shares with others."""
         first, last = self._pages(expert)
-        first, last = first + mmap.PAGESIZE, last - mmap.PAGESIZE
-        if first < last:
-            self._mapping.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if last - first > 2 * mmap.PAGESIZE:
+            self._advise(mmap.MADV_DONTNEED, first + mmap.PAGESIZE, last - mmap.PAGESIZE)
+
+    def _advise(self, advice: int, first: int, last: int) -> None:
+        assert self._mapping is not None
+        self._mapping.madvise(advice, first, last - first)
 
     def _pages(self, expert: int) -> tuple[int, int]:
         begin = self.offset + expert * self.expert_bytes
@@ -159,9 +171,7 @@ def find_sources(weights: Mapping[str, Any], names: Iterable[str], pin: bool) ->
     return {name: _find_source(weights, name, pin, headers) for name in names}
 
 
-def _find_source(
-    weights: Mapping[str, Any], name: str, pin: bool, headers: dict[str, tuple[dict[str, Any], int]]
-) -> ExpertSource:
+def _find_source(weights: Any, name: str, pin: bool, headers: dict[str, tuple[dict[str, Any], int]]) -> ExpertSource:
     key = name
     while isinstance(weights, PrefixedDataset):
         weights, key = weights.dataset, f"{weights.prefix}{key}"

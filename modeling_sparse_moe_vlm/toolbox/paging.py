@@ -125,8 +125,10 @@ def page_experts(
             not hold the experts of a token.
         OSError: If a file with experts is gone or truncated, now or while the model runs.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    modules = {name: module for name, module in base.named_modules() if _is_experts(module)}
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # PEFT's wrapper
+        base = base.get_base_model()
+    modules: dict[str, Any] = {name: module for name, module in base.named_modules() if _is_experts(module)}
     if not modules:
         raise ValueError(
             f"{type(base).__name__} has no experts to page: no module of it uses Transformers' experts interface "
@@ -148,7 +150,7 @@ def page_experts(
             if module not in paged:
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
     phase = Phase(base)
-    undo = [phase.remove]
+    undo: list[Callable[[], object]] = [phase.remove]
     for module in base.modules():
         # What ran on one device already, but for the experts, needs nobody who moves inputs there before each module.
         if module is not base and module not in modules.values() and _is_idle(module, set(devices.values())):
@@ -226,7 +228,7 @@ class PagingHook(ModelHook):
         self.counts: dict[str, PagingCounts] = defaultdict(PagingCounts)
         self.current = "backward"  # the phase that reads are counted for
 
-    def init_hook(self, module: nn.Module) -> nn.Module:
+    def init_hook(self, module: Any) -> nn.Module:
         self.replaced: ModelHook | None = getattr(module, "_hf_hook", None)
         # Transformers asks the hook for parameters on the meta device when it saves a model.
         self.weights_map = getattr(self.replaced, "weights_map", None)
@@ -238,14 +240,14 @@ class PagingHook(ModelHook):
         module._old_forward = partial(self.forward, module)
         return module
 
-    def detach_hook(self, module: nn.Module) -> nn.Module:
+    def detach_hook(self, module: Any) -> nn.Module:
         module._old_forward = self._forward
         return module
 
     def _count(self, hits: int, misses: int, number_of_bytes: int) -> None:
         self.counts[self.current] += PagingCounts(hits, misses, number_of_bytes)
 
-    def forward(self, module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+    def forward(self, module: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         if parametrize.is_parametrized(module):
             raise ValueError(
                 f"an adapter folds itself into the parameters of {self.name}, of which only some are at hand as they "
@@ -264,7 +266,7 @@ class PagingHook(ModelHook):
             output = _Frozen.apply(output, self.name, *trained)
         return output.to(inputs[0].device)
 
-    def _run_in_passes(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run_in_passes(self, module: Any, *inputs: torch.Tensor) -> torch.Tensor:
         """Runs one pass after the other, each while the experts of the next one are read, where slots are to spare."""
         hidden_states, top_k_index, top_k_weights = inputs
         slots, order, outputs = self.slots, [], []
@@ -297,7 +299,7 @@ class PagingHook(ModelHook):
         output = output.new_zeros(top_k_index.numel(), output.shape[-1]).index_copy(0, torch.cat(order), output)
         return output.view(*top_k_index.shape, -1).sum(dim=1)
 
-    def _run(self, module: nn.Module, placement: dict[int, int], *inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, module: Any, placement: dict[int, int], *inputs: torch.Tensor) -> torch.Tensor:
         """Runs the forward for inputs all of whose experts are in slots."""
         hidden_states, top_k_index, top_k_weights = inputs
         slots = self.slots
@@ -337,13 +339,13 @@ def _is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, mark) for mark in marks) and bool(_stacks(module))
 
 
-def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:
+def _stacks(module: Any) -> dict[str, nn.Parameter]:
     """The parameters that hold something for every expert."""
     parameters = module.named_parameters(recurse=False)
     return {name: value for name, value in parameters if value.dim() and value.shape[0] == module.num_experts}
 
 
-def _device(module: nn.Module) -> torch.device:
+def _device(module: Any) -> torch.device:
     """Where Accelerate, or whoever loaded the model, lets a module run."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
@@ -352,7 +354,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters(recurse=False)).device
 
 
-def _is_idle(module: nn.Module, devices: set[torch.device]) -> bool:
+def _is_idle(module: Any, devices: set[torch.device]) -> bool:
     """Whether Accelerate's hook does no more than to move inputs to the one device where all else is."""
     hook = getattr(module, "_hf_hook", None)
     return isinstance(hook, AlignDevicesHook) and not hook.offload and {_device(module)} == devices
@@ -363,7 +365,7 @@ def _full(device: str | int | torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def _sources(name: str, module: nn.Module, pin: bool) -> dict[str, ExpertSource]:
+def _sources(name: str, module: Any, pin: bool) -> dict[str, ExpertSource]:
     """Where the experts lie. Those on the execution device itself, where that is a GPU, go to host memory."""
     stacks = _stacks(module)
     if all(stack.is_meta for stack in stacks.values()):
@@ -377,15 +379,15 @@ def _sources(name: str, module: nn.Module, pin: bool) -> dict[str, ExpertSource]
     return {name: MemorySource(stack.data) for name, stack in stacks.items()}
 
 
-def _experts_per_token(model: nn.Module) -> int:
+def _experts_per_token(model: Any) -> int:
     config = getattr(model, "config", None)
     number = getattr(config.get_text_config(), "num_experts_per_tok", 1) if config is not None else 1
     return number if isinstance(number, int) else 1
 
 
-def _share(expert_cache: str | int, modules: dict[str, nn.Module], experts_per_token: int) -> dict[str, int]:
+def _share(expert_cache: str | int, modules: dict[str, Any], experts_per_token: int) -> dict[str, int]:
     """The number of slots of each module."""
-    sizes = {name: module.num_experts for name, module in modules.items()}
+    sizes: dict[str, int] = {name: module.num_experts for name, module in modules.items()}
     least = {name: min(experts_per_token, size) for name, size in sizes.items()}
     if isinstance(expert_cache, int) and not isinstance(expert_cache, bool):
         if expert_cache < max(least.values()):

@@ -1,20 +1,29 @@
 """Paging of experts, on models of Transformers and on ours, against the same models with all experts resident."""
 
 import copy
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from modeling_sparse_moe_vlm.toolbox.expert_slots import MappedSlots
+from modeling_sparse_moe_vlm.toolbox.expert_sources import FileSource, MemorySource
 from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, page_experts, unpage_experts
 from tests.conftest import make_inputs, make_model
-from tests.in_tree_models import TEXT, make_qwen3_vl_moe
+from tests.in_tree_models import TEXT, make_qwen3_vl, make_qwen3_vl_moe
 
 SIZES = TEXT | {"intermediate_size": 24, "num_experts_per_tok": 2, "num_hidden_layers": 2}
 MANY = 12
@@ -63,11 +72,10 @@ def experts_of(model) -> dict[str, torch.nn.Module]:
 def device_map(model) -> dict[str, str]:
     """Experts on disk, and all else in memory. Accelerate wants entries that do not contain each other."""
     experts, places = experts_of(model), {}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         inside = [other for other in experts if f"{other}.".startswith(f"{name}." if name else "")]
-        if not inside or name in experts:
-            if not any(f"{name}.".startswith(f"{place}.") for place in places):
-                places[name] = "disk" if name in experts else "cpu"
+        if (not inside or name in experts) and not any(f"{name}.".startswith(f"{place}.") for place in places):
+            places[name] = "disk" if name in experts else "cpu"
     return places
 
 
@@ -149,3 +157,269 @@ def test_gradients_are_those_of_the_resident_model(name, implementation, checkpo
             torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
     if implementation != "batched_mm" and checkpointing is None:
         assert pager.total("backward").misses > 0
+
+
+def lora(model, targets):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+def test_lora_beside_paged_experts_trains_as_beside_resident_ones(tmp_path):
+    """Adapters on attention; experts frozen by PEFT, on disk."""
+    model = build("qwen3_moe")
+    inputs, losses = inputs_of(model), []
+    for base in (copy.deepcopy(model), from_disk(model, tmp_path)):
+        torch.manual_seed(0)
+        adapted = lora(base, ["q_proj", "v_proj"]).train()
+        if losses:
+            page_experts(adapted, 3)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        losses.append([])
+        for _ in range(3):
+            loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][0] - losses[0][-1] > 1e-2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_adapter_that_folds_itself_into_paged_experts_is_refused():
+    model = build("qwen3_moe")
+    targets = [f"{name}.down_proj" for name in experts_of(model)]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    page_experts(adapted, 4)
+    with pytest.raises(ValueError, match="Run the adapter factored"):
+        adapted(torch.tensor([[7, 8]]))
+    unpage_experts(adapted)
+    adapted(torch.tensor([[7, 8]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
+    """`_slot_experts`, while the experts run: their rows in the parameters are those of the model."""
+    model = build("qwen3_moe")
+    paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
+    name, experts = next(iter(experts_of(paged).items()))
+    whole = dict(model.named_parameters())[f"{name}.down_proj"]
+    seen = []
+
+    def forward(hidden_states, top_k_index, top_k_weights):
+        for row in top_k_index.unique().tolist():
+            assert torch.equal(experts.down_proj[row], whole[experts._slot_experts[row]])
+            seen.append(int(experts._slot_experts[row]))
+        assert len(experts._slot_experts) == experts.num_experts == len(experts.down_proj)
+        return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    experts.forward = forward
+    if source == "disk":  # where there is a hook already
+        experts._old_forward = forward
+    with page_experts(paged, 3):
+        paged(**inputs_of(model))
+    assert len(set(seen)) > 3
+    assert experts._slot_experts is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_only_the_chosen_experts_move(source, tmp_path, monkeypatch):
+    """Counted, by phase and module, and as asked of the memory or the system."""
+    model, moved = build("qwen3_moe"), set()
+    kind, name = {"memory": (MemorySource, "read"), "disk": (FileSource, "load")}[source]
+    move = getattr(kind, name)
+
+    def spy(self, expert, *slot):
+        moved.add((next(name for name in chosen if self in sources[name]), expert))
+        move(self, expert, *slot)
+
+    monkeypatch.setattr(kind, name, spy)
+    chosen = {name: set() for name in experts_of(model)}
+    for name, module in experts_of(model).items():
+        module.register_forward_pre_hook(lambda _, args, name=name: chosen[name].update(args[1].flatten().tolist()))
+    prompt, one = torch.randint(7, 99, (1, 2)), torch.tensor([[8]])
+    model(prompt)
+    expert_bytes = 3 * 32 * 24 * 4
+    paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
+    for module in experts_of(paged).values():
+        module._forward_pre_hooks.clear()
+    pager = page_experts(paged, 6)
+    sources = {name: list(module._hf_hook.sources.values()) for name, module in experts_of(paged).items()}
+    paged(prompt)
+    assert moved == {(name, expert) for name, experts in chosen.items() for expert in experts}
+    counts = pager.statistics()["prefill"]
+    for name, experts in chosen.items():
+        assert counts[name] == PagingCounts(0, len(experts), len(experts) * expert_bytes)
+    paged(prompt)  # all there now
+    assert pager.total("prefill").bytes == sum(map(len, chosen.values())) * expert_bytes
+    for experts in chosen.values():
+        experts.clear()
+    pager.reset()
+    model(one)
+    paged(one)
+    needed = sum(map(len, chosen.values()))
+    assert pager.total("decode") == PagingCounts(0, needed, needed * expert_bytes)
+    assert needed == 2 * 2
+
+
+@torch.no_grad()
+def test_least_recently_used_experts_leave_first():
+    model = build("qwen3_moe")
+    pager = page_experts(model, 3)
+    name, experts = next(iter(experts_of(model).items()))
+
+    def call(*ids):
+        before = pager.statistics().get("decode", {}).get(name, PagingCounts())
+        experts(torch.randn(1, 32), torch.tensor([ids]), torch.ones(1, len(ids)))
+        after = pager.statistics()["decode"][name]
+        return after.hits - before.hits, after.misses - before.misses
+
+    assert call(0, 1) == (0, 2)
+    assert call(2, 0) == (1, 1)
+    assert call(3) == (0, 1)  # in the place of 1
+    assert call(0, 2) == (2, 0)
+    assert call(1) == (0, 1)
+    assert call(3) == (0, 1)
+    assert call(MANY, MANY) == (0, 0)  # sentinels, as under expert parallelism
+
+
+@torch.no_grad()
+def test_hits_first_where_reading_overlaps():
+    """As on a GPU."""
+    model = build("qwen3_moe")
+    paged = copy.deepcopy(model)
+    page_experts(paged, 6)
+    for module in experts_of(paged).values():
+        module._hf_hook.slots.overlaps = True
+    inputs = inputs_of(model)
+    assert torch.equal(paged.generate(**inputs, max_new_tokens=9), model.generate(**inputs, max_new_tokens=9))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
+def test_saved_from_paging_is_saved_from_memory(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "expected")
+    for source in ("memory", "disk"):
+        paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path / "loaded")
+        keys = list(paged.state_dict())
+        page_experts(paged, 3)
+        paged(**inputs_of(model))
+        assert list(paged.state_dict()) == keys
+        paged.save_pretrained(tmp_path / source)
+        expected = load_file(tmp_path / "expected/model.safetensors")
+        saved = load_file(tmp_path / source / "model.safetensors")
+        assert expected.keys() == saved.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+
+
+@torch.no_grad()
+def test_undone(tmp_path):
+    paged = from_disk(build("qwen3_moe"), tmp_path)
+    hooks = {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()}
+    inputs = inputs_of(paged)
+    expected = paged(**inputs).logits
+    page_experts(paged, 3)
+    assert not hasattr(paged.model.norm, "_hf_hook")  # it only cost time
+    unpage_experts(paged)
+    assert {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()} == hooks
+    assert all(isinstance(module._hf_hook, AlignDevicesHook) for module in experts_of(paged).values())
+    assert torch.equal(paged(**inputs).logits, expected)
+    page_experts(paged, 4)
+    torch.testing.assert_close(paged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_stacks_are_read_where_they_lie(tmp_path):
+    """In a checkpoint of stacks: without a copy, and in another type than the model's, converted one by one."""
+    model = build("qwen3_moe").bfloat16()
+    model.save_pretrained(tmp_path, save_original_format=False)
+    before = set(tmp_path.iterdir())
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path, device_map=device_map(model), dtype=dtype)
+        page_experts(loaded, 3)
+        sources = next(iter(experts_of(loaded).values()))._hf_hook.sources
+        assert {source.path for source in sources.values()} == {str(tmp_path / "model.safetensors")}
+        expected = copy.deepcopy(model).to(dtype)(**inputs_of(model)).logits
+        torch.testing.assert_close(loaded(**inputs_of(model)).logits, expected, rtol=2e-2, atol=2e-2)
+    assert set(tmp_path.iterdir()) == before
+
+
+@torch.no_grad()
+def test_the_offload_folder_of_accelerate(tmp_path):
+    """`.dat` files, as `dispatch_model` writes them."""
+    model = build("mixtral")
+    expected = model(**inputs_of(model)).logits
+    dispatch_model(model, device_map(model), offload_dir=tmp_path)
+    page_experts(model, 3)
+    torch.testing.assert_close(model(**inputs_of(model)).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_budget_in_bytes_is_shared(tmp_path):
+    model = make_model(
+        expert_groups=[{"name": "a", "num_experts": 8}, {"name": "b", "num_experts": 4}], num_experts=None
+    )
+    expert = 3 * 32 * 24 * 4  # 12 of them in 111 KB
+    with page_experts(model, "111KB") as pager:
+        assert sum(pager.slots.values()) == 12
+        assert {name.rsplit(".", 1)[1]: slots for name, slots in pager.slots.items()} == {"a": 4, "b": 2}
+    with page_experts(model, "1GB") as pager:
+        assert sorted(set(pager.slots.values())) == [4, 8]
+    with page_experts(model, 6) as pager:
+        assert sorted(set(pager.slots.values())) == [4, 6]
+    with pytest.raises(ValueError, match=f"the experts of one token take {4 * 2 * expert} bytes in 4 modules"):
+        page_experts(model, "20KB")
+    with pytest.raises(ValueError, match="`expert_cache` is 1 experts, but a token uses 2 at once"):
+        page_experts(model, 1)
+    for wrong in ("many", "2 slots", True, 1.5, None):
+        with pytest.raises(ValueError, match="must be a number of experts or bytes"):
+            page_experts(model, wrong)
+    page_experts(model, 2)
+    with pytest.raises(ValueError, match="paged already: call `unpage_experts` first"):
+        page_experts(model, 2)
+
+
+def test_what_cannot_be_paged():
+    with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration has no experts to page"):
+        page_experts(make_qwen3_vl())
+    with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
+        page_experts(make_qwen3_moe().to("meta"), 2, "cpu")
+
+
+def test_experts_that_are_trained_say_so():
+    model = make_qwen3_moe()
+    page_experts(model, 4)
+    loss = model(torch.tensor([[7, 8]])).logits.sum()  # not yet wrong
+    with pytest.raises(ValueError, match="paged experts cannot be trained: freeze them"):
+        loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["mapped", "read"])
+def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
+    """Found when paging begins and at every later call, whether experts are in slots or not; never a bus error."""
+    if form == "read":  # as for a GPU
+        monkeypatch.setattr(MappedSlots, "serve", lambda *_: False)
+    model = build("qwen3_moe")
+    loaded = from_disk(model, tmp_path)
+    path = next((tmp_path / "offload").glob("*layers.1*down_proj.safetensors"))
+    whole = path.read_bytes()
+    page_experts(loaded, 2)
+    inputs = inputs_of(model)
+    loaded(**inputs)
+    os.truncate(path, 12_000)
+    with pytest.raises(OSError, match=r"down_proj.safetensors is truncated: experts lie in it up to byte \d+"):
+        loaded(**inputs)
+    path.write_bytes(whole)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    unpage_experts(loaded)
+    os.truncate(path, 12_000)
+    with pytest.raises(OSError, match="is truncated"):
+        page_experts(loaded, 2)
+    os.truncate(path, 60)
+    with pytest.raises(OSError, match="is no whole safetensors file"):
+        page_experts(loaded, 2)
+    path.unlink()
+    with pytest.raises(OSError, match=r"cannot read experts from .*down_proj.safetensors: No such file"):
+        page_experts(loaded, 2)
