@@ -1,0 +1,140 @@
+"""LoRA on experts: a standard PEFT adapter on disk, factored in execution, on any Transformers mixture of experts.
+
+config = expert_lora_config(model, r=8)         # or a LoraConfig with `target_parameters`
+model = get_peft_model(model, config)
+factor_expert_lora(model)                       # needed with a plain LoraConfig, harmless otherwise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from packaging.version import Version
+from peft import LoraConfig
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
+
+from .factored_layer import FactoredExpertsLayer, is_experts
+
+# Before, adapters of stacks `(E, out, in)` took the outputs for inputs.
+ORIENTED_SINCE = Version("0.19.0")
+
+
+def factor_expert_lora(model: nn.Module) -> nn.Module:
+    """
+    Lets a model's LoRA adapters on experts run factored, as x·W + (x·A)·B, instead of adding W + B·A up for all experts
+    in every forward pass. For any model whose experts use Transformers' experts interface, after `get_peft_model`,
+    `PeftModel.from_pretrained`, `model.add_adapter` or `model.load_adapter`. Results are PEFT's, up to rounding;
+    adapters are saved, loaded, switched, disabled and merged as before.
+
+    Args:
+        model (`nn.Module`): The model with adapters, changed in place.
+
+    Returns:
+        `nn.Module`: the model.
+
+    Raises:
+        ValueError:
+            If no expert has an adapter, or if one was trained by PEFT before 0.19, which took its inputs for outputs.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and is_experts(module.get_base_layer())
+    }
+    if not layers:
+        raise ValueError(
+            "no expert of the model has an adapter: make one with `expert_lora_config`, or with "
+            '`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])`.'
+        )
+    for name, layer in layers.items():
+        if not layer.get_base_layer().is_transposed:
+            _check_orientation(getattr(model, "peft_config", {}), list(layer.lora_A))
+        if not isinstance(layer, FactoredExpertsLayer):
+            module_name = name.replace(".base_layer", "").removeprefix("base_model.model.")
+            FactoredExpertsLayer.take_over(layer, f"{module_name}.{layer.parameter_name}")
+    return model
+
+
+def _check_orientation(configs: Mapping[str, LoraConfig], adapter_names: Sequence[str]) -> None:
+    for name in adapter_names:
+        version = getattr(configs.get(name), "peft_version", None)
+        if version and Version(version).release < ORIENTED_SINCE.release:
+            raise ValueError(
+                f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so "
+                "it would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
+            )
+
+
+@dataclass
+class ExpertLoraConfig(LoraConfig):
+    """
+    A `LoraConfig` whose adapters of experts are factored from the start, and may have what PEFT alone refuses. On disk
+    it is a plain `LoraConfig`: dropout is for training, and is saved as 0 where experts have adapters, since PEFT alone
+    would refuse to load them otherwise; ranks and projections are seen from the zeros in the weights.
+
+    Args:
+        expert_ranks (`dict[str, list[int]]`, *optional*):
+            By name of a stack, as `target_parameters` has it, the rank of each expert, at most `r`; 0 for none.
+            Of experts with less, the other rows are 0 and stay so. `lora_alpha / r` scales all alike.
+        gate_up (`str`, *optional*):
+            `"gate"` or `"up"` where only this half of the stack of gates and ups is adapted.
+    """
+
+    expert_ranks: dict[str, list[int]] = field(default_factory=dict)
+    gate_up: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        for name in ("expert_ranks", "gate_up"):
+            values.pop(name)
+        if self.target_parameters:
+            values["lora_dropout"] = 0.0
+        return values
+
+    @torch.no_grad()
+    def settle(self, layer: FactoredExpertsLayer, adapter_name: str) -> None:
+        """Confines a layer's new adapter to the ranks and outputs that it may use."""
+        if self.gate_up is not None and layer.parameter_name == "gate_up_proj":
+            layer.output_masks[adapter_name] = layer.output_mask(self.gate_up)
+        ranks = next((ranks for name, ranks in self.expert_ranks.items() if layer.stack_name.endswith(name)), None)
+        if ranks is None:
+            return
+        a, _ = layer.factors(adapter_name)
+        if len(ranks) != a.shape[0] or not all(0 <= rank <= a.shape[1] for rank in ranks):
+            raise ValueError(
+                f"`expert_ranks` of {layer.stack_name!r} must be {a.shape[0]} numbers from 0 to r = {a.shape[1]}, "
+                f"got {ranks}."
+            )
+        used = torch.arange(a.shape[1], device=a.device) < torch.tensor(ranks, device=a.device)[:, None]
+        a.mul_(used[:, :, None])
+        # Zeros in both factors get no gradient, and stay.
+        layer.lora_B[adapter_name].weight.view(-1, a.shape[1], a.shape[0]).mul_(used.T)
+
+
+def num_adapter_parameters(model: nn.Module) -> int:
+    """
+    Number of trainable adapter parameters that can change: without the rows beyond an expert's rank, and the outputs
+    that an adapter may not change. PEFT's own count has the zeros, too.
+    """
+    total = 0
+    counted = set()
+    for layer in model.modules():
+        if not isinstance(layer, FactoredExpertsLayer):
+            continue
+        for name in layer.lora_A:
+            weights = layer.lora_A[name].weight, layer.lora_B[name].weight
+            if not all(weight.requires_grad for weight in weights):
+                continue
+            counted.update(weights)
+            a, _ = layer.factors(name)
+            rows = int(a.detach().any(dim=-1).sum())
+            mask = layer.output_masks.get(name)
+            total += rows * (a.shape[-1] + (weights[1].shape[0] if mask is None else int(mask.sum())))
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter not in counted:
+            total += parameter.numel()
+    return total

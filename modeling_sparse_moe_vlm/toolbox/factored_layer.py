@@ -1,0 +1,328 @@
+"""PEFT's LoRA layer for the parameters of an experts module, run factored.
+
+What is used of PEFT's internals is here: `ParamWrapper`, its `_activate_lora` and the layout of its weights. Wrappers
+nest, one per adapted parameter of the module: `down(gate_up(experts))`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
+
+from .factored_weight import FactoredWeight, LowRankUpdate
+
+# `grouped_mm` wants rows of 16 bytes.
+RANK_MULTIPLE = 8
+MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module holds a stack of experts and runs them through Transformers' experts interface."""
+    return not isinstance(module, LoraLayer) and all(hasattr(module, mark) for mark in MARKS) and bool(stacks(module))
+
+
+def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """The stacks of matrices of an experts module, by name."""
+    return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
+
+
+class FactoredExpertsLayer(ParamWrapper):
+    """
+    `ParamWrapper` that multiplies with W + scaling·B·A expert by expert, without adding it up: x·W + (x·A)·B. What is
+    saved, loaded and merged is PEFT's. Besides what PEFT can, it takes dropout, DoRA and rows with an adapter each.
+
+    The layout of the adapter of a stack of E experts: `lora_A.weight (E·r, in)`, the expert slowest; `lora_B.weight
+    (out, r·E)`, the expert fastest; with DoRA also magnitudes `(E, out)`.
+
+    Args:
+        base_layer (`nn.Module`): The experts module, or the layer of another of its stacks.
+        adapter_name (`str`): Name of the first adapter.
+        parameter_name (`str`): Name of the stack.
+        config (`LoraConfig`): The adapter's configuration.
+        **kwargs: As for `ParamWrapper`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
+    ):
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, config=_plain(config), **kwargs)
+        self.stack_name = kwargs.get("target_name", parameter_name)
+        self._prepare()
+        self._extend(adapter_name, config)
+
+    @classmethod
+    def take_over(cls, layer: ParamWrapper, stack_name: str) -> None:
+        """Makes a layer that PEFT made one of these; `stack_name` is the stack's name in the model."""
+        layer.__class__ = cls
+        layer.stack_name = stack_name
+        layer._prepare()
+        for adapter_name in layer.lora_A:
+            layer._keep_zero_outputs(adapter_name)
+
+    def _prepare(self) -> None:
+        # By adapter: which outputs it may change, where it may not change all.
+        self.output_masks: dict[str, torch.Tensor] = {}
+        # Set by a container of experts that hands its groups some of the tokens: their places, and the number of all.
+        self.token_rows: tuple[torch.Tensor | None, int] | None = None
+        self._kept: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._merged_rescale: dict[str, torch.Tensor] = {}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
+        if hasattr(self, "_kept"):  # not while PEFT's constructor runs
+            self._extend(adapter_name, config)
+
+    def _extend(self, adapter_name: str, config: LoraConfig) -> None:
+        """Adds to an adapter what PEFT's layer refuses."""
+        if config.lora_dropout:
+            self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
+        if config.use_dora:
+            self.use_dora[adapter_name] = True
+            norm = torch.linalg.vector_norm(self._out_first(self.get_param()).detach().float(), dim=-1)
+            magnitude = _Magnitude(norm.to(self.lora_A[adapter_name].weight.dtype))
+            self.lora_magnitude_vector[adapter_name] = magnitude
+            self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        settle = getattr(config, "settle", None)
+        if settle is not None:
+            settle(self, adapter_name)
+
+    def _out_first(self, stack: torch.Tensor) -> torch.Tensor:
+        """A stack like the parameter, as `(E, out, in)`."""
+        return stack if self._did_swap_in_out_features else stack.transpose(1, 2)
+
+    def _keep_zero_outputs(self, adapter_name: str) -> None:
+        """An adapter that left a half of the outputs alone, as one of the gate does, goes on to."""
+        weight = self.lora_B[adapter_name].weight
+        if weight.is_meta or self.parameter_name != "gate_up_proj":
+            return
+        used = weight.detach().any(dim=1)
+        for projection in ("gate", "up"):
+            mask = self.output_mask(projection)
+            if used.any() and not (used & ~mask.to(used.device)).any():
+                self.output_masks[adapter_name] = mask
+
+    def output_mask(self, projection: str) -> torch.Tensor:
+        """Which outputs of the stack of gates and ups are those of `"gate"` or `"up"`: `(out,)` of type bool."""
+        size = self.lora_B[next(iter(self.lora_B))].weight.shape[0]
+        index = torch.arange(size)
+        is_gate = index < size // 2 if self.get_base_layer().is_concatenated else index % 2 == 0
+        return is_gate if projection == "gate" else ~is_gate
+
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        An adapter's factors, in their own dtype.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: A `(E, r, in)` and Bᵀ `(E, r, out)`, views of the weights.
+        """
+        lora_a, lora_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        b = lora_b.view(lora_b.shape[0], -1, self.num_experts).permute(2, 1, 0)
+        if adapter_name in self.output_masks:
+            b = b * self.output_masks[adapter_name].to(b)
+        return lora_a.view(self.num_experts, -1, lora_a.shape[-1]), b
+
+    def update(self, adapter_name: str) -> LowRankUpdate:
+        """The adapter's update of the stack, in its orientation, ready to be multiplied with."""
+        weights = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        return self._keep("update", adapter_name, weights, lambda: self._make_update(adapter_name))
+
+    def _make_update(self, adapter_name: str) -> LowRankUpdate:
+        dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
+        a, b = self.factors(adapter_name)
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            a, b = a.to(dtype), b.to(dtype)
+        b = b.contiguous()
+        padding = -a.shape[1] % RANK_MULTIPLE if dtype.itemsize == 2 else 0
+        if padding:
+            a, b = (F.pad(factor, (0, 0, 0, padding)) for factor in (a, b))
+        dropout = self.lora_dropout[adapter_name]
+        update = LowRankUpdate(
+            a.transpose(1, 2), b, self.scaling[adapter_name], dropout if isinstance(dropout, nn.Dropout) else None
+        )
+        return update.transpose() if self._did_swap_in_out_features else update
+
+    def rescale(self, adapter_name: str, base: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        DoRA's factor of each output, m / ‖W + scaling·B·A‖, the norm a constant in backward (arXiv 2402.09353, section
+        4.3). The norm comes from the products W·Aᵀ and A·Aᵀ.
+
+        Args:
+            adapter_name (`str`): The adapter.
+            base (`torch.Tensor`): W, the stack as its parameter has it.
+            experts (`torch.Tensor`, *optional*): Which experts the stack has, where not all.
+
+        Returns:
+            `torch.Tensor` of shape `(E, out)`.
+        """
+        magnitude = self.lora_magnitude_vector[adapter_name].weight
+        weights = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+
+        def norms() -> torch.Tensor:
+            a, b = (factor.detach().float() for factor in self.factors(adapter_name))
+            a, b = (a, b) if experts is None else (a[experts], b[experts])
+            weight, b, scaling = self._out_first(base.detach()).float(), b.transpose(1, 2), self.scaling[adapter_name]
+            cross = ((weight @ a.transpose(1, 2)) * b).sum(-1)
+            own = ((b @ (a @ a.transpose(1, 2))) * b).sum(-1)
+            return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * own).clamp(min=0).sqrt()
+
+        norm = norms() if experts is not None else self._keep("norm", adapter_name, (*weights, base), norms)
+        magnitude = magnitude if experts is None else magnitude[experts]
+        return (magnitude / norm.to(magnitude.dtype)).to(base.dtype)
+
+    def _keep(self, what: str, adapter_name: str, weights: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """What is made of the weights: anew in training, and kept between the steps of generation."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
+            self._kept.clear()
+            return make()
+        state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
+        state, kept = [*state, self.scaling[adapter_name]], self._kept.get((what, adapter_name))
+        if kept is None or kept[0] != state:
+            kept = self._kept[what, adapter_name] = state, make()
+        return kept[1]
+
+    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What merging adds to the stack, in its orientation."""
+        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
+        if not self.use_dora.get(adapter_name):
+            return delta
+        param = self.get_param().detach()
+        return self._as_columns(self.rescale(adapter_name, param)) * (param + delta) - param
+
+    def _as_columns(self, rescale: torch.Tensor) -> torch.Tensor:
+        return rescale[:, :, None] if self._did_swap_in_out_features else rescale[:, None, :]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        self._check_dora(names)
+        for name in names:
+            if self.use_dora.get(name):
+                self._merged_rescale[name] = self.rescale(name, self.get_param().detach())
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        for name in list(self.merged_adapters):
+            if name in self._merged_rescale:
+                param = self.get_param()
+                self.merged_adapters.remove(name)
+                param.data /= self._as_columns(self._merged_rescale.pop(name))
+                param.data -= ParamWrapper.get_delta_weight(self, name)
+        if self.merged:
+            super().unmerge()
+
+    def _check_dora(self, adapter_names: Sequence[str]) -> None:
+        if len(adapter_names) > 1 and any(self.use_dora.get(name) for name in adapter_names):
+            raise ValueError(
+                f"{list(adapter_names)} are active at once, but DoRA rescales the weights that the others add to: "
+                "activate an adapter with `use_dora` alone."
+            )
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
+        adapters = [name for name in active_adapters if name in self.lora_A]
+        if not adapters:
+            yield
+            return
+        experts = self.get_base_layer()
+        # Found before the parameter, which stays where it is for hooks that bring the weights in.
+        experts.__dict__[self.parameter_name] = _AdaptedStack(self, experts, adapters)
+        try:
+            yield
+        finally:
+            del experts.__dict__[self.parameter_name]
+
+    def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
+        if adapter_names is None:
+            return super().forward(x, *args, **kwargs)
+        return self._forward_by_row(x, args, adapter_names)
+
+    def _forward_by_row(self, x: torch.Tensor, args: Sequence[torch.Tensor], adapter_names: list[str]) -> torch.Tensor:
+        """Each row of the batch with its adapter: the experts run once per adapter, on the tokens of its rows."""
+        layers, experts = [self], self.base_layer
+        while isinstance(experts, FactoredExpertsLayer):
+            layers, experts = [*layers, experts], experts.base_layer
+        places, num_tokens = self.token_rows or (None, x.shape[0])
+        if num_tokens % len(adapter_names):
+            raise ValueError(
+                f"`adapter_names` names {len(adapter_names)} rows, but the experts got {num_tokens} tokens, "
+                "which is no multiple: give a name for each row of the batch."
+            )
+        rows = (torch.arange(num_tokens, device=x.device) if places is None else places) // (
+            num_tokens // len(adapter_names)
+        )
+        output = torch.zeros_like(x)
+        for name in dict.fromkeys(adapter_names):
+            is_its = torch.tensor([other == name for other in adapter_names], device=x.device)
+            tokens = is_its[rows].nonzero().squeeze(1)
+            with ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(layer._activate_lora([name]))
+                output[tokens] = experts(x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
+        return output
+
+
+class _Magnitude(nn.Module):
+    """DoRA's magnitudes, where PEFT looks for them."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class _AdaptedStack(FactoredWeight):
+    """The stack of a layer's experts with adapters, looked up when it is used: hooks bring weights in just before."""
+
+    def __init__(self, layer: FactoredExpertsLayer, experts: nn.Module, adapters: Sequence[str]):
+        self._layer = layer
+        self._experts = experts
+        self._adapters = adapters
+        self._updates = [layer.update(name) for name in adapters]
+        layer._check_dora(adapters)
+
+    @property
+    def base(self) -> torch.Tensor:  # type: ignore[override]
+        return self._experts._parameters[self._layer.parameter_name]
+
+    @property
+    def _held(self) -> torch.Tensor | None:
+        """Which experts the stack holds at the moment, where paging brought in some."""
+        return getattr(self._experts, "_slot_experts", None)
+
+    @property
+    def updates(self) -> Sequence[LowRankUpdate]:  # type: ignore[override]
+        held = self._held
+        return self._updates if held is None else [update[held] for update in self._updates]
+
+    @property
+    def rescale(self) -> torch.Tensor | None:  # type: ignore[override]
+        name = self._adapters[0]
+        return self._layer.rescale(name, self.base, self._held) if self._layer.use_dora.get(name) else None
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.base.requires_grad
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The parameter elsewhere: so Accelerate sends it away again."""
+        return self.base.to(*args, **kwargs)
+
+    def __getitem__(self, index: Any) -> FactoredWeight:
+        held, rescale = self._held, self.rescale
+        of = index if held is None else held[index]
+        return FactoredWeight(
+            self.base[index], [update[of] for update in self._updates], None if rescale is None else rescale[index]
+        )
+
+
+def _plain(config: LoraConfig) -> LoraConfig:
+    """What PEFT's own layer takes of a configuration."""
+    config = copy.copy(config)
+    config.lora_dropout, config.use_dora = 0.0, False
+    return config

@@ -1,0 +1,167 @@
+"""A stack of expert weights with low-rank updates that multiplies without being added up: x·W + (x·L)·R.
+
+It stands in for the stack while an experts module runs. Transformers' experts implementations, and the forwards that
+models bring along, take experts from it and multiply with them; both are passed on to the stack and to the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """
+    Updates scaling·L·R of E matrices, or of one.
+
+    Args:
+        left (`torch.Tensor` of shape `(E, rows, r)` or `(rows, r)`): L.
+        right (`torch.Tensor` of shape `(E, r, columns)` or `(r, columns)`): R.
+        scaling (`float`): Factor of the product.
+        dropout (`nn.Module`, *optional*): Applied to what the update is multiplied with, not to what W is.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scaling: float
+    dropout: nn.Module | None = None
+
+    def __getitem__(self, index: Any) -> LowRankUpdate:
+        return replace(self, left=self.left[index], right=self.right[index])
+
+    def transpose(self) -> LowRankUpdate:
+        return replace(self, left=self.right.transpose(-2, -1), right=self.left.transpose(-2, -1))
+
+    def product(self) -> torch.Tensor:
+        return (self.left @ self.right) * self.scaling
+
+    def after(self, multiply: Callable, inputs: torch.Tensor) -> torch.Tensor:
+        """inputs·L·R, where `multiply(inputs, matrix)` is the product at hand."""
+        inputs = inputs if self.dropout is None else self.dropout(inputs)
+        return multiply(multiply(inputs, self.left) * self.scaling, self.right)
+
+    def before(self, multiply: Callable, inputs: torch.Tensor) -> torch.Tensor:
+        """L·R·inputs, where `multiply(matrix, inputs)` is the product at hand."""
+        inputs = inputs if self.dropout is None else self.dropout(inputs)
+        return multiply(self.left, multiply(self.right, inputs) * self.scaling)
+
+
+class FactoredWeight:
+    """
+    A stack of E matrices W + Σ scaling·L·R, each output of which may be rescaled; or one matrix, or a selection.
+
+    Args:
+        base (`torch.Tensor`): W, `(E, rows, columns)`.
+        updates (`Sequence[LowRankUpdate]`): The updates, in the orientation of W.
+        rescale (`torch.Tensor` of shape `(E, outputs)`, *optional*): Factor of each output.
+    """
+
+    def __init__(self, base: torch.Tensor, updates: Sequence[LowRankUpdate], rescale: torch.Tensor | None = None):
+        self.base = base
+        self.updates = updates
+        self.rescale = rescale
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+    def data_ptr(self) -> int:
+        return self.base.data_ptr()
+
+    def __getitem__(self, index: Any) -> FactoredWeight:
+        rescale = None if self.rescale is None else self.rescale[index]
+        return FactoredWeight(self.base[index], [update[index] for update in self.updates], rescale)
+
+    def transpose(self, dim0: int, dim1: int) -> FactoredWeight:
+        """With the last two dimensions swapped, as products ask for it."""
+        if {dim0 % 3, dim1 % 3} != {1, 2}:
+            raise ValueError(f"a stack of experts has no transpose({dim0}, {dim1}) but that of its matrices.")
+        return FactoredWeight(self.base.transpose(1, 2), [update.transpose() for update in self.updates], self.rescale)
+
+    def added_up(self) -> torch.Tensor:
+        """The weights as one tensor. Rescaled outputs are columns, as in a stack of shape `(E, inputs, outputs)`."""
+        weight = self.base + sum(update.product() for update in self.updates)
+        return weight if self.rescale is None else weight * self.rescale.unsqueeze(-2)
+
+    def _linear(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output = F.linear(inputs, self.base)
+        for update in self.updates:
+            output = output + update.transpose().after(_linear_transposed, inputs).to(output.dtype)
+        output = output if self.rescale is None else output * self.rescale
+        return output if bias is None else output + bias
+
+    def _from_the_right(self, function: Callable, inputs: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        def multiply(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+            return function(inputs, matrix, *rest, **options)
+
+        output = multiply(inputs, self.base)
+        for update in self.updates:
+            output = output + update.after(multiply, inputs)
+        if self.rescale is None:
+            return output
+        offsets = options.get("offs", *rest) if function in GROUPED else None
+        return output * (self.rescale[_rows(offsets, output.shape[0])] if offsets is not None else self.rescale)
+
+    def _from_the_left(self, function: Callable, inputs: torch.Tensor) -> torch.Tensor:
+        output = function(self.base, inputs)
+        for update in self.updates:
+            output = output + update.before(function, inputs)
+        return output if self.rescale is None else output * self.rescale.unsqueeze(-1)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> torch.Tensor:
+        kwargs = kwargs or {}
+        first, second, *rest = args
+        if function is F.linear and isinstance(second, cls):
+            return second._linear(first, *rest, **kwargs)
+        if (function in PRODUCTS or function in GROUPED) and isinstance(second, cls):
+            return second._from_the_right(function, first, *rest, **kwargs)
+        if function in PRODUCTS and isinstance(first, cls):
+            return first._from_the_left(function, second)
+        raise NotImplementedError(
+            f"the experts' forward calls `{getattr(function, '__name__', function)}`, which factored adapters do not "
+            'know. `experts_implementation` "eager", "grouped_mm" or "batched_mm" runs factored.'
+        )
+
+
+GROUPED = {
+    function
+    for function in (
+        getattr(F, "grouped_mm", None),
+        getattr(torch, "_grouped_mm", None),
+        torch.ops.transformers.grouped_mm_fallback,
+        torch.ops.transformers.grouped_mm_fallback.default,
+    )
+    if function is not None
+}
+PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
+
+
+def _linear_transposed(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    # `F.linear` has the casts of autocast.
+    return F.linear(inputs, matrix.transpose(-2, -1))
+
+
+def _rows(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The expert of each row, from the ends of the experts' rows. Rows behind the last belong to nobody."""
+    rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, rows, right=True).clamp(max=offsets.shape[0] - 1)
