@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from .checks import check, check_spelling
+from .checks import check, check_integer, check_spelling
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .parameters import count_parameters
 from .validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields, resolve_expert_groups
@@ -34,6 +34,8 @@ _NOT_PREDICTIONS = [
     "modality_weights",
     "count_free_modality_weights",
 ]
+
+_NUM_SHARDS = "_num_expert_shards"
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
@@ -329,6 +331,23 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         """Number of routed experts per token of `modality`."""
         return (self.num_experts_per_tok_by_modality or {}).get(modality, self.num_experts_per_tok)
 
+    @property
+    def num_expert_shards(self) -> int:
+        """
+        Number of modules that the experts of a group are cut into, for device maps; a group has no more than it has
+        experts. A choice of loading (`from_pretrained(…, num_expert_shards=4)`), which is not saved.
+        """
+        return self.__dict__.get(_NUM_SHARDS, 1)
+
+    @num_expert_shards.setter
+    def num_expert_shards(self, value: int) -> None:
+        check_integer("num_expert_shards", value)
+        self.__dict__[_NUM_SHARDS] = value
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop(_NUM_SHARDS, None)
+
     # ---------------------------------------------------------------- size
 
     def num_parameters(self) -> int:
@@ -451,6 +470,15 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             for name, encoder in (self.modality_encoders or {}).items()
         }
         return {1: self.image_token_id} | further
+
+    @property
+    def num_expert_shards(self) -> int:
+        """See [`SparseMoeVlmTextConfig.num_expert_shards`]."""
+        return self.text_config.num_expert_shards
+
+    @num_expert_shards.setter
+    def num_expert_shards(self, value: int) -> None:
+        self.text_config.num_expert_shards = value
 
     @property
     def image_seq_length(self) -> int:

@@ -8,7 +8,9 @@ Shapes, with T tokens of width D, E experts of width I and k experts per token::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,11 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
+from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_converters, shard_sizes
 from .parallel import is_one_of_several_processes
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
+
+_Experts = TypeVar("_Experts", bound=nn.Module)
 
 
 @use_experts_implementation
@@ -69,7 +74,7 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
     """The routed groups of a layer, by name, where there are several: ids count through the groups in order."""
 
     def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
-        super().__init__({group.name: _accept_sentinels(SparseMoeVlmExperts(config, group)) for group in groups})
+        super().__init__({group.name: _accept_sentinels(_make_stack(config, group)) for group in groups})
         # Not read off the groups, since expert parallelism changes their `num_experts`.
         self._sizes = {group.name: group.num_experts for group in groups}
 
@@ -80,7 +85,7 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
         top_k_weights: torch.Tensor,
         tokens: dict[str, torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        output = torch.zeros_like(hidden_states)
+        calls, rows_of_calls = [], []
         first = 0
         for name, experts in self.items():
             size = self._sizes[name]
@@ -95,8 +100,12 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
                 _take(top_k_weights, rows).masked_fill(elsewhere, 0.0),
             )
             if not _is_skippable(experts, inputs[0]):
-                output = _add(output, experts(*inputs), rows)
+                calls.append((experts, inputs))
+                rows_of_calls.append(rows)
             first += size
+        output = torch.zeros_like(hidden_states)
+        for rows, addend in zip(rows_of_calls, run_at_once(calls, hidden_states.device), strict=True):
+            output = _add(output, addend, rows)
         return output
 
 
@@ -135,11 +144,11 @@ class SparseMoeVlmSharedExperts(nn.ModuleDict):
         for name, expert in self.items():
             rows = tokens[name] if tokens is not None else None
             if rows is not None and rows.dtype == torch.bool:
-                output = output + torch.where(rows[:, None], expert(hidden_states), 0.0)
+                output = output + torch.where(rows[:, None], send(expert(hidden_states), output.device), 0.0)
                 continue
             inputs = _take(hidden_states, rows)
             if not _is_skippable(expert, inputs):
-                output = _add(output, expert(inputs), rows)
+                output = _add(output, send(expert(inputs), output.device), rows)
         return output
 
 
@@ -164,7 +173,7 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         self,
         hidden_states: torch.Tensor,
         routing: RoutingPlan | None = None,
-        pooled_experts: SparseMoeVlmExperts | SparseMoeVlmExpertGroups | None = None,
+        pooled_experts: nn.Module | None = None,
     ) -> torch.Tensor:
         experts = self.experts if pooled_experts is None else pooled_experts
         assert experts is not None
@@ -186,22 +195,30 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
             output = experts(hidden_states, top_k_index, top_k_weights, tokens)
         else:
             output = experts(hidden_states, top_k_index, top_k_weights)
-        output = output.to(hidden_states.device)  # a pool may be placed elsewhere
+        output = send(output, hidden_states.device)  # experts may be placed elsewhere
         if self.shared_experts is not None:
-            output = self.shared_experts(hidden_states, output, tokens)
+            output = send(self.shared_experts(hidden_states, output, tokens), hidden_states.device)
         return output.reshape(shape)
 
 
 def make_experts(
     config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]
-) -> SparseMoeVlmExperts | SparseMoeVlmExpertGroups:
+) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards | SparseMoeVlmExpertGroups:
     """The routed experts of a layer, or of the layers that share a pool."""
     if len(config.routed_group_names) > 1:
         return SparseMoeVlmExpertGroups(config, groups)
-    experts = SparseMoeVlmExperts(config, groups[0])
+    experts = _make_stack(config, groups[0])
     if config.router == "top_p" or config.num_experts_per_tok_by_modality or config.expert_capacity_factor:
         _accept_sentinels(experts)
     return experts
+
+
+def _make_stack(config: SparseMoeVlmTextConfig, group: ExpertGroup) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards:
+    sizes = shard_sizes(group.num_experts, config.num_expert_shards)
+    if len(sizes) == 1:
+        return SparseMoeVlmExperts(config, group)
+    shards = [_accept_sentinels(SparseMoeVlmExperts(config, replace(group, num_experts=size))) for size in sizes]
+    return SparseMoeVlmExpertShards(shards, sizes)
 
 
 def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -221,9 +238,9 @@ def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
     return inputs.shape[0] == 0 and not module.training and not is_one_of_several_processes()
 
 
-def _accept_sentinels(experts: SparseMoeVlmExperts) -> SparseMoeVlmExperts:
+def _accept_sentinels(experts: _Experts) -> _Experts:
     # Transformers' name for "ids may be the sentinel `num_experts`"; expert parallelism sets it, too.
-    experts._is_expert_parallel = True
+    experts._is_expert_parallel = True  # type: ignore[assignment]
     return experts
 
 
@@ -237,15 +254,23 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
     """
     names = config.routed_group_names
     places = ["mlp.experts", *(f"expert_pools.{pool}" for pool in config.pools)]
-    prefixes = {f"{place}.{name}" for place in places for name in names} if len(names) > 1 else set(places)
+    groups = {f"{place}.{name}": name for place in places for name in names} if len(names) > 1 else {}
+    prefixes = set(groups or places)
+    # Those that stand before the others are the model's, whose shards no name on disk tells.
+    sharded = _converters_of_shards(config, {prefix: groups.get(prefix) for prefix in prefixes})
+    targets = {target for converter in sharded for target in converter.target_patterns}
+    of_others = []
     for known in get_checkpoint_conversion_mapping(config.model_type) or []:
-        if isinstance(known, WeightConverter):
+        if not isinstance(known, WeightConverter):
+            continue
+        if ".shards." not in known.target_patterns[0]:
             prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)
+        elif len(known.target_patterns) == 1 and known.target_patterns[0] not in targets:
+            of_others.append(known)
     # The decoder alone finds its weights in a checkpoint of the whole model, too.
     converters: list[WeightTransform] = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
-    # The first match counts, and a dot stands for any character: longer names come before shorter ones that they
-    # start with, and the pattern without a group comes last.
-    for prefix in sorted(prefixes | {"mlp.experts"}, key=lambda prefix: (-len(prefix), prefix)):
+    converters += sharded
+    for prefix in _by_precedence(prefixes | {"mlp.experts"}):
         converters += [
             WeightConverter(
                 source_patterns=[f"{prefix}.*.gate_proj.weight", f"{prefix}.*.up_proj.weight"],
@@ -258,4 +283,21 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
                 operations=[MergeModulelist(dim=0)],
             ),
         ]
-    register_checkpoint_conversion_mapping(config.model_type, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(config.model_type, converters + of_others, overwrite=True)
+
+
+def _converters_of_shards(config: SparseMoeVlmTextConfig, prefixes: dict[str, str | None]) -> list[WeightConverter]:
+    sizes = {group["name"]: group["num_experts"] for group in config.expert_groups}
+    converters = []
+    for prefix in _by_precedence(prefixes):
+        group = prefixes[prefix]
+        num_experts = sizes[config.routed_group_names[0] if group is None else group]
+        if len(shard_sizes(num_experts, config.num_expert_shards)) > 1:
+            converters += shard_converters(prefix, group, num_experts, config.num_expert_shards)
+    return converters
+
+
+def _by_precedence(prefixes: Iterable[str]) -> list[str]:
+    """The first match counts, and a dot stands for any character: longer names come before shorter ones that they
+    start with, and the pattern without a group comes last."""
+    return sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))

@@ -1,17 +1,20 @@
 """Base class of the models: initialisation, checkpoints, and what the library needs to know of the architecture."""
 
+import copy
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import SparseMoeVlmAttention
 from .attention_parts import initial_log_priors
-from .checkpoint import convert_from_disk
+from .checkpoint import check_device_map, convert_from_disk
+from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
 from .parallel import mend_expert_parallelism, prepare_plans
@@ -40,6 +43,36 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *args, **kwargs):
         config.validate_architecture()
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args, config=None, num_expert_shards: int | None = None, **kwargs):
+        r"""
+        See [`~transformers.PreTrainedModel.from_pretrained`].
+
+        Args:
+            num_expert_shards (`int`, *optional*):
+                Number of modules that the experts of every group are cut into, so that a device map can spread them
+                (`mlp.experts.shards.0`, …). Whatever it is, the same checkpoint is read and written.
+        """
+        if num_expert_shards is not None:
+            if isinstance(config, PreTrainedConfig):
+                config = _with_shards(config, num_expert_shards)
+            else:
+                kwargs["num_expert_shards"] = num_expert_shards  # the configuration takes it
+        return super().from_pretrained(*args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, num_expert_shards: int | None = None, **kwargs):
+        if num_expert_shards is not None:
+            config = _with_shards(config, num_expert_shards)
+        return super()._from_config(config, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As the library's, which notices late, or not at all, that a device map does not fit the model."""
+        if load_config.device_map is not None:
+            check_device_map(model, load_config.device_map)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -70,6 +103,10 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         """As the library's, but first checks that the sizes fit the model, and lets experts be sent sentinel ids."""
         if mesh_manager is None:
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        check(
+            model.config.num_expert_shards == 1 or max(distributed_config.tp_size, distributed_config.ep_size) == 1,
+            "`num_expert_shards` is for device maps in one process: leave it out with tensor and expert parallelism.",
+        )
         prepare_plans(model, distributed_config)
         receivers = [module for module in model.modules() if getattr(module, "_is_expert_parallel", False)]
         num_experts = {module: module.num_experts for module in receivers}
@@ -93,3 +130,9 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             return super().save_pretrained(*args, **kwargs)
         finally:
             cls.__module__, cls.__name__ = names
+
+
+def _with_shards(config: PreTrainedConfig, num_expert_shards: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.num_expert_shards = num_expert_shards
+    return config
