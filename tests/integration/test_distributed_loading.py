@@ -1,9 +1,32 @@
-"""Tensor, expert and fully sharded parallelism over two processes, through the plans of the configuration."""
+"""Tensor, expert and fully sharded parallelism over two and four processes, through the plans of the configuration."""
 
+import pytest
 import torch
 
 from tests.conftest import make_model
 from tests.processes import run_in_processes
+
+# Every way in which experts are sent the sentinel id is here, and every place where they can be.
+MODELS = {
+    "hybrid": {},
+    "isolated": {"expert_groups": "isolated"},
+    "top_p": {"expert_groups": "joint", "router": "top_p"},
+    "pools": {"expert_pool": [0, 0], "learned_modality_priors": True},
+    "pools of groups": {"expert_pool": [0, 0], "expert_groups": "isolated"},
+}
+SIZES = {
+    2: [
+        {"tp_size": 2},
+        {"tp_size": 2, "ep_size": 2},
+        {"fsdp_size": 2},
+        {"fsdp_size": 2, "ep_size": 2},
+    ],
+    4: [
+        {"tp_size": 4},
+        {"tp_size": 2, "fsdp_size": 2, "ep_size": 4},
+        {"fsdp_size": 4, "ep_size": 2},
+    ],
+}
 
 SCRIPT = """
 import sys
@@ -12,40 +35,79 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.conftest import make_inputs
+from tests.integration.test_distributed_loading import MODELS, SIZES
+from tests.integration.test_trainer import collate, make_rows
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-for arrangement in ("joint", "hybrid", "isolated", "pools"):
-    folder = f"{sys.argv[1]}/{arrangement}"
-    whole = SparseMoeVlmForConditionalGeneration.from_pretrained(folder).eval()
+rank, world_size = dist.get_rank(), dist.get_world_size()
+rows = make_rows(world_size)[::-1]  # every other row has no picture, so with as many batches some ranks see none
+whole_batch = collate(rows)
+num_targets = int((whole_batch["labels"][:, 1:] != -100).sum())
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare(model, path, sizes, experts):
+    sharded = SparseMoeVlmForConditionalGeneration.from_pretrained(
+        path, experts_implementation=experts, distributed_config=DistributedConfig(**sizes)
+    ).train()
+    num_batches = sizes.get("fsdp_size", 1)
+    mine = slice(rank // (world_size // num_batches), None, num_batches)
+    batch = collate(rows[mine])
+    outputs = sharded(**batch, num_items_in_batch=num_targets)
+    outputs.loss.backward()
+    case = f"{path} {sizes} {experts}"
+    length = batch["input_ids"].shape[1]
+    expected = model.last_logits[mine][:, :length]
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(full(outputs.logits)[real], expected[real], atol=1e-4, rtol=1e-4, msg=case)
+    for name, parameter in sharded.named_parameters():
+        # Sharded data parallelism averages over the batches.
+        gradient = full(parameter.grad) * num_batches
+        expected_gradient = model.get_parameter(name).grad
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-3, msg=f"{case} {name}")
+        # Every process holds its share of every expert stack.
+        if ".experts." in name or "expert_pools" in name:
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            assert world_size * local.numel() == expected_gradient.numel(), f"{case} {name}"
+    sharded.eval()
     with torch.no_grad():
-        expected = whole(**make_inputs()).logits
-    for sizes in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}):
-        sharded = SparseMoeVlmForConditionalGeneration.from_pretrained(
-            folder, distributed_config=DistributedConfig(**sizes)
-        ).eval()
-        with torch.no_grad():
-            logits = sharded(**make_inputs()).logits
-        logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4, msg=f"{arrangement} {sizes}")
-        # Every process holds half of every expert stack.
-        for name, parameter in sharded.named_parameters():
-            if ".experts." in name or "expert_pools" in name:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                assert 2 * local.numel() == whole.get_parameter(name).numel(), (arrangement, sizes, name)
-print(f"rank {dist.get_rank()} is done")
+        logits = full(sharded(**batch).logits)
+    torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4, msg=case)
+
+
+for name in MODELS:
+    path = f"{sys.argv[1]}/{name}"
+    for experts in ("eager", "grouped_mm", "batched_mm"):
+        model = SparseMoeVlmForConditionalGeneration.from_pretrained(path, experts_implementation=experts).train()
+        outputs = model(**whole_batch, num_items_in_batch=num_targets)
+        outputs.loss.backward()
+        model.last_logits = outputs.logits.detach()
+        for sizes in SIZES[world_size]:
+            if experts == "grouped_mm" or (world_size == 2 and "ep_size" in sizes and name == "isolated"):
+                compare(model, path, sizes, experts)
+print(f"rank {rank} is done")
 dist.destroy_process_group()
 """
 
 
-def test_every_plan_gives_what_one_process_gives(tmp_path):
-    for arrangement in ("joint", "hybrid", "isolated"):
-        make_model(expert_groups=arrangement, vocab_size=100).save_pretrained(tmp_path / arrangement)
-    pools = make_model(expert_pool=[0, 0], learned_modality_priors=True, vocab_size=100)
-    for layer in pools.model.language_model.layers:
-        torch.nn.init.normal_(layer.self_attn.modality_log_priors)
-    pools.save_pretrained(tmp_path / "pools")
-    result = run_in_processes(SCRIPT, tmp_path)
+@pytest.mark.parametrize("world_size", SIZES)
+def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size):
+    for name, fields in MODELS.items():
+        model = make_model(
+            vocab_size=100,
+            num_experts=8,
+            num_key_value_heads=4,
+            moe_intermediate_size=32,  # the products of grouped_mm take rows of 16 bytes
+            **fields,
+        )
+        for parameter_name, parameter in model.named_parameters():
+            if "modality_log_priors" in parameter_name:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(tmp_path / name)
+    result = run_in_processes(SCRIPT, tmp_path, world_size)
     assert result.returncode == 0, result.stderr[-12000:]
-    assert result.stdout.count("is done") == 2
+    assert result.stdout.count("is done") == world_size
