@@ -1,13 +1,13 @@
 """PEFT's LoRA layer for the parameters of an experts module, run factored.
 
-What is used of PEFT's internals is here: `ParamWrapper`, its `_activate_lora` and the layout of its weights. Wrappers
-nest, one per adapted parameter of the module: `down(gate_up(experts))`.
+What is used of PEFT's internals is here: `ParamWrapper`, its name, its `_activate_lora` and the layout of its weights,
+and `LoraConfig._register_custom_module`. Wrappers nest, one per adapted parameter: `down(gate_up(experts))`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -266,6 +266,15 @@ class FactoredExpertsLayer(ParamWrapper):
                     stack.enter_context(layer._activate_lora([name]))
                 output[tokens] = experts(x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
         return output
+
+
+# PEFT knows its own layers, within which the next one of a module goes, by the name of their class.
+FactoredExpertsLayer.__name__ = ParamWrapper.__name__
+
+
+def run_factored(config: LoraConfig, experts: Iterable[nn.Module]) -> None:
+    """Lets PEFT adapt experts modules of these classes with [`FactoredExpertsLayer`] instead of its own layer."""
+    config._register_custom_module({type(module): FactoredExpertsLayer for module in experts})
 
 
 class _Magnitude(nn.Module):
