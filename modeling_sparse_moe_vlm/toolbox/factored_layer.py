@@ -139,14 +139,14 @@ class FactoredExpertsLayer(ParamWrapper):
         a, b = self.factors(adapter_name)
         if dtype.is_floating_point and dtype.itemsize > 1:
             a, b = a.to(dtype), b.to(dtype)
-        b = b.contiguous()
+        b, scaling = b.contiguous(), self.scaling[adapter_name]
+        if not torch.is_grad_enabled():
+            b, scaling = b * scaling, 1.0  # once, instead of at every product
         padding = -a.shape[1] % RANK_MULTIPLE if dtype.itemsize == 2 else 0
         if padding:
             a, b = (F.pad(factor, (0, 0, 0, padding)) for factor in (a, b))
         dropout = self.lora_dropout[adapter_name]
-        update = LowRankUpdate(
-            a.transpose(1, 2), b, self.scaling[adapter_name], dropout if isinstance(dropout, nn.Dropout) else None
-        )
+        update = LowRankUpdate(a.transpose(1, 2), b, scaling, dropout if isinstance(dropout, nn.Dropout) else None)
         return update.transpose() if self._did_swap_in_out_features else update
 
     def rescale(self, adapter_name: str, base: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:

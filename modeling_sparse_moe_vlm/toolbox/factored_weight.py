@@ -7,7 +7,6 @@ models bring along, take experts from it and multiply with them; both are passed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
-@dataclass(frozen=True)
 class LowRankUpdate:
     """
     Updates scaling·L·R of E matrices, or of one.
@@ -30,29 +28,28 @@ class LowRankUpdate:
         dropout (`nn.Module`, *optional*): Applied to what the update is multiplied with, not to what W is.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
-    scaling: float
-    dropout: nn.Module | None = None
+    __slots__ = ("dropout", "left", "right", "scaling")
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float, dropout: nn.Module | None = None):
+        self.left = left
+        self.right = right
+        self.scaling = scaling
+        self.dropout = dropout
 
     def __getitem__(self, index: Any) -> LowRankUpdate:
-        return replace(self, left=self.left[index], right=self.right[index])
+        return LowRankUpdate(self.left[index], self.right[index], self.scaling, self.dropout)
 
     def transpose(self) -> LowRankUpdate:
-        return replace(self, left=self.right.transpose(-2, -1), right=self.left.transpose(-2, -1))
+        return LowRankUpdate(self.right.transpose(-2, -1), self.left.transpose(-2, -1), self.scaling, self.dropout)
 
     def product(self) -> torch.Tensor:
         return (self.left @ self.right) * self.scaling
 
-    def after(self, multiply: Callable, inputs: torch.Tensor) -> torch.Tensor:
-        """inputs·L·R, where `multiply(inputs, matrix)` is the product at hand."""
-        inputs = inputs if self.dropout is None else self.dropout(inputs)
-        return multiply(multiply(inputs, self.left) * self.scaling, self.right)
+    def dropped(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs if self.dropout is None else self.dropout(inputs)
 
-    def before(self, multiply: Callable, inputs: torch.Tensor) -> torch.Tensor:
-        """L·R·inputs, where `multiply(matrix, inputs)` is the product at hand."""
-        inputs = inputs if self.dropout is None else self.dropout(inputs)
-        return multiply(self.left, multiply(self.right, inputs) * self.scaling)
+    def scaled(self, reduced: torch.Tensor) -> torch.Tensor:
+        return reduced if self.scaling == 1 else reduced * self.scaling
 
 
 class FactoredWeight:
@@ -103,27 +100,29 @@ class FactoredWeight:
     def _linear(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = F.linear(inputs, self.base)
         for update in self.updates:
-            output = output + update.transpose().after(_linear_transposed, inputs).to(output.dtype)
+            reduced = update.scaled(F.linear(update.dropped(inputs), update.right))
+            output = output + F.linear(reduced, update.left)
         output = output if self.rescale is None else output * self.rescale
         return output if bias is None else output + bias
 
     def _from_the_right(self, function: Callable, inputs: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        def multiply(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-            return function(inputs, matrix, *rest, **options)
-
-        output = multiply(inputs, self.base)
+        output = function(inputs, self.base, *rest, **options)
         for update in self.updates:
-            output = output + update.after(multiply, inputs)
-        if self.rescale is None:
+            reduced = update.scaled(function(update.dropped(inputs), update.left, *rest, **options))
+            output = output + function(reduced, update.right, *rest, **options)
+        rescale = self.rescale
+        if rescale is None:
             return output
-        offsets = options.get("offs", *rest) if function in GROUPED else None
-        return output * (self.rescale[_rows(offsets, output.shape[0])] if offsets is not None else self.rescale)
+        if function in GROUPED:
+            rescale = rescale[_rows(options["offs"] if options else rest[0], output.shape[0])]
+        return output * rescale
 
     def _from_the_left(self, function: Callable, inputs: torch.Tensor) -> torch.Tensor:
         output = function(self.base, inputs)
         for update in self.updates:
-            output = output + update.before(function, inputs)
-        return output if self.rescale is None else output * self.rescale.unsqueeze(-1)
+            output = output + function(update.left, update.scaled(function(update.right, update.dropped(inputs))))
+        rescale = self.rescale
+        return output if rescale is None else output * rescale.unsqueeze(-1)
 
     @classmethod
     def __torch_function__(
@@ -154,11 +153,6 @@ GROUPED = {
     if function is not None
 }
 PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
-
-
-def _linear_transposed(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    # `F.linear` has the casts of autocast.
-    return F.linear(inputs, matrix.transpose(-2, -1))
 
 
 def _rows(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
