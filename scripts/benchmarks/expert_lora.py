@@ -1,0 +1,211 @@
+"""
+LoRA on experts, factored, against PEFT's path and against no adapter.
+
+    python scripts/benchmarks/expert_lora.py --json
+
+Four layers of Transformers' Qwen3-VL-MoE experts (hidden 1024, width 512, 32 experts, top-4, rank 8, float32; smaller
+with `--quick`), evenly random routing. `ours` runs factored; the peer is
+
+- `decode_vs_adapter_free`: one token through the layers without an adapter; `decode_vs_peft`: through PEFT's layers;
+- `train_step_vs_adapter_free`: forward and backward over 512 tokens of the same layers without an adapter, their
+  weights trained; `train_step_vs_frozen`: their weights frozen, so that the step does no more than pass gradients on;
+  `train_step_vs_peft`: with PEFT's layers;
+- `extra_memory_vs_peft`: peak memory (bytes) of such a step with frozen weights, over that without an adapter, each in
+  a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from harness import MIN_REPETITIONS, Row, report, time_interleaved
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen3VLMoeTextConfig
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
+
+from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
+
+VARIANTS = ("factored", "peft", "frozen", "trained")
+BARS = {
+    "decode_vs_adapter_free": 1.15,
+    "train_step_vs_adapter_free": 1.15,
+    "train_step_vs_peft": 1 / 3,
+    "extra_memory_vs_peft": 1 / 4,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the experts, and the number of tokens of a training step."""
+
+    hidden: int = 1024
+    width: int = 512
+    experts: int = 32
+    top_k: int = 4
+    layers: int = 4
+    rank: int = 8
+    tokens: int = 512
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.layers}×{self.experts}×{self.hidden}×{self.width} r{self.rank} {self.dtype}"
+
+
+SIZES = {
+    "small": Size(hidden=512, width=256, layers=2),
+    "default": Size(),
+    # That of https://github.com/huggingface/peft/pull/3577: 2.56 ms and 1.30 GB on its author's H100.
+    "large": Size(hidden=2048, width=768, experts=128, top_k=8, layers=1, rank=16, tokens=4096, dtype="bfloat16"),
+}
+
+
+class Layers(nn.Module):
+    """Layers of experts, one after the other, with the routing given."""
+
+    def __init__(self, size: Size, implementation: str):
+        super().__init__()
+        config = Qwen3VLMoeTextConfig(
+            hidden_size=size.hidden,
+            moe_intermediate_size=size.width,
+            num_experts=size.experts,
+            num_experts_per_tok=size.top_k,
+        )
+        config._experts_implementation = implementation
+        self.layers = nn.ModuleList(Qwen3VLMoeTextExperts(config) for _ in range(size.layers))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, hidden_states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden_states = hidden_states + layer(hidden_states, index, weights)
+        return hidden_states
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.memory_of:
+        print(json.dumps(peak_memory(arguments)))
+        return
+    size = SIZES[arguments.size]
+    rows = []
+    for implementation in ("grouped_mm",) if arguments.quick else ("grouped_mm", "batched_mm", "eager"):
+        models = {name: make(name, size, implementation, arguments.device) for name in VARIANTS}
+        decoding = {name: models[name] for name in ("factored", "peft", "frozen")}
+        seconds = time_interleaved(
+            {name: runner(model, size, 1, arguments.device) for name, model in decoding.items()},
+            arguments.device,
+            arguments.repetitions,
+        )
+        case = f"{size} {implementation}"
+        rows += compare(case, "decode", seconds, {"adapter_free": "frozen", "peft": "peft"})
+        if implementation == "batched_mm":  # copies an expert per token: for decoding
+            continue
+        seconds = time_interleaved(
+            {name: runner(model, size, size.tokens, arguments.device) for name, model in models.items()},
+            arguments.device,
+            arguments.repetitions,
+        )
+        rows += compare(case, "train_step", seconds, {"adapter_free": "trained", "frozen": "frozen", "peft": "peft"})
+        del models
+    memory = {name: memory_in_process(name, arguments) for name in ("factored", "peft", "frozen")}
+    rows.append(
+        Row(
+            f"{size} grouped_mm",
+            "extra_memory_vs_peft",
+            memory["factored"] - memory["frozen"],
+            memory["peft"] - memory["frozen"],
+            BARS["extra_memory_vs_peft"],
+        )
+    )
+    report("expert_lora", arguments.device, rows, arguments.json)
+
+
+def compare(case: str, what: str, seconds: dict[str, float], peers: dict[str, str]) -> list[Row]:
+    return [
+        Row(case, f"{what}_vs_{name}", seconds["factored"], seconds[peer], BARS.get(f"{what}_vs_{name}"))
+        for name, peer in peers.items()
+    ]
+
+
+def make(variant: str, size: Size, implementation: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = Layers(size, implementation).to(device, getattr(torch, size.dtype))
+    if variant in ("frozen", "trained"):
+        return model.requires_grad_(variant == "trained")
+    targets = [f"layers.{layer}.{stack}" for layer in range(size.layers) for stack in ("gate_up_proj", "down_proj")]
+    model = get_peft_model(model, LoraConfig(r=size.rank, target_parameters=targets), autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return factor_expert_lora(model) if variant == "factored" else model
+
+
+def runner(model: nn.Module, size: Size, num_tokens: int, device: str):
+    """Decodes one token without gradients, or takes a training step of several; their routing is evenly random."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(num_tokens, size.hidden, generator=generator).to(device, getattr(torch, size.dtype))
+    index = torch.rand(num_tokens, size.experts, generator=generator).topk(size.top_k).indices.to(device)
+    weights = torch.full((num_tokens, size.top_k), 1 / size.top_k, device=device, dtype=hidden.dtype)
+    if num_tokens == 1:
+
+        @torch.no_grad()
+        def decode() -> None:
+            model(hidden, index, weights)
+
+        return decode
+    hidden.requires_grad_()
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        hidden.grad = None
+        model(hidden, index, weights).square().mean().backward()
+
+    return step
+
+
+def memory_in_process(variant: str, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, __file__, "--memory-of", variant, "--size", arguments.size, "--device", arguments.device]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def peak_memory(arguments: argparse.Namespace) -> int:
+    """Peak memory, in bytes, of training steps: of the device, or of this process."""
+    size = SIZES[arguments.size]
+    step = runner(make(arguments.memory_of, size, "grouped_mm", arguments.device), size, size.tokens, arguments.device)
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # from here on (Linux)
+    for _ in range(3):
+        step()
+    if arguments.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
+    parser.add_argument("--repetitions", type=int, default=9, help=f"timed runs of each, at least {MIN_REPETITIONS}")
+    parser.add_argument("--size", choices=SIZES, help="sizes of the experts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.repetitions < MIN_REPETITIONS:
+        parser.error(f"--repetitions must be at least {MIN_REPETITIONS}")
+    arguments.size = arguments.size or ("small" if arguments.quick else "default")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
