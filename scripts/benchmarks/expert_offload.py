@@ -3,9 +3,9 @@ Paging of experts against Accelerate's own offload and against resident experts,
 
     python scripts/benchmarks/expert_offload.py --json
 
-A Qwen3-MoE of Transformers' (hidden size 512, 4 layers of 64 experts of width 512, 4 per token, float32). One device map
-puts its experts, stored as stacks, on disk, and everything else on the device. The page cache is warm, so that the disk
-itself does not matter.
+A Qwen3-MoE of Transformers' (hidden size 512, 4 layers of 64 experts of width 512, 4 per token, float32). One device
+map puts its experts, stored as stacks, on disk, and everything else on the device. The page cache is warm, so that the
+disk itself does not matter.
 
 Routing: weights are random, and the embedding is large beside the rest of the stream, so that the experts of a token
 depend mostly on the token. Tokens are the words of the README in order, which repeat as English words do. `even` tokens
@@ -205,6 +205,7 @@ def compare_groups() -> list[Row]:
         torch.manual_seed(0)
         text = SIZES | {"num_experts": 16, "num_experts_per_tok": 2, "expert_groups": arrangement}
         vision = {"model_type": "siglip_vision_model", "image_size": 64, "patch_size": 4, "vision_use_head": False}
+        vision |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = SparseMoeVlmConfig(text_config=text, vision_config=vision, image_token_id=3)
         model = SparseMoeVlmForConditionalGeneration(config).eval()
         tokens = [token + 4 for token in KINDS[TEXT][:16]]
