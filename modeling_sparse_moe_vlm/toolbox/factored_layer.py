@@ -19,8 +19,8 @@ from torch import nn
 
 from .factored_weight import FactoredWeight, LowRankUpdate
 
-# `grouped_mm` wants rows of 16 bytes.
-RANK_MULTIPLE = 8
+# `grouped_mm` wants rows of a multiple of so many bytes.
+ROW_BYTES = 16
 MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 
 
@@ -142,7 +142,7 @@ class FactoredExpertsLayer(ParamWrapper):
         b, scaling = b.contiguous(), self.scaling[adapter_name]
         if not torch.is_grad_enabled():
             b, scaling = b * scaling, 1.0  # once, instead of at every product
-        padding = -a.shape[1] % RANK_MULTIPLE if dtype.itemsize == 2 else 0
+        padding = -a.shape[1] % (ROW_BYTES // a.element_size())
         if padding:
             a, b = (F.pad(factor, (0, 0, 0, padding)) for factor in (a, b))
         dropout = self.lora_dropout[adapter_name]
