@@ -389,8 +389,18 @@ class SparseMoeVlmTopKRouter(nn.Module):
         return router_logits, top_k_weights, top_k_index
 
 
+def routers_with_bias(model: nn.Module) -> list[nn.Module]:
+    """A model's routers that have a bias, layer by layer."""
+    routers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        # By attribute: routers that came with a checkpoint are of another class, and one that PEFT trains beside an
+        # adapter is within a wrapper, which hands out what the router in use has.
+        is_inner = any(name.startswith(f"{outer}.") for outer in routers)
+        if getattr(module, "e_score_correction_bias", None) is not None and not is_inner:
+            routers[name] = module
+    return list(routers.values())
+
+
 def router_biases(model: nn.Module) -> list[torch.Tensor] | None:
     """The biases `(num_modalities, E)` of a model's routers, layer by layer; `None` where they have none."""
-    # By attribute: routers that came with a checkpoint are of another class.
-    biases = [getattr(module, "e_score_correction_bias", None) for module in model.modules()]
-    return [bias for bias in biases if bias is not None] or None
+    return [router.e_score_correction_bias for router in routers_with_bias(model)] or None  # type: ignore[misc]

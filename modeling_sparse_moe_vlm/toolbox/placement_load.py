@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import PreTrainedConfig
 
 # By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
 Loads = dict[str, dict[str, float]]
+# The same of each of its experts, in the units of the measurement.
+Counts = dict[str, dict[str, list[float]]]
 # By modality, by sparse layer, by expert of the layer, a count or share.
 _Table = dict[str, list[list[float]]]
 
@@ -46,6 +48,23 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
     Raises:
         ValueError: If the routing does not fit the model.
     """
+    counts = expert_counts(sizes, config, routing)
+    return _normalise({name: {m: sum(of_experts) for m, of_experts in of.items()} for name, of in counts.items()})
+
+
+def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Counts:
+    """
+    What falls on each expert of each module, in the units of the routing.
+
+    Args:
+        sizes, config, routing: As of [`expert_loads`].
+
+    Returns:
+        `dict[str, dict[str, list[float]]]`: by module, by modality, of each expert.
+
+    Raises:
+        ValueError: If the routing does not fit the model.
+    """
     places: dict[str, list[str]] = {}
     for name in sizes:
         places.setdefault(place_of(name, config)[0], []).append(name)
@@ -53,26 +72,32 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
     if routing is None:
         table = {EVEN: [[1 / n] * n for n in (sum(sizes[name] for name in places[place]) for place in layers)]}
     elif (rows := _rows(routing)) is not None:
-        return _normalise(_loads_of_rows(rows, sizes, config))
+        return _counts_of_rows(rows, sizes, config)
     else:
-        table = _table(routing)
-    loads: Loads = {name: {} for name in sizes}
+        table = _table(routing, config)
+    counts: Counts = {name: {} for name in sizes}
     for modality, of_layers in table.items():
         if len(of_layers) != len(layers):
             raise ValueError(
                 f"`routing` has {len(of_layers)} layers for {modality!r}, but the model has {len(layers)} with experts."
             )
         for place, of_experts in zip(layers, of_layers, strict=True):
-            counts = [0.0 if math.isnan(count) else float(count) for count in of_experts]
+            numbers = [0.0 if math.isnan(count) else float(count) for count in of_experts]
             num_experts = sum(sizes[name] for name in places[place])
-            if len(counts) < num_experts or any(counts[num_experts:]):
-                raise ValueError(f"`routing` has {len(counts)} experts for {place!r}, which has {num_experts}.")
-            first = 0
-            for name in places[place]:
-                share = sum(counts[first : first + sizes[name]])
-                first += sizes[name]
-                loads[name][modality] = loads[name].get(modality, 0.0) + share
-    return _normalise(loads)
+            if len(numbers) < num_experts or any(numbers[num_experts:]):
+                raise ValueError(f"`routing` has {len(numbers)} experts for {place!r}, which has {num_experts}.")
+            _add(counts, places[place], sizes, modality, numbers)
+    return counts
+
+
+def _add(counts: Counts, names: list[str], sizes: Mapping[str, int], modality: str, numbers: Sequence[float]) -> None:
+    """Adds the numbers of consecutive experts to those of the modules that hold them."""
+    first = 0
+    for name in names:
+        own = numbers[first : first + sizes[name]]
+        first += sizes[name]
+        so_far = counts[name].setdefault(modality, [0.0] * sizes[name])
+        counts[name][modality] = [a + float(b) for a, b in zip(so_far, own, strict=True)]
 
 
 def _places_of_layers(places: list[str], config: PreTrainedConfig) -> list[str]:
@@ -103,8 +128,8 @@ def _rows(routing: Any) -> list[Mapping[str, Any]] | None:
     return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in rows]
 
 
-def _loads_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], config: PreTrainedConfig) -> Loads:
-    loads: Loads = {name: {} for name in sizes}
+def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
+    counts: Counts = {name: {} for name in sizes}
     modules: dict[tuple[str, str | None], list[str]] = {}
     for name in sizes:
         place, group = place_of(name, config)
@@ -117,18 +142,14 @@ def _loads_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], 
             raise ValueError(f"`routing` has {row['place']!r} with group {row['group']!r}, which the model has not.")
         if sum(sizes[name] for name in names) != len(row["wanted"]):
             raise ValueError(f"`routing` has {len(row['wanted'])} experts for {row['place']!r}, unlike the model.")
-        first = 0
-        for name in names:
-            load = float(sum(row["wanted"][first : first + sizes[name]]))
-            first += sizes[name]
-            loads[name][row["modality"]] = loads[name].get(row["modality"], 0.0) + load
-    return loads
+        _add(counts, names, sizes, row["modality"], row["wanted"])
+    return counts
 
 
-def _table(routing: Any) -> _Table:
+def _table(routing: Any, config: PreTrainedConfig) -> _Table:
     """Counts by layer and expert: of each modality in a mapping or in [`RoutingCounts`], or of all tokens together."""
     if hasattr(routing, "wanted"):
-        return {str(m): routing.wanted[:, m].tolist() for m in range(routing.wanted.shape[1])}
+        return {name: routing.wanted[:, m].tolist() for m, name in enumerate(config.modalities)}
     by_modality = routing if isinstance(routing, Mapping) else {EVEN: routing}
     table: _Table = {}
     for modality, of_layers in by_modality.items():

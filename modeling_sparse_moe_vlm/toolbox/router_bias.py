@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ..routing import router_biases
+from ..routing import routers_with_bias
 from .routing_counts import RoutingCounts
 
 
@@ -39,7 +39,8 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
 
     The load of a modality is judged by its own tokens and over the experts that serve it: each modality has a bias of
     its own, so a joint expert may be overloaded with text and idle for images, and both are corrected. Routers whose
-    layers share experts move together, by the load of the shared experts.
+    layers share experts move together, by the load of the shared experts. Frozen routers keep their biases, as with an
+    adapter, which would not be saved with them.
 
     Args:
         model (`PreTrainedModel`):
@@ -52,8 +53,8 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
     Raises:
         ValueError: If the model's routers have no bias.
     """
-    biases = router_biases(model)
-    if biases is None:
+    routers = routers_with_bias(model)
+    if not routers:
         raise ValueError(
             "The model's routers have no bias: set `router_bias_update_rate` in its configuration when it is made."
         )
@@ -63,7 +64,7 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
     sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     for layers in config.layers_by_experts:
         numbers = [sparse_layers.index(layer) for layer in layers]
-        width = biases[numbers[0]].shape[1]
+        width = routers[numbers[0]].e_score_correction_bias.shape[1]
         groups = config.layer_expert_groups(layers[0], always_on=False)
         serving = torch.tensor(
             [
@@ -74,4 +75,6 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
         )
         direction = bias_direction(chosen[numbers, :, :width].sum(dim=0), serving)
         for number in numbers:
-            biases[number] += rate * direction.to(biases[number])
+            bias, weight = routers[number].e_score_correction_bias, routers[number].weight
+            if weight.requires_grad:
+                bias += rate * direction.to(bias)
