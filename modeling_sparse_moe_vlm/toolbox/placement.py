@@ -18,9 +18,12 @@ from transformers import (
     PreTrainedModel,
     initialization,
 )
+from transformers.utils import logging
 
 from .placement_load import expert_loads, place_of
 from .placement_packing import Bin, Item, partition, spread
+
+logger = logging.get_logger(__name__)
 
 Device = int | str
 DeviceMap = dict[str, Device]
@@ -110,14 +113,20 @@ def plan_expert_placement(
             "choose a smaller `dtype`."
         )
     devices = _assign(parts, budgets)
+    if devices is None and (devices := _assign(parts, budgets, keeps_room=False)) is not None:
+        logger.warning(
+            "`max_memory` leaves %s no room to run the largest offloaded part whole, as Accelerate does: page the "
+            "experts (`page_experts`), or raise it.",
+            _fast(budgets)[0],
+        )
     if devices is None:
         missing = _missing(parts, budgets)
         largest = max(parts, key=lambda part: part.bytes)
         raise ValueError(
             f"`max_memory` is too small by {_readable(missing)} on each of {_fast(budgets)}: the weights take "
             f"{_readable(needed)} of {_readable(offered)}, but parts are not divisible (the largest, {largest.name!r}, "
-            f"takes {_readable(largest.bytes)}), and what is offloaded needs room to run. Raise it, or cut the experts "
-            "into more shards (`num_expert_shards`, where the model has it)."
+            f"takes {_readable(largest.bytes)}). Raise it, or cut the experts into more shards (`num_expert_shards`, "
+            "where the model has it)."
         )
     return _device_map(parts, devices)
 
@@ -325,7 +334,7 @@ def _missing(parts: Sequence[_Part], budgets: Mapping[Device, float]) -> int:
     while high - low > max(1, high // 1000):
         middle = (low + high) // 2
         larger = {device: size + middle * (device in fast) for device, size in budgets.items()}
-        low, high = (low, middle) if _assign(parts, larger) else (middle, high)
+        low, high = (low, middle) if _assign(parts, larger, keeps_room=False) else (middle, high)
     return high
 
 
@@ -339,8 +348,10 @@ def _readable(size: float) -> str:
 # ------------------------------------------------------------------------------------------------ assignment
 
 
-def _assign(parts: Sequence[_Part], budgets: Mapping[Device, float]) -> dict[str, Device] | None:
-    """The device of every part; `None` if they do not fit."""
+def _assign(
+    parts: Sequence[_Part], budgets: Mapping[Device, float], keeps_room: bool = True
+) -> dict[str, Device] | None:
+    """The device of every part; `None` if they do not fit, where asked for with room to run what is offloaded."""
     candidates = _offload_order(parts)
     room = sum(budgets[device] for device in _fast(budgets))
     offloaded, rest = 0, sum(part.bytes for part in parts)
@@ -350,13 +361,13 @@ def _assign(parts: Sequence[_Part], budgets: Mapping[Device, float]) -> dict[str
     # A few more, since parts are not divisible and what is offloaded needs room to run: first tried in growing steps,
     # then as few as will do.
     step, failed = 1, offloaded - 1
-    while (devices := _assign_with(parts, candidates[:offloaded], budgets)) is None:
+    while (devices := _assign_with(parts, candidates[:offloaded], budgets, keeps_room)) is None:
         if offloaded == len(candidates):
             return None
         failed, offloaded, step = offloaded, min(offloaded + step, len(candidates)), 2 * step
     while offloaded - failed > 1:
         middle = (failed + offloaded) // 2
-        fewer = _assign_with(parts, candidates[:middle], budgets)
+        fewer = _assign_with(parts, candidates[:middle], budgets, keeps_room)
         if fewer is None:
             failed = middle
         else:
@@ -375,7 +386,7 @@ def _offload_order(parts: Sequence[_Part]) -> list[_Part]:
 
 
 def _assign_with(
-    parts: Sequence[_Part], offloaded: Sequence[_Part], budgets: Mapping[Device, float]
+    parts: Sequence[_Part], offloaded: Sequence[_Part], budgets: Mapping[Device, float], keeps_room: bool
 ) -> dict[str, Device] | None:
     """The device of every part, where these are offloaded and no others; `None` if they do not fit."""
     fast = _fast(budgets)
@@ -398,8 +409,8 @@ def _assign_with(
         return Item([part.name for part in of], size, [size / max(sizes, 1), *loads])
 
     bins = [Bin(budgets[device]) for device in fast]
-    # Offloaded parts run on the first device.
-    bins[0].capacity -= max((part.bytes for part in offloaded), default=0)
+    if keeps_room:  # offloaded parts run on the first device
+        bins[0].capacity -= max((part.bytes for part in offloaded), default=0)
     touched = {part.layer for part in offloaded if part.layer is not None}
     first = [part for part in kept if part.layer is None and not part.is_last and not part.is_experts]
     first += [part for part in kept if part.layer in touched and not part.is_apart]

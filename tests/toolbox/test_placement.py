@@ -259,7 +259,7 @@ def test_maps_dispatch_models_of_the_library(name, tmp_path):
     ("max_memory", "message"),
     [
         ({0: "100KB", "cpu": "100KB"}, r"weights take .* offer 200.00 kB, so .* are missing"),
-        ({0: "20KB", "cpu": "1GB"}, r"too small by .* on each of \[0\].*the largest"),
+        ({0: "370KB", 1: "370KB", 2: "370KB"}, r"too small by .* on each of \[0, 1, 2\].*the largest"),
         ({}, "names no device"),
         ({"gpu": "1GB"}, r"\['gpu'\]"),
         ({0: "much"}, r"`max_memory\[0\]` is 'much'"),
@@ -268,6 +268,17 @@ def test_maps_dispatch_models_of_the_library(name, tmp_path):
 def test_budgets_that_cannot_be_met(max_memory, message):
     with pytest.raises(ValueError, match=message):
         plan_expert_placement(CONFIGS["qwen3_moe"], max_memory)
+
+
+def test_no_room_to_run_what_is_offloaded(caplog):
+    """Good enough for paging, which brings single experts; said, since Accelerate brings the whole stack."""
+    config = CONFIGS["qwen3_moe"]
+    everything = describe_placement(config, {"": 0})[0]
+    max_memory = {0: everything.bytes - everything.expert_bytes, "cpu": everything.expert_bytes}
+    with caplog.at_level("WARNING", logger="modeling_sparse_moe_vlm"):
+        device_map = plan_expert_placement(config, max_memory)
+    assert {share.device: share.load["all"] for share in describe_placement(config, device_map)} == {0: 0, "cpu": 1}
+    assert "no room to run the largest" in caplog.text
 
 
 def test_what_is_missing_is_enough():
