@@ -9,7 +9,13 @@ import pytest
 from tests.scripts.conftest import SCRIPTS
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 8}
-SMALL |= {"num_experts": 8, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {
+    "num_experts": 8,
+    "num_experts_per_tok": 1,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture
@@ -18,7 +24,15 @@ def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("expert_offload", SCRIPTS / "benchmarks/expert_offload.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    small = {"SIZES": module.SIZES | SMALL, "EXPERTS": 8, "LAYERS": 2, "VOCABULARY": 128, "STEPS": 3}
+    small = {
+        "SIZES": module.SIZES | SMALL,
+        "EXPERTS": 8,
+        "LAYERS": 2,
+        "CHOSEN": 1,
+        "VOCABULARY": 128,
+        "STEPS": 2,
+        "MIN_REPETITIONS": 1,
+    }
     small["KINDS"] = {kind: [token % 128 for token in tokens] for kind, tokens in module.KINDS.items()}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
@@ -42,7 +56,7 @@ def test_report(benchmark, monkeypatch, capsys, tmp_path):
         "decode_bytes_isolated_vs_joint": None,
     }
     assert rows["bytes_per_token_vs_chosen"]["ratio"] == 1
-    assert rows["bytes_per_token_vs_chosen"]["peer"] == 2 * 4 * 3 * 32 * 16 * 4
+    assert rows["bytes_per_token_vs_chosen"]["peer"] == 2 * 1 * 3 * 32 * 16 * 4
     assert result["holds"] == all(row["holds"] for row in result["rows"])
     table = [line.split() for line in printed.splitlines()]
     assert [line for line in table if line[:3] == ["isolated", "prefill", "image"]]
