@@ -11,7 +11,7 @@ shared by all layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -389,9 +389,9 @@ class SparseMoeVlmTopKRouter(nn.Module):
         return router_logits, top_k_weights, top_k_index
 
 
-def routers_with_bias(model: nn.Module) -> list[nn.Module]:
+def routers_with_bias(model: nn.Module) -> list[Any]:
     """A model's routers that have a bias, layer by layer."""
-    routers: dict[str, nn.Module] = {}
+    routers: dict[str, Any] = {}
     for name, module in model.named_modules():
         # By attribute: routers that came with a checkpoint are of another class, and one that PEFT trains beside an
         # adapter is within a wrapper, which hands out what the router in use has.
@@ -403,4 +403,4 @@ def routers_with_bias(model: nn.Module) -> list[nn.Module]:
 
 def router_biases(model: nn.Module) -> list[torch.Tensor] | None:
     """The biases `(num_modalities, E)` of a model's routers, layer by layer; `None` where they have none."""
-    return [router.e_score_correction_bias for router in routers_with_bias(model)] or None  # type: ignore[misc]
+    return [router.e_score_correction_bias for router in routers_with_bias(model)] or None

@@ -244,7 +244,7 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     return list(banks.values())
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
+def _base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -285,9 +285,9 @@ def _in_groups(
         banks = [bank for bank in banks if any(bank.is_in_group(group) for group in groups)]
     if modalities is None:
         return banks
-    known = getattr(config, "modalities", None)
+    known = getattr(config, "modalities", [])
     check(
-        known is not None and hasattr(config, "expert_groups"),
+        bool(known) and hasattr(config, "expert_groups"),
         f"the configuration of {config.model_type!r} does not say which modalities its experts serve: choose by "
         f"`groups` instead, of {_group_names(banks)}.",
     )

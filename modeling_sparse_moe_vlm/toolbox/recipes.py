@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -16,7 +16,7 @@ from ..checks import check
 from .scenes import load_scenes, scenes
 from .tokenizer import train_tokenizer
 
-# What scripts/train.py decides itself.
+# What the scripts decide themselves.
 SET_BY_SCRIPT = {"output_dir", "remove_unused_columns"}
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
@@ -64,19 +64,39 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ValueError: If the file or an override has a key that recipes do not have, or an override no value; the message
             names it.
     """
+    tokenizer = {*inspect.signature(train_tokenizer).parameters} - {"texts"}
+    sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer}
+    return Recipe(**read_recipe(path, overrides, sections))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str], sections: Mapping[str, Collection[str]]) -> dict[str, Any]:
+    """
+    Reads a recipe of any kind, as [`load_recipe`] does.
+
+    Args:
+        path (`str` or `Path`):
+            The YAML file.
+        overrides (`Sequence[str]`):
+            Values to change.
+        sections (`Mapping[str, Collection[str]]`):
+            By section, the keys that it may have.
+
+    Returns:
+        `dict[str, Any]`: the sections, empty ones included, and `model`.
+    """
     content = yaml.safe_load(Path(path).read_text())
     check(isinstance(content, dict), f"the recipe {path} must be a mapping with the key `model`.")
     for override in overrides:
         _override(content, override)
 
-    known = [entry.name for entry in fields(Recipe)]
+    known = ["model", *sections]
     unknown = [key for key in content if key not in known]
     check(not unknown, f"the recipe {path} has unknown keys {unknown}; known ones are {known}.")
     check(
         isinstance(content.get("model"), str),
         f"the recipe {path} needs the key `model`, a file or a name, got {content.get('model')!r}.",
     )
-    for section, arguments in _arguments().items():
+    for section, arguments in sections.items():
         if content.get(section) is None:
             content[section] = {}
         values = content[section]
@@ -87,7 +107,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them.",
         )
     content["training"] = _with_numbers(content["training"])
-    return Recipe(**content)
+    return content
 
 
 def find_model(model: str, root: Path) -> str:
@@ -128,14 +148,15 @@ def _override(content: dict[str, Any], override: str) -> None:
     content[last] = yaml.safe_load(value)
 
 
-def _arguments() -> dict[str, set[str]]:
-    """By section of a recipe, the keys that it may have."""
+def data_arguments() -> set[str]:
+    """What the section `data` of a recipe may have."""
     drawn = {*inspect.signature(load_scenes).parameters, *inspect.signature(scenes).parameters}
-    return {
-        "data": drawn - {"kwargs", "split", "num_examples"},
-        "training": {entry.name for entry in fields(TrainingArguments) if entry.init} - SET_BY_SCRIPT,
-        "tokenizer": {*inspect.signature(train_tokenizer).parameters} - {"texts"},
-    }
+    return drawn - {"kwargs", "split", "num_examples"}
+
+
+def training_arguments() -> set[str]:
+    """What the section `training` of a recipe may have."""
+    return {entry.name for entry in fields(TrainingArguments) if entry.init} - SET_BY_SCRIPT
 
 
 def _with_numbers(training: dict[str, Any]) -> dict[str, Any]:
