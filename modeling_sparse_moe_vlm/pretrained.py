@@ -14,6 +14,7 @@ from transformers.utils import logging
 from .attention import SparseMoeVlmAttention
 from .attention_parts import initial_log_priors
 from .checkpoint import check_device_map, convert_from_disk
+from .checkpoint_files import named_damage, no_mixture
 from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
@@ -59,7 +60,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
                 config = _with_shards(config, num_expert_shards)
             else:
                 kwargs["num_expert_shards"] = num_expert_shards  # the configuration takes it
-        return super().from_pretrained(*args, config=config, **kwargs)
+        with named_damage(args[0] if args else kwargs.get("pretrained_model_name_or_path")):
+            return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config, num_expert_shards: int | None = None, **kwargs):
@@ -127,7 +129,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         names = cls.__module__, cls.__name__
         cls.__module__, cls.__name__ = own.__module__, own.__name__
         try:
-            return super().save_pretrained(*args, **kwargs)
+            with no_mixture(args[0] if args else kwargs["save_directory"]):
+                return super().save_pretrained(*args, **kwargs)
         finally:
             cls.__module__, cls.__name__ = names
 

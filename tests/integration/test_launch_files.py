@@ -5,6 +5,7 @@ The launch files train on the CPU as one process does, with a process that sees 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,15 +77,22 @@ def runs(tmp_path_factory):
     return folder
 
 
+def launched(runs: Path, name: str) -> Path:
+    """The folder of a launch, which is run unless it has been."""
+    folder = runs / name
+    if not folder.exists():
+        config_file, number, sizes, trainer = LAUNCHES[name]
+        folder.mkdir()
+        options = ["--mixed_precision", "no", "--num_processes", str(number)]
+        result = launch(CONFIGURATIONS / config_file, SCRIPT.format(trainer=trainer, sizes=sizes), folder, *options)
+        assert result.returncode == 0, result.stderr[-8000:]
+    return folder
+
+
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_training(runs, name):
-    config_file, number, sizes, trainer = LAUNCHES[name]
-    folder = runs / name
-    folder.mkdir()
-    options = ["--mixed_precision", "no", "--num_processes", str(number)]
-    result = launch(CONFIGURATIONS / config_file, SCRIPT.format(trainer=trainer, sizes=sizes), folder, *options)
-    assert result.returncode == 0, result.stderr[-8000:]
-    alone = runs / ("alone" if trainer == SPARSE else "alone, plain")
+    folder = launched(runs, name)
+    alone = runs / ("alone" if LAUNCHES[name][-1] == SPARSE else "alone, plain")
     losses = json.loads((folder / "losses.json").read_text())
     assert losses == pytest.approx(json.loads((alone / "losses.json").read_text()), rel=1e-4)
     expected = torch.load(alone / "tensors.pt")
@@ -93,8 +101,7 @@ def test_training(runs, name):
 
 
 def test_a_fresh_process_loads_what_was_saved(runs, tmp_path):
-    folders = [str(runs / name) for name in LAUNCHES if (runs / name).exists()]
-    assert folders, "the tests above make them"
+    folders = [str(launched(runs, name)) for name in LAUNCHES]
     (tmp_path / "script.py").write_text(FRESH)
     result = subprocess.run(
         [sys.executable, str(tmp_path / "script.py"), *folders],
