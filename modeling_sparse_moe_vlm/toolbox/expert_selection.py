@@ -151,11 +151,10 @@ def expert_lora_config(
                     ranks |= {} if of_part is None else dict.fromkeys(names, of_part)
     if attention:
         target_modules += _attention(model, layers)
+    none_to_choose = " (always-on groups have none to choose from)" if all(bank.always_on for bank in banks) else ""
     check(
         bool(target_modules or target_parameters),
-        "nothing gets an adapter: choose some `experts`"
-        + (", which always-on groups have not, " if all(bank.always_on for bank in banks) else " ")
-        + "or pass `attention=True`.",
+        f"nothing gets an adapter: choose some `experts`{none_to_choose}, or pass `attention=True`.",
     )
     halves = chosen & {"gate", "up"}
     is_fused = any({"gate", "up"} <= of for bank in banks if not bank.always_on for of in bank.weights.values())
@@ -280,6 +279,7 @@ def _in_groups(
     config: PreTrainedConfig,
 ) -> list[ExpertBank]:
     if groups is not None:
+        check(len(groups) > 0, "`groups` is empty: for no adapters on experts, pass `experts=[]`.")
         missing = [group for group in groups if not any(bank.is_in_group(group) for bank in banks)]
         check(not missing, f"`groups` names {missing}, but the groups of these layers are {_group_names(banks)}.")
         banks = [bank for bank in banks if any(bank.is_in_group(group) for group in groups)]
