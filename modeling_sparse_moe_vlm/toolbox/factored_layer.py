@@ -1,18 +1,18 @@
 """PEFT's LoRA layer for the parameters of an experts module, run factored.
 
-What is used of PEFT's internals is here: `ParamWrapper`, its name, its `_activate_lora` and the layout of its weights,
+What is used of PEFT's internals is here: `ParamWrapper`, its name and the layout of its weights,
 and `LoraConfig._register_custom_module`. Wrappers nest, one per adapted parameter: `down(gate_up(experts))`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
@@ -80,13 +80,19 @@ class FactoredExpertsLayer(ParamWrapper):
         if hasattr(self, "_kept"):  # not while PEFT's constructor runs
             self._extend(adapter_name, config)
 
+    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
+        # Weights that are offloaded are on the meta device, where adapters would be lost.
+        with align_module_device(self.get_base_layer()):
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
+
     def _extend(self, adapter_name: str, config: LoraConfig) -> None:
         """Adds to an adapter what PEFT's layer refuses."""
         if config.lora_dropout:
             self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         if config.use_dora:
             self.use_dora[adapter_name] = True
-            norm = torch.linalg.vector_norm(self._out_first(self.get_param()).detach().float(), dim=-1)
+            with align_module_device(self.get_base_layer()):
+                norm = torch.linalg.vector_norm(self._out_first(self.get_param()).detach().float(), dim=-1)
             magnitude = _Magnitude(norm.to(self.lora_A[adapter_name].weight.dtype))
             self.lora_magnitude_vector[adapter_name] = magnitude
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -201,6 +207,11 @@ class FactoredExpertsLayer(ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
+        if self.get_param().is_meta:
+            raise ValueError(
+                f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
+                "offloading, and its adapter again, to merge."
+            )
         self._check_dora(names)
         for name in names:
             if self.use_dora.get(name):
@@ -224,30 +235,35 @@ class FactoredExpertsLayer(ParamWrapper):
                 "activate an adapter with `use_dora` alone."
             )
 
-    @contextmanager
-    def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
-        adapters = [name for name in active_adapters if name in self.lora_A]
-        if not adapters:
-            yield
-            return
-        experts = self.get_base_layer()
-        # Found before the parameter, which stays where it is for hooks that bring the weights in.
-        experts.__dict__[self.parameter_name] = _AdaptedStack(self, experts, adapters)
-        try:
-            yield
-        finally:
-            del experts.__dict__[self.parameter_name]
-
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
-        if adapter_names is None:
+        if self.disable_adapters or (self.merged and adapter_names is None):
             return super().forward(x, *args, **kwargs)
-        return self._forward_by_row(x, args, adapter_names)
+        if adapter_names is not None:
+            if self.merged:
+                raise ValueError("`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
+            return self._forward_by_row(x, args, adapter_names)
+        return self._run(self.active_adapters, x, *args, **kwargs)
+
+    def _run(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The experts with these adapters, at once for all layers around them."""
+        layers, experts = [self], self.base_layer
+        while isinstance(experts, FactoredExpertsLayer):
+            layers.append(experts)
+            experts = experts.base_layer
+        # Found before the parameters, which stay where they are for hooks that bring the weights in.
+        found_first = experts.__dict__
+        try:
+            for layer in layers:
+                names = [name for name in adapter_names if name in layer.lora_A]
+                if names:
+                    found_first[layer.parameter_name] = _AdaptedStack(layer, experts, names)
+            return experts(*args, **kwargs)
+        finally:
+            for layer in layers:
+                found_first.pop(layer.parameter_name, None)
 
     def _forward_by_row(self, x: torch.Tensor, args: Sequence[torch.Tensor], adapter_names: list[str]) -> torch.Tensor:
         """Each row of the batch with its adapter: the experts run once per adapter, on the tokens of its rows."""
-        layers, experts = [self], self.base_layer
-        while isinstance(experts, FactoredExpertsLayer):
-            layers, experts = [*layers, experts], experts.base_layer
         places, num_tokens = self.token_rows or (None, x.shape[0])
         if num_tokens % len(adapter_names):
             raise ValueError(
@@ -261,10 +277,7 @@ class FactoredExpertsLayer(ParamWrapper):
         for name in dict.fromkeys(adapter_names):
             is_its = torch.tensor([other == name for other in adapter_names], device=x.device)
             tokens = is_its[rows].nonzero().squeeze(1)
-            with ExitStack() as stack:
-                for layer in layers:
-                    stack.enter_context(layer._activate_lora([name]))
-                output[tokens] = experts(x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
+            output[tokens] = self._run([name], x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
         return output
 
 
@@ -302,7 +315,7 @@ class _AdaptedStack(FactoredWeight):
     @property
     def _held(self) -> torch.Tensor | None:
         """Which experts the stack holds at the moment, where paging brought in some."""
-        return getattr(self._experts, "_slot_experts", None)
+        return self._experts.__dict__.get("_slot_experts")
 
     @property
     def updates(self) -> Sequence[LowRankUpdate]:  # type: ignore[override]
