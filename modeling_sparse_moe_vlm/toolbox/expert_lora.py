@@ -7,20 +7,23 @@ factor_expert_lora(model)                       # needed with a plain LoraConfig
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
-from peft import LoraConfig
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import nn
 
-from .factored_layer import FactoredExpertsLayer, is_experts
-
-# Before, adapters of stacks `(E, out, in)` took the outputs for inputs.
-ORIENTED_SINCE = Version("0.19.0")
+from ..checks import check
+from .adapter_upgrade import is_old, is_old_version
+from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
 
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
@@ -59,14 +62,71 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
     return model
 
 
+def load_expert_lora(
+    model: nn.Module,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    **hub_options: Any,
+) -> PeftModel:
+    """
+    Loads an adapter as `PeftModel.from_pretrained` does, run factored. Beyond that it loads DoRA of experts, loads onto
+    a model whose experts are offloaded, and refuses adapters of a PEFT that took the experts' inputs for outputs.
+
+    Args:
+        model (`nn.Module`): The model, without adapters, or a `PeftModel` to add this adapter to.
+        path (`str` or `os.PathLike`): The adapter's folder, or its name on the Hub.
+        adapter_name (`str`): The name that it gets.
+        is_trainable (`bool`): Whether it is trained further.
+        **hub_options: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        `PeftModel`: the model with the adapter.
+
+    Raises:
+        ValueError:
+            If the adapter was trained by PEFT before 0.19, has no adapters of experts, or does not fit the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), allow_patterns="adapter_*", **hub_options))
+    # Not by `PeftConfig`, which takes an adapter that names no version for one of the version at hand.
+    values, weights = json.loads((folder / CONFIG_NAME).read_text()), load_peft_weights(str(folder), device="cpu")
+    check(not is_old(values, weights, model), _misread(str(path), values.get("peft_version") or "before 0.18"))
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trainable
+    run_factored(config, [module for module in model.modules() if is_experts(module)])
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+        if is_trainable:
+            model.set_requires_grad(adapter_name)
+    else:
+        model = get_peft_model(model, config, adapter_name)
+    result = set_peft_model_state_dict(model, weights, adapter_name)
+    missing = [key for key in result.missing_keys if "lora_" in key and f".{adapter_name}." in key]
+    check(
+        not missing and not result.unexpected_keys,
+        f"the adapter {str(path)!r} does not fit the model: it lacks {missing}, "
+        f"and the model lacks {result.unexpected_keys}.",
+    )
+    if not is_trainable:
+        model.eval()
+    return factor_expert_lora(model)
+
+
 def _check_orientation(configs: Mapping[str, LoraConfig], adapter_names: Sequence[str]) -> None:
     for name in adapter_names:
         version = getattr(configs.get(name), "peft_version", None)
-        if version and Version(version).release < ORIENTED_SINCE.release:
-            raise ValueError(
-                f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so "
-                "it would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
-            )
+        if version and is_old_version(version):
+            raise ValueError(_misread(name, version))
+
+
+def _misread(name: str, version: str) -> str:
+    return (
+        f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so that it "
+        "would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
+    )
 
 
 @dataclass
