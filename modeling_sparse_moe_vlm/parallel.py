@@ -66,15 +66,15 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
             How many processes share what.
 
     Raises:
-        ValueError: If heads, widths or experts cannot be shared out evenly, or if Accelerate is to shard the model, too;
-            the message says what does not fit and the fix.
+        ValueError: If heads, widths or experts cannot be shared out evenly, or if Accelerate is to shard the model,
+            too; the message says what does not fit and the fix.
     """
     # With efficient loading, the experts of all processes but the first would stay empty.
     check(
         os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true",
-        "`distributed_config` shares out the model while it is loaded, but the processes were launched for Accelerate's "
-        "FSDP, which shards it afterwards: launch them without it (`configuration/accelerate/expert_parallel.yaml`), or "
-        "load the model without `distributed_config`.",
+        "`distributed_config` shares out the model while it is loaded, but the processes were launched for "
+        "Accelerate's FSDP, which shards it afterwards: launch them without FSDP, as "
+        "`configuration/accelerate/expert_parallel.yaml` does, or load the model without `distributed_config`.",
     )
     config = model.config.get_text_config()
     names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in chain(model.named_modules(), model.named_parameters())}

@@ -27,12 +27,18 @@ def launch(
 def _run(launcher: list[str], program: str, folder: Path, timeout: float) -> subprocess.CompletedProcess:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(program) + LEAVE)
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(script), str(folder)],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
     )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends what it has launched
+        output, errors = process.communicate()
+        raise AssertionError(f"not done after {timeout} seconds: {output[-4000:]} {errors[-4000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

@@ -23,7 +23,7 @@ def make_global_batches() -> list[dict[str, torch.Tensor]]:
     return [*pictures[:2], *texts[:2], *pictures[2:], *texts[2:]]
 
 
-def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: type[Trainer] = Trainer, **arguments):
+def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: type[Trainer] = Trainer):
     """
     Trains the model saved in `start` for a few steps, with plain gradient descent, whose steps do not magnify rounding.
 
@@ -41,7 +41,6 @@ def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: t
         lr_scheduler_type="constant",
         optim="sgd",
         save_strategy="no",
-        **arguments,
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "tp_size" in (sizes or {}):
         # Accelerate refuses both on the CPU, unless it takes it for a GPU.

@@ -39,7 +39,7 @@ def test_no_checkpoint_of_two_models(tmp_path, monkeypatch):
     fail_at(2, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         make_model(seed=1).save_pretrained(tmp_path, max_shard_size="50KB")
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(OSError, match="no file named model"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path)
     # Where nothing has been written yet, the old checkpoint is as it was.
     fail_at(0, monkeypatch)

@@ -3,9 +3,10 @@
 import re
 
 import pytest
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from modeling_sparse_moe_vlm.parallel import is_one_of_several_processes, plan_by_group
+from modeling_sparse_moe_vlm.parallel import is_one_of_several_processes, plan_by_group, prepare_plans
 from tests.conftest import TEXT_CONFIG, make_config, make_model
 from tests.test_loading import OTHER_GROUPS
 
@@ -68,3 +69,37 @@ def test_plans_of_configurations_stay_as_they_are():
 
 def test_one_process_is_not_several():
     assert not is_one_of_several_processes()
+
+
+# ----------------------------------------------------------------------------------------------- what can be shared out
+
+
+def test_plans_name_only_what_is_there():
+    """The library warns of the rest: dense layers and experts of one's own where all layers share a pool."""
+    model = make_model(expert_pool=[0, 0])
+    prepare_plans(model, DistributedConfig(tp_size=2))
+    names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    for plan in (model.tp_plan, model.ep_plan, model.fsdp_plan):
+        assert plan
+        assert all(matches(pattern, names) for pattern in plan), plan
+
+
+@pytest.mark.parametrize(
+    ("text_config", "sizes", "message"),
+    [
+        ({"num_experts": 3}, {"ep_size": 2, "fsdp_size": 2}, "the 3 experts of the group 'joint'.*`ep_size`"),
+        ({}, {"tp_size": 4}, r"`num_key_value_heads` \(2\).*among 4 processes.*`tp_size`"),
+        ({"moe_intermediate_size": 23}, {"tp_size": 2}, r"`intermediate_size` of the group `joint` \(23\)"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(text_config, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare_plans(make_model(**text_config), DistributedConfig(**sizes))
+    # In the parts that are whole on every process, nothing needs to fit.
+    prepare_plans(make_model(**text_config), DistributedConfig(fsdp_size=2))
+
+
+def test_no_model_is_sharded_twice(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"expert_parallel\.yaml"):
+        prepare_plans(make_model(), DistributedConfig(fsdp_size=2))
