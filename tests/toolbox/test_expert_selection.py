@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.expert_lora import num_adapter_parameters
 from modeling_sparse_moe_vlm.toolbox.expert_selection import busiest_experts, expert_lora_config
@@ -12,6 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.factored_layer import FactoredExpertsLayer
 from modeling_sparse_moe_vlm.toolbox.router_bias import update_router_bias
 from modeling_sparse_moe_vlm.toolbox.routing_counts import count_batch, measure_routing
 from modeling_sparse_moe_vlm.toolbox.routing_statistics import routing_statistics
+from tests.conftest import make_config
 from tests.conftest import make_inputs as make_our_inputs
 from tests.conftest import make_model as make_ours
 from tests.in_tree_models import TEXT
@@ -117,6 +119,20 @@ def test_only_experts_by_index_change(name):
     for stack, of_stack in changed.items():
         assert ".1." in stack
         assert set(of_stack.flatten(1).any(dim=1).nonzero().flatten().tolist()) == {0, 2}
+
+
+def test_experts_in_shards_have_the_indices_of_their_group():
+    config = make_config()
+    config.num_expert_shards = 3
+    torch.manual_seed(0)
+    model = SparseMoeVlmForConditionalGeneration(config).eval()
+    busy = busiest_experts(model, torch.tensor([[1, 4, 3, 2]] * 2), share=0.75)
+    assert busy == {f"{LAYERS}.{i}.mlp.experts": [1, 2, 3] for i in (0, 1)}
+    lora = expert_lora_config(model, experts={"layers.1.mlp.experts": [1, 2]}, r=4)
+    # The first of the shards has two experts.
+    ranks = {f"{LAYERS}.1.mlp.experts.shards.0": [0, 4], f"{LAYERS}.1.mlp.experts.shards.1": [4]}
+    assert lora.expert_ranks == {f"{shard}.{stack}": of for shard, of in ranks.items() for stack in STACKS}
+    assert set(lora.target_parameters) == set(lora.expert_ranks)
 
 
 def test_a_bank_of_an_in_tree_model_is_a_group():
