@@ -9,60 +9,20 @@ model = get_peft_model(model, config)
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import check
+from .expert_banks import PROJECTIONS, ExpertBank, base_model_of, expert_banks, layer_of, modules_of
 from .expert_lora import ExpertLoraConfig
-from .factored_layer import is_experts, run_factored, stacks
-from .placement_load import expert_counts, place_of
+from .factored_layer import run_factored
+from .placement_load import expert_counts
 
-PROJECTIONS = ("gate", "up", "down")
+# What the modules that choose experts are called.
 ROUTER_NAMES = ("gate", "router")
-
-
-@dataclass(frozen=True)
-class ExpertBank:
-    """
-    The experts of one group in one place, which is a layer or a pool of layers.
-
-    Args:
-        name (`str`): Name of the module.
-        group (`str`, *optional*): Name of the group, where the configuration has groups.
-        layers (`tuple[int, ...]`): The layers that use them.
-        always_on (`bool`): Whether they are always on, and thus one dense network.
-        parts (`dict[str, nn.Module]`): By name, the modules that hold them: one, or the shards.
-    """
-
-    name: str
-    group: str | None
-    layers: tuple[int, ...]
-    always_on: bool
-    parts: dict[str, nn.Module]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of experts of the parts."""
-        return [next(iter(stacks(part).values())).shape[0] for part in self.parts.values()]
-
-    @property
-    def weights(self) -> dict[str, set[str]]:
-        """By the name of a matrix of the experts (or stack of them) within its part, the projections in it."""
-        first = next(iter(self.parts.values()))
-        names = [name for name, _ in first.named_children()] if self.always_on else list(stacks(first))
-        return {
-            name: {projection for projection in PROJECTIONS if projection in name}
-            for name in names
-            if name.endswith("_proj")
-        }
-
-    def is_in_group(self, group: str) -> bool:
-        return group == self.group if self.group is not None else group in self.name.split(".")
 
 
 def expert_lora_config(
@@ -117,7 +77,7 @@ def expert_lora_config(
     Raises:
         ValueError: If something that is asked for is not there; the message says what there is.
     """
-    model = _base_model(model)
+    model = base_model_of(model)
     config = model.config.get_text_config()
     check(
         experts is None or expert_ranks is None,
@@ -197,7 +157,7 @@ def busiest_experts(
         ValueError: If the routing does not fit the model or has no such tokens, or `share` is not in (0, 1].
     """
     check(0 < share <= 1, f"`share` must be greater than 0 and at most 1, got {share!r}.")
-    model = _base_model(model)
+    model = base_model_of(model)
     sizes = {bank.name: sum(bank.sizes) for bank in expert_banks(model) if not bank.always_on}
     counts = expert_counts(sizes, model.config.get_text_config(), routing)
     known = dict.fromkeys(name for of_modalities in counts.values() for name in of_modalities)
@@ -216,46 +176,6 @@ def busiest_experts(
             busiest[name] = used
     check(bool(busiest), f"no token{'' if modality is None else f' of modality {modality!r}'} chose any expert.")
     return busiest
-
-
-def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
-    """The experts of a model by place and group, in the order of its modules."""
-    config = model.config.get_text_config()
-    groups = {group["name"] for group in getattr(config, "expert_groups", [])}
-    banks: dict[str, ExpertBank] = {}
-    for name, module in _modules(model):
-        parent, _, last = name.rpartition(".")
-        always_on = last in groups and parent.endswith("shared_experts")
-        if not always_on and not is_experts(module):
-            continue
-        bank_name = name.rsplit(".shards.", 1)[0]
-        if bank_name not in banks:
-            number = _layer(name)
-            is_pool = ".expert_pools." in f".{name}"
-            banks[bank_name] = ExpertBank(
-                name=bank_name,
-                group=last if always_on else place_of(name, config)[1],
-                layers=tuple(config.pools[number]) if is_pool else (number,),
-                always_on=always_on,
-                parts={},
-            )
-        banks[bank_name].parts[name] = module
-    return list(banks.values())
-
-
-def _base_model(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by the name that they have without adapters."""
-    for name, module in model.named_modules():
-        if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name):
-            yield re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), module
-
-
-def _layer(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def _in_layers(
@@ -374,10 +294,10 @@ def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[s
     prefix = f"{prefix}." if prefix else ""
     return [
         name
-        for name, module in _modules(model)
+        for name, module in modules_of(model)
         if isinstance(module, nn.Linear)
         and name.startswith(prefix)
-        and (layers is None or _layer(name) in layers)
+        and (layers is None or layer_of(name) in layers)
         and any("attn" in part or "attention" in part for part in name.removeprefix(prefix).split("."))
     ]
 
@@ -385,7 +305,7 @@ def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[s
 def _routers(model: PreTrainedModel, banks: list[ExpertBank]) -> list[str]:
     """The routers that send tokens to these experts: modules beside them, or in the layers of their pool."""
     routers = []
-    for name, module in _modules(model):
+    for name, module in modules_of(model):
         block, _, last = name.rpartition(".")
         if last not in ROUTER_NAMES or not any(parameter.dim() == 2 for parameter in module.parameters()):
             continue
@@ -396,4 +316,4 @@ def _routers(model: PreTrainedModel, banks: list[ExpertBank]) -> list[str]:
 
 
 def _is_pooled(bank: ExpertBank, block: str) -> bool:
-    return ".expert_pools." in f".{bank.name}" and _layer(block) in bank.layers
+    return ".expert_pools." in f".{bank.name}" and layer_of(block) in bank.layers
