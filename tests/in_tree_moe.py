@@ -140,6 +140,16 @@ def experts_of(model) -> dict[str, torch.nn.Module]:
     }
 
 
+def device_map_of(model, experts: str) -> dict[str, str]:
+    """Experts in one place, and all else in memory. Accelerate wants entries that do not contain each other."""
+    modules, places = experts_of(model), {}
+    for name, _ in model.named_modules():
+        inside = [other for other in modules if f"{other}.".startswith(f"{name}." if name else "")]
+        if (not inside or name in modules) and not any(f"{name}.".startswith(f"{place}.") for place in places):
+            places[name] = experts if name in modules else "cpu"
+    return places
+
+
 def adapt(model, seed: int = 0, **config):
     """The model with a LoRA on its experts by PEFT, of random factors."""
     defaults = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
@@ -167,7 +177,9 @@ def logits_and_gradients(model, inputs) -> tuple[torch.Tensor, dict[str, torch.T
     model.zero_grad()
     logits = model(**inputs).logits
     (logits.float().sin() * 3).sum().backward()
-    gradients = {name: tensor.grad.clone() for name, tensor in adapter_tensors(model).items() if tensor.grad is not None}
+    gradients = {
+        name: tensor.grad.clone() for name, tensor in adapter_tensors(model).items() if tensor.grad is not None
+    }
     return logits.detach(), gradients
 
 

@@ -59,6 +59,8 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
         if not isinstance(layer, FactoredExpertsLayer):
             module_name = name.replace(".base_layer", "").removeprefix("base_model.model.")
             FactoredExpertsLayer.take_over(layer, f"{module_name}.{layer.parameter_name}")
+        for adapter_name in layer.lora_A:
+            layer.keep_zero_outputs(adapter_name)
     return model
 
 
@@ -97,13 +99,15 @@ def load_expert_lora(
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     run_factored(config, [module for module in model.modules() if is_experts(module)])
+    # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
+    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=is_offloaded)
         if is_trainable:
             model.set_requires_grad(adapter_name)
     else:
-        model = get_peft_model(model, config, adapter_name)
-    result = set_peft_model_state_dict(model, weights, adapter_name)
+        model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=is_offloaded)
+    result = set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=is_offloaded)
     missing = [key for key in result.missing_keys if "lora_" in key and f".{adapter_name}." in key]
     check(
         not missing and not result.unexpected_keys,

@@ -64,8 +64,6 @@ class FactoredExpertsLayer(ParamWrapper):
         layer.__class__ = cls
         layer.stack_name = stack_name
         layer._prepare()
-        for adapter_name in layer.lora_A:
-            layer._keep_zero_outputs(adapter_name)
 
     def _prepare(self) -> None:
         # By adapter: which outputs it may change, where it may not change all.
@@ -104,10 +102,10 @@ class FactoredExpertsLayer(ParamWrapper):
         """A stack like the parameter, as `(E, out, in)`."""
         return stack if self._did_swap_in_out_features else stack.transpose(1, 2)
 
-    def _keep_zero_outputs(self, adapter_name: str) -> None:
-        """An adapter that left a half of the outputs alone, as one of the gate does, goes on to."""
+    def keep_zero_outputs(self, adapter_name: str) -> None:
+        """Lets a loaded adapter that left a half of the outputs alone, as one of the gate does, go on to."""
         weight = self.lora_B[adapter_name].weight
-        if weight.is_meta or self.parameter_name != "gate_up_proj":
+        if weight.is_meta or self.parameter_name != "gate_up_proj" or adapter_name in self.output_masks:
             return
         used = weight.detach().any(dim=1)
         for projection in ("gate", "up"):
@@ -143,6 +141,12 @@ class FactoredExpertsLayer(ParamWrapper):
     def _make_update(self, adapter_name: str) -> LowRankUpdate:
         dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
         a, b = self.factors(adapter_name)
+        if a.is_meta:
+            raise ValueError(
+                f"the adapter {adapter_name!r} of {self.stack_name!r} has no values: PEFT puts adapters of offloaded "
+                "weights on the meta device. Call `page_experts` before `get_peft_model`, or load a trained adapter by "
+                "`load_expert_lora`."
+            )
         if dtype.is_floating_point and dtype.itemsize > 1:
             a, b = a.to(dtype), b.to(dtype)
         b, scaling = b.contiguous(), self.scaling[adapter_name]
