@@ -87,28 +87,10 @@ def expert_lora_config(
     check(bool(banks), f"{type(model).__name__} has no experts that run through Transformers' experts interface.")
     without = experts is not None and not experts
     banks = _in_groups(_in_layers(banks, layers, config, some=without), groups, modalities, config)
-    chosen = _projections(banks, projections)
-
-    target_modules: list[str] = []
-    target_parameters: list[str] = []
-    ranks: dict[str, list[int]] = {}
+    chosen = set() if without else _projections(banks, projections)
     if not without:
-        given = experts if expert_ranks is None else expert_ranks
-        _check_names(banks, given)
-        for bank in banks:
-            check(
-                layers is None or set(bank.layers) <= set(layers),
-                f"layers {list(bank.layers)} share the experts of {bank.name}: have all in `layers`, or none.",
-            )
-            of_experts = None if given is None else _ranks(bank, experts, expert_ranks, r)
-            for name, of_part in _by_part(bank, of_experts):
-                if bank.always_on:
-                    # Chosen by index, routed experts alone are meant.
-                    target_modules += [f"{name}.{weight}" for weight in _weights(bank, chosen) if given is None]
-                elif of_part is None or any(of_part):
-                    names = [f"{name}.{weight}" for weight in _weights(bank, chosen)]
-                    target_parameters += names
-                    ranks |= {} if of_part is None else dict.fromkeys(names, of_part)
+        _check_pools(banks, layers)
+    target_modules, target_parameters, ranks = _targets([] if without else banks, chosen, experts, expert_ranks, r)
     if attention:
         target_modules += _attention(model, layers)
     none_to_choose = " (always-on groups have none to choose from)" if all(bank.always_on for bank in banks) else ""
@@ -246,8 +228,36 @@ def _projections(banks: list[ExpertBank], projections: Collection[str] | None) -
     return chosen
 
 
-def _weights(bank: ExpertBank, projections: set[str]) -> list[str]:
-    return [name for name, of in bank.weights.items() if of & projections]
+def _targets(
+    banks: list[ExpertBank], projections: set[str], experts: Any, expert_ranks: Any, r: int
+) -> tuple[list[str], list[str], dict[str, list[int]]]:
+    """Names of the dense networks' and of the stacks' weights, and the ranks of the latter's experts."""
+    given = experts if expert_ranks is None else expert_ranks
+    _check_names(banks, given)
+    modules: list[str] = []
+    parameters: list[str] = []
+    ranks: dict[str, list[int]] = {}
+    for bank in banks:
+        of_experts = None if given is None else _ranks(bank, experts, expert_ranks, r)
+        for part, of_part in _by_part(bank, of_experts):
+            names = [f"{part}.{weight}" for weight, of in bank.weights.items() if of & projections]
+            if bank.always_on:
+                # Chosen by index, routed experts alone are meant.
+                modules += names if given is None else []
+            elif of_part is None:
+                parameters += names
+            elif any(of_part):
+                parameters += names
+                ranks |= dict.fromkeys(names, of_part)
+    return modules, parameters, ranks
+
+
+def _check_pools(banks: list[ExpertBank], layers: Collection[int] | None) -> None:
+    for bank in banks:
+        check(
+            layers is None or set(bank.layers) <= set(layers),
+            f"layers {list(bank.layers)} share the experts of {bank.name}: have all in `layers`, or none.",
+        )
 
 
 def _check_names(banks: list[ExpertBank], given: Any) -> None:

@@ -193,6 +193,11 @@ def test_attention_of_the_decoder_alone(name, projections):
     assert {name.removesuffix(".weight") for name in changed} == config.target_modules
 
 
+def test_attention_of_layers_without_experts():
+    config = expert_lora_config(make_ours(mlp_only_layers=[0]), experts=[], attention=True, layers=[0])
+    assert config.target_modules == {f"{LAYERS}.0.self_attn.{x}_proj" for x in "qkvo"}
+
+
 @pytest.mark.parametrize("name", ["isolated", "qwen3_moe"])
 def test_routers_are_trained_saved_and_recorded_once(name, tmp_path):
     model = adapted(make_model(name), routers=True, layers=[1])
