@@ -32,6 +32,7 @@ class SparseMoeVlmExpertShards(nn.Module):
         self.sizes = tuple(sizes)
         self.starts = tuple(accumulate(sizes, initial=0))[:-1]
         self.num_experts = sum(sizes)
+        self.register_load_state_dict_pre_hook(_refuse_adapters_of_stacks)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -46,6 +47,16 @@ class SparseMoeVlmExpertShards(nn.Module):
         for other in others:
             output = output + other
         return output
+
+
+def _refuse_adapters_of_stacks(_: nn.Module, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    """PEFT would only warn, and go on with an adapter that does nothing."""
+    for name in state_dict:
+        if name.startswith(prefix) and "lora_" in name and not name.startswith(f"{prefix}shards."):
+            raise ValueError(
+                f"{name!r} belongs to an adapter of a whole stack of experts, but the model was loaded with "
+                "`num_expert_shards`: load the adapter with `load_adapter` of `toolbox.sharded_lora`."
+            )
 
 
 def run_at_once(calls: Iterable[tuple[nn.Module, _Inputs]], home: torch.device) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration, expert_shards
 from modeling_sparse_moe_vlm.expert_shards import SparseMoeVlmExpertShards, shard_sizes
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts
 from modeling_sparse_moe_vlm.toolbox.placement import describe_placement, plan_expert_placement
@@ -248,6 +248,19 @@ def test_experts_are_run_without_waiting():
         hidden = torch.randn(5, config.hidden_size, dtype=torch.bfloat16)
         output = experts(hidden, torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2, dtype=torch.bfloat16))
     assert output.shape == hidden.shape
+
+
+def test_all_inputs_are_sent_before_the_first_experts_run(monkeypatch):
+    """A copy to another device waits for what its own device was given to do before."""
+    config = make_config(num_experts=6).text_config
+    config.num_expert_shards = 3
+    experts = SparseMoeVlmForCausalLM(config).model.layers[0].mlp.experts
+    events = []
+    monkeypatch.setattr(expert_shards, "send", lambda tensor, device: events.append("send") or tensor)
+    for shard in experts.shards:
+        shard.register_forward_pre_hook(lambda *_: events.append("run"))
+    experts(torch.randn(5, config.hidden_size), torch.zeros(5, 2, dtype=torch.long), torch.ones(5, 2))
+    assert events == ["send"] * 9 + ["run"] * 3 + ["send"] * 3
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5, "4"])

@@ -94,3 +94,11 @@ def test_adapters_of_another_model(tmp_path):
     save_adapter(adapt(tmp_path, 3, targets), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"does not fit the model.*layers.1"):
         load_adapter(make_model(num_experts=5, num_hidden_layers=1), tmp_path / "adapter")
+
+
+def test_plain_peft_does_not_go_on_without_the_weights(tmp_path):
+    fields, targets = KINDS["everywhere"]
+    make_model(**fields).save_pretrained(tmp_path / "model")
+    save_adapter(adapt(tmp_path, 1, targets), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="load_adapter"):
+        PeftModel.from_pretrained(load(tmp_path, 3), tmp_path / "adapter")
