@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from transformers.utils.import_utils import is_tracing
 
 from .attention_runs import Run, attend_runs, can_attend_runs, find_runs
 from .checks import check, check_number
-from .distributed_attention import Merged, attend_by_channels, attend_by_row, count_free
+from .distributed_attention import Merged, attend_by_channels, attend_by_row, count_free, weights_of_rows
+
+# Attention of one query over all keys that layers keep for reading out together; more would be memory.
+MAX_KEPT_ROW = 2**20
 
 
 @dataclass
@@ -41,6 +44,10 @@ class AttentionParts:
             1.0 where a key is of a modality, else 0.0: made by the first layer that needs it.
         weights (`list[torch.Tensor]`):
             What the layers read out, `(B, H, T, M)` each.
+        keeps_rows (`bool`):
+            Whether the weights of one query are read out for all layers together, and not handed back by each.
+        rows (`list[torch.Tensor]`):
+            What the layers kept for that, `(B, H, 1, S)` each.
     """
 
     key_ids: torch.Tensor
@@ -51,6 +58,8 @@ class AttentionParts:
     counts: torch.Tensor | None = None
     indicator: torch.Tensor | None = None
     weights: list[torch.Tensor] = field(default_factory=list)
+    keeps_rows: bool = False
+    rows: list[torch.Tensor] = field(default_factory=list)
 
     def attend(
         self,
@@ -105,7 +114,11 @@ class AttentionParts:
             merged = attend_by_row(
                 query, key, value, attention_mask, key_ids, self.num_modalities, **forms,
                 indicator=self.indicator.to(key.device),
+                weigh=not self.keeps_rows or key_ids.numel() * query.shape[1] > MAX_KEPT_ROW,
             )  # fmt: skip
+            if merged.weights is None and reads_out:
+                self.rows.append(cast(torch.Tensor, merged.attentions))
+            merged = Merged(merged.output, merged.weights)
         else:
             merged = attend_by_channels(
                 attention_function, module, query, key, value, attention_mask, key_ids, self.num_modalities,
@@ -119,6 +132,8 @@ class AttentionParts:
         """What the layers read out, by name of the output; nothing where the weights are not read out."""
         if self.counts is None:
             return {}
+        if self.rows:
+            self.weights += weights_of_rows(self.rows, cast(torch.Tensor, self.indicator))
         weights = torch.stack([weights.to(self.counts.device) for weights in self.weights])
         return {
             "modality_weights": tuple(self.weights),
@@ -188,7 +203,7 @@ def plan_attention(
     if output_modality_weights:
         counts = visible_counts(attention_mask, key_ids, length, len(config.modalities))
     priors = None if log_priors is None else torch.tensor(log_priors, device=inputs_embeds.device)
-    return AttentionParts(key_ids, len(config.modalities), priors, modality_guidance, runs, counts)
+    return AttentionParts(key_ids, len(config.modalities), priors, modality_guidance, runs, counts, keeps_rows=True)
 
 
 def initial_log_priors(config: PreTrainedConfig) -> list[float]:

@@ -18,7 +18,7 @@ backend, [`attend_by_row`] for one query, and [`.attention_runs`] for long runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class Merged(NamedTuple):
     Args:
         output (`torch.Tensor` of shape `(B, T, H, D)`): Z, laid out as Transformers' attention functions do.
         weights (`torch.Tensor` of shape `(B, H, T, M)`, *optional*): w_P, in float32.
-        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention weights, from eager attention alone.
+        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention of every key, where it is at hand.
     """
 
     output: torch.Tensor
@@ -197,6 +197,7 @@ def attend_by_row(
     log_priors: torch.Tensor | None = None,
     guidance: float = 0.0,
     indicator: torch.Tensor | None = None,
+    weigh: bool = True,
 ) -> Merged:
     """
     One query per row, as in decoding: its logits are a vector, so the plain formula costs nothing. Arguments as in
@@ -207,9 +208,11 @@ def attend_by_row(
             Of type bool, or what is added to the logits.
         indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
             1.0 where a key is of a modality, else 0.0, where it is known already.
+        weigh (`bool`, defaults to `True`):
+            Whether to sum the attention up by modality. If not, [`weights_of_rows`] may do so for several layers.
 
     Returns:
-        [`Merged`]
+        [`Merged`], with the attention of every key.
     """
     batch_size, num_heads, _, head_dim = query.shape
     keys, values = key.flatten(0, 1), value.flatten(0, 1)  # (B·H_kv, S, D)
@@ -226,7 +229,7 @@ def attend_by_row(
     if log_priors is not None:
         scores = scores.view(by_head) + (is_of @ log_priors.float().T).transpose(1, 2)
     probabilities = torch.softmax(scores, dim=-1).view(by_head)
-    weights = torch.bmm(probabilities, is_of)  # (B, H, M)
+    weights = torch.bmm(probabilities, is_of) if weigh or guidance else None  # (B, H, M)
 
     def average(probabilities: torch.Tensor) -> torch.Tensor:
         if value.dtype != torch.float32:
@@ -235,11 +238,29 @@ def attend_by_row(
 
     output = average(probabilities)
     if guidance:
+        assert weights is not None
         text_share = weights[..., :1]
         text_output = average(probabilities * is_of[..., 0][:, None] / text_share.clamp(min=1e-30))
         sees_both = (text_share > 0) & (weights[..., 1:].sum(dim=-1, keepdim=True) > 0)
         output = _guide(output, text_output, sees_both.transpose(1, 2), guidance)
-    return Merged(output, weights.unsqueeze(2))
+    return Merged(output, None if weights is None else weights.unsqueeze(2), probabilities.unsqueeze(2))
+
+
+def weights_of_rows(attentions: Sequence[torch.Tensor], indicator: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    The weights of several layers in one product.
+
+    Args:
+        attentions (`Sequence[torch.Tensor]` of shape `(B, H, 1, S)`):
+            Attention of one query, by layer.
+        indicator (`torch.Tensor` of shape `(B, S, M)`):
+            1.0 where a key is of a modality, else 0.0.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: w_P of every layer, `(B, H, 1, M)`.
+    """
+    rows = torch.cat([attention.to(indicator.device) for attention in attentions], dim=1).squeeze(2)
+    return torch.bmm(rows, indicator).unsqueeze(2).split(attentions[0].shape[1], dim=1)
 
 
 def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

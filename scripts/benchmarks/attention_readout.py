@@ -69,6 +69,7 @@ def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[C
         parts: AttentionParts, query: torch.Tensor, log_priors: torch.Tensor | None = None, num_layers: int = 1
     ) -> torch.Tensor:
         parts.weights.clear()
+        parts.rows.clear()
         for _ in range(num_layers):
             output = parts.attend(SDPA, layer, query, key, value, None, log_priors, **options).output
         parts.read_out()
@@ -87,7 +88,7 @@ def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[C
     reading = AttentionParts(ids, NUM_MODALITIES, runs=runs, counts=visible_counts(None, ids, length, NUM_MODALITIES))
     learning = AttentionParts(ids, NUM_MODALITIES, runs=runs)
     guiding = AttentionParts(ids, NUM_MODALITIES, runs=runs, guidance=0.5)
-    decoding = AttentionParts(ids, NUM_MODALITIES, counts=visible_counts(None, ids, 1, NUM_MODALITIES))
+    decoding = AttentionParts(ids, NUM_MODALITIES, counts=visible_counts(None, ids, 1, NUM_MODALITIES), keeps_rows=True)
     last = query[:, :, -1:]
     return {
         "forward_with_readout": (
