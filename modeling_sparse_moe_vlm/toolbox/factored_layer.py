@@ -339,12 +339,23 @@ class _AdaptedStack(FactoredWeight):
         """The parameter elsewhere: so Accelerate sends it away again."""
         return self.base.to(*args, **kwargs)
 
-    def __getitem__(self, index: Any) -> FactoredWeight:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return self._element(*index)
         held, rescale = self._held, self.rescale
         of = index if held is None else held[index]
         return FactoredWeight(
             self.base[index], [update[of] for update in self._updates], None if rescale is None else rescale[index]
         )
+
+    def _element(self, expert: int, *place: int) -> torch.Tensor:
+        """A number within the weights, which keeps the adapters of experts without tokens in the graph."""
+        matrix = self[expert]
+        weight = matrix.base + sum(update.product() for update in matrix.updates)
+        if matrix.rescale is not None:
+            weight = self._layer._out_first(weight[None]) * matrix.rescale[None, :, None]
+            weight = self._layer._out_first(weight)[0]
+        return weight[place]
 
 
 def _plain(config: LoraConfig) -> LoraConfig:

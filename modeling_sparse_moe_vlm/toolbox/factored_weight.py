@@ -92,11 +92,6 @@ class FactoredWeight:
             raise ValueError(f"a stack of experts has no transpose({dim0}, {dim1}) but that of its matrices.")
         return FactoredWeight(self.base.transpose(1, 2), [update.transpose() for update in self.updates], self.rescale)
 
-    def added_up(self) -> torch.Tensor:
-        """The weights as one tensor. Rescaled outputs are columns, as in a stack of shape `(E, inputs, outputs)`."""
-        weight = self.base + sum(update.product() for update in self.updates)
-        return weight if self.rescale is None else weight * self.rescale.unsqueeze(-2)
-
     def _linear(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = F.linear(inputs, self.base)
         for update in self.updates:
@@ -114,8 +109,11 @@ class FactoredWeight:
         if rescale is None:
             return output
         if function in GROUPED:
-            rescale = rescale[_rows(options["offs"] if options else rest[0], output.shape[0])]
-        return output * rescale
+            owners = _owners(options["offs"] if options else rest[0], output.shape[0])
+            # Rows of nobody were not written, and what they hold must not get into the gradients of `rescale`.
+            output = output.masked_fill((owners == rescale.shape[0]).unsqueeze(-1), 0.0)
+            return output * rescale[owners.clamp(max=rescale.shape[0] - 1)]
+        return output * (rescale.unsqueeze(-2) if rescale.dim() == 2 else rescale)
 
     def _from_the_left(self, function: Callable, inputs: torch.Tensor) -> torch.Tensor:
         output = function(self.base, inputs)
@@ -155,7 +153,7 @@ GROUPED = {
 PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
 
 
-def _rows(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The expert of each row, from the ends of the experts' rows. Rows behind the last belong to nobody."""
+def _owners(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The expert of each row, from the ends of the experts' rows. Rows behind the last belong to nobody, E."""
     rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
-    return torch.searchsorted(offsets, rows, right=True).clamp(max=offsets.shape[0] - 1)
+    return torch.searchsorted(offsets, rows, right=True)
