@@ -198,6 +198,16 @@ def test_attention_of_layers_without_experts():
     assert config.target_modules == {f"{LAYERS}.0.self_attn.{x}_proj" for x in "qkvo"}
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_models_routers(name):
+    changed = changes(make_model(name), routers=True, layers=[1])
+    weights = {name.split(".1.mlp.")[1] for name in changed if name.endswith(("gate.weight", "router.weight"))}
+    assert weights == {
+        "aria": {"router.weight"}, "gpt_oss": {"router.weight"},
+        "ernie4_5_vl_moe": {"text_moe.gate.weight", "vision_moe.gate.weight"},
+    }.get(name, {"gate.weight"})  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["isolated", "qwen3_moe"])
 def test_routers_are_trained_saved_and_recorded_once(name, tmp_path):
     model = adapted(make_model(name), routers=True, layers=[1])
