@@ -43,8 +43,8 @@ def expert_lora_config(
     The PEFT configuration of LoRA on some of a model's experts, all of them by default: for `get_peft_model`, or for
     `model.add_adapter`. The adapters run factored at once. All names in it are full, so nothing else is adapted.
 
-    Always-on groups are experts, too: dense networks, which have adapters as such. Groups of one modality leave tokens
-    of the others as they are; attention and routers serve all.
+    Always-on groups of the configuration are experts, too: dense networks, which have adapters as such. Groups of one
+    modality leave tokens of the others as they are; attention and routers serve all.
 
     Args:
         model (`PreTrainedModel`):
