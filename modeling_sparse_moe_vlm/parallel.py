@@ -111,9 +111,9 @@ def _check_tensor_parallelism(config: SparseMoeVlmTextConfig, sizes: Any) -> Non
         )
 
 
-def mend_expert_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, int]) -> None:
+def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, int]) -> None:
     """
-    What the library leaves undone in a model whose experts it has shared out.
+    What the library leaves undone in a model that it has shared out.
 
     Args:
         model (`nn.Module`):
@@ -123,6 +123,15 @@ def mend_expert_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.M
         num_experts (`dict[nn.Module, int]`):
             By stack of experts that may be sent the sentinel id, its number of experts before.
     """
+    # Not every build of torch has it, and only several processes need it.
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    for method in ("generate", "get_image_features"):
+        # Both run the vision tower outside the model's forward, which gathers the weights under FSDP2, and only then.
+        if hasattr(model, method):
+            register_fsdp_forward_method(model, method)
+    if sizes.ep_size == 1:
+        return
     for experts, number in num_experts.items():
         _skip_sentinels(experts, number)
     if sizes.efsdp_size == 1:

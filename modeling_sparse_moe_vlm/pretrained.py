@@ -18,7 +18,7 @@ from .checkpoint_files import named_damage, no_mixture
 from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
-from .parallel import mend_expert_parallelism, prepare_plans
+from .parallel import mend_parallelism, prepare_plans
 from .routing import SparseMoeVlmTopKRouter
 
 logger = logging.get_logger(__name__)
@@ -113,8 +113,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         receivers = [module for module in model.modules() if getattr(module, "_is_expert_parallel", False)]
         num_experts = {module: module.num_experts for module in receivers}
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
-        if distributed_config.ep_size > 1:
-            mend_expert_parallelism(model, distributed_config, num_experts)
+        mend_parallelism(model, distributed_config, num_experts)
         return model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
