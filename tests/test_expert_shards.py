@@ -175,7 +175,7 @@ def test_a_map_names_shards(name, tmp_path):
 
 def test_plans_spread_shards_by_load():
     """The shards of a layer lie on as many devices as there are, and the hot ones not together."""
-    config = make_config(num_experts=8, num_hidden_layers=4)
+    config = make_config(num_experts=8, num_hidden_layers=4, moe_intermediate_size=512)
     config.num_expert_shards = 8
     routing = torch.tensor([[8.0, 8, 8, 8, 1, 1, 1, 1]] * 4)
     for measured in (None, routing):
@@ -185,6 +185,29 @@ def test_plans_spread_shards_by_load():
             assert sorted(of_layer) == [0, 0, 1, 1, 2, 2, 3, 3]
         for share in describe_placement(config, device_map, measured):
             assert share.load["all"] == pytest.approx(0.25)
+
+
+def test_plans_are_even_in_bytes_and_in_the_load_of_every_modality():
+    """Experts that differ a hundredfold, and not the same ones for texts and pictures; twice as many shards as
+    devices, which the order of the shards alone would spread unevenly."""
+    config = make_config(num_experts=32, num_hidden_layers=24, moe_intermediate_size=512)
+    config.num_expert_shards = 16
+    generator = torch.Generator().manual_seed(0)
+    routing = {
+        modality: torch.stack([(1 / torch.arange(1, 33))[torch.randperm(32, generator=generator)] for _ in range(24)])
+        for modality in ("text", "image")
+    }
+    device_map = plan_expert_placement(config, dict.fromkeys(range(8), "1GB"), routing)
+    shares = describe_placement(config, device_map, routing)
+    for values in (
+        [s.bytes for s in shares],
+        [s.load["text"] for s in shares],
+        [s.load["image"] for s in shares],
+    ):
+        assert max(values) * 8 / sum(values) < 1.05
+    in_turn = {entry: int(entry.rpartition(".")[2]) // 2 if ".shards." in entry else 0 for entry in device_map}
+    unaware = describe_placement(config, in_turn, routing)
+    assert max(share.load["text"] for share in unaware) * 8 > 1.05
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -232,12 +233,10 @@ def _parts(model: PreTrainedModel, routing: Any) -> list[_Part]:
     layers = _decoder_layers(model, experts)
     sizes: dict[str, int] = {}
     for name, size in _tensors(model).items():
-        pieces = name.split(".")
-        for end in range(1, len(pieces) + 1):
-            prefix = ".".join(pieces[:end])
+        for prefix in _prefixes(name):
             sizes[prefix] = sizes.get(prefix, 0) + size
     parents = {name.rsplit(".", depth)[0] for name in (*experts, *layers) for depth in range(1, name.count(".") + 1)}
-    parameters = {name for name, _ in model.named_parameters()}
+    with_parameters = {prefix for name, _ in model.named_parameters() for prefix in _prefixes(name)}
     names = list(_names(model, "", parents - set(experts), set(sizes)))
     first_layer = min(number for number, name in enumerate(names) if name.startswith(f"{layers[0]}.") or name in layers)
     of_layer = {f"{layer}.": layer for layer in layers}
@@ -246,8 +245,7 @@ def _parts(model: PreTrainedModel, routing: Any) -> list[_Part]:
         layer = next((layer for prefix, layer in of_layer.items() if f"{name}.".startswith(prefix)), None)
         part = _Part(name, sizes[name], name in experts, layer)
         # Rotary tables and the like stand behind the layers, too, but are read before them.
-        has_parameters = any(f"{parameter}.".startswith(f"{name}.") for parameter in parameters)
-        part.is_last = layer is None and number > first_layer and has_parameters
+        part.is_last = layer is None and number > first_layer and name in with_parameters
         if part.is_experts:
             part.place, part.load = place_of(name, config)[0], loads[name]
         parts.append(part)
@@ -260,9 +258,9 @@ def _parts(model: PreTrainedModel, routing: Any) -> list[_Part]:
 
 
 def _mark_apart(parts: Sequence[_Part], has_routing: bool) -> None:
-    places = [part.place for part in parts if part.is_experts]
+    places = Counter(part.place for part in parts if part.is_experts)
     for part in parts:
-        has_siblings = part.is_experts and places.count(part.place) > 1
+        has_siblings = part.is_experts and places[part.place] > 1
         is_shard = ".shards." in part.name
         part.is_apart = part.is_experts and (part.layer is None or is_shard or (has_siblings and has_routing))
 
@@ -293,6 +291,12 @@ def _names(module: nn.Module, name: str, parents: set[str], filled: set[str]) ->
             yield f"{prefix}{own}"
     for child_name, child in module.named_children():
         yield from _names(child, f"{prefix}{child_name}", parents, filled)
+
+
+def _prefixes(name: str) -> list[str]:
+    """The modules that a name lies in, from the outermost on, and the name itself."""
+    pieces = name.split(".")
+    return [".".join(pieces[:end]) for end in range(1, len(pieces) + 1)]
 
 
 def _part_of(parts: Sequence[_Part], tensor: str) -> _Part:
@@ -447,8 +451,7 @@ def _device_map(parts: Sequence[_Part], devices: Mapping[str, Device]) -> Device
 
 def _lookup(device_map: Mapping[str, Device], name: str) -> Device:
     """The device of a module or tensor: that of the longest name in the map that it lies under."""
-    pieces = name.split(".")
-    for end in range(len(pieces), -1, -1):
-        if (prefix := ".".join(pieces[:end])) in device_map:
+    for prefix in (*reversed(_prefixes(name)), ""):
+        if prefix in device_map:
             return device_map[prefix]
     raise ValueError(f"the device map gives no device for {name!r}: name it, or a module that it lies in.")

@@ -33,8 +33,7 @@ class Bin:
 
     def with_item(self, item: Item) -> list[float]:
         """The shares that it would have with the item."""
-        own = self.shares or [0.0] * len(item.shares)
-        return [a + b for a, b in zip(own, item.shares, strict=True)]
+        return _add(self.shares or [0.0] * len(item.shares), item.shares)
 
     def add(self, item: Item) -> None:
         self.shares = self.with_item(item)
@@ -79,8 +78,8 @@ def _fill(items: Sequence[Item], bins: Sequence[Bin], limit: float) -> list[Bin]
 
 def spread(families: Sequence[Sequence[Item]], bins: list[Bin]) -> bool:
     """
-    Adds families of items (the shards and groups of one layer) to the bins: heavy items first, each to the bin that
-    has least of its family, and of these to the one that is least full.
+    Adds families of items (the shards and groups of one layer) to the bins: heavy items first, each where its family
+    has little yet, and where there is little altogether.
 
     Returns:
         `bool`: whether there was room.
@@ -88,19 +87,29 @@ def spread(families: Sequence[Sequence[Item]], bins: list[Bin]) -> bool:
     for family in families:
         totals = [sum(shares) or 1.0 for shares in zip(*(item.shares for item in family), strict=True)]
         of_family = [[0.0] * len(totals) for _ in bins]
-
-        def key(number: int, item: Item, of_family=of_family, totals=totals) -> tuple[float, float]:
-            own = [a + b for a, b in zip(of_family[number], item.shares, strict=True)]
-            parts = [share / total for share, total in zip(own, totals, strict=True)]
-            # The work of the busiest modality and that of all. Nearly equal is equal, or noise would decide and the
-            # devices fill unevenly.
-            return round(max(parts) + sum(parts) / len(parts), 1), max(bins[number].with_item(item))
-
+        # What a bin has when all are even, once the family is there.
+        shares = zip(*(full.shares or [0.0] * len(totals) for full in bins), strict=True)
+        even = [(sum(of_all) + total) / len(bins) for of_all, total in zip(shares, totals, strict=True)]
         for item in sorted(family, key=lambda item: -max(item.shares)):
             open_bins = [number for number, full in enumerate(bins) if full.fits(item)]
             if not open_bins:
                 return False
-            chosen = min(open_bins, key=lambda number: key(number, item))
+            costs = {
+                number: _cost(bins[number].with_item(item), _add(of_family[number], item.shares), totals, even)
+                for number in open_bins
+            }
+            chosen = min(costs, key=costs.__getitem__)
             bins[chosen].add(item)
-            of_family[chosen] = [a + b for a, b in zip(of_family[chosen], item.shares, strict=True)]
+            of_family[chosen] = _add(of_family[chosen], item.shares)
     return True
+
+
+def _cost(altogether: list[float], of_family: list[float], totals: list[float], even: list[float]) -> float:
+    """How uneven a bin would be: in bytes or the busiest modality and on average, within the family and altogether."""
+    own = [share / total for share, total in zip(of_family, totals, strict=True)]
+    excess = [(share - mean) / total for share, mean, total in zip(altogether, even, totals, strict=True)]
+    return max(own) + sum(own) / len(own) + max(excess) + sum(excess) / len(excess)
+
+
+def _add(first: list[float], second: list[float]) -> list[float]:
+    return [a + b for a, b in zip(first, second, strict=True)]
