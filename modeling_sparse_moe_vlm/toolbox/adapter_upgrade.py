@@ -93,7 +93,7 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
         return layouts.pop()
     if not any(True for _ in _adapted_stacks(model, config, weights)):
         return False
-    version = config.get("peft_version")
+    version = config.get("peft_version") or ""
     check(
         bool(version),
         "the experts are square and the adapter names no `peft_version`, so that inputs and outputs of its factors "

@@ -185,7 +185,7 @@ def num_adapter_parameters(model: nn.Module) -> int:
     that an adapter may not change. PEFT's own count has the zeros, too.
     """
     total = 0
-    counted = set()
+    counted: set[nn.Parameter] = set()
     for layer in model.modules():
         if not isinstance(layer, FactoredExpertsLayer):
             continue

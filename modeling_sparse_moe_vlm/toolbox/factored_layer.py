@@ -305,8 +305,9 @@ class _Magnitude(nn.Module):
 class _AdaptedStack(FactoredWeight):
     """The stack of a layer's experts with adapters, looked up when it is used: hooks bring weights in just before."""
 
-    def __init__(self, layer: FactoredExpertsLayer, experts: nn.Module, adapters: Sequence[str]):
+    def __init__(self, layer: FactoredExpertsLayer, experts: Any, adapters: Sequence[str]):
         self._layer = layer
+        self._rescale: torch.Tensor | None = None
         self._experts = experts
         self._adapters = adapters
         self._updates = [layer.update(name) for name in adapters]
@@ -328,8 +329,14 @@ class _AdaptedStack(FactoredWeight):
 
     @property
     def rescale(self) -> torch.Tensor | None:  # type: ignore[override]
-        name = self._adapters[0]
-        return self._layer.rescale(name, self.base, self._held) if self._layer.use_dora.get(name) else None
+        name, held = self._adapters[0], self._held
+        if not self._layer.use_dora.get(name):
+            return None
+        if held is not None:
+            return self._layer.rescale(name, self.base, held)
+        if self._rescale is None:  # once, where experts are taken one by one
+            self._rescale = self._layer.rescale(name, self.base)
+        return self._rescale
 
     @property
     def requires_grad(self) -> bool:

@@ -157,6 +157,8 @@ def test_compiled(name, implementation):
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert_equal(compiled(*call), layer(*call))
+    if implementation == "grouped_mm" and not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("this version of Transformers compiles no backward of grouped products, with adapters or without")
     for got, wanted in zip(run_layer(compiled, *call), run_layer(layer, *call)):
         assert_equal(got, wanted, 2e-5)
 

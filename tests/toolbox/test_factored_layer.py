@@ -14,6 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import (
     num_adapter_parameters,
 )
 from modeling_sparse_moe_vlm.toolbox.factored_layer import FactoredExpertsLayer, is_experts, run_factored
+from modeling_sparse_moe_vlm.toolbox.paging import page_experts
 from tests.in_tree_moe import (
     adapt,
     adapter_tensors,
@@ -248,6 +249,29 @@ def test_dora_holds_the_norm_constant_in_backward():
     logits = torch.func.functional_call(make_model("qwen3_moe", num_hidden_layers=1), weights, kwargs=inputs).logits
     expected = torch.autograd.grad((logits.sin() * 3).sum(), list(tensors.values()))
     assert_equal(gradients, dict(zip(tensors, expected)), 5e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_dora_of_paged_and_of_compiled_experts(name, implementation):
+    model = make_model(name, num_hidden_layers=1).requires_grad_(False)
+    model.set_experts_implementation(implementation)
+    adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True)))
+    with torch.no_grad():
+        for layer in layers_of(adapted):
+            layer.lora_magnitude_vector["default"].weight.abs_().add_(0.5)
+    inputs = make_inputs(model)
+    expected = logits_and_gradients(adapted, inputs)
+    with page_experts(adapted, 3):
+        for got, wanted in zip(logits_and_gradients(adapted, inputs), expected):
+            assert_equal(got, wanted, 3e-5)
+    if implementation == "eager":
+        return
+    layer, call = layers_of(adapted)[0], (torch.randn(5, 32), torch.randint(8, (5, 2)), torch.rand(5, 2))
+    torch.compiler.reset()
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert_equal(compiled(*call), layer(*call))
 
 
 def test_dora_is_active_alone():
