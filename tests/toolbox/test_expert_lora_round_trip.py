@@ -264,3 +264,37 @@ def test_quantised_attention_beside_factored_experts(bits):
         assert_equal(got, wanted, 2e-5)
     losses = train(adapted, inputs)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
+def test_experts_in_eight_bits(name, config, tmp_path):
+    """A merged model whose experts are quantised gets another adapter, which PEFT's own path cannot run."""
+    quantization = pytest.importorskip("torchao.quantization")
+    config = getattr(quantization, config)()
+    adapted = adapt(make_model(name))
+    inputs = make_inputs(adapted.get_base_model())
+    exact = logits_of(adapted, inputs)
+    adapted.merge_and_unload().save_pretrained(tmp_path)
+    model = type(adapted.get_base_model()).from_pretrained(tmp_path, experts_implementation="eager")
+    stacks = quantization.FqnToConfig({r"re:.*experts.*\.(gate_up|down)_proj": config})
+    quantization.quantize_(model, stacks, filter_fn=None)
+    assert {type(experts.down_proj) is nn.Parameter for experts in experts_of(model).values()} == {False}
+    quantised = logits_of(model, inputs)
+    # Not the same numbers, and for some tokens not the same experts.
+    assert 0 < (quantised - exact).norm() < 0.4 * exact.norm()
+
+    adapted = adapt(model, seed=5)
+    with pytest.raises(NotImplementedError, match="Tensor dispatch"):
+        adapted(**inputs)
+    # The same adapter on the experts as they are after quantisation, in plain numbers.
+    plain = type(model).from_pretrained(tmp_path, experts_implementation="eager")
+    for experts, low in zip(experts_of(plain).values(), experts_of(model).values(), strict=True):
+        for stack in STACKS:
+            getattr(experts, stack).data.copy_(getattr(low, stack).dequantize())
+    expected = logits_and_gradients(adapt(plain, seed=5), inputs)
+    got = logits_and_gradients(factor_expert_lora(adapted), inputs)
+    assert (got[0] - quantised).abs().max() > 0.1 * quantised.abs().max()
+    assert len(got[1]) == 4 * len(experts_of(model))
+    for one, other in zip(got, expected):
+        assert_equal(one, other, 1e-3)
