@@ -135,10 +135,6 @@ class FactoredExpertsLayer(ParamWrapper):
 
     def update(self, adapter_name: str) -> LowRankUpdate:
         """The adapter's update of the stack, in its orientation, ready to be multiplied with."""
-        weights = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
-        return self._keep("update", adapter_name, weights, lambda: self._make_update(adapter_name))
-
-    def _make_update(self, adapter_name: str) -> LowRankUpdate:
         dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
         a, b = self.factors(adapter_name)
         if a.is_meta:
@@ -193,7 +189,7 @@ class FactoredExpertsLayer(ParamWrapper):
             self._kept.clear()
             return make()
         state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
-        state, kept = [*state, self.scaling[adapter_name]], self._kept.get((what, adapter_name))
+        state, kept = [*state, *self.scaling.values()], self._kept.get((what, adapter_name))
         if kept is None or kept[0] != state:
             kept = self._kept[what, adapter_name] = state, make()
         return kept[1]
@@ -260,11 +256,19 @@ class FactoredExpertsLayer(ParamWrapper):
             for layer in layers:
                 names = [name for name in adapter_names if name in layer.lora_A]
                 if names:
-                    found_first[layer.parameter_name] = _AdaptedStack(layer, experts, names)
+                    found_first[layer.parameter_name] = layer._stack(experts, names)
             return experts(*args, **kwargs)
         finally:
             for layer in layers:
                 found_first.pop(layer.parameter_name, None)
+
+    def _stack(self, experts: nn.Module, adapter_names: list[str]) -> _AdaptedStack:
+        """What stands in for the stack; DoRA's also depends on weights that may have changed."""
+        if any(self.use_dora.get(name) for name in adapter_names):
+            return _AdaptedStack(self, experts, adapter_names)
+        weights = [factors[name].weight for factors in (self.lora_A, self.lora_B) for name in adapter_names]
+        key = f"{adapter_names} {experts._parameters[self.parameter_name].dtype}"
+        return self._keep("stack", key, weights, lambda: _AdaptedStack(self, experts, adapter_names))
 
     def _forward_by_row(self, x: torch.Tensor, args: Sequence[torch.Tensor], adapter_names: list[str]) -> torch.Tensor:
         """Each row of the batch with its adapter: the experts run once per adapter, on the tokens of its rows."""

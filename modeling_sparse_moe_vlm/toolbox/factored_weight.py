@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+# Up to which the CPU is faster with the products of each expert than with a grouped one, which looks at all experts.
+FEW_ROWS = 32
 
 
 class LowRankUpdate:
@@ -28,19 +28,23 @@ class LowRankUpdate:
         dropout (`nn.Module`, *optional*): Applied to what the update is multiplied with, not to what W is.
     """
 
-    __slots__ = ("dropout", "left", "right", "scaling")
+    __slots__ = ("_transposed", "dropout", "left", "right", "scaling")
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float, dropout: nn.Module | None = None):
         self.left = left
         self.right = right
         self.scaling = scaling
         self.dropout = dropout
+        self._transposed: LowRankUpdate | None = None
 
     def __getitem__(self, index: Any) -> LowRankUpdate:
         return LowRankUpdate(self.left[index], self.right[index], self.scaling, self.dropout)
 
     def transpose(self) -> LowRankUpdate:
-        return LowRankUpdate(self.right.transpose(-2, -1), self.left.transpose(-2, -1), self.scaling, self.dropout)
+        if self._transposed is None:
+            left, right = self.right.transpose(-2, -1), self.left.transpose(-2, -1)
+            self._transposed = LowRankUpdate(left, right, self.scaling, self.dropout)
+        return self._transposed
 
     def product(self) -> torch.Tensor:
         return (self.left @ self.right) * self.scaling
@@ -96,20 +100,27 @@ class FactoredWeight:
         output = F.linear(inputs, self.base)
         for update in self.updates:
             reduced = update.scaled(F.linear(update.dropped(inputs), update.right))
-            output = output + F.linear(reduced, update.left)
+            if torch.is_grad_enabled() or output.dtype != update.left.dtype or output.dim() != 2:
+                output = output + F.linear(reduced, update.left)
+            else:
+                output.addmm_(reduced, update.left.t())
         output = output if self.rescale is None else output * self.rescale
         return output if bias is None else output + bias
 
     def _from_the_right(self, function: Callable, inputs: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         output = function(inputs, self.base, *rest, **options)
+        offsets = (options["offs"] if options else rest[0]) if function in GROUPED else None
         for update in self.updates:
+            if offsets is not None and inputs.shape[0] <= FEW_ROWS and _can_add_in_place(inputs, output, update):
+                _add_by_expert(output, update, inputs, offsets)
+                continue
             reduced = update.scaled(function(update.dropped(inputs), update.left, *rest, **options))
             output = output + function(reduced, update.right, *rest, **options)
         rescale = self.rescale
         if rescale is None:
             return output
-        if function in GROUPED:
-            owners = _owners(options["offs"] if options else rest[0], output.shape[0])
+        if offsets is not None:
+            owners = _owners(offsets, output.shape[0])
             # Rows of nobody were not written, and what they hold must not get into the gradients of `rescale`.
             output = output.masked_fill((owners == rescale.shape[0]).unsqueeze(-1), 0.0)
             return output * rescale[owners.clamp(max=rescale.shape[0] - 1)]
@@ -151,6 +162,24 @@ GROUPED = {
     if function is not None
 }
 PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
+
+
+def _can_add_in_place(inputs: torch.Tensor, output: torch.Tensor, update: LowRankUpdate) -> bool:
+    return (
+        output.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and inputs.dtype == output.dtype == update.left.dtype
+    )
+
+
+def _add_by_expert(output: torch.Tensor, update: LowRankUpdate, inputs: torch.Tensor, offsets: torch.Tensor) -> None:
+    inputs, start = update.dropped(inputs), 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > start:
+            reduced = update.scaled(torch.mm(inputs[start:end], update.left[expert]))
+            output[start:end].addmm_(reduced, update.right[expert])
+            start = end
 
 
 def _owners(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
