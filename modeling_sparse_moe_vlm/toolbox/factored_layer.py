@@ -71,6 +71,8 @@ class FactoredExpertsLayer(ParamWrapper):
         # Set by a container of experts that hands its groups some of the tokens: their places, and the number of all.
         self.token_rows: tuple[torch.Tensor | None, int] | None = None
         self._kept: dict[tuple[str, str], tuple[Any, Any]] = {}
+        # Of the call that runs.
+        self._num_tokens: int | None = None
         self._merged_rescale: dict[str, torch.Tensor] = {}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -184,12 +186,17 @@ class FactoredExpertsLayer(ParamWrapper):
         return (magnitude / norm.to(magnitude.dtype)).to(base.dtype)
 
     def _keep(self, what: str, adapter_name: str, weights: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        """What is made of the weights: anew in training, and kept between the steps of generation."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
+        """
+        What is made of the weights: kept between the steps of generation, which have few tokens, and as many as the
+        step before. Anew in other calls, since nothing tells of weights that were written through `.data`, as PEFT's
+        hotswapping does, and it costs little beside the products of many tokens.
+        """
+        is_step = self._num_tokens is not None and self._num_tokens < self.num_experts and not torch.is_grad_enabled()
+        if not is_step or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
             self._kept.clear()
             return make()
         state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
-        state, kept = [*state, *self.scaling.values()], self._kept.get((what, adapter_name))
+        state, kept = [self._num_tokens, *state, *self.scaling.values()], self._kept.get((what, adapter_name))
         if kept is None or kept[0] != state:
             kept = self._kept[what, adapter_name] = state, make()
         return kept[1]
@@ -254,12 +261,14 @@ class FactoredExpertsLayer(ParamWrapper):
         found_first = experts.__dict__
         try:
             for layer in layers:
+                layer._num_tokens = args[0].shape[0]
                 names = [name for name in adapter_names if name in layer.lora_A]
                 if names:
                     found_first[layer.parameter_name] = layer._stack(experts, names)
             return experts(*args, **kwargs)
         finally:
             for layer in layers:
+                layer._num_tokens = None
                 found_first.pop(layer.parameter_name, None)
 
     def _stack(self, experts: nn.Module, adapter_names: list[str]) -> _AdaptedStack:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import ExpertLoraConfig, factor_expert_lora, load_expert_lora
@@ -189,3 +190,21 @@ def test_a_second_adapter_by_peft(tmp_path):
     assert_equal(logits_of(adapted, inputs), second, 2e-5)
     adapted.unmerge_adapter()
     assert_equal(logits_of(adapted, inputs), first, 2e-5)
+
+
+@torch.no_grad()
+def test_hotswapping(tmp_path):
+    """PEFT writes the other adapter's values through `.data`, which leaves no trace but the values."""
+    adapt(make_model("qwen3_moe"), seed=9).save_pretrained(tmp_path)
+    adapted = factor_expert_lora(adapt(make_model("qwen3_moe"))).eval()
+    inputs = make_inputs(adapted.get_base_model())
+    short = {key: value[:1, :3] for key, value in inputs.items()}
+    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    logits, tokens = logits_of(adapted, inputs), adapted.generate(**short, **greedy)
+    hotswap_adapter(adapted, str(tmp_path), "default", torch_device="cpu")
+    fresh = load_expert_lora(make_model("qwen3_moe"), tmp_path)
+    expected, expected_tokens = logits_of(fresh, inputs), fresh.generate(**short, **greedy)
+    assert (logits - expected).abs().max() > 0.1 * expected.abs().max()
+    assert not torch.equal(tokens, expected_tokens)
+    assert torch.equal(adapted.generate(**short, **greedy), expected_tokens)
+    assert_equal(logits_of(adapted, inputs), expected)
