@@ -195,7 +195,7 @@ class FactoredExpertsLayer(ParamWrapper):
         if not is_step or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
             self._kept.clear()
             return make()
-        state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
+        state: list[Any] = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
         state, kept = [self._num_tokens, *state, *self.scaling.values()], self._kept.get((what, adapter_name))
         if kept is None or kept[0] != state:
             kept = self._kept[what, adapter_name] = state, make()
@@ -271,7 +271,7 @@ class FactoredExpertsLayer(ParamWrapper):
                 layer._num_tokens = None
                 found_first.pop(layer.parameter_name, None)
 
-    def _stack(self, experts: nn.Module, adapter_names: list[str]) -> _AdaptedStack:
+    def _stack(self, experts: Any, adapter_names: list[str]) -> _AdaptedStack:
         """What stands in for the stack; DoRA's also depends on weights that may have changed."""
         if any(self.use_dora.get(name) for name in adapter_names):
             return _AdaptedStack(self, experts, adapter_names)
