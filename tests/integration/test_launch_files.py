@@ -16,6 +16,8 @@ from tests.conftest import make_model
 from tests.processes import ROOT, launch
 from tests.small_training import train
 
+pytestmark = pytest.mark.slow
+
 CONFIGURATIONS = ROOT / "configuration/accelerate"
 SPARSE = "modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer as Trainer"
 PLAIN = "transformers import Trainer"

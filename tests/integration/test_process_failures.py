@@ -2,8 +2,12 @@
 
 import time
 
+import pytest
+
 from tests.conftest import make_model
 from tests.processes import run_in_processes
+
+pytestmark = pytest.mark.slow
 
 REFUSED = """
 import os, resource, sys
