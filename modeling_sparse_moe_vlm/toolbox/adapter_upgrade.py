@@ -27,6 +27,7 @@ from torch import nn
 
 from ..checks import check
 from .factored_layer import is_experts
+from .model_structure import name_without_adapters
 
 ORIENTED_SINCE = Version("0.19.0")
 
@@ -77,7 +78,8 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
         ValueError: If the adapter does not fit the model, or if neither shapes nor version tell.
     """
     layouts = set()
-    for prefix, (num_experts, outputs, inputs) in _adapted_stacks(model, config, weights):
+    adapted = list(_adapted_stacks(model, config, weights))
+    for prefix, (num_experts, outputs, inputs) in adapted:
         a, b = weights[f"{prefix}.lora_A.weight"], weights[f"{prefix}.lora_B.weight"]
         sides = a.shape[1], b.shape[0]
         fits_old, fits_new = sides == (outputs, inputs), sides == (inputs, outputs)
@@ -91,7 +93,7 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
     check(len(layouts) < 2, "some experts' factors have today's layout, and some that of PEFT before 0.19.")
     if layouts:
         return layouts.pop()
-    if not any(True for _ in _adapted_stacks(model, config, weights)):
+    if not adapted:
         return False
     version = config.get("peft_version") or ""
     check(
@@ -116,8 +118,7 @@ def _adapted_stacks(
     for module_name, module in model.named_modules():
         if not is_experts(module) or module.is_transposed:
             continue
-        # Of a model with adapters.
-        module_name = module_name.removeprefix("base_model.model.").replace(".base_layer", "")
+        module_name = name_without_adapters(module_name)
         adapted = [
             name
             for name, _ in module.named_parameters(recurse=False)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .factored_layer import is_experts, stacks
+from .model_structure import name_without_adapters
 from .placement_load import place_of
 
 PROJECTIONS = ("gate", "up", "down")
@@ -80,15 +80,11 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     return list(banks.values())
 
 
-def base_model_of(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules by the name that they have without adapters."""
     for name, module in model.named_modules():
         if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name):
-            yield re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name), module
+            yield name_without_adapters(name), module
 
 
 def layer_of(name: str) -> int:

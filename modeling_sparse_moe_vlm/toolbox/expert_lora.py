@@ -24,6 +24,7 @@ from torch import nn
 from ..checks import check
 from .adapter_upgrade import is_old, is_old_version
 from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
+from .model_structure import name_without_adapters
 
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
@@ -57,8 +58,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
         if not layer.get_base_layer().is_transposed:
             _check_orientation(getattr(model, "peft_config", {}), list(layer.lora_A))
         if not isinstance(layer, FactoredExpertsLayer):
-            module_name = name.replace(".base_layer", "").removeprefix("base_model.model.")
-            FactoredExpertsLayer.take_over(layer, f"{module_name}.{layer.parameter_name}")
+            FactoredExpertsLayer.take_over(layer, f"{name_without_adapters(name)}.{layer.parameter_name}")
         for adapter_name in layer.lora_A:
             layer.keep_zero_outputs(adapter_name)
     return model

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checks import check
-from .expert_banks import PROJECTIONS, ExpertBank, base_model_of, expert_banks, layer_of, modules_of
+from .expert_banks import PROJECTIONS, ExpertBank, expert_banks, layer_of, modules_of
 from .expert_lora import ExpertLoraConfig
 from .factored_layer import run_factored
+from .model_structure import base_model_of
 from .placement_load import expert_counts
 
 # What the modules that choose experts are called.

@@ -18,15 +18,15 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from .factored_weight import FactoredWeight, LowRankUpdate
+from .model_structure import uses_experts_interface
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
 ROW_BYTES = 16
-MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")
 
 
 def is_experts(module: nn.Module) -> bool:
     """Whether the module holds a stack of experts and runs them through Transformers' experts interface."""
-    return not isinstance(module, LoraLayer) and all(hasattr(module, mark) for mark in MARKS) and bool(stacks(module))
+    return not isinstance(module, LoraLayer) and uses_experts_interface(module) and bool(stacks(module))
 
 
 def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:

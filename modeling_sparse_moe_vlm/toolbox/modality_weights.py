@@ -28,6 +28,7 @@ from ..cache_name import CACHE_NAME
 from ..checks import check, check_number
 from ..distributed_attention import Merged, attend_by_channels, count_free
 from .attention_interception import AttentionFunction, intercept_attention
+from .model_structure import base_model_of
 
 # Ids as in `ProcessorMixin.create_mm_token_type_ids`.
 MODALITIES = ("text", "image", "video", "audio")
@@ -151,8 +152,7 @@ def modality_weights(
             modality_ids.dim() == 2 and bool((modality_ids >= 0).all() and (modality_ids < len(MODALITIES)).all()),
             f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1}, for {', '.join(MODALITIES)}.",
         )
-    if hasattr(model, "get_base_model"):  # adapters of PEFT
-        model = model.get_base_model()
+    model = base_model_of(model)
     decoder = model.get_decoder()
     recorder = _Recorder(model.config, log_priors, modality_guidance, modality_ids)
     # Both ways to call the model lead through its base model.

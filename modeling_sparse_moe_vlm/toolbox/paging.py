@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from .expert_slots import ExpertSlots, MappedSlots
 from .expert_sources import ExpertSource, MemorySource, find_sources
+from .model_structure import base_model_of, uses_experts_interface
 
 
 @dataclass
@@ -125,9 +126,7 @@ def page_experts(
             not hold the experts of a token.
         OSError: If a file with experts is gone or truncated, now or while the model runs.
     """
-    base: Any = model
-    if hasattr(base, "get_base_model"):  # PEFT's wrapper
-        base = base.get_base_model()
+    base: Any = base_model_of(model)
     modules: dict[str, Any] = {name: module for name, module in base.named_modules() if _is_experts(module)}
     if not modules:
         raise ValueError(
@@ -339,9 +338,8 @@ class _Frozen(torch.autograd.Function):
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether Transformers' decorator made the module's class, and it holds experts itself (an adapter may wrap it)."""
-    marks = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
-    return all(hasattr(module, mark) for mark in marks) and bool(_stacks(module))
+    """Whether the module holds experts itself: an adapter may wrap it."""
+    return uses_experts_interface(module) and bool(_stacks(module))
 
 
 def _stacks(module: Any) -> dict[str, nn.Parameter]:

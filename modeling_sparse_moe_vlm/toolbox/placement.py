@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .model_structure import uses_experts_interface
 from .placement_load import expert_loads, place_of
 from .placement_packing import Bin, Item, partition, spread
 
@@ -203,10 +204,8 @@ def _skeleton(config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.
 
 def _experts(model: nn.Module) -> dict[str, int]:
     """By name, the modules that Transformers' experts interface runs, and their numbers of experts."""
-    marks = ("has_gate", "is_transposed", "_is_expert_parallel", "num_experts")
-    return {
-        name: module.num_experts for name, module in model.named_modules() if all(hasattr(module, m) for m in marks)
-    }
+    modules: Iterable[tuple[str, Any]] = model.named_modules()
+    return {name: module.num_experts for name, module in modules if uses_experts_interface(module)}
 
 
 def _tensors(model: nn.Module) -> dict[str, int]:
