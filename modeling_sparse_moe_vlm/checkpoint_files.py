@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -60,14 +61,27 @@ def _weights(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in files.items()}
 
 
-def _missing_bytes(path: Path) -> str | None:
-    """What a safetensors file lacks: 8 bytes with the length of the header, the header, and the tensors it lists."""
-    size = path.stat().st_size
+def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
+    """
+    The table of contents of a safetensors file, and the byte where its data begin: 8 bytes with the length of the
+    header, the header, and the tensors that it lists.
+
+    Raises:
+        OSError: If the file is not there.
+        ValueError: If it ends within its header, or the header is none.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return f"it ends at {size} bytes, within its header"
-        header = json.loads(file.read(length))
+        return json.loads(file.read(length)), 8 + length
+
+
+def _missing_bytes(path: Path) -> str | None:
+    """What a safetensors file lacks of what its header lists."""
+    size = path.stat().st_size
+    try:
+        header, start = read_header(path)
+    except ValueError:
+        return f"it has {size} bytes and no whole header"
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    whole = 8 + length + max(ends, default=0)
+    whole = start + max(ends, default=0)
     return None if size >= whole else f"it has {size} of {whole} bytes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import mmap
 import os
@@ -14,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
+
+from ..checkpoint_files import read_header
 
 # Names that the safetensors format has for types, https://github.com/huggingface/safetensors#format.
 SAFETENSORS_DTYPES = {
@@ -199,8 +200,7 @@ def _find_source(weights: Any, name: str, pin: bool, headers: dict[str, tuple[di
 def _read_header(path: str) -> tuple[dict[str, Any], int]:
     """The table of contents of a safetensors file, and where its data begin."""
     try:
-        with _explained(path), Path(path).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return json.loads(file.read(length)), 8 + length
+        with _explained(path):
+            return read_header(path)
     except ValueError as error:
         raise OSError(f"{path} is no whole safetensors file ({error}). Write or download it again.") from error
