@@ -24,8 +24,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import harness
 import torch
-from harness import MIN_REPETITIONS, Row, report, time_interleaved
+from harness import Row, report, time_interleaved
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3VLMoeTextConfig
@@ -193,16 +194,12 @@ def peak_memory(arguments: argparse.Namespace) -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
-    parser.add_argument("--repetitions", type=int, default=9, help=f"timed runs of each, at least {MIN_REPETITIONS}")
-    parser.add_argument("--size", choices=SIZES, help="sizes of the experts")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.repetitions < MIN_REPETITIONS:
-        parser.error(f"--repetitions must be at least {MIN_REPETITIONS}")
+    arguments = harness.parse_arguments(
+        __doc__,
+        repetitions=9,
+        size={"choices": SIZES, "help": "sizes of the experts"},
+        memory_of={"choices": VARIANTS, "help": argparse.SUPPRESS},
+    )
     arguments.size = arguments.size or ("small" if arguments.quick else "default")
     return arguments
 

@@ -22,7 +22,6 @@ Hit rate and tokens/s against the budget are printed, and drawn with `--picture`
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import re
@@ -32,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from harness import MIN_REPETITIONS, Row, report, time_interleaved
+from harness import MIN_REPETITIONS, Row, parse_arguments, report, time_interleaved
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
@@ -79,7 +78,8 @@ KINDS = {
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    drawn = {"type": Path, "help": "where to draw hit rate and speed against the budget (PNG)"}
+    arguments = parse_arguments(__doc__, picture=drawn)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device, repetitions = arguments.device, MIN_REPETITIONS if arguments.quick else arguments.repetitions
@@ -104,19 +104,6 @@ def main() -> None:
         draw(budgets, arguments.picture)
     rows += compare_groups()
     report("expert_offload", device, rows, arguments.json)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and budgets, within a minute")
-    parser.add_argument("--repetitions", type=int, default=15, help=f"timed runs, at least {MIN_REPETITIONS}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--picture", type=Path, help="where to draw hit rate and speed against the budget (PNG)")
-    arguments = parser.parse_args()
-    if arguments.repetitions < MIN_REPETITIONS:
-        parser.error(f"--repetitions must be at least {MIN_REPETITIONS}")
-    return arguments
 
 
 def make_models(folder: str, device: str) -> list[PreTrainedModel]:

@@ -43,13 +43,20 @@ class Row:
         return self.bar is None or self.ratio <= self.bar
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """`--json`, `--quick`, `--repetitions` and `--device`."""
+def parse_arguments(description: str | None, *, repetitions: int = 15, **own: dict[str, object]) -> argparse.Namespace:
+    """
+    `--json`, `--quick`, `--repetitions` and `--device`, and what a benchmark has of its own: by the option's name, the
+    arguments of `add_argument`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
-    parser.add_argument("--repetitions", type=int, default=15, help=f"timed runs of each, at least {MIN_REPETITIONS}")
+    parser.add_argument(
+        "--repetitions", type=int, default=repetitions, help=f"timed runs of each, at least {MIN_REPETITIONS}"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, options in own.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
     arguments = parser.parse_args()
     if arguments.repetitions < MIN_REPETITIONS:
         parser.error(f"--repetitions must be at least {MIN_REPETITIONS}")
