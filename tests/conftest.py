@@ -5,16 +5,14 @@ import torch
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
 
-TEXT_CONFIG = {
+# Sizes that tiny decoders and vision towers of every kind have.
+TINY_DECODER = {
     "vocab_size": 99,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "moe_intermediate_size": 24,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
     # At the usual 0.02 the experts of a tiny model hardly move the logits, and comparisons could not fail.
     "initializer_range": 0.2,
@@ -22,18 +20,20 @@ TEXT_CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-VISION_CONFIG = {
-    "model_type": "siglip_vision_model",
+TINY_TOWER = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "image_size": 16,
     "patch_size": 4,
-    "vision_use_head": False,
     "initializer_range": 0.2,
 }
+TEXT_CONFIG = TINY_DECODER | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+VISION_CONFIG = TINY_TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 IMAGE_TOKEN_ID = 3
+# Arguments of training runs that log nowhere, on the CPU.
+QUIET_TRAINING = {"use_cpu": True, "remove_unused_columns": False, "report_to": "none", "disable_tqdm": True}
 
 
 def make_config(vision_config: dict | None = None, **text_config) -> SparseMoeVlmConfig:

@@ -25,33 +25,13 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from tests.conftest import TINY_DECODER, TINY_TOWER
+
 IMAGE, VIDEO = 3, 4
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 WINDOW = 6
-# Large enough an initializer range that attention is far from uniform.
-TEXT = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-    "initializer_range": 0.2,
-}
+TEXT = TINY_DECODER | {"head_dim": 8}
+VISION = TINY_TOWER
 SLIDING = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention"],

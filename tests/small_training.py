@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from tests.conftest import QUIET_TRAINING
 from tests.integration.test_trainer import collate, make_rows
 
 GLOBAL_BATCH = 4
@@ -31,10 +32,7 @@ def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: t
     """
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
-        use_cpu=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET_TRAINING,
         max_steps=4,
         logging_steps=1,
         learning_rate=0.3,

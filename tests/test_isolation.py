@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.isolation import freeze_text
-from tests.conftest import make_config, make_inputs, make_model
+from tests.conftest import QUIET_TRAINING, make_config, make_inputs, make_model
 from tests.integration.test_trainer import collate, make_rows
 
 # Groups for text, for pictures and always-on ones, some of them in one layer alone.
@@ -105,10 +105,7 @@ def test_with_trainer_and_through_a_checkpoint(tmp_path):
     handle = freeze_text(model)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        use_cpu=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET_TRAINING,
         max_steps=4,
         save_steps=2,
         learning_rate=0.02,

@@ -12,18 +12,9 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmTextConfig,
 )
 from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
-from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG, make_config, make_inputs, make_model
+from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG, make_config, make_inputs, make_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-TINY_TOWER = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
-    "patch_size": 4,
-    "initializer_range": 0.2,
-}
 TOWERS = {
     "siglip": VISION_CONFIG,
     "clip": TINY_TOWER | {"model_type": "clip_vision_model"},

@@ -4,21 +4,11 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts
-from tests.toolbox.test_paging import build, experts_of, from_disk, inputs_of
-
-
-def adapt(model):
-    targets = [f"{name}.{stack}" for name in experts_of(model) for stack in ("gate_up_proj", "down_proj")]
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=targets))
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return factor_expert_lora(model)
+from tests.in_tree_moe import adapt
+from tests.toolbox.test_paging import build, from_disk, inputs_of
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
@@ -30,7 +20,7 @@ def test_gradients_of_adapters(name, implementation, tmp_path):
         base.set_experts_implementation(implementation)
         if results:
             page_experts(base, 3)
-        adapted = adapt(base)
+        adapted = factor_expert_lora(adapt(base, r=4, lora_alpha=8))
         output = adapted(**inputs, labels=inputs["input_ids"])
         output.loss.backward()
         gradients = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}

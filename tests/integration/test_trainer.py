@@ -5,7 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.conftest import make_inputs, make_model
+from tests.conftest import QUIET_TRAINING, make_inputs, make_model
 from tests.processes import run_in_processes
 
 
@@ -47,10 +47,7 @@ def train(model, tmp_path, rows=None, **arguments) -> tuple[Trainer, Gradients]:
     gradients = Gradients()
     defaults = {
         "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **QUIET_TRAINING,
         "max_steps": 1,
         "max_grad_norm": 0.0,
         "save_strategy": "no",
@@ -138,10 +135,7 @@ def test_going_back_to_the_best_model(tmp_path):
         model=make_model(),
         args=TrainingArguments(
             output_dir=str(tmp_path),
-            use_cpu=True,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
+            **QUIET_TRAINING,
             max_steps=4,
             learning_rate=5e-3,
             per_device_train_batch_size=8,
@@ -172,10 +166,7 @@ def test_evaluation_and_prediction(tmp_path, output_router_logits):
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path),
-            use_cpu=True,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
+            **QUIET_TRAINING,
             per_device_eval_batch_size=5,
         ),
         eval_dataset=make_rows(),
@@ -206,7 +197,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
-from tests.conftest import make_model
+from tests.conftest import QUIET_TRAINING, make_model
 from tests.integration.test_trainer import collate, make_rows
 
 torch.set_num_threads(1)
@@ -239,10 +230,7 @@ trainer = Trainer(
     model=make_model(),
     args=TrainingArguments(
         output_dir=sys.argv[1],
-        use_cpu=True,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
+        **QUIET_TRAINING,
         max_steps=2,
         per_device_train_batch_size=2,
         gradient_checkpointing=True,

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,44 +11,21 @@ from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
 from modeling_sparse_moe_vlm.toolbox.expert_slots import MappedSlots
 from modeling_sparse_moe_vlm.toolbox.expert_sources import FileSource, MemorySource
 from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, page_experts, unpage_experts
 from tests.conftest import make_inputs, make_model
-from tests.in_tree_models import TEXT, make_qwen3_vl, make_qwen3_vl_moe
+from tests.in_tree_models import make_qwen3_vl, make_qwen3_vl_moe
+from tests.in_tree_moe import device_map_of, experts_of, make_gpt_oss, make_mixtral, make_qwen3_moe
 
-SIZES = TEXT | {"intermediate_size": 24, "num_experts_per_tok": 2, "num_hidden_layers": 2}
 MANY = 12
 
-
-def make_qwen3_moe(**kwargs):
-    config = Qwen3MoeConfig(**SIZES | {"moe_intermediate_size": 24, "num_experts": MANY} | kwargs)
-    return Qwen3MoeForCausalLM(config)
-
-
-def make_gpt_oss():
-    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=MANY, sliding_window=6))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "bias" in name:  # zero at first
-                parameter.normal_(std=0.2)
-    return model
-
-
 MODELS = {
-    "qwen3_moe": make_qwen3_moe,
+    "qwen3_moe": partial(make_qwen3_moe, MANY),
     "qwen3_vl_moe": make_qwen3_vl_moe,
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=MANY)),
-    "gpt_oss": make_gpt_oss,
+    "mixtral": partial(make_mixtral, MANY),
+    "gpt_oss": partial(make_gpt_oss, MANY),
     "joint": lambda: make_model(expert_groups="joint", num_experts=8),
     "isolated": lambda: make_model(expert_groups="isolated", num_experts=8),
     "pool": lambda: make_model(expert_pool=[0, 0], num_experts=8),
@@ -65,24 +43,12 @@ def inputs_of(model) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(7, 99, (2, 9), generator=torch.Generator().manual_seed(1))}
 
 
-def experts_of(model) -> dict[str, torch.nn.Module]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "is_transposed")}
-
-
-def device_map(model) -> dict[str, str]:
-    """Experts on disk, and all else in memory. Accelerate wants entries that do not contain each other."""
-    experts, places = experts_of(model), {}
-    for name, _ in model.named_modules():
-        inside = [other for other in experts if f"{other}.".startswith(f"{name}." if name else "")]
-        if (not inside or name in experts) and not any(f"{name}.".startswith(f"{place}.") for place in places):
-            places[name] = "disk" if name in experts else "cpu"
-    return places
-
-
 def from_disk(model, folder: Path):
     """The model with its experts on disk and all else in memory."""
     model.save_pretrained(folder)
-    loaded = type(model).from_pretrained(folder, device_map=device_map(model), offload_folder=folder / "offload")
+    loaded = type(model).from_pretrained(
+        folder, device_map=device_map_of(model, "disk"), offload_folder=folder / "offload"
+    )
     return loaded.requires_grad_(False)
 
 
@@ -336,7 +302,7 @@ def test_stacks_are_read_where_they_lie(tmp_path):
     model.save_pretrained(tmp_path, save_original_format=False)
     before = set(tmp_path.iterdir())
     for dtype in (torch.bfloat16, torch.float32):
-        loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path, device_map=device_map(model), dtype=dtype)
+        loaded = type(model).from_pretrained(tmp_path, device_map=device_map_of(model, "disk"), dtype=dtype)
         page_experts(loaded, 3)
         sources = next(iter(experts_of(loaded).values()))._hf_hook.sources
         assert {source.path for source in sources.values()} == {str(tmp_path / "model.safetensors")}
@@ -350,7 +316,7 @@ def test_the_offload_folder_of_accelerate(tmp_path):
     """`.dat` files, as `dispatch_model` writes them."""
     model = build("mixtral")
     expected = model(**inputs_of(model)).logits
-    dispatch_model(model, device_map(model), offload_dir=tmp_path)
+    dispatch_model(model, device_map_of(model, "disk"), offload_dir=tmp_path)
     page_experts(model, 3)
     torch.testing.assert_close(model(**inputs_of(model)).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -384,11 +350,11 @@ def test_what_cannot_be_paged():
     with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration has no experts to page"):
         page_experts(make_qwen3_vl())
     with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
-        page_experts(make_qwen3_moe().to("meta"), 2, "cpu")
+        page_experts(make_qwen3_moe(MANY).to("meta"), 2, "cpu")
 
 
 def test_experts_that_are_trained_say_so():
-    model = make_qwen3_moe()
+    model = make_qwen3_moe(MANY)
     page_experts(model, 4)
     loss = model(torch.tensor([[7, 8]])).logits.sum()  # not yet wrong
     with pytest.raises(ValueError, match="paged experts cannot be trained: freeze them"):

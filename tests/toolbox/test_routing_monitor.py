@@ -10,17 +10,14 @@ from modeling_sparse_moe_vlm.toolbox.routing_counts import measure_routing
 from modeling_sparse_moe_vlm.toolbox.routing_monitor import RoutingMonitor
 from modeling_sparse_moe_vlm.toolbox.routing_statistics import routing_statistics
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
-from tests.conftest import make_inputs, make_model
+from tests.conftest import QUIET_TRAINING, make_inputs, make_model
 from tests.integration.test_trainer import collate, make_rows
 
 
 def train(model, tmp_path, rows=None, **arguments) -> SparseMoeTrainer:
     defaults = {
         "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **QUIET_TRAINING,
         "max_steps": 1,
         "logging_steps": 1,
         "save_strategy": "no",
