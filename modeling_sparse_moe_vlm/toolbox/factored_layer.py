@@ -7,7 +7,7 @@ and `LoraConfig._register_custom_module`. Wrappers nest, one per adapted paramet
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from .factored_weight import FactoredWeight, LowRankUpdate
 from .model_structure import uses_experts_interface
+from .step_memory import StepMemory
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
 ROW_BYTES = 16
@@ -70,14 +71,12 @@ class FactoredExpertsLayer(ParamWrapper):
         self.output_masks: dict[str, torch.Tensor] = {}
         # Set by a container of experts that hands its groups some of the tokens: their places, and the number of all.
         self.token_rows: tuple[torch.Tensor | None, int] | None = None
-        self._kept: dict[tuple[str, str], tuple[Any, Any]] = {}
-        # Of the call that runs.
-        self._num_tokens: int | None = None
+        self._memory = StepMemory()
         self._merged_rescale: dict[str, torch.Tensor] = {}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
-        if hasattr(self, "_kept"):  # not while PEFT's constructor runs
+        if hasattr(self, "_memory"):  # not while PEFT's constructor runs
             self._extend(adapter_name, config)
 
     def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
@@ -154,7 +153,7 @@ class FactoredExpertsLayer(ParamWrapper):
         if padding:
             a, b = (F.pad(factor, (0, 0, 0, padding)) for factor in (a, b))
         dropout = self.lora_dropout[adapter_name]
-        update = LowRankUpdate(a.transpose(1, 2), b, scaling, dropout if isinstance(dropout, nn.Dropout) else None)
+        update = LowRankUpdate(a, b, scaling, dropout if isinstance(dropout, nn.Dropout) else None)
         return update.transpose() if self._did_swap_in_out_features else update
 
     def rescale(self, adapter_name: str, base: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
@@ -181,25 +180,10 @@ class FactoredExpertsLayer(ParamWrapper):
             own = ((b @ (a @ a.transpose(1, 2))) * b).sum(-1)
             return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * own).clamp(min=0).sqrt()
 
-        norm = norms() if experts is not None else self._keep("norm", adapter_name, (*weights, base), norms)
+        settings = self.scaling.values()
+        norm = norms() if experts is not None else self._memory.get(adapter_name, (*weights, base), settings, norms)
         magnitude = magnitude if experts is None else magnitude[experts]
         return (magnitude / norm.to(magnitude.dtype)).to(base.dtype)
-
-    def _keep(self, what: str, adapter_name: str, weights: Sequence[torch.Tensor], make: Callable[[], Any]) -> Any:
-        """
-        What is made of the weights: kept between the steps of generation, which have few tokens, and as many as the
-        step before. Anew in other calls, since nothing tells of weights that were written through `.data`, as PEFT's
-        hotswapping does, and it costs little beside the products of many tokens.
-        """
-        is_step = self._num_tokens is not None and self._num_tokens < self.num_experts and not torch.is_grad_enabled()
-        if not is_step or torch.compiler.is_compiling() or any(weight.is_inference() for weight in weights):
-            self._kept.clear()
-            return make()
-        state: list[Any] = [(weight._version, weight.data_ptr(), weight.dtype) for weight in weights]
-        state, kept = [self._num_tokens, *state, *self.scaling.values()], self._kept.get((what, adapter_name))
-        if kept is None or kept[0] != state:
-            kept = self._kept[what, adapter_name] = state, make()
-        return kept[1]
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What merging adds to the stack, in its orientation."""
@@ -253,31 +237,35 @@ class FactoredExpertsLayer(ParamWrapper):
 
     def _run(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The experts with these adapters, at once for all layers around them."""
-        layers, experts = [self], self.base_layer
+        layers: list[FactoredExpertsLayer] = []
+        experts: Any = self
         while isinstance(experts, FactoredExpertsLayer):
             layers.append(experts)
-            experts = experts.base_layer
+            experts = experts._modules["base_layer"]
         # Found before the parameters, which stay where they are for hooks that bring the weights in.
-        found_first = experts.__dict__
+        found_first, num_tokens = experts.__dict__, args[0].shape[0]
         try:
             for layer in layers:
-                layer._num_tokens = args[0].shape[0]
-                names = [name for name in adapter_names if name in layer.lora_A]
+                layer._memory.begin(num_tokens, layer.num_experts)
+                has = layer._modules["lora_A"]._modules
+                names = [name for name in adapter_names if name in has]
                 if names:
                     found_first[layer.parameter_name] = layer._stack(experts, names)
             return experts(*args, **kwargs)
         finally:
             for layer in layers:
-                layer._num_tokens = None
+                layer._memory.end()
                 found_first.pop(layer.parameter_name, None)
 
     def _stack(self, experts: Any, adapter_names: list[str]) -> _AdaptedStack:
         """What stands in for the stack; DoRA's also depends on weights that may have changed."""
         if any(self.use_dora.get(name) for name in adapter_names):
             return _AdaptedStack(self, experts, adapter_names)
-        weights = [factors[name].weight for factors in (self.lora_A, self.lora_B) for name in adapter_names]
-        key = f"{adapter_names} {experts._parameters[self.parameter_name].dtype}"
-        return self._keep("stack", key, weights, lambda: _AdaptedStack(self, experts, adapter_names))
+        # Past `nn.Module.__getattr__`, which a step of generation would notice.
+        factors = [self._modules[factor]._modules for factor in ("lora_A", "lora_B")]
+        weights = [factor[name]._parameters["weight"] for name in adapter_names for factor in factors]
+        settings = (*adapter_names, *self.scaling.values(), experts._parameters[self.parameter_name].dtype)
+        return self._memory.get("stack", weights, settings, lambda: _AdaptedStack(self, experts, adapter_names))
 
     def _forward_by_row(self, x: torch.Tensor, args: Sequence[torch.Tensor], adapter_names: list[str]) -> torch.Tensor:
         """Each row of the batch with its adapter: the experts run once per adapter, on the tokens of its rows."""
@@ -363,10 +351,13 @@ class _AdaptedStack(FactoredWeight):
         if isinstance(index, tuple):
             return self._element(*index)
         held, rescale = self._held, self.rescale
-        of = index if held is None else held[index]
-        return FactoredWeight(
-            self.base[index], [update[of] for update in self._updates], None if rescale is None else rescale[index]
-        )
+        if held is None and _is_one(index):
+            index = int(index)
+            updates = [update.matrix(index) for update in self._updates]
+        else:
+            of = index if held is None else held[index]
+            updates = [update[of] for update in self._updates]
+        return FactoredWeight(self.base[index], updates, None if rescale is None else rescale[index])
 
     def _element(self, expert: int, *place: int) -> torch.Tensor:
         """A number within the weights, which keeps the adapters of experts without tokens in the graph."""
@@ -376,6 +367,11 @@ class _AdaptedStack(FactoredWeight):
             weight = self._layer._out_first(weight[None]) * matrix.rescale[None, :, None]
             weight = self._layer._out_first(weight)[0]
         return weight[place]
+
+
+def _is_one(index: int | torch.Tensor) -> bool:
+    """Whether an index is that of one expert, known here."""
+    return not isinstance(index, torch.Tensor) or (index.dim() == 0 and not torch.compiler.is_compiling())
 
 
 def _plain(config: LoraConfig) -> LoraConfig:

@@ -1,4 +1,4 @@
-"""A stack of expert weights with low-rank updates that multiplies without being added up: x·W + (x·L)·R.
+"""A stack of expert weights with low-rank updates that multiplies without being added up: x·W + (x·Lᵀ)·R.
 
 It stands in for the stack while an experts module runs. Transformers' experts implementations, and the forwards that
 models bring along, take experts from it and multiply with them; both are passed on to the stack and to the factors.
@@ -19,35 +19,50 @@ FEW_ROWS = 32
 
 class LowRankUpdate:
     """
-    Updates scaling·L·R of E matrices, or of one.
+    Updates scaling·Lᵀ·R of E matrices, or of one.
 
     Args:
-        left (`torch.Tensor` of shape `(E, rows, r)` or `(rows, r)`): L.
-        right (`torch.Tensor` of shape `(E, r, columns)` or `(r, columns)`): R.
+        rows (`torch.Tensor` of shape `(E, r, rows)` or `(r, rows)`): L, the factor on the side of the matrix's rows.
+        columns (`torch.Tensor` of shape `(E, r, columns)` or `(r, columns)`): R, that of its columns.
         scaling (`float`): Factor of the product.
         dropout (`nn.Module`, *optional*): Applied to what the update is multiplied with, not to what W is.
     """
 
-    __slots__ = ("_transposed", "dropout", "left", "right", "scaling")
+    __slots__ = ("_columns_t", "_matrices", "_transposed", "columns", "dropout", "rows", "scaling")
 
-    def __init__(self, left: torch.Tensor, right: torch.Tensor, scaling: float, dropout: nn.Module | None = None):
-        self.left = left
-        self.right = right
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor, scaling: float, dropout: nn.Module | None = None):
+        self.rows = rows
+        self.columns = columns
         self.scaling = scaling
         self.dropout = dropout
+        # Views, made once: an update may be kept for many steps of generation.
         self._transposed: LowRankUpdate | None = None
+        self._columns_t: torch.Tensor | None = None
+        self._matrices: dict[int, LowRankUpdate] = {}
 
     def __getitem__(self, index: Any) -> LowRankUpdate:
-        return LowRankUpdate(self.left[index], self.right[index], self.scaling, self.dropout)
+        return LowRankUpdate(self.rows[index], self.columns[index], self.scaling, self.dropout)
+
+    def matrix(self, expert: int) -> LowRankUpdate:
+        """The update of one of the matrices."""
+        matrix = self._matrices.get(expert)
+        if matrix is None:
+            matrix = self._matrices[expert] = self[expert]
+        return matrix
+
+    @property
+    def columns_t(self) -> torch.Tensor:
+        if self._columns_t is None:
+            self._columns_t = self.columns.transpose(-2, -1)
+        return self._columns_t
 
     def transpose(self) -> LowRankUpdate:
         if self._transposed is None:
-            left, right = self.right.transpose(-2, -1), self.left.transpose(-2, -1)
-            self._transposed = LowRankUpdate(left, right, self.scaling, self.dropout)
+            self._transposed = LowRankUpdate(self.columns, self.rows, self.scaling, self.dropout)
         return self._transposed
 
     def product(self) -> torch.Tensor:
-        return (self.left @ self.right) * self.scaling
+        return (self.rows.transpose(-2, -1) @ self.columns) * self.scaling
 
     def dropped(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs if self.dropout is None else self.dropout(inputs)
@@ -55,10 +70,14 @@ class LowRankUpdate:
     def scaled(self, reduced: torch.Tensor) -> torch.Tensor:
         return reduced if self.scaling == 1 else reduced * self.scaling
 
+    def adds_in_place(self, inputs: torch.Tensor, output: torch.Tensor) -> bool:
+        """Whether the update's product can be added to the stack's as it is computed."""
+        return not torch.is_grad_enabled() and inputs.dtype == output.dtype == self.rows.dtype
+
 
 class FactoredWeight:
     """
-    A stack of E matrices W + Σ scaling·L·R, each output of which may be rescaled; or one matrix, or a selection.
+    A stack of E matrices W + Σ scaling·Lᵀ·R, each output of which may be rescaled; or one matrix, or a selection.
 
     Args:
         base (`torch.Tensor`): W, `(E, rows, columns)`.
@@ -92,30 +111,29 @@ class FactoredWeight:
 
     def transpose(self, dim0: int, dim1: int) -> FactoredWeight:
         """With the last two dimensions swapped, as products ask for it."""
-        if {dim0 % 3, dim1 % 3} != {1, 2}:
+        if (dim0, dim1) not in SWAPS:
             raise ValueError(f"a stack of experts has no transpose({dim0}, {dim1}) but that of its matrices.")
         return FactoredWeight(self.base.transpose(1, 2), [update.transpose() for update in self.updates], self.rescale)
 
     def _linear(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         output = F.linear(inputs, self.base)
         for update in self.updates:
-            reduced = update.scaled(F.linear(update.dropped(inputs), update.right))
-            if torch.is_grad_enabled() or output.dtype != update.left.dtype or output.dim() != 2:
-                output = output + F.linear(reduced, update.left)
+            reduced = update.scaled(F.linear(update.dropped(inputs), update.columns))
+            if output.dim() == 2 and update.adds_in_place(inputs, output):
+                output.addmm_(reduced, update.rows)
             else:
-                output.addmm_(reduced, update.left.t())
+                output = output + reduced @ update.rows
         output = output if self.rescale is None else output * self.rescale
         return output if bias is None else output + bias
 
     def _from_the_right(self, function: Callable, inputs: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        output = function(inputs, self.base, *rest, **options)
         offsets = (options["offs"] if options else rest[0]) if function in GROUPED else None
+        if offsets is not None and self._are_few(inputs):
+            return self._by_expert(inputs, offsets)
+        output = function(inputs, self.base, *rest, **options)
         for update in self.updates:
-            if offsets is not None and inputs.shape[0] <= FEW_ROWS and _can_add_in_place(inputs, output, update):
-                _add_by_expert(output, update, inputs, offsets)
-                continue
-            reduced = update.scaled(function(update.dropped(inputs), update.left, *rest, **options))
-            output = output + function(reduced, update.right, *rest, **options)
+            reduced = update.scaled(function(update.dropped(inputs), update.rows.transpose(-2, -1), *rest, **options))
+            output = output + function(reduced, update.columns, *rest, **options)
         rescale = self.rescale
         if rescale is None:
             return output
@@ -126,10 +144,50 @@ class FactoredWeight:
             return output * rescale[owners.clamp(max=rescale.shape[0] - 1)]
         return output * (rescale.unsqueeze(-2) if rescale.dim() == 2 else rescale)
 
+    def _are_few(self, rows: torch.Tensor) -> bool:
+        return (
+            rows.shape[0] <= FEW_ROWS
+            and rows.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")  # which grouped products do not heed
+            and rows.dtype == self.base.dtype != torch.float16  # whose vectors are slow
+            and all(update.rows.dtype == rows.dtype for update in self.updates)
+            and self.rescale is None
+            and not torch.compiler.is_compiling()
+        )
+
+    def _by_expert(self, inputs: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        """A grouped product as one of each expert that has rows. Rows of nobody are not written."""
+        matrices, updates, start = self.base.transpose(1, 2), self.updates, 0
+        output = inputs.new_empty(inputs.shape[0], matrices.shape[1])
+        for expert, end in enumerate(offsets.tolist()):
+            if end == start:
+                continue
+            if end == start + 1:  # as vectors, which is faster
+                part, its_output = inputs[start], output[start]
+                torch.mv(matrices[expert], part, out=its_output)
+                for update in updates:
+                    matrix = update.matrix(expert)
+                    reduced = update.scaled(torch.mv(matrix.rows, update.dropped(part)))
+                    its_output.addmv_(matrix.columns_t, reduced)
+            else:
+                part, its_output = inputs[start:end], output[start:end]
+                torch.mm(part, matrices[expert].t(), out=its_output)
+                for update in updates:
+                    matrix = update.matrix(expert)
+                    reduced = update.scaled(torch.mm(update.dropped(part), matrix.rows.t()))
+                    its_output.addmm_(reduced, matrix.columns)
+            start = end
+        return output
+
     def _from_the_left(self, function: Callable, inputs: torch.Tensor) -> torch.Tensor:
         output = function(self.base, inputs)
         for update in self.updates:
-            output = output + function(update.left, update.scaled(function(update.right, update.dropped(inputs))))
+            reduced, rows = update.scaled(function(update.columns, update.dropped(inputs))), update.rows
+            if output.dim() == 3 and update.adds_in_place(inputs, output):
+                output.baddbmm_(rows.transpose(1, 2), reduced)
+            else:
+                output = output + function(rows.transpose(-2, -1), reduced)
         rescale = self.rescale
         return output if rescale is None else output * rescale.unsqueeze(-1)
 
@@ -151,6 +209,7 @@ class FactoredWeight:
         )
 
 
+SWAPS = {(a, b) for a in (1, 2, -1, -2) for b in (1, 2, -1, -2) if {a % 3, b % 3} == {1, 2}}
 GROUPED = {
     function
     for function in (
@@ -162,24 +221,6 @@ GROUPED = {
     if function is not None
 }
 PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.mm}
-
-
-def _can_add_in_place(inputs: torch.Tensor, output: torch.Tensor, update: LowRankUpdate) -> bool:
-    return (
-        output.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and inputs.dtype == output.dtype == update.left.dtype
-    )
-
-
-def _add_by_expert(output: torch.Tensor, update: LowRankUpdate, inputs: torch.Tensor, offsets: torch.Tensor) -> None:
-    inputs, start = update.dropped(inputs), 0
-    for expert, end in enumerate(offsets.tolist()):
-        if end > start:
-            reduced = update.scaled(torch.mm(inputs[start:end], update.left[expert]))
-            output[start:end].addmm_(reduced, update.right[expert])
-            start = end
 
 
 def _owners(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:

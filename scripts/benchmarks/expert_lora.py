@@ -6,7 +6,8 @@ LoRA on experts, factored, against PEFT's path and against no adapter.
 Four layers of Transformers' Qwen3-VL-MoE experts (hidden 1024, width 512, 32 experts, top-4, rank 8, float32; smaller
 with `--quick`), evenly random routing. `ours` runs factored; the peer is
 
-- `decode_vs_adapter_free`: one token through the layers without an adapter; `decode_vs_peft`: through PEFT's layers;
+- `decode_vs_adapter_free`: tokens one by one through the same layers without an adapter; `decode_vs_peft`: one token
+  through PEFT's layers;
 - `train_step_vs_adapter_free`: forward and backward over 512 tokens of the same layers without an adapter, their
   weights trained; `train_step_vs_frozen`: their weights frozen, so that the step does no more than pass gradients on;
   `train_step_vs_peft`: with PEFT's layers;
@@ -21,6 +22,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
 
 VARIANTS = ("factored", "peft", "frozen", "trained")
+DECODED = 16  # tokens of a timed run
 BARS = {
     "decode_vs_adapter_free": 1.15,
     "train_step_vs_adapter_free": 1.15,
@@ -98,19 +101,17 @@ def main() -> None:
     size = SIZES[arguments.size]
     rows = []
     for implementation in ("grouped_mm",) if arguments.quick else ("grouped_mm", "batched_mm", "eager"):
-        models = {name: make(name, size, implementation, arguments.device) for name in VARIANTS}
-        decoding = {name: models[name] for name in ("factored", "peft", "frozen")}
-        seconds = time_interleaved(
-            {name: runner(model, size, 1, arguments.device) for name, model in decoding.items()},
-            arguments.device,
-            arguments.repetitions,
-        )
+        models = make_all(size, implementation, arguments.device)
         case = f"{size} {implementation}"
-        rows += compare(case, "decode", seconds, {"adapter_free": "frozen", "peft": "peft"})
+        for peer, peers, steps in (("adapter_free", "frozen", DECODED), ("peft", "peft", 1)):
+            decoding = {name: decoder(models[name], size, steps, arguments.device) for name in ("factored", peers)}
+            seconds = time_interleaved(decoding, arguments.device, arguments.repetitions)
+            seconds = {name: total / steps for name, total in seconds.items()}
+            rows += compare(case, "decode", seconds, {peer: peers})
         if implementation == "batched_mm":  # copies an expert per token: for decoding
             continue
         seconds = time_interleaved(
-            {name: runner(model, size, size.tokens, arguments.device) for name, model in models.items()},
+            {name: trainer(model, size, arguments.device) for name, model in models.items()},
             arguments.device,
             arguments.repetitions,
         )
@@ -136,11 +137,23 @@ def compare(case: str, what: str, seconds: dict[str, float], peers: dict[str, st
     ]
 
 
-def make(variant: str, size: Size, implementation: str, device: str) -> nn.Module:
+def make_all(size: Size, implementation: str, device: str) -> dict[str, nn.Module]:
+    """The layers without an adapter share their weights with those that have one; trained ones have their own."""
+    shared, own = (make_layers(size, implementation, device) for _ in range(2))
+    return {name: make(name, size, implementation, device, own if name == "trained" else shared) for name in VARIANTS}
+
+
+def make_layers(size: Size, implementation: str, device: str) -> Layers:
     torch.manual_seed(0)
-    model = Layers(size, implementation).to(device, getattr(torch, size.dtype))
+    return Layers(size, implementation).to(device, getattr(torch, size.dtype))
+
+
+def make(variant: str, size: Size, implementation: str, device: str, base: Layers) -> nn.Module:
     if variant in ("frozen", "trained"):
-        return model.requires_grad_(variant == "trained")
+        return base.requires_grad_(variant == "trained")
+    with torch.device("meta"):
+        model = Layers(size, implementation)
+    model.load_state_dict(base.state_dict(), assign=True)
     targets = [f"layers.{layer}.{stack}" for layer in range(size.layers) for stack in ("gate_up_proj", "down_proj")]
     model = get_peft_model(model, LoraConfig(r=size.rank, target_parameters=targets), autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
@@ -149,19 +162,29 @@ def make(variant: str, size: Size, implementation: str, device: str) -> nn.Modul
     return factor_expert_lora(model) if variant == "factored" else model
 
 
-def runner(model: nn.Module, size: Size, num_tokens: int, device: str):
-    """Decodes one token without gradients, or takes a training step of several; their routing is evenly random."""
+def draw_tokens(num_tokens: int, size: Size, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, evenly random experts of each, and their weights."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(num_tokens, size.hidden, generator=generator).to(device, getattr(torch, size.dtype))
     index = torch.rand(num_tokens, size.experts, generator=generator).topk(size.top_k).indices.to(device)
-    weights = torch.full((num_tokens, size.top_k), 1 / size.top_k, device=device, dtype=hidden.dtype)
-    if num_tokens == 1:
+    return hidden, index, torch.full((num_tokens, size.top_k), 1 / size.top_k, device=device, dtype=hidden.dtype)
 
-        @torch.no_grad()
-        def decode() -> None:
-            model(hidden, index, weights)
 
-        return decode
+def decoder(model: nn.Module, size: Size, steps: int, device: str) -> Callable[[], None]:
+    """Tokens one by one, without gradients."""
+    tokens = list(zip(*(tensor.split(1) for tensor in draw_tokens(steps, size, device))))
+
+    @torch.no_grad()
+    def decode() -> None:
+        for token in tokens:
+            model(*token)
+
+    return decode
+
+
+def trainer(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
+    """Forward and backward."""
+    hidden, index, weights = draw_tokens(size.tokens, size, device)
     hidden.requires_grad_()
 
     def step() -> None:
@@ -180,7 +203,8 @@ def memory_in_process(variant: str, arguments: argparse.Namespace) -> int:
 def peak_memory(arguments: argparse.Namespace) -> int:
     """Peak memory, in bytes, of training steps: of the device, or of this process."""
     size = SIZES[arguments.size]
-    step = runner(make(arguments.memory_of, size, "grouped_mm", arguments.device), size, size.tokens, arguments.device)
+    base = make_layers(size, "grouped_mm", arguments.device)
+    step = trainer(make(arguments.memory_of, size, "grouped_mm", arguments.device, base), size, arguments.device)
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

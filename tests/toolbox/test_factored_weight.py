@@ -17,9 +17,9 @@ def make(rescaled: bool = False, num_updates: int = 2):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
 
     base = random(E, IN, OUT)
-    updates = [LowRankUpdate(random(E, IN, r), random(E, r, OUT), 0.5 + r) for r in (4, 8)[:num_updates]]
+    updates = [LowRankUpdate(random(E, r, IN), random(E, r, OUT), 0.5 + r) for r in (4, 8)[:num_updates]]
     rescale = random(E, OUT).abs() + 0.5 if rescaled else None
-    total = base + sum(update.left @ update.right * update.scaling for update in updates)
+    total = base + sum(update.rows.transpose(1, 2) @ update.columns * update.scaling for update in updates)
     if rescale is not None:
         total = total * rescale[:, None, :]
     return FactoredWeight(base, updates, rescale), total, random(ROWS, IN)
@@ -69,6 +69,27 @@ def test_groups(rescaled, function):
     assert function in GROUPED
 
 
+@rescaled
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("ends", [[1, 1, 2, 3], [3, 3, 4, 7], [0, 0, 0, 0]], ids=["one each", "several", "none"])
+@torch.no_grad()
+def test_few_rows_without_gradients(rescaled, num_updates, ends):
+    """Expert by expert, and rows behind the last group are nobody's."""
+    weight, total, inputs = make(rescaled, num_updates)
+    output = F.grouped_mm(inputs, weight, offs=torch.tensor(ends, dtype=torch.int32))
+    assert output.shape == (ROWS, OUT)
+    for expert, (start, end) in enumerate(zip([0, *ends], ends)):
+        close(output[start:end], inputs[start:end] @ total[expert])
+
+
+@torch.no_grad()
+def test_few_rows_under_autocast_stay_as_exact_as_grouped_products():
+    weight, total, inputs = make()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = F.grouped_mm(inputs, weight, offs=torch.tensor([1, 2, 3, 10], dtype=torch.int32))
+    close(output[:3], torch.stack([inputs[expert] @ total[expert] for expert in range(3)]))
+
+
 def test_rows_of_nobody_get_into_no_gradient(monkeypatch):
     """A kernel leaves what it finds in rows behind the last group, NaN here."""
     weight, total, inputs = make(rescaled=True)
@@ -88,7 +109,7 @@ def test_rows_of_nobody_get_into_no_gradient(monkeypatch):
 
 def test_gradients_are_those_of_the_sum():
     weight, total, inputs = make()
-    factors = [factor.requires_grad_() for update in weight.updates for factor in (update.left, update.right)]
+    factors = [factor.requires_grad_() for update in weight.updates for factor in (update.rows, update.columns)]
     offsets = torch.tensor([3, 4, 8, 10], dtype=torch.int32)
     gradients = torch.autograd.grad(F.grouped_mm(inputs, weight, offs=offsets).square().sum(), factors)
     total = weight.base + sum(update.product() for update in weight.updates)
