@@ -5,6 +5,7 @@ Teaches a trained model a drawing style that it has not seen, with LoRA on its e
     python scripts/finetune_lora.py --recipe configuration/lora/attention.yaml    # or image_experts, all
     python scripts/finetune_lora.py --set lora.r=4 --set training.max_steps=50    # with other values
     python scripts/finetune_lora.py --resume                                      # goes on with an interrupted run
+    accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/finetune_lora.py
 
 Writes to the output folder: the adapter, as PEFT loads it (folder `adapter`), and `metrics.json`.
 """
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
 from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
@@ -25,6 +26,7 @@ from modeling_sparse_moe_vlm.toolbox.emoji import HELD_OUT_STYLE, STYLES
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
 from modeling_sparse_moe_vlm.toolbox.expert_lora import num_adapter_parameters
 from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
+from modeling_sparse_moe_vlm.toolbox.first_process import save_and_part, silence_others
 from modeling_sparse_moe_vlm.toolbox.lora_recipes import LoraRecipe, load_lora_recipe
 from modeling_sparse_moe_vlm.toolbox.recipes import find_model
 from modeling_sparse_moe_vlm.toolbox.scenes import scenes
@@ -46,16 +48,17 @@ def main() -> None:
         label_names=["labels"],  # which an adapter hides from Trainer
         **recipe.training,
     )
+    silence_others(training_arguments)
     set_seed(training_arguments.seed)
 
     data = draw_scenes(recipe)
     model, processor = from_checkpoint(model_path)
-    heldout = {split: data[split] for split in TITLES}
-    before = {split: score(model, processor, rows) for split, rows in heldout.items()}
     num_parameters = model.num_parameters()
     model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
     num_trained = num_adapter_parameters(model)
-    print(f"Trains {num_trained:,} parameters, {num_trained / num_parameters:.1%} of the model's {num_parameters:,}.")
+    if training_arguments.process_index == 0:
+        share = f"{num_trained / num_parameters:.1%} of the model's {num_parameters:,}"
+        print(f"Trains {num_trained:,} parameters, {share}.")
 
     start = time.time()
     trainer = SparseMoeTrainer(
@@ -71,8 +74,15 @@ def main() -> None:
         "num_trained_parameters": num_trained,
         "training_seconds": round(time.time() - start, 1),
     }
-    model.save_pretrained(output_dir / "adapter")
-    after = {split: score(model, processor, rows) for split, rows in heldout.items()}
+    trainer.processing_class = None  # the model's own does, and is not saved with the adapter
+    if not save_and_part(trainer, output_dir / "adapter"):
+        return
+    if training_arguments.world_size > 1:  # of the trained one, this process may hold but a part
+        model = PeftModel.from_pretrained(from_checkpoint(model_path)[0], output_dir / "adapter")
+        model.to(training_arguments.device)
+    with model.disable_adapter():
+        before = {split: score(model, processor, data[split]) for split in TITLES}
+    after = {split: score(model, processor, data[split]) for split in TITLES}
     metrics |= {split: {"before": before[split], "after": after[split]} for split in TITLES}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2))
 

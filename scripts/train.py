@@ -4,6 +4,7 @@ Trains a model, saves it, evaluates it and draws what it does.
     python scripts/train.py                                        # the main job: configuration/training/demo.yaml
     python scripts/train.py --set training.max_steps=200           # with another value
     python scripts/train.py --resume                               # goes on where an interrupted run stopped
+    accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
 Writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and `expert_load.png`.
 A model of another class than ours gets no model card and no picture of its experts.
@@ -23,6 +24,7 @@ from modeling_sparse_moe_vlm import SparseMoeVlmConfig
 from modeling_sparse_moe_vlm.toolbox.baseline import BlindBaseline, blind_baseline
 from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.first_process import save_and_part, silence_others
 from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
 from modeling_sparse_moe_vlm.toolbox.recipes import find_model, load_recipe
 from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
@@ -42,6 +44,7 @@ def main() -> None:
     training_arguments = TrainingArguments(
         output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **recipe.training
     )
+    silence_others(training_arguments)
     set_seed(training_arguments.seed)
 
     data = load_scenes(**recipe.data)
@@ -50,8 +53,9 @@ def main() -> None:
     else:
         model, processor = from_checkpoint(model_path)
     is_ours = model.config.model_type == SparseMoeVlmConfig.model_type
-    print(describe(model, is_ours))
-    print_resizing(model, data["train"][0]["image"])
+    if training_arguments.process_index == 0:
+        print(describe(model, is_ours))
+        print_resizing(model, data["train"][0]["image"])
 
     start = time.time()
     collator = VisionLanguageCollator(processor)
@@ -66,8 +70,10 @@ def main() -> None:
     metrics: dict = {"training_seconds": round(time.time() - start, 1)}
     # At once, so that nothing is lost when a later step fails.
     model_dir = output_dir / "model"
-    model.save_pretrained(model_dir)
-    processor.save_pretrained(model_dir)
+    if not save_and_part(trainer, model_dir):
+        return
+    if training_arguments.world_size > 1:  # of the trained one, this process may hold but a part
+        model = from_checkpoint(str(model_dir))[0].to(training_arguments.device)
 
     heldout = [split for split in ("test", "test_style") if split in data]
     answers = {split: generate_answers(model, processor, conversations(data[split])) for split in heldout}
