@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import ROOT, launch
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 # A run of seconds: few pictures, and what the recipe spends processes on left out.
 SMALL_RUN = {
@@ -20,6 +22,27 @@ SMALL_RUN = {
     "training.dataloader_persistent_workers": "false",
 }
 
+# On the CPU Accelerate shards nothing, unless it takes it for a GPU.
+IN_TWO_PROCESSES = """
+import os, runpy, sys
+import torch
+from accelerate import DistributedType, PartialState
+from transformers import TrainingArguments
+
+torch.set_num_threads(1)
+
+
+def start_processes(arguments, start=TrainingArguments.__post_init__):
+    start(arguments)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+TrainingArguments.__post_init__ = start_processes
+sys.argv = {argv}
+runpy.run_path({path!r}, run_name="__main__")
+"""
+
 
 def train_arguments(output_dir: Path, **changes) -> list[str]:
     """Arguments of a small run of train.py; changes as `max_steps=4` are those of its `training`."""
@@ -29,6 +52,15 @@ def train_arguments(output_dir: Path, **changes) -> list[str]:
 
 def run_train(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, SCRIPTS / "train.py", *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+def run_in_two_processes(folder: Path, launch_file: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a script as `accelerate launch` does with one of our launch files."""
+    folder.mkdir(exist_ok=True)
+    argv = [script, *arguments, "--set=training.use_cpu=true"]
+    program = IN_TWO_PROCESSES.format(argv=argv, path=str(SCRIPTS / script))
+    options = ["--mixed_precision", "no", "--num_processes", "2"]
+    return launch(ROOT / "configuration/accelerate" / launch_file, program, folder, *options, timeout=120)
 
 
 @pytest.fixture(scope="session")

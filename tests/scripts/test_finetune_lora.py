@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from modeling_sparse_moe_vlm.toolbox.lora_recipes import load_lora_recipe
-from tests.scripts.conftest import SMALL_RUN
+from tests.scripts.conftest import SMALL_RUN, run_in_two_processes
 
 RECIPES = Path("configuration/lora")
 TARGETS = {
@@ -74,6 +74,29 @@ def test_an_interrupted_run_goes_on(run_here, tmp_path, model_folder):
     run_here("finetune_lora.py", *small(tmp_path, "experts", model_folder, "--resume", **options))
     assert losses(3) == [123.0, *expected[1:]], "it started anew, or went on elsewhere"
     assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == adapter
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_and_leave_one_adapter(run_here, tmp_path, model_folder):
+    output_dir = tmp_path / "output"
+    run_here("finetune_lora.py", *small(output_dir, "all", model_folder, save_steps=1, max_steps=1))
+    shutil.rmtree(output_dir / "adapter")
+    (output_dir / "metrics.json").unlink()
+    arguments = small(output_dir, "all", model_folder, "--resume", save_steps=1, save_total_limit=2, max_steps=3)
+    result = run_in_two_processes(tmp_path, "ddp.yaml", "finetune_lora.py", *arguments)
+    assert result.returncode == 0, result.stderr[-8000:]
+    for printed in ("Trains ", "the new style", "Wrote the adapter"):
+        assert result.stdout.count(printed) == 1, printed
+    assert result.stdout.count("'loss':") == 2, "it did not go on"
+
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    assert all(set(metrics[split]) == {"before", "after"} for split in ("test", "test_style"))
+    names = {path.name for path in (output_dir / "adapter").iterdir()}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapter = output_dir / "adapter/adapter_model.safetensors"
+    assert adapter.read_bytes() == (output_dir / "checkpoints/checkpoint-3/adapter_model.safetensors").read_bytes()
+    model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model_folder), output_dir / "adapter")
+    assert any(bool(parameter.any()) for key, parameter in model.named_parameters() if "lora_B" in key)
 
 
 def test_without_a_trained_model_it_says_how_to_get_one(run_here, tmp_path):

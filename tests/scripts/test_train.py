@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
 from modeling_sparse_moe_vlm.toolbox.tokenizer import train_tokenizer
-from tests.scripts.conftest import run_train, train_arguments
+from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
 
 
 def history(output_dir, step: int) -> list[dict]:
@@ -55,6 +56,50 @@ def test_an_interrupted_run_goes_on(trained, tmp_path):
     assert [entry["step"] for entry in after] == [1, 2, 3]
     assert after[:2] == before
     assert (output_dir / "model/config.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_hold_half_a_model_each_leave_one(tmp_path):
+    output_dir = tmp_path / "output"
+    result = run_in_two_processes(tmp_path, "fsdp2.yaml", "train.py", *train_arguments(output_dir))
+    assert result.returncode == 0, result.stderr[-8000:]
+    for printed in ("active per image token", "held-out arrangements:", "drawing style (never", "Wrote the model"):
+        assert result.stdout.count(printed) == 1, printed
+    assert result.stdout.count("'loss':") == 2
+    assert result.stderr.count("Drawing train scenes:   0%") == 1
+
+    checkpoint = output_dir / "checkpoints/checkpoint-2"
+    assert (checkpoint / "optimizer.bin").exists(), "nothing was sharded"
+    assert history(output_dir, 2)[-1]["epoch"] == pytest.approx(1 / 3), "2 steps of 2 times 4 of the 44 rows"
+    assert {path.name for path in output_dir.iterdir()} == {
+        "checkpoints",
+        "model",
+        "metrics.json",
+        "answers.png",
+        "expert_load.png",
+    }
+    assert set(json.loads((output_dir / "metrics.json").read_text())) == {"training_seconds", "test", "test_style"}
+    model, saved = (AutoModelForImageTextToText.from_pretrained(path) for path in (output_dir / "model", checkpoint))
+    for (name, tensor), other in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert not (output_dir / "model/training_args.bin").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_and_what_fails_in_the_first_is_seen(trained, tmp_path):
+    output_dir = tmp_path / "output"
+    shutil.copytree(trained[0] / "checkpoints", output_dir / "checkpoints")
+    (output_dir / "answers.png").mkdir()
+    before = history(output_dir, 2)
+    arguments = train_arguments(output_dir, max_steps=3, save_steps=3)
+    result = run_in_two_processes(tmp_path, "ddp.yaml", "train.py", "--resume", *arguments)
+    assert result.returncode != 0
+    assert "Is a directory" in result.stderr
+    after = history(output_dir, 3)
+    assert [entry["step"] for entry in after] == [1, 2, 3]
+    assert after[:2] == before
+    assert (output_dir / "model/config.json").exists()
+    assert (output_dir / "metrics.json").exists()
 
 
 def test_a_failing_picture_costs_nothing(run_here, tmp_path, monkeypatch):
