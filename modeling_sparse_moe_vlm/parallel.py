@@ -130,6 +130,7 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
         # Both run the vision tower outside the model's forward, which gathers the weights under FSDP2, and only then.
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
+    forget_plans_of_stacks(model)
     if sizes.ep_size == 1:
         return
     for experts, number in num_experts.items():
@@ -140,6 +141,19 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
             force_sum: Any = getattr(module, "set_force_sum_reduction_for_comms", None)
             if force_sum is not None:
                 force_sum(False)
+
+
+def forget_plans_of_stacks(model: Any) -> None:
+    """
+    Takes stacks of experts out of a model's tensor-parallel plan once it has been applied. PEFT, which cuts adapters as
+    the plan cuts what they belong to, takes a stack for a linear layer, and fails.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, changed in place.
+    """
+    stacks = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, value in model.named_parameters() if value.dim() == 3}
+    model._tp_plan = {name: style for name, style in model._tp_plan.items() if name not in stacks}
 
 
 def _skip_sentinels(experts: nn.Module, num_experts: int) -> None:

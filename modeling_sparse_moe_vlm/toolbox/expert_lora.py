@@ -25,6 +25,7 @@ from ..checks import check
 from .adapter_upgrade import is_old, is_old_version
 from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
 from .model_structure import name_without_adapters
+from .parallel_lora import keep_adapters_alike
 
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
@@ -61,6 +62,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
             FactoredExpertsLayer.take_over(layer, f"{name_without_adapters(name)}.{layer.parameter_name}")
         for adapter_name in layer.lora_A:
             layer.keep_zero_outputs(adapter_name)
+    keep_adapters_alike(model, list(layers.values()))
     return model
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from .factored_weight import FactoredWeight, LowRankUpdate
 from .model_structure import uses_experts_interface
+from .parallel_lora import check_is_alike, is_spread, share_of
 from .step_memory import StepMemory
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
@@ -72,6 +73,8 @@ class FactoredExpertsLayer(ParamWrapper):
         # Set by a container of experts that hands its groups some of the tokens: their places, and the number of all.
         self.token_rows: tuple[torch.Tensor | None, int] | None = None
         self._memory = StepMemory()
+        # Where other processes have parts of the stack, what this one has.
+        self._share = share_of(self.get_param(), self._did_swap_in_out_features)
         self._merged_rescale: dict[str, torch.Tensor] = {}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -92,6 +95,7 @@ class FactoredExpertsLayer(ParamWrapper):
             self.use_dora[adapter_name] = True
             with align_module_device(self.get_base_layer()):
                 norm = torch.linalg.vector_norm(self._out_first(self.get_param()).detach().float(), dim=-1)
+            norm = norm.full_tensor() if is_spread(norm) else norm
             magnitude = _Magnitude(norm.to(self.lora_A[adapter_name].weight.dtype))
             self.lora_magnitude_vector[adapter_name] = magnitude
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -144,6 +148,9 @@ class FactoredExpertsLayer(ParamWrapper):
                 "weights on the meta device. Call `page_experts` before `get_peft_model`, or load a trained adapter by "
                 "`load_expert_lora`."
             )
+        if self._share is not None and not self._share.is_whole:
+            check_is_alike(self.lora_A[adapter_name].weight, self.stack_name, adapter_name)
+            a, b = self._share.of(a, b)
         if dtype.is_floating_point and dtype.itemsize > 1:
             a, b = a.to(dtype), b.to(dtype)
         b, scaling = b.contiguous(), self.scaling[adapter_name]
@@ -169,6 +176,8 @@ class FactoredExpertsLayer(ParamWrapper):
         Returns:
             `torch.Tensor` of shape `(E, out)`.
         """
+        if self._share is not None:
+            experts = self._share.experts
         magnitude = self.lora_magnitude_vector[adapter_name].weight
         weights = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
@@ -203,6 +212,11 @@ class FactoredExpertsLayer(ParamWrapper):
                 f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
                 "offloading, and its adapter again, to merge."
             )
+        if is_spread(self.get_param()):
+            raise ValueError(
+                f"several processes share {self.stack_name!r}, so that nothing can be merged into it: save the "
+                "adapter, and merge it in one process."
+            )
         self._check_dora(names)
         for name in names:
             if self.use_dora.get(name):
@@ -232,6 +246,11 @@ class FactoredExpertsLayer(ParamWrapper):
         if adapter_names is not None:
             if self.merged:
                 raise ValueError("`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
+            if self._share is not None:
+                raise ValueError(
+                    f"several processes share {self.stack_name!r}, so that rows of a batch cannot have an adapter "
+                    "each: leave out `adapter_names`, and switch by `set_adapter`, or run the model in one process."
+                )
             return self._forward_by_row(x, args, adapter_names)
         return self._run(self.active_adapters, x, *args, **kwargs)
 

@@ -1,0 +1,145 @@
+"""Adapters of experts that two processes share: outputs, gradients and files are those of one process."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
+from tests.conftest import make_model
+from tests.processes import run_in_processes
+
+MODELS = {
+    "hybrid": {},
+    "isolated": {"expert_groups": "isolated"},
+    "pools": {"expert_pool": [0, 0]},
+}
+SIZES = [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}]
+# Experts, and linear layers that tensor parallelism cuts in both ways, or not at all.
+CONFIG = {
+    "r": 3,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj", "o_proj", "linear_1", "gate_proj", "down_proj"],
+    "target_parameters": ["gate_up_proj", "down_proj"],
+    "init_lora_weights": False,
+}
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers.distributed.configuration_utils import DistributedConfig
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora, load_expert_lora
+from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
+from tests.integration.test_parallel_lora import CONFIG, MODELS, SIZES
+from tests.integration.test_trainer import collate, make_rows
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+rows = make_rows(2)[::-1]  # every other row has no picture, so with as many batches one process sees none
+whole_batch = collate(rows)
+num_targets = int((whole_batch["labels"][:, 1:] != -100).sum())
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load(name, sizes=None, experts="grouped_mm"):
+    distributed = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
+    return SparseMoeVlmForConditionalGeneration.from_pretrained(
+        folder / name, experts_implementation=experts, **distributed
+    )
+
+
+def adapters(model):
+    return {name: value for name, value in model.named_parameters() if "lora_" in name}
+
+
+def compare(model, adapted, sizes, case):
+    mine = slice(rank, None, 2) if "fsdp_size" in sizes else slice(None)
+    batch = collate(rows[mine])
+    outputs = adapted(**batch, num_items_in_batch=num_targets)
+    outputs.loss.backward()
+    real = batch["attention_mask"].bool()
+    expected = model.last_logits[mine][:, : real.shape[1]]
+    torch.testing.assert_close(full(outputs.logits)[real], expected[real], atol=1e-4, rtol=1e-4, msg=case)
+    num_batches = sizes.get("fsdp_size", 1)
+    for name, parameter in adapters(adapted).items():
+        gradient, expected_gradient = full(parameter.grad) * num_batches, adapters(model)[name].grad
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-3, msg=f"{case} {name}")
+    adapted.eval()
+    with torch.no_grad():
+        logits = full(adapted(**batch).logits)
+        torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4, msg=case)
+
+
+def saves_the_same(adapted, path, expected):
+    adapted.save_pretrained(path, is_main_process=rank == 0)
+    dist.barrier()
+    for name, tensor in load_file(expected / "adapter_model.safetensors").items():
+        assert torch.equal(load_file(path / "adapter_model.safetensors")[name], tensor), name
+
+
+def fails(function, words):
+    try:
+        function()
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"no error with {words!r}")
+
+
+for name in MODELS:
+    saved = folder / f"{name} adapter"
+    for experts in ("eager", "grouped_mm", "batched_mm") if name == "isolated" else ("grouped_mm",):
+        model = factor_expert_lora(PeftModel.from_pretrained(load(name, None, experts), saved, is_trainable=True))
+        outputs = model.train()(**whole_batch, num_items_in_batch=num_targets)
+        outputs.loss.backward()
+        model.last_logits = outputs.logits.detach()
+        for sizes in SIZES:
+            spread = load(name, sizes, experts)
+            if experts == "grouped_mm":
+                adapted = load_expert_lora(spread, saved, is_trainable=True).train()
+            else:
+                adapted = factor_expert_lora(PeftModel.from_pretrained(spread, saved, is_trainable=True)).train()
+            compare(model, adapted, sizes, f"{name} {experts} {sizes}")
+            saves_the_same(adapted, folder / "again", saved)
+            if experts != "grouped_mm" or name != "isolated":
+                continue
+            # Of new adapters, all processes have those of the first.
+            torch.manual_seed(rank)
+            config = LoraConfig(**CONFIG)
+            adapted = factor_expert_lora(get_peft_model(load(name, sizes), config))
+            for key, value in adapters(adapted).items():
+                values = [torch.empty_like(value) for _ in range(2)]
+                if not isinstance(value, DTensor):
+                    dist.all_gather(values, value.detach())
+                    assert torch.equal(*values), key
+            spread = load(name, sizes)
+            adapted = get_peft_model(spread, expert_lora_config(spread, r=2))
+            fails(adapted.merge_adapter, "merge it in one process")
+            if sizes != {"fsdp_size": 2}:
+                fails(lambda: adapted(**whole_batch), "call `factor_expert_lora(model)`")
+            fails(lambda: adapted.eval()(**whole_batch, adapter_names=["default"] * 2), "leave out `adapter_names`")
+print(f"rank {rank} is done")
+dist.destroy_process_group()
+"""
+
+
+def test_adapters_are_those_of_one_process(tmp_path):
+    for name, fields in MODELS.items():
+        model = make_model(vocab_size=100, num_experts=8, num_key_value_heads=4, moe_intermediate_size=32, **fields)
+        model.save_pretrained(tmp_path / name)
+        adapted = get_peft_model(model, LoraConfig(**CONFIG))
+        for key, value in adapted.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(value, std=0.2)
+        factor_expert_lora(adapted).save_pretrained(tmp_path / f"{name} adapter")
+    result = run_in_processes(SCRIPT, tmp_path)
+    assert result.returncode == 0, result.stderr[-12000:]
+    assert result.stdout.count("is done") == 2
