@@ -46,11 +46,11 @@ def main() -> None:
             _set_shards(config, arguments.num_expert_shards)
         routing = None if arguments.routing is None else json.loads(Path(arguments.routing).read_text())
         device_map = plan_expert_placement(config, max_memory, routing, arguments.dtype)
+        if arguments.output:
+            Path(arguments.output).write_text(json.dumps(device_map, indent=2) + "\n")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     shares = describe_placement(config, device_map, routing, arguments.dtype)
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps(device_map, indent=2) + "\n")
     if arguments.json:
         devices = [
             {"device": s.device, "bytes": s.bytes, "expert_bytes": s.expert_bytes, "load": s.load} for s in shares

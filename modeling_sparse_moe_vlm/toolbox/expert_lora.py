@@ -26,6 +26,7 @@ from .adapter_upgrade import is_old, is_old_version
 from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
 from .model_structure import name_without_adapters
 from .parallel_lora import keep_adapters_alike
+from .token_rows import tell_token_rows
 
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
@@ -63,6 +64,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
         for adapter_name in layer.lora_A:
             layer.keep_zero_outputs(adapter_name)
     keep_adapters_alike(model, list(layers.values()))
+    tell_token_rows(model)
     return model
 
 

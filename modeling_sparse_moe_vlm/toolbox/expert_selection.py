@@ -21,6 +21,7 @@ from .expert_lora import ExpertLoraConfig
 from .factored_layer import run_factored
 from .model_structure import base_model_of
 from .placement_load import expert_counts
+from .token_rows import tell_token_rows
 
 # What the modules that choose experts are called.
 ROUTER_NAMES = ("gate", "router")
@@ -112,6 +113,7 @@ def expert_lora_config(
         **options,
     )
     run_factored(lora, [part for bank in banks if not bank.always_on for part in bank.parts.values()])
+    tell_token_rows(model)
     return lora
 
 
@@ -167,6 +169,7 @@ def _in_layers(
     """The banks of these layers, each of which must have experts unless `some` is enough."""
     if layers is None:
         return banks
+    check(len(layers) > 0, "`layers` is empty: leave it out for all of them.")
     beyond = [layer for layer in layers if not 0 <= layer < config.num_hidden_layers]
     check(not beyond, f"`layers` names {beyond}, but the model has layers 0 to {config.num_hidden_layers - 1}.")
     sparse = sorted({layer for bank in banks for layer in bank.layers})

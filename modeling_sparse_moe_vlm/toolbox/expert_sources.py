@@ -79,15 +79,17 @@ class FileSource:
         with _explained(path):
             # Stays open: the experts may outlive the file's name.
             self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115
+        self._end = offset + shape[0] * self.expert_bytes
         self.check()
+        self._end = os.fstat(self._file.fileno()).st_size  # other weights may follow
 
     def check(self) -> None:
-        """Whether all of the experts are (still) there: to touch what is not, where it is mapped, ends the process."""
-        size, end = os.fstat(self._file.fileno()).st_size, self.offset + self.shape[0] * self.expert_bytes
-        if size < end:
+        """Whether all of the file is (still) there: to touch what is not, where it is mapped, ends the process."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self._end:
             raise OSError(
-                f"{self.path} is truncated: experts lie in it up to byte {end}, but it has {size} bytes. Write or "
-                "download the file again, then load the model again."
+                f"{self.path} is truncated: weights lie in it up to byte {self._end}, but it has {size} bytes. Write "
+                "or download the file again, then load the model again."
             )
 
     def read(self, expert: int, slot: torch.Tensor) -> None:

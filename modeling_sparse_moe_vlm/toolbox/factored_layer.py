@@ -207,7 +207,7 @@ class FactoredExpertsLayer(ParamWrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        if self.get_param().is_meta:
+        if self.get_param().is_meta or getattr(self._paging, "is_read_only", False):
             raise ValueError(
                 f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
                 "offloading, and its adapter again, to merge."
@@ -222,6 +222,7 @@ class FactoredExpertsLayer(ParamWrapper):
             if self.use_dora.get(name):
                 self._merged_rescale[name] = self.rescale(name, self.get_param().detach())
         super().merge(safe_merge, adapter_names)
+        self._tell_paging()
 
     def unmerge(self) -> None:
         for name in list(self.merged_adapters):
@@ -232,6 +233,17 @@ class FactoredExpertsLayer(ParamWrapper):
                 param.data -= ParamWrapper.get_delta_weight(self, name)
         if self.merged:
             super().unmerge()
+        self._tell_paging()
+
+    @property
+    def _paging(self) -> Any:
+        """The hook by which experts are paged, or another one, or none."""
+        return getattr(self.get_base_layer(), "_hf_hook", None)
+
+    def _tell_paging(self) -> None:
+        """Slots have the weights of before."""
+        if hasattr(self._paging, "read_anew"):
+            self._paging.read_anew(self.get_base_layer())
 
     def _check_dora(self, adapter_names: Sequence[str]) -> None:
         if len(adapter_names) > 1 and any(self.use_dora.get(name) for name in adapter_names):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .expert_slots import ExpertSlots, MappedSlots
-from .expert_sources import ExpertSource, MemorySource, find_sources
+from .expert_sources import ExpertSource, FileSource, MemorySource, find_sources
 from .model_structure import base_model_of, uses_experts_interface
 
 
@@ -149,7 +149,12 @@ def page_experts(
             if module not in paged:
                 module._apply(lambda tensor: tensor.to(device), recurse=False)
     phase = Phase(base)
+    every = [source for of_module in sources.values() for source in of_module.values()]
+    files = {source.path: source for source in every if isinstance(source, FileSource)}
     undo: list[Callable[[], object]] = [phase.remove]
+    for name, module in base.named_modules():
+        if name.count(".") < 2:  # the model, and what `generate` may call before it, as encoders of pictures
+            undo.append(module.register_forward_pre_hook(partial(_check, files)).remove)
     for module in _idle(base):
         if module not in modules.values():
             undo.append(partial(add_hook_to_module, module, module._hf_hook))
@@ -243,6 +248,19 @@ class PagingHook(ModelHook):
         module._old_forward = partial(self.forward, module)
         return module
 
+    @property
+    def is_read_only(self) -> bool:
+        """Whether the experts cannot be changed, as they are in files."""
+        return any(isinstance(source, FileSource) for source in self.sources.values())
+
+    def read_anew(self, module: Any) -> None:
+        """Lets go of what the slots hold, since the experts in memory were changed."""
+        self.sources.update(_sources(self.name, module, self.device.type == "cuda"))
+        self.slots.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagingHook:
+        raise ValueError(f"{self.name} is paged, and its slots serve one model: call `unpage_experts` before a copy.")
+
     def detach_hook(self, module: Any) -> nn.Module:
         module._old_forward = self._forward
         module._parameters.update(self.kept)
@@ -251,6 +269,7 @@ class PagingHook(ModelHook):
     def _count(self, hits: int, misses: int, number_of_bytes: int) -> None:
         self.counts[self.current] += PagingCounts(hits, misses, number_of_bytes)
 
+    @torch.compiler.disable  # what is read depends on values
     def forward(self, module: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         if parametrize.is_parametrized(module):
             raise ValueError(
@@ -335,6 +354,13 @@ class _Frozen(torch.autograd.Function):
             f"{ctx.name} wants gradients, but paged experts cannot be trained: freeze them (`requires_grad_(False)`), "
             "and train an adapter, or call `unpage_experts` first."
         )
+
+
+@torch.compiler.disable
+def _check(files: Mapping[str, FileSource], *_: object) -> None:
+    """Looks after files before anything runs: weights of other modules, too, lie in them, mapped by Transformers."""
+    for file in files.values():
+        file.check()
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -181,7 +181,9 @@ def _skeleton(config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.
             return config_or_model
         config_or_model = config_or_model.config
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f'`dtype` must be a type of weights such as "bfloat16" or "float32", got {dtype!r}.')
     options = {} if dtype is None else {"dtype": dtype}
     architectures = getattr(config_or_model, "architectures", None)
     models = []
@@ -309,20 +311,26 @@ def _budgets(max_memory: Mapping[Device, int | float | str]) -> dict[Device, flo
     """Bytes by device, accelerators first, then the CPU, then the disk."""
     if not max_memory:
         raise ValueError('`max_memory` names no device: give budgets such as {0: "80GB", "cpu": "200GB"}.')
-    wrong = [device for device in max_memory if not isinstance(device, int) and device not in ("mps", *_SLOW)]
+    wrong = [device for device in max_memory if device not in ("mps", *_SLOW) and not _is_number(device)]
     if wrong:
         raise ValueError(f"`max_memory` names {wrong}: devices are numbers of accelerators, 'mps', 'cpu' and 'disk'.")
     budgets: dict[Device, float] = {}
     for device in sorted(max_memory, key=lambda device: (device in _SLOW, str(device) if device in _SLOW else 0)):
         size = max_memory[device]
-        if isinstance(size, str) and size.upper().endswith(("TB", "TIB")):  # Accelerate stops at giga
-            unit = "GiB" if size.upper().endswith("TIB") else "GB"
-            size = f"{1000 * float(size[: -len(unit)]) if unit == 'GB' else 1024 * float(size[:-3])}{unit}"
         try:
-            budgets[device] = size if isinstance(size, float) else convert_file_size_to_int(size)
+            if isinstance(size, str) and size.upper().endswith(("TB", "TIB")):  # Accelerate stops at giga
+                unit = "GiB" if size.upper().endswith("TIB") else "GB"
+                size = f"{1000 * float(size[: -len(unit)]) if unit == 'GB' else 1024 * float(size[:-3])}{unit}"
+            if not isinstance(size, float):
+                size = convert_file_size_to_int(size if isinstance(size, int) else str(size))
+            budgets[device] = size
         except ValueError as error:
             raise ValueError(f"`max_memory[{device!r}]` is {max_memory[device]!r}: {error}") from error
     return budgets
+
+
+def _is_number(device: object) -> bool:
+    return isinstance(device, int) and not isinstance(device, bool) and device >= 0
 
 
 def _fast(budgets: Mapping[Device, float]) -> list[Device]:

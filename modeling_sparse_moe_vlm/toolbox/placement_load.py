@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 # By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
@@ -153,8 +152,10 @@ def _table(routing: Any, config: PreTrainedConfig) -> _Table:
     by_modality = routing if isinstance(routing, Mapping) else {EVEN: routing}
     table: _Table = {}
     for modality, of_layers in by_modality.items():
-        table[str(modality)] = of_layers.tolist() if isinstance(of_layers, torch.Tensor) else list(of_layers)
-        if not all(isinstance(of_experts, list | tuple) for of_experts in table[str(modality)]):
+        of_layers = of_layers.tolist() if hasattr(of_layers, "tolist") else of_layers
+        table[str(modality)] = of_layers
+        is_table = isinstance(of_layers, list | tuple)
+        if not is_table or not all(isinstance(of_experts, list | tuple) for of_experts in of_layers):
             raise ValueError(
                 "`routing` must have counts by layer and expert: a tensor of shape (layers, experts), one for each "
                 f"modality, or what `measure_routing`, `routing_statistics` or `expert_load` return; got {routing!r}."

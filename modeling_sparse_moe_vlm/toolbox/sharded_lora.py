@@ -88,6 +88,7 @@ def save_adapter(model: PeftModel, folder: str | PathLike, adapter_name: str = "
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter.
     """
+    model.peft_config[adapter_name] = lora_config_for_shards(model.peft_config[adapter_name], model)
     model.save_pretrained(str(folder), selected_adapters=[adapter_name])
     path = Path(folder) / ("" if adapter_name == "default" else adapter_name) / "adapter_model.safetensors"
     save_file(_join(load_file(path), _sizes(model)), path, metadata={"format": "pt"})

@@ -1,13 +1,14 @@
 """LoRA on experts, run factored, over paged experts: outputs and gradients are those over resident ones."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
-from modeling_sparse_moe_vlm.toolbox.paging import page_experts
-from tests.in_tree_moe import adapt
+from modeling_sparse_moe_vlm.toolbox.paging import page_experts, unpage_experts
+from tests.in_tree_moe import adapt, assert_equal
 from tests.toolbox.test_paging import build, from_disk, inputs_of
 
 
@@ -32,3 +33,34 @@ def test_gradients_of_adapters(name, implementation, tmp_path):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         for name, gradient in gradients.items():
             torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
+def test_merged_into_paged_experts(name, safe_merge):
+    """Slots that were filled before must not be taken for the merged experts."""
+    model = build(name)
+    inputs = inputs_of(model)
+    adapted = factor_expert_lora(adapt(copy.deepcopy(model)))
+    expected = adapted(**inputs).logits
+    page_experts(adapted, 12)  # all of them
+    for merge in (partial(adapted.merge_adapter, safe_merge=safe_merge), adapted.unmerge_adapter):
+        assert_equal(adapted(**inputs).logits, expected)
+        merge()
+    merged = adapted.merge_and_unload(safe_merge=safe_merge)
+    assert_equal(merged(**inputs).logits, expected)
+    unpage_experts(merged)
+    assert_equal(merged(**inputs).logits, expected)
+    assert (expected - model(**inputs).logits).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_experts_in_files_are_not_merged_into(tmp_path):
+    """What a private mapping holds is gone when an expert loses its slot."""
+    model = build("qwen3_moe")
+    loaded = from_disk(model, tmp_path)
+    page_experts(loaded, 3)
+    adapted = factor_expert_lora(adapt(loaded))
+    with pytest.raises(ValueError, match="is offloaded, so that nothing can be merged into it"):
+        adapted.merge_adapter()

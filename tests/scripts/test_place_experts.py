@@ -61,6 +61,8 @@ def test_plans_for_models_of_the_library(run_here, tmp_path):
         (["--max-memory", "0=1KB"], "are missing"),
         (["--max-memory", "80GB"], "no budget such as"),
         (["--max-memory", "0=80GB", "--routing", "nowhere.json"], "nowhere.json"),
+        (["--max-memory", "0=80GB", "--output", "nowhere/map.json"], "nowhere/map.json"),
+        (["--max-memory", "0=80GB", "--dtype", "nonsense"], "`dtype` must be"),
     ],
 )
 def test_errors_say_what_was_wrong(arguments, message, run_here, capsys):

@@ -316,6 +316,7 @@ def test_the_busiest_experts_of_an_in_tree_model():
         ("isolated", {"experts": []}, "nothing gets an adapter: choose some `experts`, or pass `attention=True`"),
         ("isolated", {"experts": [], "routers": True}, "nothing gets an adapter"),
         ("isolated", {"groups": []}, "`groups` is empty"),
+        ("isolated", {"layers": []}, "`layers` is empty"),
         ("hybrid", {"groups": ["image"], "experts": [0]}, "always-on groups have none to choose from"),
         ("llama", {}, "LlamaForCausalLM has no experts that run through Transformers' experts interface"),
     ],

@@ -76,7 +76,7 @@ def test_switching_and_several_at_once(name, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss", "joint", "isolated"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss", "ernie4_5_vl_moe", "joint", "isolated"])
 @torch.no_grad()
 def test_an_adapter_for_each_row(name, implementation):
     adapted, _ = two_adapters(name, implementation)

@@ -375,7 +375,7 @@ def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
     inputs = inputs_of(model)
     loaded(**inputs)
     os.truncate(path, 12_000)
-    with pytest.raises(OSError, match=r"down_proj.safetensors is truncated: experts lie in it up to byte \d+"):
+    with pytest.raises(OSError, match=r"down_proj.safetensors is truncated: weights lie in it up to byte \d+"):
         loaded(**inputs)
     path.write_bytes(whole)
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
@@ -389,3 +389,38 @@ def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
     path.unlink()
     with pytest.raises(OSError, match=r"cannot read experts from .*down_proj.safetensors: No such file"):
         page_experts(loaded, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
+def test_files_that_hold_other_weights_too(name, tmp_path):
+    """Transformers maps them as well, and attention or the vision tower would touch what is gone before the experts."""
+    model, inputs = build(name), inputs_of(build(name))
+    model.save_pretrained(tmp_path, save_original_format=False)
+    loaded = type(model).from_pretrained(
+        tmp_path, device_map=device_map_of(model, "disk"), offload_folder=tmp_path / "offload"
+    )
+    with page_experts(loaded, 3):
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+        os.truncate(tmp_path / "model.safetensors", 20_000)
+        for run in (loaded, loaded.generate):
+            with pytest.raises(OSError, match=r"model\.safetensors is truncated"):
+                run(**inputs)
+
+
+@torch.no_grad()
+def test_compiled_around():
+    model = build("qwen3_moe")
+    inputs = inputs_of(model)
+    expected = model(**inputs).logits
+    page_experts(model, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_would_share_slots():
+    model = build("qwen3_moe")
+    with page_experts(model, 4), pytest.raises(ValueError, match="call `unpage_experts` before a copy"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)

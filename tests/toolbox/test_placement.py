@@ -262,7 +262,10 @@ def test_maps_dispatch_models_of_the_library(name, tmp_path):
         ({0: "370KB", 1: "370KB", 2: "370KB"}, r"too small by .* on each of \[0, 1, 2\].*the largest"),
         ({}, "names no device"),
         ({"gpu": "1GB"}, r"\['gpu'\]"),
+        ({-1: "1GB"}, r"names \[-1\]"),
         ({0: "much"}, r"`max_memory\[0\]` is 'much'"),
+        ({0: "muchTB"}, r"`max_memory\[0\]` is 'muchTB'"),
+        ({0: None}, r"`max_memory\[0\]` is None"),
     ],
 )
 def test_budgets_that_cannot_be_met(max_memory, message):
@@ -302,12 +305,19 @@ def test_models_without_experts():
         (torch.ones(4, 6), "6 experts"),
         (torch.ones(4, 9), "9 experts"),
         ({"text": [1, 2]}, "by layer and expert"),
+        (3, "by layer and expert"),
         ({"rows": [{"place": "layer_9", "group": "joint", "modality": "text", "wanted": [1]}]}, "layer_9"),
     ],
 )
 def test_routing_of_another_model(routing, message):
     with pytest.raises(ValueError, match=message):
         plan_expert_placement(CONFIGS["qwen3_moe"], {0: "1GB"}, routing)
+
+
+@pytest.mark.parametrize("wrong", ["nonsense", "auto", "int8", torch.int8])
+def test_wrong_types_of_the_weights(wrong):
+    with pytest.raises(ValueError, match="`dtype` must be a type of weights"):
+        plan_expert_placement(CONFIGS["qwen3_moe"], {0: "1GB"}, dtype=wrong)
 
 
 def test_maps_that_leave_something_out():

@@ -6,8 +6,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
+from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.sharded_lora import load_adapter, lora_config_for_shards, save_adapter
 from tests.conftest import make_inputs, make_model
+from tests.in_tree_moe import randomise
 
 KINDS = {
     "joint": ({"num_experts": 5}, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
@@ -102,3 +104,16 @@ def test_plain_peft_does_not_go_on_without_the_weights(tmp_path):
     save_adapter(adapt(tmp_path, 1, targets), tmp_path / "adapter")
     with pytest.raises(ValueError, match="load_adapter"):
         PeftModel.from_pretrained(load(tmp_path, 3), tmp_path / "adapter")
+
+
+@torch.no_grad()
+def test_experts_chosen_by_shard_are_saved_as_of_whole_stacks(kind, tmp_path):
+    """`expert_lora_config` of a sharded model names shards, which no other number of them has."""
+    base, inputs = make_model(**KINDS[kind][0]), make_inputs()
+    base.save_pretrained(tmp_path / "model")
+    sharded = load(tmp_path, 2)
+    adapted = randomise(get_peft_model(sharded, expert_lora_config(sharded, r=3)).eval())
+    expected = adapted(**inputs).logits
+    save_adapter(adapted, tmp_path / "adapter")
+    whole = PeftModel.from_pretrained(load(tmp_path, 1), tmp_path / "adapter").eval()
+    torch.testing.assert_close(whole(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
