@@ -150,9 +150,15 @@ def forget_plans_of_stacks(model: Any) -> None:
 
     Args:
         model (`PreTrainedModel`):
-            The model, changed in place.
+            The model, changed in place if several processes share it.
     """
-    stacks = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, value in model.named_parameters() if value.dim() == 3}
+    stacks = {
+        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        for name, value in model.named_parameters()
+        if value.dim() == 3 and hasattr(value, "placements")
+    }
+    if not stacks:
+        return
     model._tp_plan = {name: style for name, style in model._tp_plan.items() if name not in stacks}
 
 

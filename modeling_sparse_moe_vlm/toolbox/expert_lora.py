@@ -25,7 +25,7 @@ from ..checks import check
 from .adapter_upgrade import is_old, is_old_version
 from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
 from .model_structure import name_without_adapters
-from .parallel_lora import keep_adapters_alike
+from .parallel_lora import keep_adapters_alike, prepare_for_adapters
 from .token_rows import tell_token_rows
 
 
@@ -36,6 +36,9 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
     `PeftModel.from_pretrained`, `model.add_adapter` or `model.load_adapter`. Results are PEFT's, up to rounding;
     adapters are saved, loaded, switched, disabled and merged as before.
 
+    Where several processes share the model (`DistributedConfig`), each calls it, after every new adapter: all get the
+    values of the first, and the gradients of one process with all batches.
+
     Args:
         model (`nn.Module`): The model with adapters, changed in place.
 
@@ -44,7 +47,8 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError:
-            If no expert has an adapter, or if one was trained by PEFT before 0.19, which took its inputs for outputs.
+            If no expert has an adapter, if one was trained by PEFT before 0.19, which took its inputs for outputs, or
+            if processes share the model in a way that adapters cannot follow.
     """
     layers = {
         name: module
@@ -103,6 +107,7 @@ def load_expert_lora(
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     run_factored(config, [module for module in model.modules() if is_experts(module)])
+    prepare_for_adapters(model, config)
     # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
     is_offloaded = any(parameter.is_meta for parameter in model.parameters())
     if isinstance(model, PeftModel):

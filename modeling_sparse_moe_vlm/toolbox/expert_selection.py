@@ -20,6 +20,7 @@ from .expert_banks import PROJECTIONS, ExpertBank, expert_banks, layer_of, modul
 from .expert_lora import ExpertLoraConfig
 from .factored_layer import run_factored
 from .model_structure import base_model_of
+from .parallel_lora import prepare_for_adapters
 from .placement_load import expert_counts
 from .token_rows import tell_token_rows
 
@@ -112,6 +113,7 @@ def expert_lora_config(
         gate_up=halves.pop() if is_fused and len(halves) == 1 else None,
         **options,
     )
+    prepare_for_adapters(model, lora)
     run_factored(lora, [part for bank in banks if not bank.always_on for part in bank.parts.values()])
     tell_token_rows(model)
     return lora

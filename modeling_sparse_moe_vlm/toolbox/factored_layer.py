@@ -246,7 +246,14 @@ class FactoredExpertsLayer(ParamWrapper):
             self._paging.read_anew(self.get_base_layer())
 
     def _check_dora(self, adapter_names: Sequence[str]) -> None:
-        if len(adapter_names) > 1 and any(self.use_dora.get(name) for name in adapter_names):
+        if not any(self.use_dora.get(name) for name in adapter_names):
+            return
+        if self._share is not None and self._share.cuts_matrices:
+            raise ValueError(
+                f"`tp_size` cuts the matrices of {self.stack_name!r}, and DoRA needs the norms of whole ones: pass "
+                "`ep_size` as well, or train without `use_dora`."
+            )
+        if len(adapter_names) > 1:
             raise ValueError(
                 f"{list(adapter_names)} are active at once, but DoRA rescales the weights that the others add to: "
                 "activate an adapter with `use_dora` alone."

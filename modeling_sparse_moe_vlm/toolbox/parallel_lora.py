@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..checks import check
+from ..parallel import forget_plans_of_stacks
 from .model_structure import base_model_of
 
 # The axes of a mesh along which experts stay cut while they run. Along the others, FSDP gathers them.
@@ -82,6 +84,37 @@ def is_spread(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "placements")
 
 
+def prepare_for_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """
+    Lets PEFT adapt the experts of a model that several processes share, and refuses what it cannot adapt.
+
+    Args:
+        model (`nn.Module`): The model, without the adapter.
+        config (`LoraConfig`): The adapter's configuration.
+
+    Raises:
+        ValueError: If the adapter is to change layers in a way that needs all of their weights.
+    """
+    if not any(is_spread(parameter) for parameter in model.parameters()):
+        return
+    forget_plans_of_stacks(base_model_of(model))
+    copied = [
+        name
+        for name, module in model.named_modules()
+        if name.endswith(tuple(config.modules_to_save or ())) and any(map(is_spread, module.parameters()))
+    ]
+    check(
+        not copied,
+        f"several processes share {copied[:1]}, which an adapter cannot train in full (`modules_to_save`, `routers`): "
+        "leave it out, or load the model without `fsdp_size`.",
+    )
+    check(
+        not (config.use_dora and config.target_modules),
+        "several processes share the model, whose linear layers PEFT cannot adapt with `use_dora` then: adapt routed "
+        "experts alone (`expert_lora_config(…, groups=…)`, `attention=False`), or train without it.",
+    )
+
+
 def keep_adapters_alike(model: nn.Module, layers: Sequence[ParamWrapper]) -> None:
     """
     Gives all processes the adapters of the first, and whole gradients: what other processes' experts and batches
@@ -101,6 +134,11 @@ def keep_adapters_alike(model: nn.Module, layers: Sequence[ParamWrapper]) -> Non
     if sizes is None:
         return  # Accelerate's FSDP, which shards adapters as well
     check(sizes.pp_size == 1, "adapters on experts do not work with `pp_size`: load the model without it.")
+    check(
+        not sizes.fsdp_mixed_precision or sizes.ep_size == 1,
+        "adapters on experts do not work with `fsdp_mixed_precision` and `ep_size`: load the model with "
+        "`dtype=torch.bfloat16` instead, adapters are trained in float32 all the same.",
+    )
     of_experts = {parameter for layer in layers for parameter in _adapter_parameters(layer)}
     num_processes = torch.distributed.get_world_size()
     num_batches = num_processes // sizes.tp_size

@@ -4,6 +4,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
+from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
+from tests import in_tree_moe
 from tests.conftest import make_model
 from tests.processes import run_in_processes
 
@@ -11,6 +13,7 @@ MODELS = {
     "hybrid": {},
     "isolated": {"expert_groups": "isolated"},
     "pools": {"expert_pool": [0, 0]},
+    "dora": {"expert_groups": "isolated"},
 }
 SIZES = [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}]
 # Experts, and linear layers that tensor parallelism cuts in both ways, or not at all.
@@ -31,11 +34,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
-from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora, load_expert_lora
 from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
 from tests.integration.test_parallel_lora import CONFIG, MODELS, SIZES
 from tests.integration.test_trainer import collate, make_rows
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -51,9 +55,8 @@ def full(tensor):
 
 def load(name, sizes=None, experts="grouped_mm"):
     distributed = {"distributed_config": DistributedConfig(**sizes)} if sizes else {}
-    return SparseMoeVlmForConditionalGeneration.from_pretrained(
-        folder / name, experts_implementation=experts, **distributed
-    )
+    model_class = AutoModelForCausalLM if name == "qwen3_moe" else AutoModelForImageTextToText
+    return model_class.from_pretrained(folder / name, experts_implementation=experts, **distributed)
 
 
 def adapters(model):
@@ -97,7 +100,7 @@ def fails(function, words):
 for name in MODELS:
     saved = folder / f"{name} adapter"
     for experts in ("eager", "grouped_mm", "batched_mm") if name == "isolated" else ("grouped_mm",):
-        model = factor_expert_lora(PeftModel.from_pretrained(load(name, None, experts), saved, is_trainable=True))
+        model = load_expert_lora(load(name, None, experts), saved, is_trainable=True)
         outputs = model.train()(**whole_batch, num_items_in_batch=num_targets)
         outputs.loss.backward()
         model.last_logits = outputs.logits.detach()
@@ -107,6 +110,9 @@ for name in MODELS:
                 adapted = load_expert_lora(spread, saved, is_trainable=True).train()
             else:
                 adapted = factor_expert_lora(PeftModel.from_pretrained(spread, saved, is_trainable=True)).train()
+            if name == "dora" and sizes == {"tp_size": 2}:
+                fails(lambda: adapted(**whole_batch), "DoRA needs the norms of whole ones")
+                continue
             compare(model, adapted, sizes, f"{name} {experts} {sizes}")
             saves_the_same(adapted, folder / "again", saved)
             if experts != "grouped_mm" or name != "isolated":
@@ -122,22 +128,43 @@ for name in MODELS:
                     assert torch.equal(*values), key
             spread = load(name, sizes)
             adapted = get_peft_model(spread, expert_lora_config(spread, r=2))
+            if "fsdp_size" in sizes:
+                fails(lambda: expert_lora_config(spread, routers=True), "cannot train in full")
+            fails(lambda: expert_lora_config(spread, attention=True, use_dora=True), "cannot adapt with `use_dora`")
             fails(adapted.merge_adapter, "merge it in one process")
             if sizes != {"fsdp_size": 2}:
                 fails(lambda: adapted(**whole_batch), "call `factor_expert_lora(model)`")
             fails(lambda: adapted.eval()(**whole_batch, adapter_names=["default"] * 2), "leave out `adapter_names`")
+
+# Transformers' own, on one batch for all.
+batch = {"input_ids": torch.arange(4, 24).view(2, 10), "labels": torch.arange(4, 24).view(2, 10)}
+model = load_expert_lora(load("qwen3_moe"), folder / "qwen3_moe adapter", is_trainable=True)
+expected = model(**batch)
+expected.loss.backward()
+for sizes in SIZES:
+    adapted = load_expert_lora(load("qwen3_moe", sizes), folder / "qwen3_moe adapter", is_trainable=True)
+    outputs = adapted(**batch)
+    outputs.loss.backward()
+    torch.testing.assert_close(full(outputs.logits), expected.logits, atol=1e-4, rtol=1e-4, msg=str(sizes))
+    for name, parameter in adapters(adapted).items():
+        expected_gradient = adapters(model)[name].grad
+        torch.testing.assert_close(full(parameter.grad), expected_gradient, atol=1e-5, rtol=1e-3, msg=f"{sizes} {name}")
 print(f"rank {rank} is done")
 dist.destroy_process_group()
 """
 
 
 def test_adapters_are_those_of_one_process(tmp_path):
-    for name, fields in MODELS.items():
-        model = make_model(vocab_size=100, num_experts=8, num_key_value_heads=4, moe_intermediate_size=32, **fields)
+    sizes = {"vocab_size": 100, "num_experts": 8, "num_key_value_heads": 4, "moe_intermediate_size": 32}
+    models = {name: make_model(**sizes, **fields) for name, fields in MODELS.items()}
+    for name, model in (models | {"qwen3_moe": in_tree_moe.make_model("qwen3_moe", width=32, vocab_size=100)}).items():
         model.save_pretrained(tmp_path / name)
-        adapted = get_peft_model(model, LoraConfig(**CONFIG))
+        if name in ("dora", "qwen3_moe"):
+            adapted = get_peft_model(model, expert_lora_config(model, r=3, use_dora=name == "dora"))
+        else:
+            adapted = get_peft_model(model, LoraConfig(**CONFIG))
         for key, value in adapted.named_parameters():
-            if "lora_" in key:
+            if "lora_A" in key or "lora_B" in key:
                 torch.nn.init.normal_(value, std=0.2)
         factor_expert_lora(adapted).save_pretrained(tmp_path / f"{name} adapter")
     result = run_in_processes(SCRIPT, tmp_path)
