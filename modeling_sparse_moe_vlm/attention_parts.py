@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -87,6 +88,9 @@ class AttentionParts:
         Returns:
             [`Merged`]
         """
+        if torch.is_autocast_enabled(query.device.type):  # for kernels that it does not know
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         log_priors = self._all_log_priors(log_priors, query)
         key_ids = _fit(self.key_ids.to(key.device), key.shape[2])
         forms: dict[str, Any] = {"scaling": scaling, "log_priors": log_priors, "guidance": self.guidance}
@@ -111,11 +115,12 @@ class AttentionParts:
         elif _is_row(query, attention_mask) and dropout == 0.0 and not wants_attentions:
             if self.indicator is None:
                 self.indicator = F.one_hot(key_ids, self.num_modalities).float()
-            merged = attend_by_row(
-                query, key, value, attention_mask, key_ids, self.num_modalities, **forms,
-                indicator=self.indicator.to(key.device),
-                weigh=not self.keeps_rows or key_ids.numel() * query.shape[1] > MAX_KEPT_ROW,
-            )  # fmt: skip
+            with _without_autocast(query.device):
+                merged = attend_by_row(
+                    query, key, value, attention_mask, key_ids, self.num_modalities, **forms,
+                    indicator=self.indicator.to(key.device),
+                    weigh=not self.keeps_rows or key_ids.numel() * query.shape[1] > MAX_KEPT_ROW,
+                )  # fmt: skip
             if merged.weights is None and reads_out:
                 self.rows.append(cast(torch.Tensor, merged.attentions))
             merged = Merged(merged.output, merged.weights)
@@ -133,7 +138,9 @@ class AttentionParts:
         if self.counts is None:
             return {}
         if self.rows:
-            self.weights += weights_of_rows(self.rows, cast(torch.Tensor, self.indicator))
+            indicator = cast(torch.Tensor, self.indicator)
+            with _without_autocast(indicator.device):
+                self.weights += weights_of_rows(self.rows, indicator)
         weights = torch.stack([weights.to(self.counts.device) for weights in self.weights])
         return {
             "modality_weights": tuple(self.weights),
@@ -217,9 +224,13 @@ def given_log_priors(modalities: Sequence[str], modality_priors: Mapping[str, fl
     log π that a call gives, by modality; 0 for those that it does not name.
 
     Raises:
-        ValueError: If a modality is unknown, or a prior is not a number of more than 0.
+        ValueError: If it is no mapping, a modality is unknown, or a prior is not a number of more than 0.
     """
-    given = dict(modality_priors or {})
+    given = {} if modality_priors is None else modality_priors
+    check(
+        isinstance(given, Mapping),
+        f"`modality_priors` must be a dict of factors by modality, such as {{'image': 2.0}}, got {given!r}.",
+    )
     unknown = sorted(set(given) - set(modalities))
     check(not unknown, f"`modality_priors` has unknown modalities {unknown}: the model has {list(modalities)}.")
     for modality, prior in given.items():
@@ -309,6 +320,11 @@ def _fit(key_ids: torch.Tensor, length: int) -> torch.Tensor:
     if key_ids.shape[1] == length:
         return key_ids
     return F.pad(key_ids, (0, max(length - key_ids.shape[1], 0)))[:, :length]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The weights stay in float32."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def _is_row(query: torch.Tensor, attention_mask: Any) -> bool:

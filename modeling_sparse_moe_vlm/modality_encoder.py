@@ -97,3 +97,30 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
         return inputs_embeds
+
+    def repeat(
+        self, modality_values: Mapping[str, torch.Tensor], mm_token_type_ids: torch.Tensor, times: int
+    ) -> dict[str, torch.Tensor]:
+        """
+        The values for a batch whose rows are repeated, each `times` times in a row, as for beams.
+
+        Args:
+            modality_values (`Mapping[str, torch.Tensor]`):
+                By modality, what its encoder takes.
+            mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
+                Modality ids of the rows before.
+            times (`int`):
+                How often.
+
+        Returns:
+            `dict[str, torch.Tensor]`: what does not fit the rows stays as it is, for [`embed`] to refuse.
+        """
+        repeated = dict(modality_values)
+        for name in self.keys() & repeated.keys():
+            values = repeated[name]
+            num_tokens = (mm_token_type_ids == self.modalities.index(name)).sum(dim=1)
+            # All items have the same number of tokens.
+            num_items = (num_tokens * len(values) // num_tokens.sum().clamp(min=1)).tolist()
+            if sum(num_items) == len(values):
+                repeated[name] = torch.cat([rows for rows in values.split(num_items) for _ in range(times)])
+        return repeated

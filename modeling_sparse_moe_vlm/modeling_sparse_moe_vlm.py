@@ -488,6 +488,19 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             model_inputs.pop("modality_values", None)  # their tokens are cached
         return model_inputs
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """As the library's, which repeats tensors alone; values of further modalities are repeated with their rows."""
+        values = model_kwargs.get("modality_values")
+        if values and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            ids = self.model.get_mm_token_type_ids(
+                input_ids if embeds is None else None, embeds, model_kwargs.get("mm_token_type_ids")
+            )
+            model_kwargs["modality_values"] = self.model.modality_encoders.repeat(values, ids, expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)

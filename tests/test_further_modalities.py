@@ -126,6 +126,31 @@ def test_generation(model, inputs):
     assert torch.equal(new, ids[:, 14:])
 
 
+@pytest.mark.parametrize("numbers", [(1, 1), (2, 1), (0, 2)])
+def test_beams_have_the_values_of_their_rows(model, inputs, numbers):
+    """The rows hold different numbers of items, of three pieces each."""
+    ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == SENSOR_TOKEN_ID, 50)
+    for row, number in zip(ids, numbers):
+        row[8 : 8 + 3 * number] = SENSOR_TOKEN_ID
+    items = torch.randn(sum(numbers), 6, 3, generator=torch.Generator().manual_seed(0))
+    options = {"num_beams": 2, "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    together = model.generate(
+        input_ids=ids, pixel_values=inputs["pixel_values"], modality_values={"sensor": items}, **options
+    )
+    for row, own in enumerate(items.split(numbers)):
+        alone = model.generate(
+            input_ids=ids[row : row + 1],
+            pixel_values=inputs["pixel_values"][row : row + 1],
+            modality_values={"sensor": own} if len(own) else {},
+            **options,
+        )
+        assert torch.equal(together[row], alone[0])
+    with pytest.raises(ValueError, match="Features and tokens of modality 'sensor' do not match"):
+        model.generate(
+            input_ids=ids, pixel_values=inputs["pixel_values"], modality_values={"sensor": items[:1, :4]}, **options
+        )
+
+
 def test_it_trains_and_reloads(model, inputs, tmp_path):
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     for name, parameter in model.model.modality_encoders.named_parameters():

@@ -291,6 +291,7 @@ def test_steering_while_generating():
         ({"modality_priors": {"sound": 2.0}}, r"unknown modalities \['sound'\]: the model has \['text', 'image'\]"),
         ({"modality_priors": {"image": 0.0}}, r"`modality_priors\['image'\]` must be more than 0"),
         ({"modality_priors": {"image": "much"}}, r"`modality_priors\['image'\]` must be a number"),
+        ({"modality_priors": 2.0}, r"`modality_priors` must be a dict of factors by modality"),
         ({"modality_guidance": -1.0}, r"`modality_guidance` must be a number"),
     ],
 )
@@ -330,6 +331,28 @@ def test_gradients_of_the_model_are_those_of_eager_attention(padded):
     assert all(grad.abs().max() > 1e-4 for grad in priors)
     # Only the ratio of priors counts.
     assert all(grad.sum(dim=1).abs().max() < 1e-5 for grad in priors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True], ids=["runs", "channels"])
+def test_under_autocast(padded, dtype):
+    inputs = shift_left(make_mixed_inputs()) if padded else make_inputs()
+    visible = inputs["attention_mask"].bool()
+    # With all experts for every token, rounding changes no choice of experts.
+    model = make_unequal_model(num_experts_per_tok=4)
+    with torch.no_grad():
+        exact = model(**inputs, **READ)
+    with torch.autocast("cpu", dtype):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        with torch.no_grad():
+            rounded = model(**inputs, **READ)
+        generated = model.generate(**inputs, **READ, max_new_tokens=3, return_dict_in_generate=True)
+    assert model.model.language_model.layers[0].self_attn.modality_log_priors.grad.abs().max() > 1e-4
+    for weights, expected in zip(rounded.modality_weights, exact.modality_weights, strict=True):
+        seen = weights.transpose(1, 2)[visible]
+        torch.testing.assert_close(seen, expected.transpose(1, 2)[visible], rtol=0, atol=0.05)
+    for weights in (weights for step in generated.modality_weights[1:] for weights in step):
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))  # in float32
 
 
 def test_the_readout_can_be_trained_on():
