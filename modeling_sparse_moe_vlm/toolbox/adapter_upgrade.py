@@ -20,6 +20,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import snapshot_download
 from packaging.version import Version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
@@ -27,7 +28,7 @@ from torch import nn
 
 from ..checks import check
 from .factored_layer import is_experts
-from .model_structure import name_without_adapters
+from .model_structure import name_without_adapters, name_without_shard
 
 ORIENTED_SINCE = Version("0.19.0")
 
@@ -104,6 +105,38 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
     return is_old_version(version)
 
 
+def read_adapter(path: str | os.PathLike, model: nn.Module, **hub_options: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    """
+    Reads an adapter of today's layout.
+
+    Args:
+        path (`str` or `os.PathLike`): The adapter's folder, or its name on the Hub.
+        model (`nn.Module`): The model that it is for.
+        **hub_options: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        `tuple[Path, dict[str, torch.Tensor]]`: its folder, and its tensors by their names on disk.
+
+    Raises:
+        ValueError: If the adapter has the layout of PEFT before 0.19, or does not fit the model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(str(path), allow_patterns="adapter_*", **hub_options))
+    # Not by `PeftConfig`, which takes an adapter that names no version for one of the version at hand.
+    config, weights = json.loads((folder / CONFIG_NAME).read_text()), load_peft_weights(str(folder), device="cpu")
+    check(not is_old(config, weights, model), misread(str(path), config.get("peft_version") or "before 0.18"))
+    return folder, weights
+
+
+def misread(name: str, version: str) -> str:
+    """What is wrong with an adapter of experts that PEFT wrote before 0.19, and what to do."""
+    return (
+        f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so that it "
+        "would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
+    )
+
+
 def is_old_version(version: str) -> bool:
     """Whether it is a version of PEFT that took the outputs of experts for inputs."""
     # Of a version under development PEFT names the commit, too: "0.19.0.dev0@…".
@@ -115,18 +148,19 @@ def _adapted_stacks(
 ) -> Iterator[tuple[str, tuple[int, int, int]]]:
     """The adapted stacks of shape `(E, out, in)`: before which names on disk, and the shape."""
     targets = config.get("target_parameters") or []
+    modules: dict[str, list[Any]] = {}  # one, or its shards
     for module_name, module in model.named_modules():
-        if not is_experts(module) or module.is_transposed:
-            continue
-        module_name = name_without_adapters(module_name)
+        if is_experts(module) and not module.is_transposed:
+            modules.setdefault(name_without_shard(name_without_adapters(module_name)), []).append(module)
+    for module_name, parts in modules.items():
         adapted = [
             name
-            for name, _ in module.named_parameters(recurse=False)
+            for name, _ in parts[0].named_parameters(recurse=False)
             if any(f".{module_name}.{name}".endswith(f".{target}") for target in targets)
         ]
         # The last one is outermost.
         for depth, name in enumerate(reversed(adapted)):
             prefix = f"base_model.model.{module_name}{'.base_layer' * depth}"
-            stack = getattr(module, name)
-            if stack.dim() == 3 and f"{prefix}.lora_A.weight" in weights:
-                yield prefix, tuple(stack.shape)
+            stacks = [getattr(part, name) for part in parts]
+            if stacks[0].dim() == 3 and f"{prefix}.lora_A.weight" in weights:
+                yield prefix, (sum(stack.shape[0] for stack in stacks), *stacks[0].shape[1:])

@@ -7,25 +7,23 @@ factor_expert_lora(model)                       # needed with a plain LoraConfig
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import CONFIG_NAME, load_peft_weights, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from torch import nn
 
 from ..checks import check
-from .adapter_upgrade import is_old, is_old_version
+from .adapter_upgrade import is_old_version, misread, read_adapter
 from .factored_layer import FactoredExpertsLayer, is_experts, run_factored
 from .model_structure import name_without_adapters
 from .parallel_lora import keep_adapters_alike, prepare_for_adapters
+from .sharded_lora import lora_config_for_shards, split_over_shards
 from .token_rows import tell_token_rows
 
 
@@ -82,7 +80,8 @@ def load_expert_lora(
 ) -> PeftModel:
     """
     Loads an adapter as `PeftModel.from_pretrained` does, run factored. Beyond that it loads DoRA of experts, loads onto
-    a model whose experts are offloaded, and refuses adapters of a PEFT that took the experts' inputs for outputs.
+    a model whose experts are offloaded or in shards, and refuses adapters of a PEFT that took the experts' inputs for
+    outputs.
 
     Args:
         model (`nn.Module`): The model, without adapters, or a `PeftModel` to add this adapter to.
@@ -98,14 +97,10 @@ def load_expert_lora(
         ValueError:
             If the adapter was trained by PEFT before 0.19, has no adapters of experts, or does not fit the model.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(str(path), allow_patterns="adapter_*", **hub_options))
-    # Not by `PeftConfig`, which takes an adapter that names no version for one of the version at hand.
-    values, weights = json.loads((folder / CONFIG_NAME).read_text()), load_peft_weights(str(folder), device="cpu")
-    check(not is_old(values, weights, model), _misread(str(path), values.get("peft_version") or "before 0.18"))
+    folder, weights = read_adapter(path, model, **hub_options)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
+    config = lora_config_for_shards(config, model)
     run_factored(config, [module for module in model.modules() if is_experts(module)])
     prepare_for_adapters(model, config)
     # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
@@ -116,6 +111,7 @@ def load_expert_lora(
             model.set_requires_grad(adapter_name)
     else:
         model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=is_offloaded)
+    weights = split_over_shards(weights, model)
     result = set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=is_offloaded)
     missing = [key for key in result.missing_keys if "lora_" in key and f".{adapter_name}." in key]
     check(
@@ -132,14 +128,7 @@ def _check_orientation(configs: Mapping[str, LoraConfig], adapter_names: Sequenc
     for name in adapter_names:
         version = getattr(configs.get(name), "peft_version", None)
         if version and is_old_version(version):
-            raise ValueError(_misread(name, version))
-
-
-def _misread(name: str, version: str) -> str:
-    return (
-        f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so that it "
-        "would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
-    )
+            raise ValueError(misread(name, version))
 
 
 @dataclass

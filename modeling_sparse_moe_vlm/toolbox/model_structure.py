@@ -25,3 +25,8 @@ def base_model_of(model: Any) -> PreTrainedModel:
 def name_without_adapters(name: str) -> str:
     """The name that a module of a model with adapters has without them."""
     return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name).removeprefix("base_model.model.")
+
+
+def name_without_shard(name: str) -> str:
+    """The name that a module or parameter of a shard has in a model without shards."""
+    return re.sub(r"\.shards\.\d+(?=\.|$)", "", name)

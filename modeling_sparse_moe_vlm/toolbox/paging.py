@@ -8,6 +8,7 @@ host memory / files  ──► misses ──►  gate_up_proj (slots, ...), down
 from __future__ import annotations
 
 import heapq
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -230,6 +231,7 @@ class PagingHook(ModelHook):
         self.undo = undo  # what is to be done once when paging ends; shared by the hooks of a model
         self.counts: dict[str, PagingCounts] = defaultdict(PagingCounts)
         self.current = "backward"  # the phase that reads are counted for
+        self.in_use = threading.Lock()  # of the slots, where several threads call the model
 
     def init_hook(self, module: Any) -> nn.Module:
         self.replaced: ModelHook | None = getattr(module, "_hf_hook", None)
@@ -279,11 +281,12 @@ class PagingHook(ModelHook):
         # Models name the arguments differently, and agree on their order.
         inputs = (*args, *kwargs.values())
         hidden_states, top_k_index, top_k_weights = (tensor.to(self.device) for tensor in inputs)
-        self.current = self.phase.of(hidden_states.shape[0])
-        try:
-            output = self._run_in_passes(module, hidden_states, top_k_index, top_k_weights)
-        finally:
-            self.current = "backward"
+        with self.in_use:
+            self.current = self.phase.of(hidden_states.shape[0])
+            try:
+                output = self._run_in_passes(module, hidden_states, top_k_index, top_k_weights)
+            finally:
+                self.current = "backward"
         trained = [parameter for name in self.sources if (parameter := getattr(module, name)).requires_grad]
         if trained and torch.is_grad_enabled():
             output = _Frozen.apply(output, self.name, *trained)

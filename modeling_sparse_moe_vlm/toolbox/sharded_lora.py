@@ -3,13 +3,12 @@ LoRA on experts that were loaded in shards (`num_expert_shards`): the same adapt
 
     model = get_peft_model(model, lora_config_for_shards(config, model))
     save_adapter(model, "adapter")                # `PeftModel.from_pretrained(whole_model, "adapter")` loads it
-    model = load_adapter(sharded_model, "adapter")
+    model = load_adapter(sharded_model, "adapter")  # or `load_expert_lora`, to run factored
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
@@ -22,13 +21,13 @@ from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    load_peft_weights,
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-_SHARD = re.compile(r"\.shards\.(\d+)(?=\.)")
+from .adapter_upgrade import read_adapter
+from .model_structure import name_without_adapters, name_without_shard
 
 
 def _is_reached(name: str, targets: Iterable[str]) -> bool:
@@ -42,8 +41,8 @@ class _NamesOfStacks(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         names: list[str] = []
-        for name in sorted(values.get("target_parameters") or [], key=lambda name: bool(_SHARD.search(name))):
-            stack = _SHARD.sub("", name)
+        for name in sorted(values.get("target_parameters") or [], key=lambda name: name_without_shard(name) != name):
+            stack = name_without_shard(name)
             if not _is_reached(stack, names):
                 names.append(stack)
         if names:
@@ -66,11 +65,14 @@ def lora_config_for_shards(config: LoraConfig, model: nn.Module) -> LoraConfig:
         `LoraConfig`: a copy, for `get_peft_model`.
     """
     adapted = copy.copy(config)
+    names = [name_without_adapters(name) for name, _ in model.named_parameters()]
+    sharded = [name for name in dict.fromkeys(names) if name_without_shard(name) != name]
+    if not sharded:
+        return adapted
     if not isinstance(config, _NamesOfStacks):
         adapted.__class__ = type(type(config).__name__, (_NamesOfStacks, type(config)), {})
     targets = list(config.target_parameters or [])
-    sharded = [name for name, _ in model.named_parameters() if _SHARD.search(name)]
-    reached = [name for name in sharded if _is_reached(_SHARD.sub("", name), targets)]
+    reached = [name for name in sharded if _is_reached(name_without_shard(name), targets)]
     if reached:
         adapted.target_parameters = list(dict.fromkeys([*targets, *reached]))
     return adapted
@@ -114,12 +116,13 @@ def load_adapter(
         `PeftModel`: the model with the adapter, ready for inference.
 
     Raises:
-        ValueError: If the adapter does not fit the model; the message names the weights.
+        ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
     """
-    config = PeftConfig.from_pretrained(str(folder))
+    path, weights = read_adapter(folder, model)
+    config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = not is_trainable
     adapted = get_peft_model(model, lora_config_for_shards(config, model), adapter_name)
-    state = _split(load_peft_weights(str(folder), device="cpu"), _sizes(adapted))
+    state = split_over_shards(weights, adapted)
     left_over = set_peft_model_state_dict(adapted, state, adapter_name=adapter_name).unexpected_keys
     own = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
     wrong = [*left_over, *sorted(own.keys() ^ state.keys())]
@@ -148,12 +151,12 @@ def _join(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[s
     joined: dict[str, torch.Tensor] = {}
     shards: dict[str, list[torch.Tensor]] = {}
     for name, tensor in state.items():
-        shards.setdefault(_SHARD.sub("", name), []).append(tensor)
+        shards.setdefault(name_without_shard(name), []).append(tensor)
     for name, tensors in shards.items():
         stack = next((stack for stack in sizes if name.startswith(f"{stack}.")), None)
         if stack is None:
             joined[name] = tensors[0]
-        elif "lora_A" in name:
+        elif "lora_B" not in name:
             joined[name] = torch.cat(tensors)
         else:
             parts = [b.unflatten(1, (-1, size)) for b, size in zip(tensors, sizes[stack], strict=True)]
@@ -161,7 +164,9 @@ def _join(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[s
     return joined
 
 
-def _split(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+def split_over_shards(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of whole stacks, split over the shards that the model, which has it, has of them."""
+    sizes = _sizes(model)
     split: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
         stack = next((stack for stack in sizes if name.startswith(f"{stack}.")), None)
@@ -169,7 +174,7 @@ def _split(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[
             split[name] = tensor
             continue
         num_experts = sum(sizes[stack])
-        if "lora_A" in name:
+        if "lora_B" not in name:
             parts = tensor.unflatten(0, (num_experts, -1)).split(sizes[stack])
             parts = tuple(part.flatten(0, 1) for part in parts)
         else:

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -424,3 +425,14 @@ def test_a_copy_would_share_slots():
     with page_experts(model, 4), pytest.raises(ValueError, match="call `unpage_experts` before a copy"):
         copy.deepcopy(model)
     copy.deepcopy(model)
+
+
+def test_called_by_several_threads():
+    model = build("qwen3_moe")
+    inputs = inputs_of(model)
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **greedy)
+    page_experts(model, 3)
+    with ThreadPoolExecutor(3) as pool:
+        for generated in pool.map(lambda _: model.generate(**inputs, **greedy), range(6)):
+            assert torch.equal(generated, expected)

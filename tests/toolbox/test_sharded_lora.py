@@ -1,11 +1,15 @@
 """Adapters of experts do not know of shards: trained with any number of them, loaded with any other."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
+from modeling_sparse_moe_vlm.toolbox.adapter_upgrade import upgrade_expert_adapter
+from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora, load_expert_lora
 from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.sharded_lora import load_adapter, lora_config_for_shards, save_adapter
 from tests.conftest import make_inputs, make_model
@@ -117,3 +121,42 @@ def test_experts_chosen_by_shard_are_saved_as_of_whole_stacks(kind, tmp_path):
     save_adapter(adapted, tmp_path / "adapter")
     whole = PeftModel.from_pretrained(load(tmp_path, 1), tmp_path / "adapter").eval()
     torch.testing.assert_close(whole(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loaded_factored(kind, use_dora, tmp_path):
+    base, inputs = make_model(**KINDS[kind][0]), make_inputs()
+    base.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(base, expert_lora_config(base, r=3, use_dora=use_dora)).eval()
+    for adapter in ("default", "other"):
+        if adapter == "other":
+            adapted.add_adapter(adapter, expert_lora_config(base, r=2, use_dora=use_dora))
+        randomise(adapted, adapter=adapter)
+    adapted.save_pretrained(tmp_path)
+    sharded = load_expert_lora(load(tmp_path, 3), tmp_path)
+    load_expert_lora(sharded, tmp_path / "other", "other")
+    for adapter in ("default", "other"):
+        for model in (adapted, sharded):
+            model.set_adapter(adapter)
+        torch.testing.assert_close(sharded(**inputs).logits, adapted(**inputs).logits, rtol=1e-4, atol=1e-4)
+        save_adapter(sharded, tmp_path / "again", adapter)
+    assert files(tmp_path / "again" / "other").keys() == files(tmp_path / "other").keys()
+    for name in ("", "other"):
+        ours, theirs = (load_file(tmp_path / of / name / "adapter_model.safetensors") for of in ("again", ""))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_adapters_of_older_peft(tmp_path):
+    """Of square stacks, only the version tells."""
+    base = make_model(num_experts=4, moe_intermediate_size=32)
+    base.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(base, expert_lora_config(base, projections=["down"]))
+    adapted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_version": "0.18.1"}))
+    for loader in (load_adapter, load_expert_lora):
+        with pytest.raises(ValueError, match="convert its folder with `upgrade_expert_adapter`"):
+            loader(load(tmp_path, 2), tmp_path)
+    upgrade_expert_adapter(tmp_path, tmp_path / "new", load(tmp_path, 2))
+    load_adapter(load(tmp_path, 2), tmp_path / "new")
