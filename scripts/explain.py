@@ -9,6 +9,7 @@ picture, and the experts of its tokens.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from PIL import Image
 from transformers import AutoProcessor
@@ -17,10 +18,12 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.toolbox.explanation import draw_explanation, explain
 from modeling_sparse_moe_vlm.toolbox.scenes import scenes
 
+DEMO = "outputs/demo/model"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/demo/model", help="checkpoint")
+    parser.add_argument("--model", default=DEMO, help="checkpoint")
     parser.add_argument("--image", help="picture; by default a held-out scene")
     parser.add_argument("--question", help="question about it; by default that of the scene")
     parser.add_argument("--scene", type=int, default=4, help="number of the held-out scene")
@@ -28,6 +31,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.image is None) != (arguments.question is None):
         parser.error("--image and --question go together")
+    if arguments.model == DEMO and not Path(DEMO).exists():
+        parser.error(f"there is no {DEMO} yet: run `make demo`, or name a checkpoint with --model")
 
     model = SparseMoeVlmForConditionalGeneration.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model)

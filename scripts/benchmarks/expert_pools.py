@@ -60,7 +60,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--steps", type=int, default=400, help="training steps of batch 64")
     parser.add_argument("--seeds", type=int, default=3)
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="20 steps of one seed, within a minute")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.seeds = 20, 1
+    return arguments
 
 
 def train_and_evaluate(config, processor, train, validation, seed: int, steps: int) -> float:

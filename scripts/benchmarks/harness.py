@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -105,11 +106,16 @@ def report(benchmark: str, device: str, rows: list[Row], as_json: bool) -> None:
             f"{'' if row.bar is None else 'yes' if row.holds else 'NO'}"
         )
     if as_json:
-        result = {
-            "benchmark": benchmark,
-            "device": device_name(device),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "rows": [asdict(row) | {"ratio": row.ratio, "holds": row.holds} for row in rows],
-            "holds": all(row.holds for row in rows),
-        }
-        print(json.dumps(result))
+        print_json(benchmark, device, [asdict(row) | {"ratio": row.ratio, "holds": row.holds} for row in rows])
+
+
+def print_json(benchmark: str, device: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Prints the JSON object, with what a benchmark adds to it; what is not a number cannot be in it."""
+    result = {
+        "benchmark": benchmark,
+        "device": device_name(device),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "rows": rows,
+        "holds": all(row["holds"] for row in rows),
+    }
+    print(json.dumps(result | more, allow_nan=False))

@@ -9,17 +9,21 @@ For held-out scenes, the log-probability of the right answer is measured with it
 predict the answer, averaged over layers and heads, from the pass with the picture. Printed is Spearman's ρ of α with
 the loss of log-probability, with a 95 % bootstrap interval, over all scenes and by the number of objects in them; then,
 for swapped pictures, how steering changes the answers.
+
+With `--json`, a row's `ours` is ρ, null where it is not defined (one scene alone); there is no peer.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from harness import print_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
@@ -36,6 +40,8 @@ STEERING = (
     {"modality_guidance": 2.0},
 )
 BATCH_SIZE = 50
+BOOTSTRAP_SAMPLES = 1000
+DEMO = "outputs/demo/model"
 
 
 def main() -> None:
@@ -68,17 +74,32 @@ def main() -> None:
     for row in steered:
         print(f"{row['steering']:<42}{row['original']:>28.1f}{row['same']:>21.1f}")
     if arguments.json:
-        print(json.dumps({"benchmark": "modality_ablation", "correlations": rows, "steering": steered}))
+        print_json("modality_ablation", "cpu", [as_comparison(row) for row in rows], steering=steered)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="outputs/demo/model", help="checkpoint")
+    parser.add_argument("--model", default=DEMO, help="checkpoint")
     parser.add_argument("--examples", type=int, default=1000, help="number of held-out questions")
     parser.add_argument("--steered", type=int, default=500, help="number of questions that are answered with steering")
     parser.add_argument("--cell-size", type=int, default=16, help="pixels per cell of a scene, as in training")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="fewer questions, within a minute")
+    arguments = parser.parse_args()
+    if arguments.model == DEMO and not Path(DEMO).exists():
+        parser.error(f"there is no {DEMO} yet: run `make demo`, or name a checkpoint with --model")
+    if arguments.quick:
+        arguments.examples, arguments.steered = min(arguments.examples, 100), min(arguments.steered, 50)
+    return arguments
+
+
+def as_comparison(row: dict) -> dict:
+    """A correlation in the form that all benchmarks report in."""
+    rho, low, high = (None if math.isnan(row[name]) else row[name] for name in ("rho", "low", "high"))
+    case = f"{row['ablation']} picture, {row['objects']} objects"
+    comparison = {"case": case, "metric": f"spearman_{row['weight']}", "ours": rho, "peer": None, "ratio": None}
+    own = {"low": low, "high": high, "examples": row["examples"], "mean_loss": row["mean_loss"]}
+    return comparison | {"bar": None, "holds": True} | own
 
 
 @torch.no_grad()
@@ -124,15 +145,18 @@ def log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (chosen * (targets != -100)).sum(dim=1)
 
 
-def spearman(first: pd.Series, second: pd.Series, samples: int = 1000) -> tuple[float, float, float]:
-    """Spearman's ρ, and the 2.5th and 97.5th percentiles of its bootstrap distribution."""
+def spearman(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:
+    """Spearman's ρ, and the 2.5th and 97.5th percentiles of its bootstrap distribution; NaN where one is constant."""
+    if first.nunique() < 2 or second.nunique() < 2:
+        return math.nan, math.nan, math.nan
 
     def rho(indices: np.ndarray) -> float:
         ranks = [pd.Series(values.to_numpy()[indices]).rank() for values in (first, second)]
-        return float(np.corrcoef(*ranks)[0, 1])
+        with np.errstate(invalid="ignore"):  # a draw of the same scene again and again
+            return float(np.corrcoef(*ranks)[0, 1])
 
     generator = np.random.default_rng(0)
-    draws = [rho(generator.integers(0, len(first), len(first))) for _ in range(samples)]
+    draws = [rho(generator.integers(0, len(first), len(first))) for _ in range(BOOTSTRAP_SAMPLES)]
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return rho(np.arange(len(first))), float(low), float(high)
 

@@ -1,0 +1,62 @@
+"""modality_ablation.py, with a model that has learned nothing: the form of what it reports."""
+
+import importlib.util
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from modeling_sparse_moe_vlm.toolbox.scenes import scenes
+from modeling_sparse_moe_vlm.toolbox.training import from_scratch
+from tests.scripts.conftest import SCRIPTS
+
+PRESET = SCRIPTS.parent / "configuration/models/tiny.json"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
+    spec = importlib.util.spec_from_file_location("modality_ablation", SCRIPTS / "benchmarks/modality_ablation.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "BOOTSTRAP_SAMPLES", 10)
+    return module
+
+
+def test_report(benchmark, monkeypatch, capsys, tmp_path):
+    for part in from_scratch(str(PRESET), scenes("train", 50, cell_size=16), vocab_size=512):
+        part.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--json", "--quick", "--examples", "8", "--steered", "2"]
+    monkeypatch.setattr(sys, "argv", ["modality_ablation.py", *arguments])
+    benchmark.main()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    result = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    assert result.keys() == {"benchmark", "device", "versions", "rows", "holds", "steering"}
+    rows = {(row["metric"], row["case"]): row for row in result["rows"]}
+    for ablation in benchmark.ABLATIONS:
+        for metric in ("spearman_alpha", "spearman_count_free"):
+            row = rows[metric, f"{ablation} picture, all objects"]
+            assert row["examples"] == 8
+            assert -1 <= row["ours"] <= 1
+            assert row["low"] <= row["high"]
+    assert result["steering"][0] == {"steering": "none", "original": 0.0, "same": 100.0}
+
+
+def test_one_scene_alone_has_no_correlation(benchmark):
+    rho, low, high = benchmark.spearman(pd.Series([1.0]), pd.Series([2.0]))
+    row = {"ablation": "blank", "weight": "alpha", "objects": 1, "examples": 1, "mean_loss": 0.5}
+    comparison = benchmark.as_comparison(row | {"rho": rho, "low": low, "high": high})
+    assert (comparison["ours"], comparison["low"], comparison["high"]) == (None, None, None)
+    assert comparison["case"] == "blank picture, 1 objects"
+
+
+def test_without_the_demo(benchmark, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modality_ablation.py"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "there is no outputs/demo/model yet: run `make demo`" in capsys.readouterr().err
