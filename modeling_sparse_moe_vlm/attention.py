@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.import_utils import is_tracing
 
-from .attention_parts import AttentionParts
+from .attention_plan import AttentionParts
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .normalization import SparseMoeVlmRMSNorm
 

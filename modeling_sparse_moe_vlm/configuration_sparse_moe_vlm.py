@@ -14,9 +14,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from .checks import check, check_integer, check_spelling
+from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields, resolve_expert_groups
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .parameters import count_parameters
-from .validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields, resolve_expert_groups
 from .vision_tower import patches_per_side
 
 # Completes the type of fields that may be left out, or given in another form: `__post_init__` replaces what was given.

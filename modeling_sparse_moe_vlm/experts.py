@@ -27,7 +27,7 @@ from transformers.integrations import use_experts_implementation
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
 from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_converters, shard_sizes
-from .parallel import is_one_of_several_processes
+from .parallel_plans import is_one_of_several_processes
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
 
 _Experts = TypeVar("_Experts", bound=nn.Module)

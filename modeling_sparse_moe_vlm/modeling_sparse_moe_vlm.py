@@ -26,7 +26,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
-from .attention_parts import plan_attention
+from .attention_plan import plan_attention
 from .cache_name import CACHE_NAME, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
@@ -40,7 +40,7 @@ from .outputs import (
     SparseMoeVlmModelOutputWithPast,
     SparseMoeVlmTextModelOutputWithPast,
 )
-from .parallel import is_one_of_several_processes, plan_by_group
+from .parallel_plans import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
 from .vision_tower import patch_features

@@ -12,13 +12,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import SparseMoeVlmAttention
-from .attention_parts import initial_log_priors
-from .checkpoint import check_device_map, convert_from_disk
-from .checkpoint_files import named_damage, no_mixture
+from .attention_plan import initial_log_priors
+from .checkpoint_conversion import check_device_map, convert_from_disk
+from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import SparseMoeVlmExperts
-from .parallel import mend_parallelism, prepare_plans
+from .parallel_plans import mend_parallelism, prepare_plans
 from .routing import SparseMoeVlmTopKRouter
 
 logger = logging.get_logger(__name__)

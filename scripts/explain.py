@@ -15,8 +15,8 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from modeling_sparse_moe_vlm.toolbox.explanation import draw_explanation, explain
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes
+from modeling_sparse_moe_vlm.toolbox.demo import scenes
+from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import draw_explanation, explain
 
 DEMO = "outputs/demo/model"
 

@@ -21,16 +21,15 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
-from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
-from modeling_sparse_moe_vlm.toolbox.emoji import HELD_OUT_STYLE, STYLES
+from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
+from modeling_sparse_moe_vlm.toolbox.demo.emoji import HELD_OUT_STYLE, STYLES
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
-from modeling_sparse_moe_vlm.toolbox.expert_lora import num_adapter_parameters
-from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
-from modeling_sparse_moe_vlm.toolbox.first_process import save_and_part, silence_others
-from modeling_sparse_moe_vlm.toolbox.lora_recipes import LoraRecipe, load_lora_recipe
-from modeling_sparse_moe_vlm.toolbox.recipes import find_model
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes
-from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_checkpoint
+from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config, num_adapter_parameters
+from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import LoraRecipe, load_lora_recipe
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_checkpoint
+from modeling_sparse_moe_vlm.toolbox.training.processes import save_and_part, silence_others
+from modeling_sparse_moe_vlm.toolbox.training.recipes import find_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLES = {"test_style": "the new style", "test": "the style that the model knew"}

@@ -21,16 +21,15 @@ from pathlib import Path
 from transformers import TrainingArguments, set_seed
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig
-from modeling_sparse_moe_vlm.toolbox.baseline import BlindBaseline, blind_baseline
-from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
-from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
-from modeling_sparse_moe_vlm.toolbox.first_process import save_and_part, silence_others
-from modeling_sparse_moe_vlm.toolbox.model_card import write_model_card
-from modeling_sparse_moe_vlm.toolbox.recipes import find_model, load_recipe
-from modeling_sparse_moe_vlm.toolbox.report import draw_answers, draw_expert_load
-from modeling_sparse_moe_vlm.toolbox.routing_statistics import expert_load
-from modeling_sparse_moe_vlm.toolbox.scenes import load_scenes
-from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_checkpoint, from_scratch
+from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.demo import conversations, load_scenes
+from modeling_sparse_moe_vlm.toolbox.demo.drawings import draw_answers, draw_expert_load
+from modeling_sparse_moe_vlm.toolbox.evaluation import BlindBaseline, blind_baseline, exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.hub import write_model_card
+from modeling_sparse_moe_vlm.toolbox.routing import expert_load
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_checkpoint, from_scratch
+from modeling_sparse_moe_vlm.toolbox.training.processes import save_and_part, silence_others
+from modeling_sparse_moe_vlm.toolbox.training.recipes import find_model, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 

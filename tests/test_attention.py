@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_sparse_moe_vlm.attention import SparseMoeVlmAttention
-from tests.conftest import make_config
+from tests.support.models import make_config
 
 OPTIONS = {
     "grouped": {},

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from modeling_sparse_moe_vlm.toolbox.router_bias import update_router_bias
-from modeling_sparse_moe_vlm.toolbox.routing_counts import count_batch
-from modeling_sparse_moe_vlm.toolbox.routing_statistics import GroupRouting, routing_statistics
-from tests.conftest import TEXT_CONFIG
+from modeling_sparse_moe_vlm.toolbox.routing import GroupRouting, count_batch, routing_statistics, update_router_bias
+from tests.support.models import TEXT_CONFIG
 
 STEPS = 100
 FIRST_IMAGE_TOKEN = 50

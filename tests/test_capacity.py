@@ -8,8 +8,8 @@ import torch
 
 from modeling_sparse_moe_vlm.capacity import drop_over_capacity, expert_capacity
 from modeling_sparse_moe_vlm.routing import RoutingPlanner, RoutingRule, real_tokens, route
-from tests.conftest import make_config, make_inputs, make_model
-from tests.oracles import ARRANGEMENTS, MANY_GROUPS, make_block
+from tests.support.models import make_config, make_inputs, make_model
+from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, make_block
 
 TOKENS, EXPERTS = 48, 6
 DEVICE = torch.device("cpu")

@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from tests.conftest import TEXT_CONFIG, make_inputs, make_model
+from tests.support.models import TEXT_CONFIG, make_inputs, make_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 ARRANGEMENTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm.connector import SparseMoeVlmMultiModalProjector
-from tests.conftest import TEXT_CONFIG, VISION_CONFIG, make_config
+from tests.support.models import TEXT_CONFIG, VISION_CONFIG, make_config
 
 
 def make_connector(factor: int = 2, **kwargs) -> SparseMoeVlmMultiModalProjector:

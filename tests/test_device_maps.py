@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.toolbox.placement import plan_expert_placement
-from tests.conftest import make_config, make_inputs, make_model
+from tests.support.models import make_config, make_inputs, make_model
 from tests.test_loading import map_around
 
 KINDS = {

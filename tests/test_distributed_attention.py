@@ -5,7 +5,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from modeling_sparse_moe_vlm.attention_parts import visible_counts
+from modeling_sparse_moe_vlm.attention_plan import visible_counts
 from modeling_sparse_moe_vlm.attention_runs import MAX_RUNS, Run, attend_runs, find_runs
 from modeling_sparse_moe_vlm.distributed_attention import (
     attend_by_channels,

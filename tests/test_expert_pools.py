@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, SparseMoeVlmTextConfig
-from modeling_sparse_moe_vlm.parallel import plan_by_group
-from tests.conftest import make_config, make_inputs, make_model
-from tests.oracles import MANY_GROUPS
+from modeling_sparse_moe_vlm.parallel_plans import plan_by_group
+from tests.support.models import make_config, make_inputs, make_model
+from tests.support.oracles import MANY_GROUPS
 
 POOLS = {"num_hidden_layers": 4, "expert_pool": [0, 1, 0, None]}
 KINDS = {

@@ -15,8 +15,8 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForCond
 from modeling_sparse_moe_vlm.expert_shards import SparseMoeVlmExpertShards, shard_sizes
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts
 from modeling_sparse_moe_vlm.toolbox.placement import describe_placement, plan_expert_placement
-from tests.conftest import make_config, make_inputs, make_model
-from tests.oracles import MANY_GROUPS
+from tests.support.models import make_config, make_inputs, make_model
+from tests.support.oracles import MANY_GROUPS
 from tests.test_loading import tensors_on_disk
 
 KINDS = {

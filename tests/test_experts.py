@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts, SparseMoeVlmSharedExperts
 from modeling_sparse_moe_vlm.routing import RoutingPlanner
-from tests.conftest import make_config, make_model
-from tests.oracles import ARRANGEMENTS, MANY_GROUPS, make_block, run_block
+from tests.support.models import make_config, make_model
+from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, make_block, run_block
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 TEXT, IMAGE = 0, 1

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
-from modeling_sparse_moe_vlm.toolbox.routing_counts import measure_routing
-from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG, make_inputs
+from modeling_sparse_moe_vlm.toolbox.routing import measure_routing
+from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG, make_inputs
 
 SENSOR_TOKEN_ID = 98
 

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
+from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
 from tests.test_modeling import make_mixed_inputs, shift_left, split_rows
 
 NEW = 8

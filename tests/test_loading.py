@@ -34,8 +34,8 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmTextConfig,
     SparseMoeVlmTextModel,
 )
-from tests.conftest import TEXT_CONFIG, make_config, make_inputs, make_model
-from tests.fixtures import make_picture, make_processor, make_speaking_model
+from tests.support.models import TEXT_CONFIG, make_config, make_inputs, make_model
+from tests.support.processors import make_picture, make_processor, make_speaking_model
 from tests.test_modeling import TOWERS
 
 OTHER_GROUPS = [

@@ -16,8 +16,8 @@ from modeling_sparse_moe_vlm.losses import (
     share_of_batch,
 )
 from modeling_sparse_moe_vlm.routing import RoutingPlanner, groups_key, router_biases
-from tests.conftest import make_config, make_inputs, make_model
-from tests.oracles import ARRANGEMENTS, route_token
+from tests.support.models import make_config, make_inputs, make_model
+from tests.support.oracles import ARRANGEMENTS, route_token
 
 IDS = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])

@@ -8,8 +8,8 @@ from transformers import DynamicCache, StaticCache
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
 from modeling_sparse_moe_vlm.attention import SparseMoeVlmAttention
-from modeling_sparse_moe_vlm.attention_parts import AttentionParts
-from tests.conftest import TEXT_CONFIG, make_inputs, make_model
+from modeling_sparse_moe_vlm.attention_plan import AttentionParts
+from tests.support.models import TEXT_CONFIG, make_inputs, make_model
 from tests.test_generation import split_rows
 from tests.test_modeling import make_mixed_inputs, shift_left, use_attention
 

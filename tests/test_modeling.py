@@ -12,7 +12,15 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmTextConfig,
 )
 from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
-from tests.conftest import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG, make_config, make_inputs, make_model
+from tests.support.models import (
+    IMAGE_TOKEN_ID,
+    TEXT_CONFIG,
+    TINY_TOWER,
+    VISION_CONFIG,
+    make_config,
+    make_inputs,
+    make_model,
+)
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
 TOWERS = {

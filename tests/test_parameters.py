@@ -11,7 +11,7 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmForConditionalGeneration,
     SparseMoeVlmTextConfig,
 )
-from tests.conftest import make_config
+from tests.support.models import make_config
 from tests.test_configuration import CONFIGURATIONS, TOWERS
 
 VIDEO = {"modalities": ["text", "image", "video"], "num_experts": 6}

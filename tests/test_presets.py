@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from modeling_sparse_moe_vlm.toolbox.recipes import load_recipe
+from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 MODELS = sorted((CONFIGURATION / "models").glob("*.json"))

@@ -13,7 +13,7 @@ from transformers import AddedToken, BitImageProcessorPil, CLIPImageProcessorPil
 
 from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import _MARK
-from tests.fixtures import (
+from tests.support.processors import (
     IMAGE_SEQ_LENGTH,
     assistant,
     make_image_processor,

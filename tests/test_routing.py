@@ -5,8 +5,8 @@ import torch
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.routing import RoutingPlanner, SparseMoeVlmTopKRouter, route, router_biases
-from tests.conftest import IMAGE_TOKEN_ID, make_config, make_inputs, make_model
-from tests.oracles import ARRANGEMENTS, MANY_GROUPS, route_token
+from tests.support.models import IMAGE_TOKEN_ID, make_config, make_inputs, make_model
+from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, route_token
 
 DEVICE = torch.device("cpu")
 EXPERTS = 6

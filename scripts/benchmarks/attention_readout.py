@@ -21,7 +21,7 @@ import torch
 from harness import Row, parse_arguments, report, time_interleaved
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_sparse_moe_vlm.attention_parts import AttentionParts, visible_counts
+from modeling_sparse_moe_vlm.attention_plan import AttentionParts, visible_counts
 from modeling_sparse_moe_vlm.attention_runs import find_runs
 
 HEADS, HEAD_DIM, NUM_MODALITIES = 16, 64, 2

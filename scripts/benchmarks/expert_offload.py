@@ -37,8 +37,8 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.utils import logging
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.toolbox.demo.drawings import save_figure
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts, unpage_experts
-from modeling_sparse_moe_vlm.toolbox.report import save_figure
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 VOCABULARY = 2048

@@ -19,9 +19,9 @@ from harness import Row, report
 from transformers import TrainingArguments, set_seed
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes
-from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, conversations, from_scratch
+from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch
 
 PRESET = Path(__file__).resolve().parents[2] / "configuration/models/tiny.json"
 POOLS = {"expert_pool": [0, 0, 1, 1], "num_experts": 5, "expert_groups": "hybrid"}

@@ -27,9 +27,9 @@ from harness import print_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
-from modeling_sparse_moe_vlm.toolbox.collator import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.demo import scenes, to_messages
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes, to_messages
 
 ABLATIONS = ("swapped", "blank", "masked")
 STEERING = (

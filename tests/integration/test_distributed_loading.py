@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.conftest import make_model
-from tests.processes import run_in_processes
+from tests.support.models import make_model
+from tests.support.processes import run_in_processes
 
 # Every way in which experts are sent the sentinel id is here, and every place where they can be.
 MODELS = {
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.conftest import make_inputs
+from tests.support.models import make_inputs
 from tests.integration.test_distributed_loading import MODELS, SIZES
 from tests.integration.test_trainer import collate, make_rows
 

@@ -8,9 +8,10 @@ from peft.utils.hotswap import hotswap_adapter
 from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import ExpertLoraConfig, factor_expert_lora, load_expert_lora
-from modeling_sparse_moe_vlm.toolbox.factored_layer import FactoredExpertsLayer, is_experts, run_factored
-from tests.fixtures import assistant, make_picture, make_processor, make_speaking_model, user
-from tests.in_tree_moe import (
+from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer, run_factored
+from modeling_sparse_moe_vlm.toolbox.expert_modules import is_experts
+from tests.integration.test_trainer import collate, make_rows
+from tests.support.in_tree_moe import (
     adapt,
     adapter_tensors,
     assert_equal,
@@ -19,7 +20,7 @@ from tests.in_tree_moe import (
     make_model,
     randomise,
 )
-from tests.integration.test_trainer import collate, make_rows
+from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
 
 ARGUMENTS = {
     "use_cpu": True,

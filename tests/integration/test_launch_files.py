@@ -12,14 +12,14 @@ import torch
 from transformers import Trainer
 
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
-from tests.conftest import make_model
-from tests.processes import ROOT, launch
-from tests.small_training import train
+from tests.support.models import make_model
+from tests.support.processes import ROOT, launch
+from tests.support.small_training import train
 
 pytestmark = pytest.mark.slow
 
 CONFIGURATIONS = ROOT / "configuration/accelerate"
-SPARSE = "modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer as Trainer"
+SPARSE = "modeling_sparse_moe_vlm.toolbox.training.trainer import SparseMoeTrainer as Trainer"
 PLAIN = "transformers import Trainer"
 # By name: launch file, number of processes, sizes of `DistributedConfig` and number of batches at a time, trainer.
 LAUNCHES = {
@@ -34,7 +34,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from tests.small_training import train
+from tests.support.small_training import train
 from {trainer}
 
 torch.set_num_threads(1)

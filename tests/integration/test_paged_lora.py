@@ -8,8 +8,8 @@ import torch
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts, unpage_experts
-from tests.in_tree_moe import adapt, assert_equal
-from tests.toolbox.test_paging import build, from_disk, inputs_of
+from tests.support.in_tree_moe import adapt, assert_equal
+from tests.toolbox.paging.test_paging import build, from_disk, inputs_of
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])

@@ -3,11 +3,10 @@
 import torch
 from peft import LoraConfig, get_peft_model
 
-from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
-from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
-from tests import in_tree_moe
-from tests.conftest import make_model
-from tests.processes import run_in_processes
+from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config, factor_expert_lora
+from tests.support import in_tree_moe
+from tests.support.models import make_model
+from tests.support.processes import run_in_processes
 
 MODELS = {
     "hybrid": {},
@@ -36,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora, load_expert_lora
-from modeling_sparse_moe_vlm.toolbox.expert_selection import expert_lora_config
+from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from tests.integration.test_parallel_lora import CONFIG, MODELS, SIZES
 from tests.integration.test_trainer import collate, make_rows
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

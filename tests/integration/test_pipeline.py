@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, pipeline
 
-from tests.fixtures import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
 
 # Comparisons need every row to run to the same length, without sampling.
 KWARGS = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}}

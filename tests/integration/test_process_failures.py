@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from tests.conftest import make_model
-from tests.processes import run_in_processes
+from tests.support.models import make_model
+from tests.support.processes import run_in_processes
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.conftest import QUIET_TRAINING, make_inputs, make_model
-from tests.processes import run_in_processes
+from tests.support.models import QUIET_TRAINING, make_inputs, make_model
+from tests.support.processes import run_in_processes
 
 
 def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
@@ -197,7 +197,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
-from tests.conftest import QUIET_TRAINING, make_model
+from tests.support.models import QUIET_TRAINING, make_model
 from tests.integration.test_trainer import collate, make_rows
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from tests.fixtures import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
 
 trl = pytest.importorskip("trl")
 

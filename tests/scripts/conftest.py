@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, launch
+from tests.support.processes import ROOT, launch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 # A run of seconds: few pictures, and what the recipe spends processes on left out.

@@ -9,7 +9,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from modeling_sparse_moe_vlm.toolbox.lora_recipes import load_lora_recipe
+from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
 from tests.scripts.conftest import SMALL_RUN, run_in_two_processes
 
 RECIPES = Path("configuration/lora")

@@ -3,7 +3,7 @@
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
-from tests.fixtures import make_picture, user
+from tests.support.processors import make_picture, user
 
 
 def test_answers_about_pictures(trained, run_here, tmp_path):

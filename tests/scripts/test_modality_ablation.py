@@ -7,7 +7,7 @@ import sys
 import pandas as pd
 import pytest
 
-from modeling_sparse_moe_vlm.toolbox.scenes import scenes
+from modeling_sparse_moe_vlm.toolbox.demo import scenes
 from modeling_sparse_moe_vlm.toolbox.training import from_scratch
 from tests.scripts.conftest import SCRIPTS
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.conftest import make_inputs, make_model
+from tests.support.models import make_inputs, make_model
 
 TINY = "configuration/models/tiny.json"
 

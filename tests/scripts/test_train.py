@@ -19,7 +19,7 @@ from transformers import (
 
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
-from modeling_sparse_moe_vlm.toolbox.tokenizer import train_tokenizer
+from modeling_sparse_moe_vlm.toolbox.demo import train_tokenizer
 from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
 
 

@@ -1,0 +1,16 @@
+"""Built-in data: emoji, scenes of them, and questions."""
+
+from .conversations import conversations
+from .emoji import emoji_questions, load_emoji
+from .scenes import load_scenes, scenes, to_messages
+from .tokenizer import train_tokenizer
+
+__all__ = [
+    "conversations",
+    "emoji_questions",
+    "load_emoji",
+    "load_scenes",
+    "scenes",
+    "to_messages",
+    "train_tokenizer",
+]

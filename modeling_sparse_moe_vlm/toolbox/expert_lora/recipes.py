@@ -1,0 +1,60 @@
+"""Recipes of fine-tuning with LoRA: which experts get adapters, as a YAML file."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ..training.recipes import data_arguments, read_recipe, training_arguments
+from .selection import expert_lora_config
+
+# What `expert_lora_config` makes of the model and its other arguments.
+SET_BY_SELECTION = {"target_modules", "target_parameters", "modules_to_save", "model", "options"}
+
+
+@dataclass
+class LoraRecipe:
+    """
+    What fine-tuning with LoRA is made of.
+
+    Args:
+        model (`str`):
+            The trained model: a checkpoint's folder, or its name on the Hub.
+        lora (`dict`):
+            Arguments of [`~toolbox.expert_lora.expert_lora_config`].
+        data (`dict`):
+            Arguments of [`~toolbox.demo.load_scenes`]; `held_out_style` is the style to be learned.
+        training (`dict`):
+            Arguments of [`~transformers.TrainingArguments`], as in [`~toolbox.training.recipes.Recipe`].
+    """
+
+    model: str
+    lora: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRecipe:
+    """
+    Reads a recipe and changes some of its values, as [`~toolbox.training.recipes.load_recipe`] does.
+
+    Args:
+        path (`str` or `Path`):
+            The YAML file.
+        overrides (`Sequence[str]`):
+            Values to change, as `"lora.r=16"`.
+
+    Returns:
+        [`LoraRecipe`]
+
+    Raises:
+        ValueError: If the file or an override has a key that such recipes do not have, or an override no value.
+    """
+    chosen = {*inspect.signature(expert_lora_config).parameters, *(entry.name for entry in fields(LoraConfig))}
+    sections = {"lora": chosen - SET_BY_SELECTION, "data": data_arguments(), "training": training_arguments()}
+    return LoraRecipe(**read_recipe(path, overrides, sections))

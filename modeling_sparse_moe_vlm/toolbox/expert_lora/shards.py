@@ -1,0 +1,185 @@
+"""
+LoRA on experts that were loaded in shards (`num_expert_shards`): the same adapter on disk as of whole stacks.
+
+    model = get_peft_model(model, lora_config_for_shards(config, model))
+    save_adapter(model, "adapter")                # `PeftModel.from_pretrained(whole_model, "adapter")` loads it
+    model = load_adapter(sharded_model, "adapter")  # or `load_expert_lora`, to run factored
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..expert_modules import name_without_adapters, name_without_shard
+from .peft_0_18 import read_adapter
+
+
+def _is_reached(name: str, targets: Iterable[str]) -> bool:
+    """Whether PEFT would find the parameter by the targets, which name its end."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+class _NamesOfStacks(LoraConfig):
+    """A configuration that is saved with the names that stacks have without shards."""
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        names: list[str] = []
+        for name in sorted(values.get("target_parameters") or [], key=lambda name: name_without_shard(name) != name):
+            stack = name_without_shard(name)
+            if not _is_reached(stack, names):
+                names.append(stack)
+        if names:
+            values["target_parameters"] = names
+        return values
+
+
+def lora_config_for_shards(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """
+    A configuration whose `target_parameters`, which name stacks of experts, reach the shards of the stacks as well. It
+    is saved as it was given. For a model without shards it changes nothing.
+
+    Args:
+        config (`LoraConfig`):
+            Configuration of an adapter.
+        model (`nn.Module`):
+            The model that it is meant for.
+
+    Returns:
+        `LoraConfig`: a copy, for `get_peft_model`.
+    """
+    adapted = copy.copy(config)
+    names = [name_without_adapters(name) for name, _ in model.named_parameters()]
+    sharded = [name for name in dict.fromkeys(names) if name_without_shard(name) != name]
+    if not sharded:
+        return adapted
+    if not isinstance(config, _NamesOfStacks):
+        adapted.__class__ = type(type(config).__name__, (_NamesOfStacks, type(config)), {})
+    targets = list(config.target_parameters or [])
+    reached = [name for name in sharded if _is_reached(name_without_shard(name), targets)]
+    if reached:
+        adapted.target_parameters = list(dict.fromkeys([*targets, *reached]))
+    return adapted
+
+
+def save_adapter(model: PeftModel, folder: str | PathLike, adapter_name: str = "default") -> None:
+    """
+    Saves an adapter as `PeftModel.save_pretrained` does, the shards of every stack of experts joined.
+
+    Args:
+        model (`PeftModel`):
+            The model with the adapter, made with [`lora_config_for_shards`] or by [`load_adapter`].
+        folder (`str` or `PathLike`):
+            Where to write the adapter; as with PEFT, one that is not `"default"` goes into a folder of its name there.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name of the adapter.
+    """
+    model.peft_config[adapter_name] = lora_config_for_shards(model.peft_config[adapter_name], model)
+    model.save_pretrained(str(folder), selected_adapters=[adapter_name])
+    path = Path(folder) / ("" if adapter_name == "default" else adapter_name) / "adapter_model.safetensors"
+    save_file(_join(load_file(path), _sizes(model)), path, metadata={"format": "pt"})
+
+
+def load_adapter(
+    model: nn.Module, folder: str | PathLike, adapter_name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """
+    Loads an adapter of whole stacks of experts onto a model with any number of shards.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        folder (`str` or `PathLike`):
+            Folder of the adapter, or its name on the Hub.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name that it gets.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether it can be trained on.
+
+    Returns:
+        `PeftModel`: the model with the adapter, ready for inference.
+
+    Raises:
+        ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
+    """
+    path, weights = read_adapter(folder, model)
+    config = PeftConfig.from_pretrained(str(path))
+    config.inference_mode = not is_trainable
+    adapted = get_peft_model(model, lora_config_for_shards(config, model), adapter_name)
+    state = split_over_shards(weights, adapted)
+    left_over = set_peft_model_state_dict(adapted, state, adapter_name=adapter_name).unexpected_keys
+    own = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
+    wrong = [*left_over, *sorted(own.keys() ^ state.keys())]
+    if wrong:
+        raise ValueError(f"the adapter in {str(folder)!r} does not fit the model: {wrong[0]!r} is only in one of them.")
+    return adapted.eval()
+
+
+def _sizes(model: nn.Module) -> dict[str, list[int]]:
+    """Numbers of experts of the shards, by the stack's name in the state of an adapter."""
+    sizes: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        stack, is_shard, number = name.rpartition(".shards.")
+        if is_shard and number.isdigit():
+            while hasattr(module, "base_layer"):  # adapters around it
+                module = module.base_layer
+            sizes.setdefault(stack, []).append(module.num_experts)
+    return sizes
+
+
+# `lora_A` of a stack is (experts · rank, in), with the expert slowest; `lora_B` (out, rank · experts), with the expert
+# fastest.
+
+
+def _join(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    joined: dict[str, torch.Tensor] = {}
+    shards: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        shards.setdefault(name_without_shard(name), []).append(tensor)
+    for name, tensors in shards.items():
+        stack = next((stack for stack in sizes if name.startswith(f"{stack}.")), None)
+        if stack is None:
+            joined[name] = tensors[0]
+        elif "lora_B" not in name:
+            joined[name] = torch.cat(tensors)
+        else:
+            parts = [b.unflatten(1, (-1, size)) for b, size in zip(tensors, sizes[stack], strict=True)]
+            joined[name] = torch.cat(parts, dim=-1).flatten(1)
+    return joined
+
+
+def split_over_shards(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of whole stacks, split over the shards that the model, which has it, has of them."""
+    sizes = _sizes(model)
+    split: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        stack = next((stack for stack in sizes if name.startswith(f"{stack}.")), None)
+        if stack is None:
+            split[name] = tensor
+            continue
+        num_experts = sum(sizes[stack])
+        if "lora_B" not in name:
+            parts = tensor.unflatten(0, (num_experts, -1)).split(sizes[stack])
+            parts = tuple(part.flatten(0, 1) for part in parts)
+        else:
+            parts = tensor.unflatten(1, (-1, num_experts)).split(sizes[stack], dim=-1)
+            parts = tuple(part.flatten(1) for part in parts)
+        for number, part in enumerate(parts):
+            split[f"{stack}.shards.{number}{name.removeprefix(stack)}"] = part.contiguous()
+    return split

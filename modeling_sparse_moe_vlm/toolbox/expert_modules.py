@@ -1,0 +1,130 @@
+"""Where a model's experts are: their modules, what holds them, and what is called how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+PROJECTIONS = ("gate", "up", "down")
+# What `use_experts_implementation` of Transformers gives a class; the last one is the class's own.
+MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
+
+
+def uses_experts_interface(module: nn.Module) -> bool:
+    """Whether Transformers' experts interface runs the module."""
+    return all(hasattr(module, mark) for mark in MARKS)
+
+
+def base_model_of(model: Any) -> PreTrainedModel:
+    """The model within PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def name_without_adapters(name: str) -> str:
+    """The name that a module of a model with adapters has without them."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name).removeprefix("base_model.model.")
+
+
+def name_without_shard(name: str) -> str:
+    """The name that a module or parameter of a shard has in a model without shards."""
+    return re.sub(r"\.shards\.\d+(?=\.|$)", "", name)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether the module holds a stack of experts and runs them through Transformers' experts interface."""
+    return "base_layer" not in module._modules and uses_experts_interface(module) and bool(stacks(module))
+
+
+def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """The stacks of matrices of an experts module, by name."""
+    return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
+
+
+def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
+    """The place (a layer's experts, or a pool) that an experts module is a part of, and the group it belongs to."""
+    groups = getattr(config, "routed_group_names", [])
+    place = name.rsplit(".shards.", 1)[0]
+    parent, _, last = place.rpartition(".")
+    if len(groups) > 1 and last in groups:
+        return parent, last
+    return place, groups[0] if groups else None
+
+
+@dataclass(frozen=True)
+class ExpertBank:
+    """
+    The experts of one group in one place, which is a layer or a pool of layers.
+
+    Args:
+        name (`str`): Name of the module.
+        group (`str`, *optional*): Name of the group, where the configuration has groups.
+        layers (`tuple[int, ...]`): The layers that use them.
+        always_on (`bool`): Whether they are always on, and thus one dense network.
+        parts (`dict[str, nn.Module]`): By name, the modules that hold them: one, or the shards.
+    """
+
+    name: str
+    group: str | None
+    layers: tuple[int, ...]
+    always_on: bool
+    parts: dict[str, nn.Module]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of experts of the parts."""
+        return [next(iter(stacks(part).values())).shape[0] for part in self.parts.values()]
+
+    @property
+    def weights(self) -> dict[str, set[str]]:
+        """By the name of a matrix of the experts (or stack of them) within its part, the projections in it."""
+        first = next(iter(self.parts.values()))
+        names = [name for name, _ in first.named_children()] if self.always_on else list(stacks(first))
+        return {
+            name: {projection for projection in PROJECTIONS if projection in name}
+            for name in names
+            if name.endswith("_proj")
+        }
+
+    def is_in_group(self, group: str) -> bool:
+        return group == self.group if self.group is not None else group in self.name.split(".")
+
+
+def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
+    """The experts of a model by place and group, in the order of its modules."""
+    config = model.config.get_text_config()
+    groups = {group["name"] for group in getattr(config, "expert_groups", [])}
+    banks: dict[str, ExpertBank] = {}
+    for name, module in modules_of(model):
+        parent, _, last = name.rpartition(".")
+        always_on = last in groups and parent.endswith("shared_experts")
+        if not always_on and not is_experts(module):
+            continue
+        bank_name = name.rsplit(".shards.", 1)[0]
+        if bank_name not in banks:
+            number = layer_of(name)
+            is_pool = ".expert_pools." in f".{name}"
+            banks[bank_name] = ExpertBank(
+                name=bank_name,
+                group=last if always_on else place_of(name, config)[1],
+                layers=tuple(config.pools[number]) if is_pool else (number,),
+                always_on=always_on,
+                parts={},
+            )
+        banks[bank_name].parts[name] = module
+    return list(banks.values())
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the name that they have without adapters."""
+    for name, module in model.named_modules():
+        if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name):
+            yield name_without_adapters(name), module
+
+
+def layer_of(name: str) -> int:
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)

@@ -1,0 +1,149 @@
+"""Explanation of one answer: where the model looked, word by word, and which experts the picture's tokens went to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL.Image import Image
+from transformers import ProcessorMixin
+
+from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from ..demo.drawings import save_figure
+from ..demo.scenes import to_messages
+
+
+@dataclass
+class Explanation:
+    """
+    What a model did for one question about one picture, of S × S image tokens.
+
+    Args:
+        words (`list[str]`):
+            The tokens of the answer.
+        alpha (`torch.Tensor` of shape `(words,)`):
+            α of each word: the share of attention that went to the picture, averaged over layers and heads.
+        count_free_alpha (`torch.Tensor` of shape `(words,)`):
+            The same without the effect of how many tokens the picture has.
+        looked (`torch.Tensor` of shape `(S, S)`):
+            How the attention to the picture spreads over it, averaged over words, layers and heads; sums to 1.
+        experts (`torch.Tensor` of shape `(sparse layers, S, S)`):
+            The first routed expert of every image token.
+    """
+
+    words: list[str]
+    alpha: torch.Tensor
+    count_free_alpha: torch.Tensor
+    looked: torch.Tensor
+    experts: torch.Tensor
+
+
+@torch.no_grad()
+def explain(
+    model: SparseMoeVlmForConditionalGeneration, processor: ProcessorMixin, picture: Image, question: str
+) -> Explanation:
+    """
+    Lets a model answer a question and reads out how it did. The weights α come from `generate` itself; where on the
+    picture attention fell takes the attention matrix, so one eager forward pass more.
+
+    Args:
+        model (`SparseMoeVlmForConditionalGeneration`):
+            The model.
+        processor (`ProcessorMixin`):
+            Its processor.
+        picture (`PIL.Image.Image`):
+            The picture.
+        question (`str`):
+            The question.
+
+    Returns:
+        [`Explanation`]
+    """
+    messages = to_messages({"question": question, "answer": "", "image": picture})["messages"][:1]
+    messages[0]["content"][0]["image"] = picture
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    outputs = model.generate(
+        **inputs, max_new_tokens=32, do_sample=False, output_modality_weights=True, return_dict_in_generate=True
+    )
+    answer = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+    words = [word for token in answer if (word := processor.decode([token], skip_special_tokens=True))]
+    alpha, count_free_alpha = (
+        torch.stack([torch.stack(step)[:, 0, :, -1, 1].mean() for step in steps[: len(words)]])
+        for steps in (outputs.modality_weights, outputs.count_free_modality_weights)
+    )
+
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        whole = model(
+            input_ids=outputs.sequences,
+            pixel_values=inputs["pixel_values"],
+            output_attentions=True,
+            output_router_logits=True,
+        )
+    finally:
+        model.set_attn_implementation(before)
+    is_image = model.model.get_mm_token_type_ids(outputs.sequences)[0] == 1
+    side = int(is_image.sum() ** 0.5)
+    first = inputs["input_ids"].shape[1] - 1  # predicts the first word
+    attention = torch.stack(whole.attentions)[:, 0, :, first : first + len(words), :][..., is_image]
+    looked = attention.mean(dim=(0, 1, 2))
+    experts = torch.stack([logits[is_image].argmax(dim=-1) for logits in whole.router_logits])
+    return Explanation(
+        words=words,
+        alpha=alpha,
+        count_free_alpha=count_free_alpha,
+        looked=(looked / looked.sum()).view(side, side),
+        experts=experts.view(-1, side, side),
+    )
+
+
+def draw_explanation(explanation: Explanation, picture: Image, question: str, path: str | Path) -> None:
+    """
+    Draws the picture with the attention it got, α and β of every word, and the experts of its tokens.
+
+    Args:
+        explanation (`Explanation`):
+            What [`explain`] returns.
+        picture (`PIL.Image.Image`):
+            The picture.
+        question (`str`):
+            The question.
+        path (`str` or `Path`):
+            Where to write the PNG.
+    """
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure.suptitle(f"{question}  –  {''.join(explanation.words)}", parse_math=False)
+    shown, bars, chosen = figure.subplots(1, 3)
+    extent = (0, picture.width, picture.height, 0)
+
+    shown.imshow(picture, interpolation="nearest", extent=extent)
+    shown.imshow(explanation.looked.numpy(), cmap="magma", alpha=0.45, extent=extent)
+    shown.set_title("where attention to the picture fell")
+
+    positions = torch.arange(len(explanation.words)).numpy()
+    alpha, beta = explanation.alpha.numpy(), 1 - explanation.alpha.numpy()
+    bars.bar(positions, alpha, color="tab:orange", label="α: picture")
+    bars.bar(positions, beta, bottom=alpha, color="tab:blue", label="β: text")
+    bars.plot(positions, explanation.count_free_alpha.numpy(), "ko", label="count-free α")
+    bars.set_xticks(positions, explanation.words, rotation=45, parse_math=False)
+    bars.set(ylim=(0, 1), ylabel="share of attention", title="word by word")
+    bars.legend(loc="upper right", fontsize=8)
+
+    chosen.imshow(picture, interpolation="nearest", extent=extent, alpha=0.5)
+    side = explanation.looked.shape[0]
+    for row in range(side):
+        for column in range(side):
+            numbers = " ".join(str(int(expert)) for expert in explanation.experts[:, row, column])
+            chosen.text(
+                (column + 0.5) * picture.width / side, (row + 0.5) * picture.height / side, numbers,
+                ha="center", va="center", fontsize=12, bbox={"facecolor": "white", "alpha": 0.8},
+            )  # fmt: skip
+    chosen.set_title("experts of its tokens, layer by layer")
+    for axes in (shown, chosen):
+        axes.set_axis_off()
+    save_figure(figure, path)

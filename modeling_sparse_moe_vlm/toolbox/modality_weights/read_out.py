@@ -1,0 +1,382 @@
+"""α and β of other people's models: read out of, and steered in, vision-language models of Transformers::
+
+    with modality_weights(model) as weights:
+        model.generate(**inputs)
+    weights.alpha  # how much of each head's attention went to the picture, by layer and token
+
+The weight of a modality is the share of attention that its keys get (D-Attn, arXiv 2502.01906), so attention itself
+tells it, under any backend: with an indicator of the modality in place of the values, attention returns the weights.
+The model's own call of its backend runs untouched beside that. Only steering goes another way, that of
+[`~modeling_sparse_moe_vlm.distributed_attention.attend_by_channels`].
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from ...attention_plan import given_log_priors, visible_counts
+from ...cache_name import CACHE_NAME
+from ...checks import check, check_number
+from ...distributed_attention import Merged, attend_by_channels, count_free
+from ..expert_modules import base_model_of
+from .interception import AttentionFunction, intercept_attention
+
+# Ids as in `ProcessorMixin.create_mm_token_type_ids`.
+MODALITIES = ("text", "image", "video", "audio")
+# The old name is still taken where the new one is used.
+_CACHE_NAMES = {CACHE_NAME, "past_key_values"}
+
+
+@dataclass
+class Step:
+    """
+    One forward pass, of T tokens in B rows, for a model with H heads and M = `len(MODALITIES)` modalities.
+
+    Args:
+        start (`int`):
+            Number of tokens that were in the cache before.
+        modality_ids (`torch.Tensor` of shape `(B, T)`):
+            Modality ids of the tokens.
+        modality_weights (`dict[int, torch.Tensor]`), count_free_modality_weights (`dict[int, torch.Tensor]`):
+            By layer, `(B, H, T, M)` each, in float32.
+    """
+
+    start: int
+    modality_ids: torch.Tensor
+    modality_weights: dict[int, torch.Tensor] = field(default_factory=dict)
+    count_free_modality_weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class ModalityWeights:
+    """
+    What [`modality_weights`] has read out.
+
+    Args:
+        steps (`list[Step]`):
+            One entry for every forward pass of the model.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+
+    def of(self, modality: str, *, count_free: bool = False) -> torch.Tensor:
+        """
+        The weight of a modality in the last sequences, all steps together. Tokens that assisted decoding refused do not
+        count.
+
+        Args:
+            modality (`str`):
+                One of `MODALITIES`.
+            count_free (`bool`, defaults to `False`):
+                Whether to take the count-free weight, which does not grow with the number of the modality's tokens.
+
+        Returns:
+            `torch.Tensor` of shape `(layers, B, H, T)`: NaN for tokens that a layer passes over (Gemma 4 runs its last
+            layers on the last token of a prompt alone).
+
+        Raises:
+            ValueError: If there is no such modality, or nothing has been read out.
+        """
+        check(modality in MODALITIES, f"`modality` must be one of {', '.join(MODALITIES)}, got {modality!r}.")
+        check(bool(self.steps), "nothing has been read out: run the model first.")
+        column = MODALITIES.index(modality)
+        whole, begin = torch.empty(0), self.steps[0].start
+        for step in self.steps:
+            layers = step.count_free_modality_weights if count_free else step.modality_weights
+            length = step.modality_ids.shape[1]
+            weights = torch.stack([_fill(layers[layer][..., column], length) for layer in sorted(layers)])
+            if step.start <= begin:  # another sequence
+                whole, begin = weights, step.start
+            else:
+                whole = torch.cat([whole[..., : step.start - begin], weights], dim=-1)
+        return whole
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """The weight of pictures, see [`~ModalityWeights.of`]."""
+        return self.of("image")
+
+    @property
+    def beta(self) -> torch.Tensor:
+        """The weight of text, see [`~ModalityWeights.of`]."""
+        return self.of("text")
+
+
+@contextmanager
+def modality_weights(
+    model: PreTrainedModel,
+    *,
+    modality_priors: Mapping[str, float] | None = None,
+    modality_guidance: float = 0.0,
+    modality_ids: torch.Tensor | None = None,
+) -> Iterator[ModalityWeights]:
+    """
+    Reads out, and steers, the attention of a vision-language model, without touching the model.
+
+    Everything goes through `ALL_ATTENTION_FUNCTIONS`, so this works for the models whose language model takes its
+    attention from there and sees a picture as tokens of its sequence. Without steering the output is the same to the
+    bit. A model that is compiled runs uncompiled in this context.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, which in this context may be called by itself or by its `generate`.
+        modality_priors (`Mapping[str, float]`, *optional*):
+            Factors on the priors, as `{"image": 2.0}`.
+        modality_guidance (`float`, defaults to 0.0):
+            g of Z + g·(Z − O_text), for queries that see text and something else (arXiv 2601.13707).
+        modality_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Modality ids of the first tokens of every sequence; later ones are text. Without it the placeholders in
+            `input_ids` tell, or else the `mm_token_type_ids` of a call.
+
+    Yields:
+        [`ModalityWeights`]: filled by every forward pass, without gradients.
+
+    Raises:
+        ValueError: If an argument is wrong, the model is in such a context already, or its backend is not registered;
+            in a forward pass, if the modality ids are not to be had or do not fit the keys of a layer, or if steering
+            is not possible.
+    """
+    log_priors = given_log_priors(MODALITIES, modality_priors)
+    check_number("modality_guidance", modality_guidance)
+    if modality_ids is not None:
+        check(
+            modality_ids.dim() == 2 and bool((modality_ids >= 0).all() and (modality_ids < len(MODALITIES)).all()),
+            f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1}, for {', '.join(MODALITIES)}.",
+        )
+    model = base_model_of(model)
+    decoder = model.get_decoder()
+    recorder = _Recorder(model.config, log_priors, modality_guidance, modality_ids)
+    # Both ways to call the model lead through its base model.
+    with (
+        intercept_attention(set(decoder.modules()), decoder.config._attn_implementation, recorder.attend),
+        model.base_model.register_forward_pre_hook(recorder.start, with_kwargs=True),
+        model.base_model.register_forward_hook(recorder.finish, always_call=True),
+    ):
+        yield recorder.weights
+
+
+@dataclass
+class _Pass:
+    """A forward pass under way, with the modality ids of the cached and the new tokens, `(B, S)`."""
+
+    step: Step
+    token_ids: torch.Tensor
+    cache: Cache | None
+    steers: bool
+
+
+class _Recorder:
+    """Follows the forward passes of a model."""
+
+    def __init__(
+        self, config: PreTrainedConfig, log_priors: list[float], guidance: float, modality_ids: torch.Tensor | None
+    ):
+        self.weights = ModalityWeights()
+        self.model_type = config.model_type
+        self.placeholders = _placeholders(config)
+        self.log_priors = torch.tensor(log_priors)
+        self.guidance = guidance
+        self.steers = guidance > 0 or len(set(log_priors)) > 1  # the ratios of priors count
+        self.modality_ids = modality_ids
+        self.running: _Pass | None = None
+
+    def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: what its tokens are, and those of the cache."""
+        self.running = None
+        check(
+            not (self.steers and module.training and getattr(module, "is_gradient_checkpointing", False)),
+            "what gradient checkpointing computes again is not steered: call `model.eval()` or "
+            "`model.gradient_checkpointing_disable()`.",
+        )
+        arguments = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+        cache = next((arguments[name] for name in _CACHE_NAMES if arguments.get(name) is not None), None)
+        check(cache is None or isinstance(cache, Cache), f"a cache of type {type(cache).__name__} is not supported.")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        new_ids = self._ids_of_tokens(arguments, start)
+        token_ids = new_ids if start == 0 else torch.cat([_ids_of_cache(cache, start, len(new_ids)), new_ids], dim=1)
+        # A part that is alone has the weight 1, whatever its prior.
+        steers = self.steers and bool((token_ids != token_ids[:1, :1]).any())
+        self.running = _Pass(Step(start, new_ids), token_ids, cache, steers)
+
+    def attend(
+        self,
+        backend: AttentionFunction,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """In place of the attention function of a layer."""
+        if self.running is None:  # a layer by itself, or computed again by gradient checkpointing
+            check(not self.steers, "only calls of the model that was given to `modality_weights` are steered.")
+            return backend(module, query, key, value, attention_mask, **kwargs)
+        step = self.running.step
+        key_ids = _ids_of_keys(self.running, module, key)
+        if self.running.steers:
+            merged = self._steer(backend, module, query, key, value, attention_mask, key_ids, **kwargs)
+        else:
+            output, attentions = backend(module, query, key, value, attention_mask, **kwargs)
+            indicator = F.one_hot(key_ids, value.shape[-1])[:, None].to(value.dtype).expand(value.shape)
+            # Without dropout, which would move the random numbers of the model on, and without gradients, for which
+            # gradient checkpointing would have to read out again.
+            with torch.no_grad():
+                shares, _ = backend(module, query, key, indicator, attention_mask, **kwargs | {"dropout": 0.0})
+            merged = Merged(output, shares[..., : len(MODALITIES)].float().transpose(1, 2), attentions)
+        weights = cast(torch.Tensor, merged.weights).detach()
+        counts = _visible_counts(step, module, query, attention_mask, key_ids, **kwargs)
+        step.modality_weights[module.layer_idx] = weights
+        step.count_free_modality_weights[module.layer_idx] = count_free(weights, counts)
+        return merged.output, merged.attentions
+
+    def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """After a forward pass, also after one that failed, without an output."""
+        running, self.running = self.running, None
+        if running is None or output is None:
+            return
+        check(
+            bool(running.step.modality_weights),
+            f"no layer of {self.model_type!r} took its attention from `ALL_ATTENTION_FUNCTIONS` under the name it had "
+            "when `modality_weights` was entered: set the attention implementation before.",
+        )
+        self.weights.steps.append(running.step)
+        cache = getattr(output, CACHE_NAME, None) if running.cache is None else running.cache
+        if cache is not None:
+            cache.token_modality_ids = running.token_ids
+
+    def _ids_of_tokens(self, arguments: Mapping[str, Any], start: int) -> torch.Tensor:
+        """Modality ids of the tokens of a call, `(B, T)`."""
+        input_ids: Any = arguments.get("input_ids")
+        tokens: Any = arguments.get("inputs_embeds") if input_ids is None else input_ids
+        check(tokens is not None, "the model needs `input_ids` or `inputs_embeds`.")
+        num_rows, length = tokens.shape[:2]
+        if self.modality_ids is not None:
+            ids = self.modality_ids[:, start : start + length].to(tokens.device)
+            check(num_rows % len(ids) == 0, f"`modality_ids` has {len(ids)} rows, the call has {num_rows}.")
+            ids = ids.repeat_interleave(num_rows // len(ids), dim=0)  # beams
+            return F.pad(ids, (0, length - ids.shape[1]))
+        if start and length == 1:  # a placeholder that the model generates has no picture
+            return torch.zeros(num_rows, 1, dtype=torch.long, device=tokens.device)
+        if input_ids is not None and self.placeholders:
+            ids = torch.zeros_like(input_ids)
+            for token_id, modality_id in self.placeholders.items():
+                ids = ids.masked_fill(input_ids == token_id, modality_id)
+            return ids
+        given: Any = arguments.get("mm_token_type_ids")
+        check(
+            given is not None,
+            f"which tokens are pictures is not known, from `input_ids` and the configuration of {self.model_type!r} "
+            "(`image_token_id`): pass `modality_ids` to `modality_weights`.",
+        )
+        return given[:, -length:].long()
+
+    def _steer(
+        self,
+        backend: AttentionFunction,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        key_ids: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Merged:
+        if kwargs.get("softcap") is not None:
+            backend = _cap_without_priors(backend, query.shape[-1])
+        return attend_by_channels(
+            backend, module, query, key, value, attention_mask, key_ids, len(MODALITIES),
+            log_priors=self.log_priors.to(query.device).expand(query.shape[1], -1), guidance=self.guidance,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling, **kwargs,
+        )  # fmt: skip
+
+
+def _fill(weights: torch.Tensor, length: int) -> torch.Tensor:
+    """With NaN for the first tokens, which a layer has passed over."""
+    return F.pad(weights, (length - weights.shape[-1], 0), value=torch.nan)
+
+
+def _placeholders(config: PreTrainedConfig) -> dict[int, int]:
+    """Modality id by token id."""
+    placeholders = {}
+    for modality_id, modality in enumerate(MODALITIES):
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            token_id = getattr(config, name, None)
+            if token_id is not None:
+                placeholders[token_id] = modality_id
+    return placeholders
+
+
+def _ids_of_cache(cache: Cache, length: int, num_rows: int) -> torch.Tensor:
+    """Modality ids of the cached tokens `(B, length)`, kept with the cache, whose keys do not tell."""
+    ids: Any = getattr(cache, "token_modality_ids", None)
+    check(
+        ids is not None and ids.shape[1] >= length and len(ids) == num_rows,
+        "the cache was filled, or its rows were changed, outside of `modality_weights`: the modality ids of its tokens "
+        "are not known. Run the model in this context from the first token on.",
+    )
+    return ids[:, :length]
+
+
+def _ids_of_keys(running: _Pass, module: nn.Module, key: torch.Tensor) -> torch.Tensor:
+    """Modality ids of the keys of a layer, `(B, S)`."""
+    ids, cache = running.token_ids.to(key.device), running.cache
+    room = key.shape[2] - ids.shape[1]
+    # A static cache has room behind, which the mask hides; a sliding one has dropped what is in front.
+    explained = room == 0 or (cache is not None and (cache.is_compileable if room > 0 else any(cache.is_sliding)))
+    check(
+        explained and len(key) == len(ids),
+        f"layer {module.layer_idx} ({type(module).__name__}) attends to {key.shape[2]} keys in {len(key)} rows, where "
+        f"the model was given {ids.shape[1]} tokens in {len(ids)} rows: cross-attention and virtual tokens are not "
+        "supported.",
+    )
+    return F.pad(ids, (0, room)) if room >= 0 else ids[:, -room:]
+
+
+def _visible_counts(
+    step: Step,
+    module: nn.Module,
+    query: torch.Tensor,
+    attention_mask: Any,
+    key_ids: torch.Tensor,
+    *,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Number of keys of each modality that a query sees, `(B, T, M)`."""
+    num_rows, length, num_keys = len(query), query.shape[2], key_ids.shape[1]
+    if attention_mask is None:
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if not is_causal and length > 1:
+            attention_mask = key_ids.new_ones(num_rows, 1, length, num_keys, dtype=torch.bool)
+        elif step.start:
+            attention_mask = torch.ones_like(key_ids)
+    return visible_counts(attention_mask, key_ids, length, len(MODALITIES), sliding_window=sliding_window)
+
+
+def _cap_without_priors(backend: AttentionFunction, head_dim: int) -> AttentionFunction:
+    """Only logits are capped: the priors, from the channels behind `head_dim`, go into the mask, added afterwards."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        check(
+            torch.is_tensor(attention_mask) and attention_mask.is_floating_point(),
+            'only eager attention can steer soft-capped logits: call `model.set_attn_implementation("eager")` first.',
+        )
+        # All key heads have the same channels.
+        priors = query[..., head_dim:] @ key[:, :1, :, head_dim:].mT * kwargs["scaling"]
+        query, key = query[..., :head_dim], key[..., :head_dim]
+        return backend(module, query, key, value, attention_mask + priors, **kwargs)
+
+    return attention

@@ -1,0 +1,155 @@
+"""The share of the routed work that falls on each experts module, from measured routing in any of its forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..expert_modules import place_of
+
+# By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
+Loads = dict[str, dict[str, float]]
+# The same of each of its experts, in the units of the measurement.
+Counts = dict[str, dict[str, list[float]]]
+# By modality, by sparse layer, by expert of the layer, a count or share.
+_Table = dict[str, list[list[float]]]
+
+EVEN = "all"  # the one "modality" where nothing was measured
+
+
+def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Loads:
+    """
+    The share of every modality's choices that falls on each experts module.
+
+    Args:
+        sizes (`Mapping[str, int]`):
+            By name of an experts module, in the model's order, its number of experts.
+        config (`PreTrainedConfig`):
+            Configuration of the decoder.
+        routing (*optional*):
+            See [`~toolbox.placement.plan_expert_placement`]; every expert is expected to do the same where there is none.
+
+    Returns:
+        `dict[str, dict[str, float]]`: by module, by modality. Modalities that chose nothing are left out.
+
+    Raises:
+        ValueError: If the routing does not fit the model.
+    """
+    counts = expert_counts(sizes, config, routing)
+    return _normalise({name: {m: sum(of_experts) for m, of_experts in of.items()} for name, of in counts.items()})
+
+
+def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Counts:
+    """
+    What falls on each expert of each module, in the units of the routing.
+
+    Args:
+        sizes, config, routing: As of [`expert_loads`].
+
+    Returns:
+        `dict[str, dict[str, list[float]]]`: by module, by modality, of each expert.
+
+    Raises:
+        ValueError: If the routing does not fit the model.
+    """
+    places: dict[str, list[str]] = {}
+    for name in sizes:
+        places.setdefault(place_of(name, config)[0], []).append(name)
+    layers = _places_of_layers(list(places), config)
+    if routing is None:
+        table = {EVEN: [[1 / n] * n for n in (sum(sizes[name] for name in places[place]) for place in layers)]}
+    elif (rows := _rows(routing)) is not None:
+        return _counts_of_rows(rows, sizes, config)
+    else:
+        table = _table(routing, config)
+    counts: Counts = {name: {} for name in sizes}
+    for modality, of_layers in table.items():
+        if len(of_layers) != len(layers):
+            raise ValueError(
+                f"`routing` has {len(of_layers)} layers for {modality!r}, but the model has {len(layers)} with experts."
+            )
+        for place, of_experts in zip(layers, of_layers, strict=True):
+            numbers = [0.0 if math.isnan(count) else float(count) for count in of_experts]
+            num_experts = sum(sizes[name] for name in places[place])
+            if len(numbers) < num_experts or any(numbers[num_experts:]):
+                raise ValueError(f"`routing` has {len(numbers)} experts for {place!r}, which has {num_experts}.")
+            _add(counts, places[place], sizes, modality, numbers)
+    return counts
+
+
+def _add(counts: Counts, names: list[str], sizes: Mapping[str, int], modality: str, numbers: Sequence[float]) -> None:
+    """Adds the numbers of consecutive experts to those of the modules that hold them."""
+    first = 0
+    for name in names:
+        own = numbers[first : first + sizes[name]]
+        first += sizes[name]
+        so_far = counts[name].setdefault(modality, [0.0] * sizes[name])
+        counts[name][modality] = [a + float(b) for a, b in zip(so_far, own, strict=True)]
+
+
+def _places_of_layers(places: list[str], config: PreTrainedConfig) -> list[str]:
+    """The place whose experts each sparse layer uses: layers of a pool have it in common."""
+    pools = {place.rsplit(".", 1)[1]: place for place in places if ".expert_pools." in f".{place}"}
+    if not pools:
+        return places
+    own = iter(place for place in places if place not in pools.values())
+    sparse = (layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer))
+    pool_of = (config.layer_pool(layer) for layer in sparse)
+    return [next(own) if pool is None else pools[str(pool)] for pool in pool_of]
+
+
+def _normalise(loads: Loads) -> Loads:
+    totals: dict[str, float] = {}
+    for by_modality in loads.values():
+        for modality, load in by_modality.items():
+            totals[modality] = totals.get(modality, 0.0) + load
+    used = [modality for modality, total in totals.items() if total > 0]
+    return {name: {m: loads[name].get(m, 0.0) / totals[m] for m in used} for name in loads}
+
+
+def _rows(routing: Any) -> list[Mapping[str, Any]] | None:
+    """Rows by place, group and modality, where the routing has them ([`RoutingStatistics`], or its JSON)."""
+    rows = routing.get("rows") if isinstance(routing, Mapping) else getattr(routing, "rows", None)
+    if rows is None:
+        return None
+    return [asdict(row) if is_dataclass(row) and not isinstance(row, type) else row for row in rows]
+
+
+def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
+    counts: Counts = {name: {} for name in sizes}
+    modules: dict[tuple[str, str | None], list[str]] = {}
+    for name in sizes:
+        place, group = place_of(name, config)
+        number = next(part for part in place.split(".") if part.isdigit())
+        kind = "pool" if ".expert_pools." in f".{place}" else "layer"
+        modules.setdefault((f"{kind}_{number}", group), []).append(name)
+    for row in rows:
+        names = modules.get((row["place"], row["group"]))
+        if names is None:
+            raise ValueError(f"`routing` has {row['place']!r} with group {row['group']!r}, which the model has not.")
+        if sum(sizes[name] for name in names) != len(row["wanted"]):
+            raise ValueError(f"`routing` has {len(row['wanted'])} experts for {row['place']!r}, unlike the model.")
+        _add(counts, names, sizes, row["modality"], row["wanted"])
+    return counts
+
+
+def _table(routing: Any, config: PreTrainedConfig) -> _Table:
+    """Counts by layer and expert: of each modality in a mapping or in [`RoutingCounts`], or of all tokens together."""
+    if hasattr(routing, "wanted"):
+        return {name: routing.wanted[:, m].tolist() for m, name in enumerate(config.modalities)}
+    by_modality = routing if isinstance(routing, Mapping) else {EVEN: routing}
+    table: _Table = {}
+    for modality, of_layers in by_modality.items():
+        of_layers = of_layers.tolist() if hasattr(of_layers, "tolist") else of_layers
+        table[str(modality)] = of_layers
+        is_table = isinstance(of_layers, list | tuple)
+        if not is_table or not all(isinstance(of_experts, list | tuple) for of_experts in of_layers):
+            raise ValueError(
+                "`routing` must have counts by layer and expert: a tensor of shape (layers, experts), one for each "
+                f"modality, or what `measure_routing`, `routing_statistics` or `expert_load` return; got {routing!r}."
+            )
+    return table

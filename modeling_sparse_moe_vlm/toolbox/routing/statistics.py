@@ -1,0 +1,263 @@
+"""Routing statistics: how the tokens of each modality spread over the routed experts, and whether one has collapsed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from .counts import RoutingCounts, measure_routing
+
+# What is told of every place, group and modality; properties of [`GroupRouting`].
+FIGURES = ("max_violation", "entropy", "effective_experts", "dead_experts", "dropped_share", "experts_per_token")
+# A modality has collapsed within a group if less than this part of what could be used is: 0 is the fewest experts that
+# its tokens can share, 1 all of them evenly.
+COLLAPSED_BELOW = 0.25
+# With fewer choices per expert, chance alone leaves experts idle.
+CHOICES_PER_EXPERT = 8
+
+
+@dataclass(frozen=True)
+class GroupRouting:
+    """
+    Routing of one modality within one routed group of one place: a layer, or a pool of layers that share experts.
+
+    Args:
+        place (`str`): `"layer_3"` or `"pool_0"`.
+        group (`str`): Name of the group.
+        modality (`str`): Name of the modality.
+        num_tokens (`int`): Number of its tokens, counted once per layer of a pool.
+        wanted (`tuple[int, ...]`): How many of them chose each expert of the group.
+        dropped (`tuple[int, ...]`): Of these, how many the expert had no capacity for.
+        entropy (`float`):
+            Mean entropy, in nats, of the router's probabilities within the group: log E where it is undecided, 0 where
+            it is sure. Not a number without tokens.
+    """
+
+    place: str
+    group: str
+    modality: str
+    num_tokens: int
+    wanted: tuple[int, ...]
+    dropped: tuple[int, ...]
+    entropy: float
+
+    @property
+    def load(self) -> list[float]:
+        """Share of each expert in the choices that fell on the group; sums to 1, or is 0 where none did."""
+        return [count / max(sum(self.wanted), 1) for count in self.wanted]
+
+    @property
+    def max_violation(self) -> float:
+        """Excess of the largest load over the mean one, relative to it (MaxVio, arXiv 2408.15664). Balanced: 0.
+        Not a number where no choice fell on the group."""
+        return len(self.wanted) * max(self.load) - 1 if any(self.wanted) else math.nan
+
+    @property
+    def dead_experts(self) -> int:
+        """Number of experts that no token chose; 0 without tokens."""
+        return self.wanted.count(0) if self.num_tokens else 0
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the choices that the experts had no capacity for."""
+        return sum(self.dropped) / max(sum(self.wanted), 1)
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of the group's experts that a token went to. Not a number without tokens."""
+        return (sum(self.wanted) - sum(self.dropped)) / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def effective_experts(self) -> float:
+        """Number of experts that, evenly used, would be as diverse: the exponential of the load's entropy."""
+        return math.exp(-sum(share * math.log(share) for share in self.load if share > 0))
+
+    @property
+    def is_collapsed(self) -> bool:
+        """
+        Whether the tokens share far fewer experts than they could. No judgement on few tokens, nor where every token
+        goes to all experts.
+        """
+        num_experts, choices = len(self.wanted), sum(self.wanted)
+        if choices < CHOICES_PER_EXPERT * num_experts:
+            return False
+        fewest = max(choices / self.num_tokens, 1.0)  # a token that goes to two experts uses two
+        return self.effective_experts - fewest < COLLAPSED_BELOW * (num_experts - fewest)
+
+    def figures(self) -> dict[str, float]:
+        """The figures by name."""
+        return {name: getattr(self, name) for name in FIGURES}
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """
+    Routing by place, group and modality that the group serves.
+
+    Args:
+        rows (`tuple[GroupRouting, ...]`): In the order of layers, then groups, then modalities.
+    """
+
+    rows: tuple[GroupRouting, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Every figure of every row, by `"<place>/<group>/<modality>/<figure>"`; none of absent modalities."""
+        return {
+            f"{row.place}/{row.group}/{row.modality}/{name}": value
+            for row in self.rows
+            for name, value in row.figures().items()
+            if row.num_tokens and not math.isnan(value)
+        }
+
+    def summary(self) -> dict[str, float]:
+        """
+        The figures by `"<group>/<modality>/<figure>"`: the worst place's violation, the fewest effective experts, the
+        sum of dead ones, and else the mean over places.
+        """
+        by_name: dict[str, list[float]] = {}
+        for name, value in self.metrics().items():
+            by_name.setdefault(name.split("/", 1)[1], []).append(value)
+        combine: dict[str, Callable[[list[float]], float]] = {
+            "max_violation": max,
+            "effective_experts": min,
+            "dead_experts": sum,
+        }
+        return {name: combine.get(name.rsplit("/", 1)[1], fmean)(values) for name, values in by_name.items()}
+
+    def alarms(self) -> dict[tuple[str, str, str], str]:
+        """
+        One message for every place, group and modality that has collapsed. Each modality is judged by itself, since the
+        total may look fine while one has collapsed.
+        """
+        alarms = {}
+        for row in self.rows:
+            if not row.is_collapsed:
+                continue
+            everyone = self._all_modalities(row)
+            alarms[row.place, row.group, row.modality] = (
+                f"Routing has collapsed: in {row.place.replace('_', ' ')}, group '{row.group}', {row.modality} tokens "
+                f"use effectively {row.effective_experts:.1f} of {len(row.wanted)} experts (max violation "
+                f"{row.max_violation:.2f}, {row.dead_experts} dead); tokens of all modalities together use "
+                f"{everyone.effective_experts:.1f} (max violation {everyone.max_violation:.2f}). Balance it: raise "
+                "`router_aux_loss_coef` (with `output_router_logits`), or set `router_bias_update_rate`."
+            )
+        return alarms
+
+    def _all_modalities(self, of: GroupRouting) -> GroupRouting:
+        rows = [row for row in self.rows if (row.place, row.group) == (of.place, of.group)]
+        return GroupRouting(
+            place=of.place,
+            group=of.group,
+            modality="all",
+            num_tokens=sum(row.num_tokens for row in rows),
+            wanted=tuple(map(sum, zip(*(row.wanted for row in rows), strict=True))),
+            dropped=tuple(map(sum, zip(*(row.dropped for row in rows), strict=True))),
+            entropy=math.nan,
+        )
+
+    def __str__(self) -> str:
+        """A table with one line per row."""
+        lines = [["place", "group", "modality", "tokens", *FIGURES]]
+        for row in self.rows:
+            numbers = [f"{value:.0f}" if isinstance(value, int) else f"{value:.3f}" for value in row.figures().values()]
+            lines.append([row.place, row.group, row.modality, str(row.num_tokens), *numbers])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if number < 3 else cell.rjust(width)
+                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def routing_statistics(config: SparseMoeVlmTextConfig, counts: RoutingCounts) -> RoutingStatistics:
+    """
+    Statistics of what was counted. Waits for the device once per tensor of counts.
+
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+        counts ([`RoutingCounts`]):
+            Counts of any number of batches.
+
+    Returns:
+        [`RoutingStatistics`]
+    """
+    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
+    tokens, wanted, dropped, entropy = (
+        tensor.tolist() for tensor in (counts.tokens, counts.wanted, counts.dropped, counts.entropy)
+    )
+    rows = []
+    for layers in config.layers_by_experts:
+        pool = config.layer_pool(layers[0])
+        numbers = [sparse_layers.index(layer) for layer in layers]
+        first = 0
+        for group in config.layer_expert_groups(layers[0], always_on=False):
+            experts = range(first, first + group.num_experts)
+            first += group.num_experts
+            column = config.routed_group_names.index(group.name)
+            for modality_id, modality in enumerate(config.modalities):
+                if not group.serves(modality):
+                    continue
+                num_tokens = tokens[modality_id] * len(layers)
+                total = sum(entropy[number][modality_id][column] for number in numbers)
+                rows.append(
+                    GroupRouting(
+                        place=f"layer_{layers[0]}" if pool is None else f"pool_{pool}",
+                        group=group.name,
+                        modality=modality,
+                        num_tokens=num_tokens,
+                        wanted=tuple(sum(wanted[number][modality_id][e] for number in numbers) for e in experts),
+                        dropped=tuple(sum(dropped[number][modality_id][e] for number in numbers) for e in experts),
+                        entropy=total / num_tokens if num_tokens else math.nan,
+                    )
+                )
+    return RoutingStatistics(tuple(rows))
+
+
+def expert_load(
+    model: SparseMoeVlmForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """
+    Measures how the tokens of each modality spread over the routed experts. Padding does not count.
+
+    Args:
+        model (`SparseMoeVlmForConditionalGeneration`):
+            The model.
+        batches (`Iterable[Mapping[str, torch.Tensor]]`):
+            Model inputs. Without `attention_mask` there is no padding; without `mm_token_type_ids` the placeholders
+            tell which tokens are images.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by modality, `(sparse layers, num_experts)`, the share of the modality's choices that
+        fell on each expert. Rows sum to 1, or are 0 where no such token came, and are NaN where the layer has no such
+        expert, or one that does not serve the modality. Empty for a model without sparse layers.
+    """
+    config = model.config.text_config
+    counts = measure_routing(model, batches)
+    if counts is None:
+        return {}
+    wanted = counts.wanted.cpu().float()
+    load = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
+    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
+    return {
+        modality: load[:, modality_id] + _gaps(config, sparse_layers, modality)
+        for modality_id, modality in enumerate(config.modalities)
+    }
+
+
+def _gaps(config: SparseMoeVlmTextConfig, layers: list[int], modality: str) -> torch.Tensor:
+    """`(layers, num_experts)`: 0 for an expert that serves the modality, NaN where there is none."""
+    of_layers = [
+        [0.0 if group.serves(modality) else torch.nan for group in groups for _ in range(group.num_experts)]
+        for groups in (config.layer_expert_groups(layer, always_on=False) for layer in layers)
+    ]
+    return pad_sequence([torch.tensor(gaps) for gaps in of_layers], batch_first=True, padding_value=torch.nan)

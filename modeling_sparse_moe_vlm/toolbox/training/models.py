@@ -1,0 +1,82 @@
+"""The model that training starts from, with its processor: from scratch, or a checkpoint."""
+
+from __future__ import annotations
+
+from datasets import Dataset
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+)
+
+from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
+from ..demo.tokenizer import train_tokenizer
+
+
+def from_scratch(
+    config_file: str, examples: Dataset, vocab_size: int = 1024
+) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
+    """
+    A new model from a preset, with a tokenizer trained on the texts at hand, and an image processor that normalises
+    pictures as those at hand ask for.
+
+    Args:
+        config_file (`str`):
+            Model configuration, a JSON file. Vocabulary size and special tokens are those of the tokenizer.
+        examples (`datasets.Dataset`):
+            Rows with `question`, `answer` and `image`.
+        vocab_size (`int`, defaults to 1024):
+            Largest size of the vocabulary.
+
+    Returns:
+        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+    """
+    texts = zip(examples["question"], examples["answer"], strict=True)
+    tokenizer = train_tokenizer((f"{question}\n{answer}" for question, answer in texts), vocab_size)
+    raw = SparseMoeVlmConfig.from_json_file(config_file).to_dict()
+    raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
+    raw["text_config"] |= {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = SparseMoeVlmConfig.from_dict(raw)
+    model = SparseMoeVlmForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=[config.image_token_id],  # stands for pictures, which the model does not make
+        max_new_tokens=32,
+    )
+    size = config.vision_config.image_size
+    image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    image_processor.image_mean, image_processor.image_std = _pixel_statistics(examples, image_processor)
+    return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the pixels of some pictures, by channel."""
+    step = max(len(examples) // 1000, 1)
+    pictures = [examples[i]["image"] for i in range(0, len(examples), step)]
+    pixels = image_processor(pictures, do_normalize=False, return_tensors="pt")["pixel_values"]
+    by_channel = pixels.transpose(0, 1).flatten(1)
+    return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
+
+
+def from_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    A trained model of any image-text-to-text class, with its processor.
+
+    Args:
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`
+    """
+    return AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)

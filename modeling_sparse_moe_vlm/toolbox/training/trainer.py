@@ -1,0 +1,56 @@
+"""`Trainer` for models with experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from ..routing.monitor import RoutingMonitor
+
+
+class SparseMoeTrainer(Trainer):
+    """
+    `Trainer` that also watches the routers of our models. Since the last log it logs
+
+    - means of the router losses: `aux_loss`, `z_loss`, and the balancing loss of each modality (`aux_loss_text`, …);
+    - how each modality spreads over each group of experts: `routing/<group>/<modality>/<figure>`, over all layers (see
+      [`~toolbox.routing.RoutingStatistics`]; `trainer.routing.statistics` has the layers one by one), with a
+      warning where one has collapsed.
+
+    With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
+    return its router logits (`config.output_router_logits`).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._router_losses: dict[str, list[torch.Tensor]] = {}
+        self.routing = RoutingMonitor()
+        self.add_callback(self.routing)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            unwrapped = self.accelerator.unwrap_model(model)
+            losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
+            by_modality = outputs.get("aux_loss_by_modality")
+            if by_modality is not None:
+                modalities = unwrapped.config.get_text_config().modalities
+                losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
+            for name, value in losses.items():
+                if value is not None:
+                    self._router_losses.setdefault(name, []).append(value.detach())
+            self.routing.add(unwrapped, inputs, outputs.get("router_logits"))
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            for name, values in self._router_losses.items():
+                mean = torch.stack(values).nanmean().item()
+                if not math.isnan(mean):  # a modality of which there was no token
+                    logs[name] = round(mean, 4)
+            self._router_losses.clear()
+            logs |= {f"routing/{name}": round(value, 4) for name, value in self.routing.report().items()}
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,44 @@
+"""Programs that several processes run together."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# At a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts.
+LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+
+
+def run_in_processes(program: str, folder: Path, number: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs the program under `torchrun`, written to the folder, which is also its first argument."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    return _run(launcher, program, folder, timeout)
+
+
+def launch(
+    config_file: Path, program: str, folder: Path, *options: str, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Runs the program under `accelerate launch` likewise."""
+    launcher = ["accelerate.commands.launch", "--config_file", str(config_file), *options]
+    return _run(launcher, program, folder, timeout)
+
+
+def _run(launcher: list[str], program: str, folder: Path, timeout: float) -> subprocess.CompletedProcess:
+    script = folder / "script.py"
+    script.write_text(textwrap.dedent(program) + LEAVE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *launcher, str(script), str(folder)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # the launcher ends what it has launched
+        output, errors = process.communicate()
+        raise AssertionError(f"not done after {timeout} seconds: {output[-4000:]} {errors[-4000:]}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

@@ -1,0 +1,73 @@
+"""A tokenizer, pictures and a processor that fit the small models of `models.py`."""
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, SiglipImageProcessorPil
+
+from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
+from tests.support.models import make_config
+
+# Ids 0 to 3, as in `models.TEXT_CONFIG`.
+SPECIAL_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<image>"]
+VOCAB_SIZE = 280
+IMAGE_SEQ_LENGTH = 4
+
+
+def make_tokenizer(image_token: str = "<image>", normalizer=None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with a few merges, so that no text is unknown."""
+    special_tokens = [*SPECIAL_TOKENS[:3], image_token]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat and the image of the cat sat on the mat"] * 4, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>", padding_side="left"
+    )
+
+
+def make_image_processor(size: int = 16, **kwargs) -> SiglipImageProcessorPil:
+    return SiglipImageProcessorPil(size={"height": size, "width": size}, **kwargs)
+
+
+def make_processor(**kwargs) -> SparseMoeVlmProcessor:
+    image_token = kwargs.get("image_token", "<image>")
+    tokenizer = make_tokenizer(image_token, kwargs.pop("normalizer", None))
+    return SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_SEQ_LENGTH, **kwargs)
+
+
+def make_picture(seed: int = 0, width: int = 20, height: int = 24) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_speaking_config(**text_config) -> SparseMoeVlmConfig:
+    """A configuration whose vocabulary is that of [`make_tokenizer`]."""
+    return make_config(vocab_size=VOCAB_SIZE, **text_config)
+
+
+def make_speaking_model(**text_config) -> SparseMoeVlmForConditionalGeneration:
+    torch.manual_seed(0)
+    return SparseMoeVlmForConditionalGeneration(make_speaking_config(**text_config)).eval()
+
+
+def user(*parts) -> dict:
+    """A user's message: strings are texts, anything else is a picture."""
+    return {"role": "user", "content": [_part(part) for part in parts]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def _part(part) -> dict:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}

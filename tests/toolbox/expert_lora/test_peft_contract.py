@@ -1,0 +1,93 @@
+"""What factored layers rely on in PEFT. Where one of these fails, PEFT changed, and `factored_layer.py` must follow."""
+
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer, run_factored
+from tests.support.in_tree_moe import adapt, experts_of, make_model
+
+OVERRIDDEN = {
+    "update_layer": ["self", "adapter_name", "r", "lora_alpha", "config", "kwargs"],
+    "merge": ["self", "safe_merge", "adapter_names"],
+    "unmerge": ["self"],
+    "get_delta_weight": ["self", "adapter_name", "args", "kwargs"],
+    "forward": ["self", "x", "args", "kwargs"],
+    "_move_adapter_to_device_of_base_layer": ["self", "adapter_name", "device"],
+}
+
+
+@pytest.mark.parametrize("method", OVERRIDDEN)
+def test_methods_that_are_overridden(method):
+    assert list(inspect.signature(getattr(ParamWrapper, method)).parameters) == OVERRIDDEN[method]
+
+
+def test_every_override_overrides():
+    ours = {name for name, value in vars(FactoredExpertsLayer).items() if inspect.isfunction(value)}
+    assert {name for name in ours if hasattr(ParamWrapper, name)} == {*OVERRIDDEN, "__init__"}
+
+
+def test_constructor():
+    parameters = list(inspect.signature(ParamWrapper.__init__).parameters)
+    assert parameters[:5] == ["self", "base_layer", "adapter_name", "parameter_name", "config"]
+
+
+def test_attributes():
+    wrapper = next(module for module in adapt(make_model("qwen3_moe")).modules() if isinstance(module, ParamWrapper))
+    assert isinstance(wrapper, LoraLayer)
+    assert (wrapper.num_experts, wrapper.parameter_name) == (8, "down_proj")
+    assert wrapper._did_swap_in_out_features is True
+    assert wrapper.scaling == {"default": 2.0}
+    assert wrapper.r == {"default": 3}
+    assert wrapper.use_dora == {"default": False}
+    assert wrapper.merged_adapters == []
+    assert (wrapper.merged, wrapper.disable_adapters, wrapper.active_adapters) == (False, False, ["default"])
+    assert isinstance(wrapper.lora_dropout["default"], nn.Identity)
+    assert isinstance(wrapper.lora_magnitude_vector, nn.ModuleDict)
+    assert "lora_magnitude_vector" in wrapper.adapter_layer_names
+    transposed = next(module for module in adapt(make_model("aria")).modules() if isinstance(module, ParamWrapper))
+    assert transposed._did_swap_in_out_features is False
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria", "isolated"])
+def test_nesting(name):
+    """`down(gate_up(experts))`: names on disk come from it."""
+    model = make_model(name)
+    names = list(experts_of(model))
+    adapted = adapt(model).base_model.model
+    for name in names:
+        outer = adapted.get_submodule(name)
+        assert type(outer) is type(outer.base_layer) is ParamWrapper
+        assert [outer.parameter_name, outer.base_layer.parameter_name] == ["down_proj", "gate_up_proj"]
+        assert outer.get_base_layer() is outer.base_layer.base_layer
+
+
+def test_custom_modules():
+    """Own layers are made where the class of the experts is registered, for both stacks, and for another adapter."""
+    model = make_model("qwen3_moe")
+    config = LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
+    run_factored(config, experts_of(model).values())
+    assert config._custom_modules == {type(module): FactoredExpertsLayer for module in experts_of(model).values()}
+    adapted = get_peft_model(model, config)
+    adapted.add_adapter("other", LoraConfig(r=4, target_modules=[], target_parameters=["gate_up_proj", "down_proj"]))
+    layers = [module for module in adapted.modules() if isinstance(module, ParamWrapper)]
+    assert len(layers) == 4
+    assert {type(layer) for layer in layers} == {FactoredExpertsLayer}
+    assert {tuple(layer.lora_A) for layer in layers} == {("default", "other")}
+    assert '"ParamWrapper"' in inspect.getsource(BaseTuner._inject_parameters), "PEFT tells its layers by name"
+    assert "_custom_modules" not in config.to_dict()
+
+
+@torch.no_grad()
+def test_merging_calls_what_is_overridden(monkeypatch):
+    """`merge` adds what `get_delta_weight` returns, in the orientation of the stack."""
+    wrapper = next(module for module in adapt(make_model("qwen3_moe")).modules() if isinstance(module, ParamWrapper))
+    before = wrapper.get_param().clone()
+    monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, name: torch.full_like(before, 0.5))
+    wrapper.merge()
+    torch.testing.assert_close(wrapper.get_param(), before + 0.5)

@@ -1,0 +1,438 @@
+"""Paging of experts, on models of Transformers and on ours, against the same models with all experts resident."""
+
+import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, page_experts, unpage_experts
+from modeling_sparse_moe_vlm.toolbox.paging.slots import MappedSlots
+from modeling_sparse_moe_vlm.toolbox.paging.sources import FileSource, MemorySource
+from tests.support.in_tree_models import make_qwen3_vl, make_qwen3_vl_moe
+from tests.support.in_tree_moe import device_map_of, experts_of, make_gpt_oss, make_mixtral, make_qwen3_moe
+from tests.support.models import make_inputs, make_model
+
+MANY = 12
+
+MODELS = {
+    "qwen3_moe": partial(make_qwen3_moe, MANY),
+    "qwen3_vl_moe": make_qwen3_vl_moe,
+    "mixtral": partial(make_mixtral, MANY),
+    "gpt_oss": partial(make_gpt_oss, MANY),
+    "joint": lambda: make_model(expert_groups="joint", num_experts=8),
+    "isolated": lambda: make_model(expert_groups="isolated", num_experts=8),
+    "pool": lambda: make_model(expert_pool=[0, 0], num_experts=8),
+}
+
+
+def build(name: str):
+    torch.manual_seed(0)
+    return MODELS[name]().eval().requires_grad_(False)
+
+
+def inputs_of(model) -> dict[str, torch.Tensor]:
+    if model.config.model_type == "sparse_moe_vlm":
+        return make_inputs()
+    return {"input_ids": torch.randint(7, 99, (2, 9), generator=torch.Generator().manual_seed(1))}
+
+
+def from_disk(model, folder: Path):
+    """The model with its experts on disk and all else in memory."""
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(
+        folder, device_map=device_map_of(model, "disk"), offload_folder=folder / "offload"
+    )
+    return loaded.requires_grad_(False)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_paged_is_resident(name, implementation, tmp_path):
+    """In memory and from disk, with as few slots as can be (several passes for a prompt): logits and tokens."""
+    model = build(name)
+    inputs = inputs_of(model)
+    model.set_experts_implementation(implementation)
+    expected = model(**inputs).logits
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    silenced = copy.deepcopy(model)
+    for experts in experts_of(silenced).values():
+        experts.down_proj.zero_()
+    assert (silenced(**inputs).logits - expected).abs().max() > 1e-2, "experts matter"
+    for paged in (copy.deepcopy(model), from_disk(model, tmp_path)):
+        paged.set_experts_implementation(implementation)
+        for slots in (2, 3):
+            with page_experts(paged, slots) as pager:
+                torch.testing.assert_close(paged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+                assert torch.equal(paged.generate(**inputs, max_new_tokens=6, do_sample=False), tokens)
+            assert set(pager.slots.values()) == {slots}
+            assert pager.total("prefill").misses > slots
+            assert pager.total("decode").misses > 0
+        torch.testing.assert_close(paged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_same_arithmetic_where_the_slots_suffice():
+    model = build("qwen3_moe")
+    paged = copy.deepcopy(model)
+    page_experts(paged, MANY)
+    for length in (1, 7, 1):
+        tokens = torch.randint(7, 99, (2, length))
+        assert torch.equal(paged(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated", "pool"])
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+def test_gradients_are_those_of_the_resident_model(name, implementation, checkpointing):
+    """Of everything but the experts, which are frozen, over two calls before backward; slots are overwritten often."""
+    resident, gradients = build(name), []
+    inputs = inputs_of(resident)
+    paged = copy.deepcopy(resident)
+    pager = page_experts(paged, 2)
+    for model in (resident, paged):
+        model.set_experts_implementation(implementation)
+        model.train()
+        if checkpointing is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            model.enable_input_require_grads()
+        trained = {
+            name: parameter.requires_grad_()
+            for name, parameter in model.named_parameters()
+            if "expert" not in name and "gate_up" not in name
+        }
+        loss = model(**inputs).logits.square().mean()
+        loss = loss + model(**inputs | {"input_ids": inputs["input_ids"].flip(0)}).logits.sin().mean()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in trained.items()})
+    expected, ours = gradients
+    routers = [name for name in expected if "gate.weight" in name or "router.weight" in name]
+    assert routers
+    assert all(expected[name].abs().max() > 1e-6 for name in routers)
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert ours[name] is None
+        else:
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    if implementation != "batched_mm" and checkpointing is None:
+        assert pager.total("backward").misses > 0
+
+
+def lora(model, targets):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+
+
+def test_lora_beside_paged_experts_trains_as_beside_resident_ones(tmp_path):
+    """Adapters on attention; experts frozen by PEFT, on disk."""
+    model = build("qwen3_moe")
+    inputs, losses = inputs_of(model), []
+    for base in (copy.deepcopy(model), from_disk(model, tmp_path)):
+        torch.manual_seed(0)
+        adapted = lora(base, ["q_proj", "v_proj"]).train()
+        if losses:
+            page_experts(adapted, 3)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        losses.append([])
+        for _ in range(3):
+            loss = adapted(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[0][0] - losses[0][-1] > 1e-2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_adapter_that_folds_itself_into_paged_experts_is_refused():
+    model = build("qwen3_moe")
+    targets = [f"{name}.down_proj" for name in experts_of(model)]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    page_experts(adapted, 4)
+    with pytest.raises(ValueError, match="Run the adapter factored"):
+        adapted(torch.tensor([[7, 8]]))
+    unpage_experts(adapted)
+    adapted(torch.tensor([[7, 8]]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
+    """`_slot_experts`, while the experts run: their rows in the parameters are those of the model."""
+    model = build("qwen3_moe")
+    paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
+    name, experts = next(iter(experts_of(paged).items()))
+    whole = dict(model.named_parameters())[f"{name}.down_proj"]
+    seen = []
+
+    def forward(hidden_states, top_k_index, top_k_weights):
+        for row in top_k_index.unique().tolist():
+            assert torch.equal(experts.down_proj[row], whole[experts._slot_experts[row]])
+            seen.append(int(experts._slot_experts[row]))
+        assert len(experts._slot_experts) == experts.num_experts == len(experts.down_proj)
+        return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
+
+    experts.forward = forward
+    if source == "disk":  # where there is a hook already
+        experts._old_forward = forward
+    with page_experts(paged, 3):
+        paged(**inputs_of(model))
+    assert len(set(seen)) > 3
+    assert experts._slot_experts is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["memory", "disk"])
+def test_only_the_chosen_experts_move(source, tmp_path, monkeypatch):
+    """Counted, by phase and module, and as asked of the memory or the system."""
+    model, moved = build("qwen3_moe"), set()
+    kind, name = {"memory": (MemorySource, "read"), "disk": (FileSource, "load")}[source]
+    move = getattr(kind, name)
+
+    def spy(self, expert, *slot):
+        moved.add((next(name for name in chosen if self in sources[name]), expert))
+        move(self, expert, *slot)
+
+    monkeypatch.setattr(kind, name, spy)
+    chosen = {name: set() for name in experts_of(model)}
+    for name, module in experts_of(model).items():
+        module.register_forward_pre_hook(lambda _, args, name=name: chosen[name].update(args[1].flatten().tolist()))
+    prompt, one = torch.randint(7, 99, (1, 2)), torch.tensor([[8]])
+    model(prompt)
+    expert_bytes = 3 * 32 * 24 * 4
+    paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
+    for module in experts_of(paged).values():
+        module._forward_pre_hooks.clear()
+    pager = page_experts(paged, 6)
+    sources = {name: list(module._hf_hook.sources.values()) for name, module in experts_of(paged).items()}
+    paged(prompt)
+    assert moved == {(name, expert) for name, experts in chosen.items() for expert in experts}
+    counts = pager.statistics()["prefill"]
+    for name, experts in chosen.items():
+        assert counts[name] == PagingCounts(0, len(experts), len(experts) * expert_bytes)
+    paged(prompt)  # all there now
+    assert pager.total("prefill").bytes == sum(map(len, chosen.values())) * expert_bytes
+    for experts in chosen.values():
+        experts.clear()
+    pager.reset()
+    model(one)
+    paged(one)
+    needed = sum(map(len, chosen.values()))
+    assert pager.total("decode") == PagingCounts(0, needed, needed * expert_bytes)
+    assert needed == 2 * 2
+
+
+@torch.no_grad()
+def test_least_recently_used_experts_leave_first():
+    model = build("qwen3_moe")
+    pager = page_experts(model, 3)
+    name, experts = next(iter(experts_of(model).items()))
+
+    def call(*ids):
+        before = pager.statistics().get("decode", {}).get(name, PagingCounts())
+        experts(torch.randn(1, 32), torch.tensor([ids]), torch.ones(1, len(ids)))
+        after = pager.statistics()["decode"][name]
+        return after.hits - before.hits, after.misses - before.misses
+
+    assert call(0, 1) == (0, 2)
+    assert call(2, 0) == (1, 1)
+    assert call(3) == (0, 1)  # in the place of 1
+    assert call(0, 2) == (2, 0)
+    assert call(1) == (0, 1)
+    assert call(3) == (0, 1)
+    assert call(MANY, MANY) == (0, 0)  # sentinels, as under expert parallelism
+
+
+@torch.no_grad()
+def test_hits_first_where_reading_overlaps():
+    """As on a GPU."""
+    model = build("qwen3_moe")
+    paged = copy.deepcopy(model)
+    page_experts(paged, 6)
+    for module in experts_of(paged).values():
+        module._hf_hook.slots.overlaps = True
+    inputs = inputs_of(model)
+    assert torch.equal(paged.generate(**inputs, max_new_tokens=9), model.generate(**inputs, max_new_tokens=9))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
+def test_saved_from_paging_is_saved_from_memory(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path / "expected")
+    for source in ("memory", "disk"):
+        paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path / "loaded")
+        keys = list(paged.state_dict())
+        page_experts(paged, 3)
+        paged(**inputs_of(model))
+        assert list(paged.state_dict()) == keys
+        paged.save_pretrained(tmp_path / source)
+        expected = load_file(tmp_path / "expected/model.safetensors")
+        saved = load_file(tmp_path / source / "model.safetensors")
+        assert expected.keys() == saved.keys()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in expected.items())
+
+
+@torch.no_grad()
+def test_undone(tmp_path):
+    paged = from_disk(build("qwen3_moe"), tmp_path)
+    hooks = {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()}
+    inputs = inputs_of(paged)
+    expected = paged(**inputs).logits
+    page_experts(paged, 3)
+    assert not hasattr(paged.model.norm, "_hf_hook")  # it only cost time
+    unpage_experts(paged)
+    assert {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()} == hooks
+    assert all(isinstance(module._hf_hook, AlignDevicesHook) for module in experts_of(paged).values())
+    assert torch.equal(paged(**inputs).logits, expected)
+    page_experts(paged, 4)
+    torch.testing.assert_close(paged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_stacks_are_read_where_they_lie(tmp_path):
+    """In a checkpoint of stacks: without a copy, and in another type than the model's, converted one by one."""
+    model = build("qwen3_moe").bfloat16()
+    model.save_pretrained(tmp_path, save_original_format=False)
+    before = set(tmp_path.iterdir())
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = type(model).from_pretrained(tmp_path, device_map=device_map_of(model, "disk"), dtype=dtype)
+        page_experts(loaded, 3)
+        sources = next(iter(experts_of(loaded).values()))._hf_hook.sources
+        assert {source.path for source in sources.values()} == {str(tmp_path / "model.safetensors")}
+        expected = copy.deepcopy(model).to(dtype)(**inputs_of(model)).logits
+        torch.testing.assert_close(loaded(**inputs_of(model)).logits, expected, rtol=2e-2, atol=2e-2)
+    assert set(tmp_path.iterdir()) == before
+
+
+@torch.no_grad()
+def test_the_offload_folder_of_accelerate(tmp_path):
+    """`.dat` files, as `dispatch_model` writes them."""
+    model = build("mixtral")
+    expected = model(**inputs_of(model)).logits
+    dispatch_model(model, device_map_of(model, "disk"), offload_dir=tmp_path)
+    page_experts(model, 3)
+    torch.testing.assert_close(model(**inputs_of(model)).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_budget_in_bytes_is_shared(tmp_path):
+    model = make_model(
+        expert_groups=[{"name": "a", "num_experts": 8}, {"name": "b", "num_experts": 4}], num_experts=None
+    )
+    expert = 3 * 32 * 24 * 4  # 12 of them in 111 KB
+    with page_experts(model, "111KB") as pager:
+        assert sum(pager.slots.values()) == 12
+        assert {name.rsplit(".", 1)[1]: slots for name, slots in pager.slots.items()} == {"a": 4, "b": 2}
+    with page_experts(model, "1GB") as pager:
+        assert sorted(set(pager.slots.values())) == [4, 8]
+    with page_experts(model, 6) as pager:
+        assert sorted(set(pager.slots.values())) == [4, 6]
+    with pytest.raises(ValueError, match=f"the experts of one token take {4 * 2 * expert} bytes in 4 modules"):
+        page_experts(model, "20KB")
+    with pytest.raises(ValueError, match="`expert_cache` is 1 experts, but a token uses 2 at once"):
+        page_experts(model, 1)
+    for wrong in ("many", "2 slots", True, 1.5, None):
+        with pytest.raises(ValueError, match="must be a number of experts or bytes"):
+            page_experts(model, wrong)
+    page_experts(model, 2)
+    with pytest.raises(ValueError, match="paged already: call `unpage_experts` first"):
+        page_experts(model, 2)
+
+
+def test_what_cannot_be_paged():
+    with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration has no experts to page"):
+        page_experts(make_qwen3_vl())
+    with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
+        page_experts(make_qwen3_moe(MANY).to("meta"), 2, "cpu")
+
+
+def test_experts_that_are_trained_say_so():
+    model = make_qwen3_moe(MANY)
+    page_experts(model, 4)
+    loss = model(torch.tensor([[7, 8]])).logits.sum()  # not yet wrong
+    with pytest.raises(ValueError, match="paged experts cannot be trained: freeze them"):
+        loss.backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["mapped", "read"])
+def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
+    """Found when paging begins and at every later call, whether experts are in slots or not; never a bus error."""
+    if form == "read":  # as for a GPU
+        monkeypatch.setattr(MappedSlots, "serve", lambda *_: False)
+    model = build("qwen3_moe")
+    loaded = from_disk(model, tmp_path)
+    path = next((tmp_path / "offload").glob("*layers.1*down_proj.safetensors"))
+    whole = path.read_bytes()
+    page_experts(loaded, 2)
+    inputs = inputs_of(model)
+    loaded(**inputs)
+    os.truncate(path, 12_000)
+    with pytest.raises(OSError, match=r"down_proj.safetensors is truncated: weights lie in it up to byte \d+"):
+        loaded(**inputs)
+    path.write_bytes(whole)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    unpage_experts(loaded)
+    os.truncate(path, 12_000)
+    with pytest.raises(OSError, match="is truncated"):
+        page_experts(loaded, 2)
+    os.truncate(path, 60)
+    with pytest.raises(OSError, match="is no whole safetensors file"):
+        page_experts(loaded, 2)
+    path.unlink()
+    with pytest.raises(OSError, match=r"cannot read experts from .*down_proj.safetensors: No such file"):
+        page_experts(loaded, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
+def test_files_that_hold_other_weights_too(name, tmp_path):
+    """Transformers maps them as well, and attention or the vision tower would touch what is gone before the experts."""
+    model, inputs = build(name), inputs_of(build(name))
+    model.save_pretrained(tmp_path, save_original_format=False)
+    loaded = type(model).from_pretrained(
+        tmp_path, device_map=device_map_of(model, "disk"), offload_folder=tmp_path / "offload"
+    )
+    with page_experts(loaded, 3):
+        torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+        os.truncate(tmp_path / "model.safetensors", 20_000)
+        for run in (loaded, loaded.generate):
+            with pytest.raises(OSError, match=r"model\.safetensors is truncated"):
+                run(**inputs)
+
+
+@torch.no_grad()
+def test_compiled_around():
+    model = build("qwen3_moe")
+    inputs = inputs_of(model)
+    expected = model(**inputs).logits
+    page_experts(model, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_would_share_slots():
+    model = build("qwen3_moe")
+    with page_experts(model, 4), pytest.raises(ValueError, match="call `unpage_experts` before a copy"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_called_by_several_threads():
+    model = build("qwen3_moe")
+    inputs = inputs_of(model)
+    greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**inputs, **greedy)
+    page_experts(model, 3)
+    with ThreadPoolExecutor(3) as pool:
+        for generated in pool.map(lambda _: model.generate(**inputs, **greedy), range(6)):
+            assert torch.equal(generated, expected)
