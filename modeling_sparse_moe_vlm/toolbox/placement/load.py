@@ -31,7 +31,7 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
         config (`PreTrainedConfig`):
             Configuration of the decoder.
         routing (*optional*):
-            See [`~toolbox.placement.plan_expert_placement`]; every expert is expected to do the same where there is none.
+            See [`~toolbox.placement.plan_expert_placement`]. Without it, all experts are expected to do the same.
 
     Returns:
         `dict[str, dict[str, float]]`: by module, by modality. Modalities that chose nothing are left out.
