@@ -13,14 +13,11 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from .checks import check, check_integer, check_spelling
-from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields, resolve_expert_groups
-from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
+from .checks import check, check_spelling
+from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
+from .experts_config import Given, SparseMoeVlmExpertsConfig
 from .parameters import count_parameters
 from .vision_tower import patches_per_side
-
-# Completes the type of fields that may be left out, or given in another form: `__post_init__` replaces what was given.
-Given = Any
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
 _NOT_PREDICTIONS = [
@@ -34,8 +31,6 @@ _NOT_PREDICTIONS = [
     "modality_weights",
     "count_free_modality_weights",
 ]
-
-_NUM_SHARDS = "_num_expert_shards"
 
 # One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
@@ -54,7 +49,7 @@ TEXT_AUTO_MAP = {
 }
 
 
-class SparseMoeVlmTextConfig(PreTrainedConfig):
+class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
     r"""
     Configuration of [`SparseMoeVlmTextModel`], a decoder in the Llama/Qwen3 convention whose feed-forward blocks are
     sparse mixtures of modality experts.
@@ -62,24 +57,16 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 32000):
             Size of the vocabulary.
-        hidden_size (`int`, defaults to 2048):
-            Width of the residual stream.
         intermediate_size (`int`, defaults to 5632):
             Width of the feed-forward block of the dense layers.
-        num_hidden_layers (`int`, defaults to 24):
-            Number of decoder layers.
         num_attention_heads (`int`, defaults to 16):
             Number of query heads.
         num_key_value_heads (`int`, *optional*):
             Number of key and value heads (grouped-query attention); `num_attention_heads` when `None`.
         head_dim (`int`, *optional*):
             Size of one head; `hidden_size // num_attention_heads` when `None`.
-        hidden_act (`str`, defaults to `"silu"`):
-            Activation of the gated feed-forward blocks (SwiGLU with `"silu"`).
         max_position_embeddings (`int`, defaults to 32768):
             Longest sequence that the model is meant for.
-        initializer_range (`float`, defaults to 0.02):
-            Standard deviation of the initial weights.
         rms_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the RMS normalisations.
         use_cache (`bool`, defaults to `True`):
@@ -102,63 +89,8 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
         learned_modality_priors (`bool`, defaults to `False`):
             Whether every head learns its own priors, from `alpha_init` and `beta_init` on, or they stay what they are
             (fixed, as in Vidi, arXiv 2504.15681).
-        decoder_sparse_step (`int`, defaults to 1):
-            Every how many layers one is sparse: layer `i` is if `(i + 1) % decoder_sparse_step == 0`.
-        mlp_only_layers (`list[int]`, *optional*):
-            Layers that stay dense whatever `decoder_sparse_step` says.
-        modalities (`list[str]`, *optional*, defaults to `["text", "image"]`):
-            Names of the token modalities; the position is the id in `mm_token_type_ids`. Those that Transformers
-            knows have its numbers (0 text, 1 image, 2 video, 3 audio); others take any place behind the pictures'.
-        num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts of a sparse layer. With explicit `expert_groups` it is derived from them.
-        num_experts_per_tok (`int`, defaults to 2):
-            Number of routed experts that a token goes to (with `router="top_p"`, at most that many).
-        num_experts_per_tok_by_modality (`dict[str, int]`, *optional*):
-            Other numbers for some modalities, e.g. `{"image": 1}`.
-        moe_intermediate_size (`int`, defaults to 1408):
-            Width of one expert, where its group gives none.
-        expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
-            The arrangement of experts, by name or as a list of groups (see [`ExpertGroup`] for the keys; `modalities`
-            defaults to all, `intermediate_size` to `moe_intermediate_size`). By name:
 
-            - `"hybrid"`: a joint pool of `num_experts` routed experts plus one always-on expert per modality; the best
-              arm of MoIIE (arXiv 2508.09779, 13 benchmarks: hybrid 60.0, isolated 59.1, joint 59.1, dense 58.8).
-            - `"joint"`: one pool of `num_experts` routed experts for every modality.
-            - `"isolated"`: `num_experts` routed experts split evenly into one group per modality.
-        expert_pool (`list[int]`, *optional*):
-            Cross-layer expert pools: for every layer the number of the pool whose routed experts it uses, `None` (as
-            in dense layers) for its own. Layers of one pool share the routed experts, each with a router of its own
-            (UniPool, arXiv 2605.06665); always-on experts stay with their layers.
-        router (`str`, defaults to `"softmax"`):
-            How router logits become expert weights: `"softmax"`, `"sigmoid"` (DeepSeek-V3, arXiv 2412.19437) or
-            `"top_p"` (the fewest experts whose probability reaches `router_top_p`; arXiv 2403.07652).
-        router_top_p (`float`, defaults to 0.6):
-            Probability that the chosen experts must reach together, for `router="top_p"`.
-        norm_topk_prob (`bool`, defaults to `True`):
-            Whether the weights of the chosen experts are scaled to sum to 1.
-        output_router_logits (`bool`, defaults to `False`):
-            Whether to return the router logits and, with labels, to add the router losses to the loss.
-        router_aux_loss_coef (`float`, defaults to 0.001):
-            Coefficient of the load-balancing loss (per modality, averaged over layers and modalities).
-        router_z_loss_coef (`float`, defaults to 0.0):
-            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5). It keeps logits small; it does not
-            balance.
-        router_local_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
-            Coefficient of LIMoE's local entropy loss (arXiv 2206.02770), which makes the router decide; for
-            all modalities, or by modality (0 for those that are left out).
-        router_global_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
-            Coefficient of LIMoE's global entropy loss, which makes the tokens of a modality differ; likewise.
-        router_global_entropy_threshold (`float` or `dict[str, float]`, *optional*):
-            τ of the global entropy loss, in nats: log(S) asks a modality to use at least about S experts. By default
-            all the experts that serve it.
-        router_bias_update_rate (`float`, *optional*):
-            Loss-free balancing (DeepSeek-V3, arXiv 2412.19437, eq. 16; arXiv 2408.15664): routers have a bias per
-            modality and expert for the choice of experts alone, which moves by that much after every training step
-            (the paper's rate is 1e-3). With 0 the bias is there and stays as it is; with `None` there is none.
-        expert_capacity_factor (`float`, *optional*):
-            Capacity of an expert, in multiples of its share in balanced routing; the least certain tokens beyond it
-            are dropped (V-MoE's batch-priority routing, arXiv 2106.05974). With it the routing of a token
-            depends on its batch. No limit when `None`.
+    The fields of the experts (`num_experts`, `expert_groups`, `router`, …) are those of [`SparseMoeVlmExpertsConfig`].
 
     Raises:
         ValueError: If fields contradict each other; the message names the field and the fix.
@@ -212,15 +144,11 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 32000
-    hidden_size: int = 2048
     intermediate_size: int = 5632
-    num_hidden_layers: int = 24
     num_attention_heads: int = 16
     num_key_value_heads: int | Given = None
     head_dim: int | Given = None
-    hidden_act: str = "silu"
     max_position_embeddings: int = 32768
-    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -231,124 +159,30 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
     alpha_init: float = 0.5
     beta_init: float = 0.5
     learned_modality_priors: bool = False
-    decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] | Given = None
-    modalities: list[str] | Given = None
-    num_experts: int | Given = None
-    num_experts_per_tok: int = 2
-    num_experts_per_tok_by_modality: dict[str, int] | None = None
-    moe_intermediate_size: int = 1408
-    expert_groups: list[dict[str, Any]] | Given = "hybrid"
-    expert_pool: list[int | None] | None = None
-    router: str = "softmax"
-    router_top_p: float = 0.6
-    norm_topk_prob: bool = True
-    output_router_logits: bool = False
-    router_aux_loss_coef: float = 0.001
-    router_z_loss_coef: float = 0.0
-    router_local_entropy_coef: float | dict[str, float] = 0.0
-    router_global_entropy_coef: float | dict[str, float] = 0.0
-    router_global_entropy_threshold: float | dict[str, float] | None = None
-    router_bias_update_rate: float | None = None
-    expert_capacity_factor: float | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        check_spelling(kwargs, {field.name for field in fields(type(self))})
         kwargs.setdefault("auto_map", dict(TEXT_AUTO_MAP))
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.mlp_only_layers is None:
-            self.mlp_only_layers = []
-        if self.modalities is None:
-            self.modalities = BUILTIN_MODALITIES[:2]
-        check_text_fields(self)
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        self.mlp_only_layers = list(self.mlp_only_layers)
-        self.modalities = list(self.modalities)
-        resolve_expert_groups(self)
-        # A copy, since the library completes it in place.
-        self.rope_parameters = dict(self.rope_parameters or {})
         super().__post_init__(**kwargs)
         check_rope(self)
 
-    # ---------------------------------------------------------------- arrangement of experts
+    def _complete(self) -> None:
+        """As for the experts, and for the decoder's own fields."""
+        super()._complete()
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        check_text_fields(self)
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # A copy, since the library completes it in place.
+        self.rope_parameters = dict(self.rope_parameters or {})
 
-    def is_sparse_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` has experts (else a dense feed-forward block)."""
-        return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0
-
-    def layer_expert_groups(self, layer_idx: int, always_on: bool | None = None) -> tuple[ExpertGroup, ...]:
-        """
-        The expert groups of one layer, in the order of the router's logits.
-
-        Args:
-            layer_idx (`int`):
-                Index of the layer.
-            always_on (`bool`, *optional*):
-                Only the always-on groups (`True`) or only the routed ones (`False`).
-
-        Returns:
-            `tuple[ExpertGroup, ...]`: empty for a dense layer.
-        """
-        if not self.is_sparse_layer(layer_idx):
-            return ()
-        groups = (ExpertGroup.from_dict(group) for group in self.expert_groups)
-        return tuple(
-            group
-            for group in groups
-            if (group.layers is None or layer_idx in group.layers) and always_on in (None, group.always_on)
-        )
-
-    @property
-    def pools(self) -> dict[int, list[int]]:
-        """The layers of every expert pool, by the pool's number."""
-        pools: dict[int, list[int]] = {}
-        for layer, pool in enumerate(self.expert_pool or []):
-            if pool is not None:
-                pools.setdefault(pool, []).append(layer)
-        return pools
-
-    def layer_pool(self, layer_idx: int) -> int | None:
-        """The pool whose routed experts layer `layer_idx` uses; `None` for its own."""
-        return None if self.expert_pool is None else self.expert_pool[layer_idx]
-
-    @property
-    def layers_by_experts(self) -> list[list[int]]:
-        """The sparse layers in order, those that share their routed experts together."""
-        own = [[i] for i in range(self.num_hidden_layers) if self.is_sparse_layer(i) and self.layer_pool(i) is None]
-        return sorted([*own, *self.pools.values()])
-
-    @property
-    def routed_group_names(self) -> list[str]:
-        """Names of the routed groups of the whole model; with a single one, `mlp.experts` is that group itself."""
-        return [group["name"] for group in self.expert_groups if not group["always_on"]]
-
-    def experts_per_token(self, modality: str) -> int:
-        """Number of routed experts per token of `modality`."""
-        return (self.num_experts_per_tok_by_modality or {}).get(modality, self.num_experts_per_tok)
-
-    @property
-    def num_expert_shards(self) -> int:
-        """
-        Number of modules that the experts of a group are cut into, for device maps; a group has no more than it has
-        experts. A choice of loading (`from_pretrained(…, num_expert_shards=4)`), which is not saved.
-        """
-        return self.__dict__.get(_NUM_SHARDS, 1)
-
-    @num_expert_shards.setter
-    def num_expert_shards(self, value: int) -> None:
-        check_integer("num_expert_shards", value)
-        self.__dict__[_NUM_SHARDS] = value
-
-    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
-        super()._remove_keys_not_serialized(d)
-        d.pop(_NUM_SHARDS, None)
-
-    # ---------------------------------------------------------------- size
+    def validate_architecture(self) -> None:
+        """See [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
+        super().validate_architecture()
+        check_text_fields(self)
 
     def num_parameters(self) -> int:
         """Total number of parameters of the decoder with its language head, counted without allocating weights."""
@@ -367,14 +201,6 @@ class SparseMoeVlmTextConfig(PreTrainedConfig):
             ValueError: If the modality is unknown.
         """
         return count_parameters(self, modality)[1]
-
-    # ---------------------------------------------------------------- validation
-
-    def validate_architecture(self) -> None:
-        """Checks the fields again, which may have been changed, when a model is made of them."""
-        super().validate_architecture()
-        check_text_fields(self)
-        resolve_expert_groups(self)
 
 
 class SparseMoeVlmConfig(PreTrainedConfig):

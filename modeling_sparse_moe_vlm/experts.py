@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -24,9 +25,9 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter, WeightTransform
 from transformers.integrations import use_experts_implementation
 
-from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
 from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_converters, shard_sizes
+from .experts_config import SparseMoeVlmExpertsConfig
 from .parallel_plans import is_one_of_several_processes
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
 
@@ -73,7 +74,7 @@ class SparseMoeVlmExperts(nn.Module):
 class SparseMoeVlmExpertGroups(nn.ModuleDict):
     """The routed groups of a layer, by name, where there are several: ids count through the groups in order."""
 
-    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+    def __init__(self, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]):
         super().__init__({group.name: _accept_sentinels(_make_stack(config, group)) for group in groups})
         # Not read off the groups, since expert parallelism changes their `num_experts`.
         self._sizes = {group.name: group.num_experts for group in groups}
@@ -131,7 +132,7 @@ class SparseMoeVlmSharedExperts(nn.ModuleDict):
     so each group is a dense network over the tokens that it serves.
     """
 
-    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+    def __init__(self, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]):
         super().__init__(
             {group.name: SparseMoeVlmMLP(config, group.num_experts * group.intermediate_size) for group in groups}
         )
@@ -161,7 +162,7 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
     expert pool, the routed experts are `pooled_experts`.
     """
 
-    def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
+    def __init__(self, config: SparseMoeVlmExpertsConfig, layer_idx: int):
         super().__init__()
         routed = config.layer_expert_groups(layer_idx, always_on=False)
         always_on = config.layer_expert_groups(layer_idx, always_on=True)
@@ -203,8 +204,19 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         return output.reshape(shape)
 
 
+def init_expert_weights(module: nn.Module, std: float) -> None:
+    """Initialises a stack of experts or a router, and leaves other modules alone: for a host's `_init_weights`."""
+    if isinstance(module, SparseMoeVlmExperts):
+        init.normal_(module.gate_up_proj, mean=0.0, std=std)
+        init.normal_(module.down_proj, mean=0.0, std=std)
+    elif isinstance(module, SparseMoeVlmTopKRouter):
+        init.normal_(module.weight, mean=0.0, std=std)
+        if module.e_score_correction_bias is not None:
+            init.zeros_(module.e_score_correction_bias)
+
+
 def make_experts(
-    config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]
+    config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]
 ) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards | SparseMoeVlmExpertGroups:
     """The routed experts of a layer, or of the layers that share a pool."""
     if len(config.routed_group_names) > 1:
@@ -215,7 +227,9 @@ def make_experts(
     return experts
 
 
-def _make_stack(config: SparseMoeVlmTextConfig, group: ExpertGroup) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards:
+def _make_stack(
+    config: SparseMoeVlmExpertsConfig, group: ExpertGroup
+) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards:
     sizes = shard_sizes(group.num_experts, config.num_expert_shards)
     if len(sizes) == 1:
         return SparseMoeVlmExperts(config, group)
@@ -246,7 +260,7 @@ def _accept_sentinels(experts: _Experts) -> _Experts:
     return experts
 
 
-def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
+def register_expert_conversion(config: SparseMoeVlmExpertsConfig) -> None:
     """
     Registers how checkpoints, which hold experts one by one, become fused stacks, and back.
 
@@ -288,7 +302,7 @@ def register_expert_conversion(config: SparseMoeVlmTextConfig) -> None:
     register_checkpoint_conversion_mapping(config.model_type, converters + of_others, overwrite=True)
 
 
-def _converters_of_shards(config: SparseMoeVlmTextConfig, prefixes: dict[str, str | None]) -> list[WeightConverter]:
+def _converters_of_shards(config: SparseMoeVlmExpertsConfig, prefixes: dict[str, str | None]) -> list[WeightConverter]:
     sizes = {group["name"]: group["num_experts"] for group in config.expert_groups}
     converters = []
     for prefix in _by_precedence(prefixes):

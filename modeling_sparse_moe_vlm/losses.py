@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from .experts_config import SparseMoeVlmExpertsConfig
 from .routing import bias_of_tokens, real_tokens, route
 
 
@@ -32,7 +32,7 @@ class RouterLosses(NamedTuple):
     aux_loss_by_modality: torch.Tensor
     entropy_loss: torch.Tensor | None = None
 
-    def total(self, config: SparseMoeVlmTextConfig) -> torch.Tensor:
+    def total(self, config: SparseMoeVlmExpertsConfig) -> torch.Tensor:
         """What is added to the language loss: every loss times its coefficient, a scalar."""
         total = config.router_aux_loss_coef * self.aux_loss + config.router_z_loss_coef * self.z_loss
         return total if self.entropy_loss is None else total + self.entropy_loss
@@ -125,7 +125,7 @@ def _entropy(probs: torch.Tensor) -> torch.Tensor:
 
 
 def router_losses(
-    config: SparseMoeVlmTextConfig,
+    config: SparseMoeVlmExpertsConfig,
     router_logits: Sequence[torch.Tensor],
     mm_token_type_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -138,8 +138,8 @@ def router_losses(
     their experts are balanced together, since it is the experts that are to be used evenly (UniPool, arXiv 2605.06665).
 
     Args:
-        config (`SparseMoeVlmTextConfig`):
-            Configuration of the decoder.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
         router_logits (`Sequence[torch.Tensor]`):
             One tensor `(batch_size * sequence_length, num_experts)` per sparse layer, as the model returns them.
         mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -165,8 +165,7 @@ def router_losses(
     present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
     has_entropy = bool(config.router_local_entropy_coef or config.router_global_entropy_coef)
     aux_losses, z_losses, entropy_losses = [], [], []  # of each layer, (num_modalities,)
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
-    numbers = {layer: number for number, layer in enumerate(sparse_layers)}
+    numbers = {layer: number for number, layer in enumerate(config.sparse_layers)}
     for layers in config.layers_by_experts:
         logits = _join([router_logits[numbers[layer]].to(device).float() for layer in layers])
         bias = None
@@ -208,7 +207,7 @@ def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _entropy_losses(
-    config: SparseMoeVlmTextConfig, modality: str, probs: torch.Tensor, tokens: torch.Tensor, num_serving: int
+    config: SparseMoeVlmExpertsConfig, modality: str, probs: torch.Tensor, tokens: torch.Tensor, num_serving: int
 ) -> torch.Tensor:
     """Both entropy losses of one modality times their coefficients, a scalar."""
 

@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check
-from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 
 
-def plan_by_group(plan: dict[str, str], config: SparseMoeVlmTextConfig) -> dict[str, str]:
+def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, str]:
     """
     Spells out the entries of a parallel plan for every expert group, since the library's wildcards stand for numbers
     alone.
@@ -96,7 +95,7 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
             )
 
 
-def _check_tensor_parallelism(config: SparseMoeVlmTextConfig, sizes: Any) -> None:
+def _check_tensor_parallelism(config: PreTrainedConfig, sizes: Any) -> None:
     numbers = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
     if sizes.ep_size == 1:
         # Stacks of fused experts are cut by width.

@@ -17,9 +17,8 @@ from .checkpoint_conversion import check_device_map, convert_from_disk
 from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
-from .experts import SparseMoeVlmExperts
+from .experts import init_expert_weights
 from .parallel_plans import mend_parallelism, prepare_plans
-from .routing import SparseMoeVlmTopKRouter
 
 logger = logging.get_logger(__name__)
 
@@ -79,15 +78,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.get_text_config().initializer_range
-        if isinstance(module, SparseMoeVlmExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, SparseMoeVlmTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
-            if module.e_score_correction_bias is not None:
-                init.zeros_(module.e_score_correction_bias)
-        elif isinstance(module, SparseMoeVlmAttention) and module.modality_log_priors is not None:
+        init_expert_weights(module, std=self.config.get_text_config().initializer_range)
+        if isinstance(module, SparseMoeVlmAttention) and module.modality_log_priors is not None:
             log_priors = torch.tensor(initial_log_priors(module.config))
             init.copy_(module.modality_log_priors, log_priors.expand_as(module.modality_log_priors))
 

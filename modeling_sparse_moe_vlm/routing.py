@@ -19,8 +19,8 @@ from torch import nn
 from transformers.utils.import_utils import is_tracing
 
 from .capacity import drop_over_capacity, expert_capacity
-from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .expert_groups import ExpertGroup
+from .experts_config import SparseMoeVlmExpertsConfig
 
 
 class RoutingPlan(NamedTuple):
@@ -58,12 +58,12 @@ class RoutingPlanner:
     Works out, once per forward pass, which tokens each expert group serves.
 
     Args:
-        config (`SparseMoeVlmTextConfig`):
-            Configuration of the decoder.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
     """
 
-    def __init__(self, config: SparseMoeVlmTextConfig):
-        layers = {config.layer_expert_groups(i) for i in range(config.num_hidden_layers)} - {()}
+    def __init__(self, config: SparseMoeVlmExpertsConfig):
+        layers = {config.layer_expert_groups(layer) for layer in config.sparse_layers}
         groups = sorted({group for layer in layers for group in layer}, key=lambda group: group.name)
         everyone = set(config.modalities)
         self.modalities = tuple(config.modalities)
@@ -268,7 +268,7 @@ class RoutingRule(NamedTuple):
     capacity: tuple[float, ...] | None
 
     @classmethod
-    def of(cls, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]) -> RoutingRule:
+    def of(cls, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]) -> RoutingRule:
         """The rule of a layer with these routed groups."""
         capacity = None
         if config.expert_capacity_factor is not None:
@@ -350,7 +350,7 @@ class SparseMoeVlmTopKRouter(nn.Module):
 
     e_score_correction_bias: torch.Tensor | None
 
-    def __init__(self, config: SparseMoeVlmTextConfig, groups: tuple[ExpertGroup, ...]):
+    def __init__(self, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]):
         super().__init__()
         self.rule = RoutingRule.of(config, groups)
         num_experts = sum(group.num_experts for group in groups)

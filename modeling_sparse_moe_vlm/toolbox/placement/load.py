@@ -97,8 +97,7 @@ def _places_of_layers(places: list[str], config: PreTrainedConfig) -> list[str]:
     if not pools:
         return places
     own = iter(place for place in places if place not in pools.values())
-    sparse = (layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer))
-    pool_of = (config.layer_pool(layer) for layer in sparse)
+    pool_of = (config.layer_pool(layer) for layer in config.sparse_layers)
     return [next(own) if pool is None else pools[str(pool)] for pool in pool_of]
 
 

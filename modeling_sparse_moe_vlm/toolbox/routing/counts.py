@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from ...experts_config import SparseMoeVlmExpertsConfig
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import RoutingRule, bias_of_tokens, real_tokens, router_biases, slots_per_token
 
@@ -53,7 +53,7 @@ class RoutingCounts:
 
 @torch.no_grad()
 def count_routing(
-    config: SparseMoeVlmTextConfig,
+    config: SparseMoeVlmExpertsConfig,
     router_logits: Sequence[torch.Tensor],
     mm_token_type_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -64,8 +64,8 @@ def count_routing(
     counts nothing twice, and micro-batches add up.
 
     Args:
-        config (`SparseMoeVlmTextConfig`):
-            Configuration of the decoder.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
         router_logits (`Sequence[torch.Tensor]`):
             One tensor `(batch_size * sequence_length, num_experts)` per sparse layer, as the model returns them.
         mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -86,9 +86,8 @@ def count_routing(
         ids = mm_token_type_ids.reshape(-1).to(device)
     slots = slots_per_token(ids, [config.experts_per_token(modality) for modality in config.modalities])
 
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     wanted, dropped, entropies = [], [], []
-    for number, (layer, logits) in enumerate(zip(sparse_layers, router_logits, strict=True)):
+    for number, (layer, logits) in enumerate(zip(config.sparse_layers, router_logits, strict=True)):
         logits = logits.to(device)
         groups = config.layer_expert_groups(layer, always_on=False)
         rule = RoutingRule.of(config, groups)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
 from ...config_validation import TEXT_MODEL_TYPE
-from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from ...experts_config import SparseMoeVlmExpertsConfig
 from ...parallel_plans import is_one_of_several_processes
 from .counts import RoutingCounts, count_batch
 from .router_bias import update_router_bias
@@ -29,7 +29,7 @@ class RoutingMonitor(TrainerCallback):
 
     def __init__(self) -> None:
         self.statistics: RoutingStatistics | None = None
-        self._config: SparseMoeVlmTextConfig | None = None
+        self._config: SparseMoeVlmExpertsConfig | None = None
         self._step: RoutingCounts | None = None
         self._since_report: RoutingCounts | None = None
         self._alarmed: set[tuple[str, str, str]] = set()

@@ -61,9 +61,8 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
     config = model.config.get_text_config()
     rate = config.router_bias_update_rate if rate is None else rate
     chosen = counts.over_processes().wanted
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     for layers in config.layers_by_experts:
-        numbers = [sparse_layers.index(layer) for layer in layers]
+        numbers = [config.sparse_layers.index(layer) for layer in layers]
         width = routers[numbers[0]].e_score_correction_bias.shape[1]
         groups = config.layer_expert_groups(layers[0], always_on=False)
         serving = torch.tensor(

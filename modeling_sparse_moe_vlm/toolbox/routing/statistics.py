@@ -9,9 +9,9 @@ from statistics import fmean
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
-from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
-from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from ...experts_config import SparseMoeVlmExpertsConfig
 from .counts import RoutingCounts, measure_routing
 
 # What is told of every place, group and modality; properties of [`GroupRouting`].
@@ -178,27 +178,26 @@ class RoutingStatistics:
         )
 
 
-def routing_statistics(config: SparseMoeVlmTextConfig, counts: RoutingCounts) -> RoutingStatistics:
+def routing_statistics(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> RoutingStatistics:
     """
     Statistics of what was counted. Waits for the device once per tensor of counts.
 
     Args:
-        config (`SparseMoeVlmTextConfig`):
-            Configuration of the decoder.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
         counts ([`RoutingCounts`]):
             Counts of any number of batches.
 
     Returns:
         [`RoutingStatistics`]
     """
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     tokens, wanted, dropped, entropy = (
         tensor.tolist() for tensor in (counts.tokens, counts.wanted, counts.dropped, counts.entropy)
     )
     rows = []
     for layers in config.layers_by_experts:
         pool = config.layer_pool(layers[0])
-        numbers = [sparse_layers.index(layer) for layer in layers]
+        numbers = [config.sparse_layers.index(layer) for layer in layers]
         first = 0
         for group in config.layer_expert_groups(layers[0], always_on=False):
             experts = range(first, first + group.num_experts)
@@ -223,14 +222,12 @@ def routing_statistics(config: SparseMoeVlmTextConfig, counts: RoutingCounts) ->
     return RoutingStatistics(tuple(rows))
 
 
-def expert_load(
-    model: SparseMoeVlmForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
+def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """
     Measures how the tokens of each modality spread over the routed experts. Padding does not count.
 
     Args:
-        model (`SparseMoeVlmForConditionalGeneration`):
+        model (`PreTrainedModel`):
             The model.
         batches (`Iterable[Mapping[str, torch.Tensor]]`):
             Model inputs. Without `attention_mask` there is no padding; without `mm_token_type_ids` the placeholders
@@ -241,20 +238,19 @@ def expert_load(
         fell on each expert. Rows sum to 1, or are 0 where no such token came, and are NaN where the layer has no such
         expert, or one that does not serve the modality. Empty for a model without sparse layers.
     """
-    config = model.config.text_config
+    config = model.config.get_text_config()
     counts = measure_routing(model, batches)
     if counts is None:
         return {}
     wanted = counts.wanted.cpu().float()
     load = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
-    sparse_layers = [layer for layer in range(config.num_hidden_layers) if config.is_sparse_layer(layer)]
     return {
-        modality: load[:, modality_id] + _gaps(config, sparse_layers, modality)
+        modality: load[:, modality_id] + _gaps(config, config.sparse_layers, modality)
         for modality_id, modality in enumerate(config.modalities)
     }
 
 
-def _gaps(config: SparseMoeVlmTextConfig, layers: list[int], modality: str) -> torch.Tensor:
+def _gaps(config: SparseMoeVlmExpertsConfig, layers: list[int], modality: str) -> torch.Tensor:
     """`(layers, num_experts)`: 0 for an expert that serves the modality, NaN where there is none."""
     of_layers = [
         [0.0 if group.serves(modality) else torch.nan for group in groups for _ in range(group.num_experts)]
