@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.configuration_utils import SubConfigSpec
 
 import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig
@@ -67,7 +68,7 @@ def test_hosts_import_the_core():
 
 class HostConfig(PreTrainedConfig):
     model_type = "host_of_experts"
-    sub_configs_defaults = {"experts_config": SparseMoeVlmExpertsConfig}
+    sub_configs_defaults = {"experts_config": SubConfigSpec(config_class=SparseMoeVlmExpertsConfig)}
     hidden_size: int = 32
     initializer_range: float = 0.2
     experts_config: SparseMoeVlmExpertsConfig | dict | None = None
