@@ -15,7 +15,11 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from .checks import check, check_spelling
 from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
+
+# Transformers 4 copies only the files that are named here: so are those that the other files need.
+from .expert_groups import ExpertGroup  # noqa: F401
 from .experts_config import Given, SparseMoeVlmExpertsConfig
+from .experts_validation import check_expert_fields  # noqa: F401
 from .parameters import count_parameters
 from .vision_tower import patches_per_side
 
