@@ -176,6 +176,39 @@ def load_scenes(
     )
 
 
+def load_new_style(
+    num_train: int = 10_000, num_heldout: int = 500, held_out_style: str = HELD_OUT_STYLE, **kwargs: Any
+) -> DatasetDict:
+    """
+    Draws scenes for a model that knows the other styles and is to learn the held-out one.
+
+    Args:
+        num_train (`int`, *optional*, defaults to 10000):
+            The number of rows of `train`.
+        num_heldout (`int`, *optional*, defaults to 500):
+            The number of rows of each other split.
+        held_out_style (`str`, *optional*, defaults to `"noto"`):
+            The style of drawing to learn.
+        kwargs:
+            Further arguments of [`scenes`].
+
+    Returns:
+        `datasets.DatasetDict`: `train` and `test_style` in the style to learn, `test` in the others.
+
+    Raises:
+        `ValueError`: As [`scenes`] does.
+    """
+    # The training split is drawn in every style but the one that is held out.
+    known = next(style for style in STYLES if style != held_out_style)
+    return DatasetDict(
+        {
+            "train": scenes("train", num_train, held_out_style=known, **kwargs),
+            "test_style": scenes("test_style", num_heldout, held_out_style=held_out_style, **kwargs),
+            "test": scenes("test", num_heldout, held_out_style=held_out_style, **kwargs),
+        }
+    )
+
+
 def arrangement_split(scene: Sequence[str], grid: tuple[int, int]) -> str:
     """
     Tells which split an arrangement of objects belongs to, whatever is asked about it.

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...configuration_sparse_moe_vlm import SUPPORTED_TRANSFORMERS, SparseMoeVlmConfig
+from ..shipped_files import shipped_root
 from ..training.recipes import Recipe
 
 SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emoji scenes, held-out drawing style"}
@@ -16,8 +17,8 @@ SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emo
 def write_model_card(
     folder: str | Path,
     *,
-    template: str | Path,
     config: SparseMoeVlmConfig,
+    template: str | Path | None = None,
     metrics: dict[str, Any] | None = None,
     recipe: Recipe | None = None,
 ) -> ModelCard:
@@ -27,10 +28,10 @@ def write_model_card(
     Args:
         folder (`str` or `Path`):
             Folder of the saved model.
-        template (`str` or `Path`):
-            Jinja template (`model_card.md`).
         config (`SparseMoeVlmConfig`):
             Configuration of the model.
+        template (`str` or `Path`, *optional*):
+            Jinja template; the package's own (`model_card.md`) by default.
         metrics (`dict`, *optional*):
             By split, `{"overall": {"model", "blind", "most_frequent_answer"}}` in percent, as measured.
         recipe ([`~toolbox.training.recipes.Recipe`], *optional*):
@@ -70,7 +71,7 @@ def write_model_card(
     text_config = config.text_config
     card = ModelCard.from_template(
         card_data,
-        template_path=str(template),
+        template_path=str(template or shipped_root() / "model_card.md"),
         model_name=folder.name,
         supported=SUPPORTED_TRANSFORMERS,
         vision_model_type=config.vision_config.model_type,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +10,11 @@ from typing import Any
 import torch
 from accelerate.utils import convert_file_size_to_int
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..expert_modules import place_of, uses_experts_interface
+from ..meta_model import model_on_meta_device
 from .load import expert_loads
 from .packing import Bin, Item, partition, spread
 
@@ -104,7 +97,7 @@ def plan_expert_placement(
         ValueError: If the model does not fit, with the number of bytes that are missing; if it has no experts; or if
             budgets or routing are wrong.
     """
-    model = _skeleton(config_or_model, dtype)
+    model = model_on_meta_device(config_or_model, dtype)
     parts = _parts(model, routing)
     budgets = _budgets(max_memory)
     needed, offered = sum(part.bytes for part in parts), sum(budgets.values())
@@ -154,7 +147,7 @@ def describe_placement(
     Raises:
         ValueError: If the map leaves out a part of the model.
     """
-    model = _skeleton(config_or_model, dtype)
+    model = model_on_meta_device(config_or_model, dtype)
     experts = _experts(model)
     loads = expert_loads(experts, model.config.get_text_config(), routing)
     sizes = dict.fromkeys(device_map.values(), 0)
@@ -172,36 +165,6 @@ def describe_placement(
 
 
 # ------------------------------------------------------------------------------------------------ the model's parts
-
-
-def _skeleton(config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | str | None) -> PreTrainedModel:
-    """The model on the meta device."""
-    if isinstance(config_or_model, nn.Module):
-        if dtype is None:
-            return config_or_model
-        config_or_model = config_or_model.config
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
-        raise ValueError(f'`dtype` must be a type of weights such as "bfloat16" or "float32", got {dtype!r}.')
-    options = {} if dtype is None else {"dtype": dtype}
-    architectures = getattr(config_or_model, "architectures", None)
-    models = []
-    with torch.device("meta"), initialization.no_init_weights():
-        for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel):
-            config = copy.deepcopy(config_or_model)
-            try:
-                model = auto_class.from_config(config, trust_remote_code=True, **options)
-            except ValueError as error:
-                if "Unrecognized configuration class" in str(error):
-                    continue
-                raise
-            if type(model).__name__ in (architectures or [type(model).__name__]):
-                return model
-            models.append(model)
-    if not models:
-        raise ValueError(f"no auto class of Transformers knows a configuration of type {type(config).__name__}.")
-    return models[0]
 
 
 def _experts(model: nn.Module) -> dict[str, int]:

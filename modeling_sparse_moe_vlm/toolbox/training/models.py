@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
     SiglipImageProcessorPil,
@@ -16,6 +18,7 @@ from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
+from .recipes import find_model
 
 
 def from_scratch(
@@ -68,15 +71,57 @@ def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPi
     return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
 
 
-def from_checkpoint(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     A trained model of any image-text-to-text class, with its processor.
 
     Args:
         path (`str`):
             Folder of the checkpoint, or its name on the Hub.
+        trust_remote_code (`bool`, defaults to `False`):
+            Whether to run the code that comes with the checkpoint.
 
     Returns:
         `tuple[PreTrainedModel, ProcessorMixin]`
     """
-    return AutoModelForImageTextToText.from_pretrained(path), AutoProcessor.from_pretrained(path)
+    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
+    """
+    A trained model of our class, ready to answer, with its processor.
+
+    Args:
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+
+    Returns:
+        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+
+    Raises:
+        ValueError: If it is a model of another class.
+    """
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type != SparseMoeVlmConfig.model_type:
+        raise ValueError(f"{path} is a model of type {model_type!r}; this needs {SparseMoeVlmConfig.model_type!r}.")
+    model = SparseMoeVlmForConditionalGeneration.from_pretrained(path).eval()
+    return model, AutoProcessor.from_pretrained(path)
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """
+    The configuration of a model.
+
+    Args:
+        name (`str`):
+            Short name of a preset, configuration file, folder of a checkpoint, or name on the Hub.
+
+    Returns:
+        `PreTrainedConfig`
+
+    Raises:
+        FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
+        ValueError: If a file does not say what type of model it is of.
+    """
+    return AutoConfig.from_pretrained(find_model(name))

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from ...checks import check
 from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import train_tokenizer
+from ..shipped_files import shipped_presets, shipped_root
 
 # What the scripts decide themselves.
 SET_BY_SCRIPT = {"output_dir", "remove_unused_columns"}
@@ -110,15 +111,16 @@ def read_recipe(path: str | Path, overrides: Sequence[str], sections: Mapping[st
     return content
 
 
-def find_model(model: str, root: Path) -> str:
+def find_model(model: str, root: Path | None = None) -> str:
     """
-    Finds the model of a recipe: relative to the working directory, else to the root of the repository, else on the Hub.
+    Finds a model: relative to the current directory, else to the root of the repository, else among the presets by its
+    short name, else on the Hub.
 
     Args:
         model (`str`):
-            Configuration file, folder of a checkpoint, or name on the Hub.
-        root (`Path`):
-            Root of the repository.
+            Configuration file, folder of a checkpoint, short name of a preset (`"tiny"`), or name on the Hub.
+        root (`Path`, *optional*):
+            Root of the repository; by default, where the presets are.
 
     Returns:
         `str`: the path, or the name as it is.
@@ -126,10 +128,12 @@ def find_model(model: str, root: Path) -> str:
     Raises:
         FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
     """
-    places = list(dict.fromkeys([Path.cwd() / model, root / model]))
+    places = list(dict.fromkeys([Path.cwd() / model, (root or shipped_root()) / model]))
     for place in places:
         if place.exists():
             return str(place)
+    if model in (presets := shipped_presets("models")):
+        return str(presets[model])
     if model.endswith(".json") or model.count("/") > 1:
         raise FileNotFoundError(f"there is no model {' or '.join(map(str, places))}: correct `model` in the recipe.")
     return model

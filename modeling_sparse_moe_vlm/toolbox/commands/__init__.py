@@ -1,0 +1,1 @@
+"""The command `sparse-moe-vlm`: one file for each verb."""

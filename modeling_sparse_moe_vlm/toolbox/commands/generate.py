@@ -1,0 +1,33 @@
+"""
+Asks a model about images.
+
+    sparse-moe-vlm generate --model outputs/demo/model --question "Can you see the cat?" --image scene.png
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .mistakes import mistakes_in_one_line
+from .options import trained_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder or name on the Hub")
+    parser.add_argument("--image", action="append", default=[], help="file or URL; may be given several times")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings along")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..evaluation import generate_answers
+    from ..training.models import from_checkpoint
+
+    content = [{"type": "image"} for _ in arguments.image] + [{"type": "text", "text": arguments.question}]
+    row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
+    with mistakes_in_one_line():
+        model, processor = from_checkpoint(
+            trained_model(arguments.model), trust_remote_code=arguments.trust_remote_code
+        )
+        print(generate_answers(model, processor, [row], max_new_tokens=arguments.max_new_tokens)[0])

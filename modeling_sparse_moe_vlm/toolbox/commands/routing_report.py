@@ -1,0 +1,99 @@
+"""
+Runs a model over examples and prints how their tokens spread over its experts, by layer, group and modality.
+
+    sparse-moe-vlm routing-report --model outputs/demo/model
+    sparse-moe-vlm routing-report --model outputs/demo/model --rows conversations.jsonl --output expert_load.png
+    sparse-moe-vlm routing-report --model outputs/demo/model --json > routing.json      # for `place --routing`
+
+A file of rows has one conversation per line, `{"messages": […], "images": ["a.png"]}`, with an assistant's turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .mistakes import mistakes_in_one_line
+from .options import add_json_option, add_model_option, trained_model
+
+if TYPE_CHECKING:
+    from ..routing import GroupRouting
+
+CELL_SIZE = 16
+BATCH_SIZE = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_option(parser)
+    parser.add_argument("--rows", help="JSONL file of conversations; by default held-out scenes")
+    parser.add_argument("--num-examples", type=int, default=256, help="number of held-out scenes, 256 by default")
+    parser.add_argument("--output", help="where to draw the load of the experts (PNG)")
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from torch.utils.data import DataLoader
+
+    from ..data import VisionLanguageCollator
+    from ..demo import conversations, drawings, scenes
+    from ..routing import expert_load, measure_routing, routing_statistics
+    from ..training.models import from_our_checkpoint
+
+    with mistakes_in_one_line():
+        model, processor = from_our_checkpoint(trained_model(arguments.model))
+        if arguments.rows is None:
+            rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
+        else:
+            rows = read_rows(Path(arguments.rows))
+        batches = list(DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=VisionLanguageCollator(processor)))
+        counts = measure_routing(model, batches)
+        if counts is None:
+            raise ValueError(f"{arguments.model} has no routed experts, so there is no routing to report.")
+    statistics = routing_statistics(model.config.text_config, counts)
+    alarms = list(statistics.alarms().values())
+    if arguments.output:
+        drawings.draw_expert_load(expert_load(model, batches), arguments.output)
+    if arguments.json:
+        print(json.dumps({"rows": [_as_json(row) for row in statistics.rows], "alarms": alarms}))
+    else:
+        print("\n".join([str(statistics), *alarms]))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    Reads a file of conversations.
+
+    Args:
+        path (`Path`):
+            A JSONL file; empty lines do not count.
+
+    Returns:
+        `list[dict]`: rows as [`~toolbox.data.VisionLanguageCollator`] takes them.
+
+    Raises:
+        ValueError: If a line is not a JSON object with `messages`, or there is none; the message names the line.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        if not isinstance(row, dict) or "messages" not in row:
+            raise ValueError(f"{path}, line {number} must be an object with `messages`.")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no conversations.")
+    return rows
+
+
+def _as_json(row: GroupRouting) -> dict[str, Any]:
+    """A row with its figures; what is not a number is null."""
+    values = asdict(row) | row.figures()
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

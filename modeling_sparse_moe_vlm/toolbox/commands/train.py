@@ -1,0 +1,48 @@
+"""
+Trains a model, saves it, evaluates it and draws what it does.
+
+    sparse-moe-vlm train                                        # the main job: configuration/training/demo.yaml
+    sparse-moe-vlm train --set training.max_steps=200           # with another value
+    sparse-moe-vlm train --resume                               # goes on where an interrupted run stopped
+    accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
+    torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
+
+Writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and `expert_load.png`.
+A model of another class than ours gets no model card and no picture of its experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..shipped_files import find_preset, working_root
+from .mistakes import mistakes_in_one_line
+from .options import add_json_option, add_recipe_options, only_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_options(parser, "demo", "demo")
+    parser.add_argument("--output-dir", help="where everything is written; outputs/demo by default")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add_json_option(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from ..training.recipe_run import TrainingRun
+    from ..training.recipes import load_recipe
+
+    output_dir = Path(arguments.output_dir or working_root() / "outputs/demo")
+    with only_json(arguments.json):
+        with mistakes_in_one_line():
+            recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
+            training = TrainingRun(recipe, output_dir)
+        training.print_model()
+        if not training.train(resume=arguments.resume):
+            return  # another process does the rest
+        metrics = training.evaluate()
+        training.draw()
+        training.print_how_to_load()
+    if arguments.json:
+        print(json.dumps(metrics))

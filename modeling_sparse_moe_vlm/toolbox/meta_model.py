@@ -1,0 +1,62 @@
+"""A model without weights, from its configuration."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    initialization,
+)
+
+
+def model_on_meta_device(
+    config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | str | None = None
+) -> PreTrainedModel:
+    """
+    Builds a model on the meta device, where modules have shapes but no memory.
+
+    Args:
+        config_or_model (`PreTrainedConfig` or `PreTrainedModel`):
+            Configuration of any Transformers model; or a model, which is returned as it is where no `dtype` is given.
+        dtype (`torch.dtype` or `str`, *optional*):
+            Type of the weights, such as `"bfloat16"`.
+
+    Returns:
+        `PreTrainedModel`: of the class that the configuration names, else for images and text where there is one.
+
+    Raises:
+        ValueError: If no auto class knows the configuration, or the type is not one of weights.
+    """
+    if isinstance(config_or_model, nn.Module):
+        if dtype is None:
+            return config_or_model
+        config_or_model = config_or_model.config
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ValueError(f'`dtype` must be a type of weights such as "bfloat16" or "float32", got {dtype!r}.')
+    options = {} if dtype is None else {"dtype": dtype}
+    architectures = getattr(config_or_model, "architectures", None)
+    models = []
+    with torch.device("meta"), initialization.no_init_weights():
+        for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModel):
+            config = copy.deepcopy(config_or_model)
+            try:
+                model = auto_class.from_config(config, trust_remote_code=True, **options)
+            except ValueError as error:
+                if "Unrecognized configuration class" in str(error):
+                    continue
+                raise
+            if type(model).__name__ in (architectures or [type(model).__name__]):
+                return model
+            models.append(model)
+    if not models:
+        raise ValueError(f"no auto class of Transformers knows a configuration of type {type(config).__name__}.")
+    return models[0]

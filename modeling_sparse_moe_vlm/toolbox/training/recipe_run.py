@@ -1,0 +1,180 @@
+"""A whole training run: from a recipe to a folder with the model, its card, its scores and drawings of what it does."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments, set_seed
+
+from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ..data import VisionLanguageCollator
+from ..demo import conversations, drawings, load_scenes
+from ..evaluation import generate_answers
+from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, score_table
+from ..hub import write_model_card
+from ..model_size import describe_size
+from ..routing import expert_load
+from .models import from_checkpoint, from_scratch
+from .processes import save_and_part, silence_others
+from .recipes import Recipe, find_model
+from .trainer import SparseMoeTrainer
+
+NUM_DRAWN_ANSWERS = 12
+NUM_ROUTED_ROWS = 256
+ROUTED_BATCH = 64
+
+
+class TrainingRun:
+    """
+    Draws the data of a recipe and makes its model. Methods are to be called in the order `train`, `evaluate`, `draw`;
+    what they print is for people.
+
+    Args:
+        recipe ([`~toolbox.training.recipes.Recipe`]):
+            What the run is made of.
+        output_dir (`Path`):
+            Where everything is written.
+
+    Raises:
+        ValueError: If a value of the recipe is not possible.
+        OSError: If the model cannot be read, or the folder not be written to.
+    """
+
+    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
+        self.recipe, self.output_dir = recipe, output_dir
+        model_path = find_model(recipe.model)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.arguments = TrainingArguments(
+            output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **recipe.training
+        )
+        silence_others(self.arguments)
+        set_seed(self.arguments.seed)
+        self.data = load_scenes(**recipe.data)
+        if model_path.endswith(".json"):
+            self.model, self.processor = from_scratch(model_path, self.data["train"], **recipe.tokenizer)
+        else:
+            self.model, self.processor = from_checkpoint(model_path)
+        self.is_ours = self.model.config.model_type == SparseMoeVlmConfig.model_type
+        self.collator = VisionLanguageCollator(self.processor)
+        self.heldout = [split for split in SPLIT_TITLES if split in self.data]
+        self.metrics: dict[str, Any] = {}
+        self.answers: dict[str, list[str]] = {}
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the trained model is saved."""
+        return self.output_dir / "model"
+
+    def print_model(self) -> None:
+        """Prints the size of the model and, where it resizes the images, to what size."""
+        if self.arguments.process_index == 0:
+            print(describe_size(self.model))
+            if note := resizing_note(self.model, self.data["train"][0]["image"].size):
+                print(note)
+
+    def train(self, resume: bool = False) -> bool:
+        """
+        Trains the model and saves it.
+
+        Args:
+            resume (`bool`, defaults to `False`):
+                Whether to go on from the last checkpoint in the output folder.
+
+        Returns:
+            `bool`: whether this process does what remains: the first one does.
+        """
+        start = time.time()
+        trainer = SparseMoeTrainer(
+            model=self.model,
+            args=self.arguments,
+            data_collator=self.collator,
+            train_dataset=conversations(self.data["train"]),
+            processing_class=self.processor,
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        self.metrics["training_seconds"] = round(time.time() - start, 1)
+        # At once, so that nothing is lost when a later step fails.
+        if not save_and_part(trainer, self.model_dir):
+            return False
+        if self.arguments.world_size > 1:  # this process may hold only a part of the trained model
+            self.model = from_checkpoint(str(self.model_dir))[0].to(self.arguments.device)
+        return True
+
+    def evaluate(self) -> dict[str, Any]:
+        """
+        Scores the answers to the held-out questions, and writes `metrics.json` and the model card.
+
+        Returns:
+            `dict[str, Any]`: `training_seconds` and, by split, what [`~toolbox.evaluation.by_kind.score_by_kind`]
+            returns.
+        """
+        for split in self.heldout:
+            rows = self.data[split]
+            self.answers[split] = generate_answers(self.model, self.processor, conversations(rows))
+            self.metrics[split] = score_by_kind(self.data["train"], rows, self.answers[split])
+        (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2))
+        if self.is_ours:
+            write_model_card(self.model_dir, config=self.model.config, metrics=self.metrics, recipe=self.recipe)
+        for split in self.heldout:
+            print(f"\nExact match in percent, {SPLIT_TITLES[split]}:\n{score_table(self.metrics[split])}")
+        print("\nQuestions from held-out arrangements (blind: the best guess from the question alone):")
+        print(example_answers(self.data["train"], self.data["test"], self.answers["test"]))
+        return self.metrics
+
+    def draw(self) -> None:
+        """Draws some answers (`answers.png`) and the load of the experts (`expert_load.png`)."""
+        test, answers = self.data["test"], self.answers["test"]
+        shown = random.Random(0).sample(range(len(test)), k=min(NUM_DRAWN_ANSWERS, len(test)))
+        drawings.draw_answers([test[i] for i in shown], [answers[i] for i in shown], self.output_dir / "answers.png")
+        rows = conversations(test.select(range(min(NUM_ROUTED_ROWS, len(test)))))
+        batches = DataLoader(rows, batch_size=ROUTED_BATCH, collate_fn=self.collator)
+        load = expert_load(self.model.eval(), batches) if self.is_ours else {}
+        if load:
+            drawings.draw_expert_load(load, self.output_dir / "expert_load.png")
+        else:
+            print("No picture of the load of the experts: the model has no routed experts of ours.")
+
+    def print_how_to_load(self) -> None:
+        """Prints a program that asks the trained model a question."""
+        print(HOW_TO_LOAD.format(output_dir=self.output_dir, model_dir=self.model_dir))
+
+
+def resizing_note(model, size: tuple[int, int]) -> str | None:
+    """
+    Tells when a model resizes the images that it gets.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+        size (`tuple[int, int]`):
+            Width and height of an image.
+
+    Returns:
+        `str`, or `None` where the image has the size of the model, or the model takes any.
+    """
+    side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+    if not isinstance(side, int) or size == (side, side):
+        return None
+    return f"Note: pictures of {size[0]}×{size[1]} pixels are resized to the {side}×{side} of the model."
+
+
+HOW_TO_LOAD = """
+Wrote the model, the metrics and the pictures to {output_dir}.
+Ask it about a new picture:
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained("{model_dir}", trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained("{model_dir}", trust_remote_code=True)
+    content = [{{"type": "image", "path": "PICTURE.png"}}, {{"type": "text", "text": "Can you see the cat?"}}]
+    inputs = processor.apply_chat_template(
+        [{{"role": "user", "content": content}}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    output = model.generate(**inputs, max_new_tokens=32)
+    print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
