@@ -1,7 +1,8 @@
-"""The name of the cache of keys and values: Transformers 5.24 calls `cache` what was `past_key_values` before.
+"""The name of the key/value cache: Transformers 5.24 renamed the argument `past_key_values` to `cache`.
 
-The models take it as `past_key_values` in every release, and by the library's own name, which `generate`, the layers
-and the outputs use. In older releases `cache` stays free, since continuous batching has another use for it there.
+The models take the cache by the name that the installed release gives it, which `generate`, the layers and the outputs
+use, too. Where that is `cache`, calls with `past_key_values=` get the library's own deprecation warning. Older releases
+leave `cache` free, because continuous batching has another use for it there.
 """
 
 from __future__ import annotations
@@ -12,12 +13,21 @@ from collections.abc import Callable
 from dataclasses import fields
 
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.deprecation import deprecate_kwarg
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
 
 
 def takes_cache_by_name(forward: Callable) -> Callable:
-    """Lets a `forward` with an argument `past_key_values` take it by the library's name, too.
+    """
+    Lets a method with an argument `past_key_values` take it as `cache`, where that is the library's name.
+
+    Args:
+        forward (`Callable`):
+            The method.
+
+    Returns:
+        `Callable`: the method by either name. A call with `past_key_values=` warns as the library's own models do.
 
     Raises:
         ValueError: If a call gives both.
@@ -26,14 +36,20 @@ def takes_cache_by_name(forward: Callable) -> Callable:
         return forward
 
     @functools.wraps(forward)
-    def by_either_name(*args, **kwargs):
+    def by_library_name(*args, **kwargs):
         if CACHE_NAME in kwargs:
-            if kwargs.get("past_key_values") is not None:
-                raise ValueError(f"`{CACHE_NAME}` and `past_key_values` are the same argument: pass only one of them.")
             kwargs["past_key_values"] = kwargs.pop(CACHE_NAME)
         return forward(*args, **kwargs)
 
-    # `generate` looks the arguments up that a model takes.
+    by_deprecated_name = deprecate_kwarg("past_key_values", "5.40.0", new_name=CACHE_NAME)(by_library_name)
+
+    @functools.wraps(forward)
+    def by_either_name(*args, **kwargs):
+        if kwargs.get(CACHE_NAME) is not None and kwargs.get("past_key_values") is not None:
+            raise ValueError(f"`{CACHE_NAME}` and `past_key_values` are the same argument: pass only one of them.")
+        return by_deprecated_name(*args, **kwargs)
+
+    # `generate` looks up which arguments a model takes.
     signature = inspect.signature(forward)
     *named, variadic = signature.parameters.values()
     by_name = inspect.Parameter(CACHE_NAME, inspect.Parameter.KEYWORD_ONLY, default=None)

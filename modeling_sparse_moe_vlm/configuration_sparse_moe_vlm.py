@@ -31,6 +31,7 @@ _NOT_PREDICTIONS = [
     "aux_loss",
     "z_loss",
     "aux_loss_by_modality",
+    "image_outputs",
     "image_hidden_states",
     "modality_weights",
     "count_free_modality_weights",

@@ -118,7 +118,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
-            image_hidden_states=outputs.get("image_hidden_states"),
+            image_outputs=outputs.get("image_outputs"),
             modality_weights=outputs.modality_weights,
             count_free_modality_weights=outputs.count_free_modality_weights,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},

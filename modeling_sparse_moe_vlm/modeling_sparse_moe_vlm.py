@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import (
@@ -20,7 +21,8 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForMultimodalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import can_return_tuple, logging, torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -39,6 +41,7 @@ from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
     SparseMoeVlmModelOutputWithPast,
     SparseMoeVlmTextModelOutputWithPast,
+    join_image_tokens,
 )
 from .parallel_plans import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
@@ -107,7 +110,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         output_modality_weights: bool = False,
         modality_priors: Mapping[str, float] | None = None,
         modality_guidance: float = 0.0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmTextModelOutputWithPast:
         r"""
         Args:
@@ -218,7 +221,9 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         self.language_model.embed_tokens = value
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         r"""
         Image tokens of the pictures.
 
@@ -236,12 +241,15 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         outputs, features = self._encode_images(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=list(features),
+            # A list would freeze the number of images into a traced graph.
+            pooler_output=features if is_tracing(features) else list(features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _encode_images(self, pixel_values: torch.Tensor, **kwargs) -> tuple[Any, torch.Tensor]:
+    def _encode_images(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[Any, torch.Tensor]:
         """The vision tower's output and the image tokens `(num_images, image_seq_length, hidden_size)`."""
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = patch_features(outputs.last_hidden_state, self.config.vision_config)
@@ -301,7 +309,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         modality_values: Mapping[str, torch.Tensor] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
         Args:
@@ -332,13 +340,14 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if modality_values:
             inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, mm_token_type_ids)
 
-        image_features = None  # (num_image_tokens, hidden_size)
-        encoded = (mm_encoder_outputs or {}).get("image")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and pixel_values.numel() > 0:
-            image_features = self._encode_images(pixel_values)[1].flatten(0, 1)
-        elif encoded is not None and len(encoded.pooler_output) > 0:
-            image_features = torch.cat(list(encoded.pooler_output))
-        if image_features is not None:
+            recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
+            image_outputs = self.get_image_features(pixel_values, return_dict=True, **recorded)
+        elif image_outputs is not None and len(image_outputs.pooler_output) == 0:
+            image_outputs = None
+        if image_outputs is not None:
+            image_features = join_image_tokens(image_outputs.pooler_output)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             is_image = (mm_token_type_ids == 1).to(inputs_embeds.device)
             num_image_tokens = is_image.sum()
@@ -365,19 +374,19 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             return_dict=True,
             **kwargs,
         )
-        return SparseMoeVlmModelOutputWithPast(**outputs, image_hidden_states=image_features)
+        return SparseMoeVlmModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
 
 # ------------------------------------------------------------------------------------------------ heads
 
 
-class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
+class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
     """The decoder alone, with a language head."""
 
     config: SparseMoeVlmTextConfig
@@ -407,7 +416,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
         modality_priors: Mapping[str, float] | None = None,
         modality_guidance: float = 0.0,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
         Args:
@@ -426,7 +435,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
@@ -440,7 +449,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead):
         return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
 
 
-class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
+class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
     """
     The whole model with a language head: answers questions about pictures and captions them.
 
@@ -501,7 +510,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -525,7 +536,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
         modality_priors: Mapping[str, float] | None = None,
         modality_guidance: float = 0.0,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
         The arguments are those of [`SparseMoeVlmModel`] and, for the head, of [`SparseMoeVlmForCausalLM`].
@@ -539,7 +550,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,

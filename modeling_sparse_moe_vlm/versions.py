@@ -1,10 +1,11 @@
-"""The releases of Transformers that the code supports. Imported first, so that no other fails in a less telling way."""
+"""The releases of Transformers that the code supports; imported first, so that others fail with a clear error."""
 
 import transformers
 
 SUPPORTED_TRANSFORMERS = ">=5.20,<6"
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
-if not (5, 20) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (6, 0):
+if not (5, 20) <= TRANSFORMERS_VERSION < (6, 0):
     raise ImportError(
         f"sparse_moe_vlm supports transformers{SUPPORTED_TRANSFORMERS}, but transformers {transformers.__version__} is "
         f"installed. Install a supported release: pip install 'transformers{SUPPORTED_TRANSFORMERS}'."
