@@ -1,6 +1,13 @@
 """Sparse mixture-of-experts vision-language models for Hugging Face Transformers."""
 
-from transformers import AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .fusion import SparseMoeFusion
@@ -13,6 +20,15 @@ from .modeling_sparse_moe_vlm import (
 )
 from .processing_sparse_moe_vlm import SparseMoeVlmProcessor
 
+# Only here, since this file does not travel with checkpoints. Once the package is imported, the auto classes run its
+# code for every checkpoint of these model types; in other processes they run the code that a checkpoint brings.
+for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
+AutoModel.register(SparseMoeVlmConfig, SparseMoeVlmModel, exist_ok=True)
+AutoModelForCausalLM.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
+for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
 
 __version__ = "0.1.0"

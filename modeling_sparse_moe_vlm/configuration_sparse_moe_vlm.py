@@ -7,7 +7,7 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 # isort: split
 
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto import modeling_auto
@@ -15,13 +15,39 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from .checks import check, check_spelling
 from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
-
-# Transformers 4 copies only the files that are named here: so are those that the other files need.
-from .expert_groups import ExpertGroup  # noqa: F401
 from .experts_config import Given, SparseMoeVlmExpertsConfig
-from .experts_validation import check_expert_fields  # noqa: F401
 from .parameters import count_parameters
 from .vision_tower import patches_per_side
+
+if TYPE_CHECKING:
+    # Every file of the model, so that they all come with this one: `num_parameters` needs them, and Transformers tells
+    # revisions of code apart by the files that a file names. Without them, two checkpoints that differ only in the
+    # model's files would share the classes below, by which the auto classes then find the first one's model for both.
+    # (Transformers 4 copies only the files that are named here, and fails before it can say that it is too old.)
+    from .attention import SparseMoeVlmAttention  # noqa: F401
+    from .attention_plan import plan_attention  # noqa: F401
+    from .attention_runs import find_runs  # noqa: F401
+    from .cache_name import CACHE_NAME  # noqa: F401
+    from .capacity import expert_capacity  # noqa: F401
+    from .checkpoint_conversion import convert_from_disk  # noqa: F401
+    from .checkpoint_integrity import read_header  # noqa: F401
+    from .code_revisions import warn_of_other_code  # noqa: F401
+    from .connector import SparseMoeVlmMultiModalProjector  # noqa: F401
+    from .decoder_layer import SparseMoeVlmDecoderLayer  # noqa: F401
+    from .distributed_attention import merge  # noqa: F401
+    from .expert_groups import ExpertGroup  # noqa: F401
+    from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
+    from .experts import SparseMoeVlmExperts  # noqa: F401
+    from .experts_validation import check_expert_fields  # noqa: F401
+    from .language_head import SparseMoeVlmLanguageHead  # noqa: F401
+    from .losses import router_losses  # noqa: F401
+    from .modality_encoder import SparseMoeVlmModalityEncoder  # noqa: F401
+    from .modeling_sparse_moe_vlm import SparseMoeVlmModel  # noqa: F401
+    from .normalization import SparseMoeVlmRMSNorm  # noqa: F401
+    from .outputs import SparseMoeVlmModelOutputWithPast  # noqa: F401
+    from .parallel_plans import plan_by_group  # noqa: F401
+    from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
+    from .routing import SparseMoeVlmTopKRouter  # noqa: F401
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
 _NOT_PREDICTIONS = [
@@ -347,11 +373,14 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         PreTrainedConfig._experts_implementation.fset(self, value)
 
 
-# `transformers serve` reads these tables when the configuration is imported, before any model file.
+# `transformers serve` reads these tables when the configuration is imported, before any model file. They hold only
+# names, which are the same in every revision of this code.
 for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
     getattr(modeling_auto, _table)[SparseMoeVlmConfig.model_type] = "SparseMoeVlmForConditionalGeneration"
 
-for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+# Makes `save_pretrained` copy this code. The auto classes find it by `auto_map`; only the installed package registers
+# its classes with them.
+SparseMoeVlmTextConfig.register_for_auto_class()
+SparseMoeVlmConfig.register_for_auto_class()
 
 __all__ = ["SparseMoeVlmConfig", "SparseMoeVlmTextConfig"]

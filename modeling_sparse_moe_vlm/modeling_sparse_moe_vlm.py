@@ -14,12 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.auto.modeling_auto import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-)
+from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
@@ -566,24 +561,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
         return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------ registration
-
-_REGISTRY: dict[Any, dict[type, type]] = {
-    AutoModel: {SparseMoeVlmTextConfig: SparseMoeVlmTextModel, SparseMoeVlmConfig: SparseMoeVlmModel},
-    AutoModelForCausalLM: {
-        SparseMoeVlmTextConfig: SparseMoeVlmForCausalLM,
-        SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration,
-    },
-    AutoModelForImageTextToText: {SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration},
-    AutoModelForMultimodalLM: {SparseMoeVlmConfig: SparseMoeVlmForConditionalGeneration},
-}
-for _auto_class, _models in _REGISTRY.items():
-    for _config_class, _model_class in _models.items():
-        _auto_class.register(_config_class, _model_class, exist_ok=True)
-
-# What makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model.
-SparseMoeVlmTextConfig.register_for_auto_class()
-SparseMoeVlmConfig.register_for_auto_class()
+# Makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model. Nothing is
+# registered with the auto classes here: every later checkpoint of the process would run this code instead of its own.
 SparseMoeVlmTextModel.register_for_auto_class("AutoModel")
 SparseMoeVlmModel.register_for_auto_class("AutoModel")
 SparseMoeVlmForCausalLM.register_for_auto_class("AutoModelForCausalLM")

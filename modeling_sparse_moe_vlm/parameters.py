@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, initialization
+from transformers import PreTrainedConfig, initialization
 
 
 def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]:
@@ -24,12 +24,14 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
     Raises:
         ValueError: If the configuration does not know the modality.
     """
+    from .modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration  # imports this
+
     text_config = config.get_text_config()
     if modality not in text_config.modalities:
         raise ValueError(f"unknown modality {modality!r}: the configuration has {text_config.modalities}.")
     with torch.device("meta"), initialization.no_init_weights():
-        # By the auto class, since the model imports this file. Code that came with a checkpoint is running already.
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=True)
+        model_class = SparseMoeVlmForCausalLM if text_config is config else SparseMoeVlmForConditionalGeneration
+        model = model_class._from_config(copy.deepcopy(config))
     model.tie_weights()
 
     total = model.num_parameters()

@@ -16,6 +16,7 @@ from .attention_plan import initial_log_priors
 from .checkpoint_conversion import check_device_map, convert_from_disk
 from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
+from .code_revisions import warn_of_other_code
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import init_expert_weights
 from .parallel_plans import mend_parallelism, prepare_plans
@@ -59,7 +60,10 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
                 config = _with_shards(config, num_expert_shards)
             else:
                 kwargs["num_expert_shards"] = num_expert_shards  # the configuration takes it
-        with named_damage(args[0] if args else kwargs.get("pretrained_model_name_or_path")):
+        checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if kwargs.get("trust_remote_code") and checkpoint is not None:
+            warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
+        with named_damage(checkpoint):
             return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
