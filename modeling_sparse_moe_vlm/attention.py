@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils.import_utils import is_tracing
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
-from .attention_plan import AttentionParts
+from .attention_parts import AttentionParts
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .normalization import SparseMoeVlmRMSNorm
 
@@ -50,20 +51,6 @@ class SparseMoeVlmAttention(nn.Module):
         self.modality_log_priors = None
         if config.learned_modality_priors:
             self.modality_log_priors = nn.Parameter(torch.empty(config.num_attention_heads, len(config.modalities)))
-        self._priors_seen: tuple[int, int] | None = None
-        self._priors_are_equal = False
-
-    def needs_priors(self) -> bool:
-        """Whether plain attention would not do: some head has unequal priors, or they learn now."""
-        priors = self.modality_log_priors
-        if priors is None:
-            return False
-        if is_tracing(priors) or isinstance(priors, DTensor) or (torch.is_grad_enabled() and priors.requires_grad):
-            return True
-        seen = priors.data_ptr(), priors._version
-        if seen != self._priors_seen:  # looked at only when they have changed
-            self._priors_seen, self._priors_are_equal = seen, bool((priors == priors[:, :1]).all())
-        return not self._priors_are_equal
 
     def forward(
         self,
@@ -72,7 +59,7 @@ class SparseMoeVlmAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_parts: AttentionParts | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)

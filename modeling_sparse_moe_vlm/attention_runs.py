@@ -1,8 +1,8 @@
 """Distributed attention over runs of one modality, on the CPU: flash attention of torch, part by part.
 
-A sequence like text | picture | text is a few runs of one modality. A run of queries sees the earlier runs in full and
-itself causally: each is one call of the flash kernel, which also returns its logsumexp. No logit is computed that plain
-causal attention would not compute. The calls are merged as in [`.distributed_attention`].
+A sequence like text | image | text consists of a few runs of one modality. A run of queries sees the earlier runs in
+full and itself causally: each is one call of the flash kernel, which also returns its logsumexp. No logit is computed
+that plain causal attention would not compute. The calls are merged as in [`.distributed_attention`].
 
 The backward pass is that of ring attention (arXiv 2310.01889): the kernel's own, call by call, with the *merged* output
 and logsumexp.
@@ -54,9 +54,9 @@ def find_runs(ids: torch.Tensor) -> tuple[Run, ...] | None:
     return tuple(Run(start, stop, int(row[start])) for start, stop in zip(starts, stops, strict=True))
 
 
-def can_attend_runs(query: torch.Tensor, dropout: float) -> bool:
+def takes_runs(query: torch.Tensor) -> bool:
     """Whether the kernel takes such queries."""
-    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16) and dropout == 0.0
+    return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
 
 
 def attend_runs(
@@ -162,7 +162,7 @@ def _mix(mixed: torch.Tensor, parts: list[torch.Tensor], shares: list[torch.Tens
 
 
 def _guided(shares: list[torch.Tensor], modalities: list[int], guidance: float) -> list[torch.Tensor]:
-    """Weights that make Z + g·(Z − O_text) of the parts; those of Z where there is text alone, or none."""
+    """Weights that make Z + g·(Z − O_text) of the parts; those of Z where a query sees only text, or no text."""
     text = [share for share, modality in zip(shares, modalities, strict=True) if modality == 0]
     if not text or len(text) == len(shares):
         return shares

@@ -29,7 +29,7 @@ def check_number(field: str, value: Any, *, at_most: float = math.inf) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     wanted = "of at least 0" if at_most == math.inf else f"from 0 to {at_most}"
     check(
-        is_number and math.isfinite(value) and 0 <= value <= at_most,
+        is_number and 0 <= value <= at_most and value != math.inf,
         f"`{field}` must be a number {wanted}, got {value!r}.",
     )
 
@@ -65,8 +65,8 @@ def check_distinct(field: str, values: Sequence[Any]) -> None:
     check(len(set(values)) == len(values), f"`{field}` repeats a value: {list(values)}.")
 
 
-def check_spelling(unknown: Iterable[str], fields: Collection[str]) -> None:
+def check_spelling(unknown: Iterable[str], fields: Collection[str], *, kind: str = "field") -> None:
     """Raises `ValueError` if an unknown field reads like a misspelt known one: the library would keep it unheeded."""
     for field in unknown:
         close = difflib.get_close_matches(field, fields, n=1, cutoff=0.88)
-        check(not close, f"there is no field `{field}`: did you mean `{', '.join(close)}`?")
+        check(not close, f"there is no {kind} `{field}`: did you mean `{', '.join(close)}`?")

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 
 from .attention import SparseMoeVlmAttention
 from .cache_name import takes_cache_by_name
@@ -39,7 +41,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         routing: RoutingPlan | None = None,
         pooled_experts: nn.Module | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         attention_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),

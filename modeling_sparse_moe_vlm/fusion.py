@@ -24,7 +24,6 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .attention_plan import initial_log_priors
 from .checks import check, check_distinct, check_integer
 from .configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
 from .distributed_attention import attend_by_channels
@@ -33,6 +32,7 @@ from .experts import SparseMoeVlmExpertGroups, SparseMoeVlmExperts
 from .losses import router_losses
 from .normalization import SparseMoeVlmRMSNorm
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter, groups_key
+from .steering import initial_log_priors
 
 
 class SparseMoeFusionOutput(NamedTuple):

@@ -41,6 +41,7 @@ from .outputs import (
 from .parallel_plans import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
+from .steering import check_steering_arguments
 from .vision_tower import patch_features
 
 logger = logging.get_logger(__name__)
@@ -132,6 +133,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `mm_token_type_ids` has
                 another shape than the tokens.
         """
+        check_steering_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         if inputs_embeds is None:
@@ -161,7 +163,9 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             inputs_embeds,
             causal_mask,
             past_key_values,
-            has_learned_priors=any(attention.needs_priors() for attention in self._attentions()),
+            attentions=tuple(self._attentions()),
+            parameters=self.parameters(),
+            output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
             output_modality_weights=output_modality_weights,
             modality_priors=modality_priors,
             modality_guidance=modality_guidance,

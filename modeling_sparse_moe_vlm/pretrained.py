@@ -12,7 +12,6 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import SparseMoeVlmAttention
-from .attention_plan import initial_log_priors
 from .checkpoint_conversion import check_device_map, convert_from_disk
 from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
@@ -20,6 +19,7 @@ from .code_revisions import warn_of_other_code
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .experts import init_expert_weights
 from .parallel_plans import mend_parallelism, prepare_plans
+from .steering import initial_log_priors
 
 logger = logging.get_logger(__name__)
 

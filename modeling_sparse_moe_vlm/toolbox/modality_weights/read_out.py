@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ...attention_plan import given_log_priors, visible_counts
 from ...cache_name import CACHE_NAME
-from ...checks import check, check_number
+from ...checks import check
 from ...distributed_attention import Merged, attend_by_channels, count_free
+from ...steering import check_guidance, given_log_priors
+from ...visible_keys import visible_counts
 from ..expert_modules import base_model_of
 from .interception import AttentionFunction, intercept_attention
 
@@ -146,7 +147,7 @@ def modality_weights(
             is not possible.
     """
     log_priors = given_log_priors(MODALITIES, modality_priors)
-    check_number("modality_guidance", modality_guidance)
+    check_guidance(modality_guidance)
     if modality_ids is not None:
         check(
             modality_ids.dim() == 2 and bool((modality_ids >= 0).all() and (modality_ids < len(MODALITIES)).all()),
