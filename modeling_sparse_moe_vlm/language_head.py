@@ -15,6 +15,7 @@ from .losses import router_losses, share_of_batch
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import router_biases
+from .steering import check_steering_arguments
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -40,8 +41,10 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
                 number of candidates that were taken, plus 1). Needs `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: If the weights are to be returned, but no dict.
+            ValueError: If the weights are to be returned, but no dict, or if an argument that steers attention is
+                misspelt.
         """
+        check_steering_arguments(kwargs)
         if not output_modality_weights:
             return super().generate(*args, **kwargs)
         # Not an argument of the model: assistants would be given it, too.

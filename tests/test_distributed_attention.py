@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from modeling_sparse_moe_vlm.attention_plan import visible_counts
 from modeling_sparse_moe_vlm.attention_runs import MAX_RUNS, Run, attend_runs, find_runs
 from modeling_sparse_moe_vlm.distributed_attention import (
     attend_by_channels,
@@ -14,6 +14,7 @@ from modeling_sparse_moe_vlm.distributed_attention import (
     count_free,
     merge,
 )
+from modeling_sparse_moe_vlm.visible_keys import visible_counts
 
 B, H, H_KV, D, M = 2, 4, 2, 16, 3
 SCALING = 0.3
@@ -188,6 +189,32 @@ def test_guidance_takes_away_what_text_alone_says(form, layout):
         torch.testing.assert_close(guided, expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("form", [*FORMS, "parts"])
+@pytest.mark.parametrize("layout", ["image only", "no text", "image first", "text only"])
+@torch.no_grad()
+def test_guidance_where_a_query_does_not_see_both_is_the_plain_output(form, layout):
+    """To the bit, and whatever the priors of two parts without text are."""
+    layouts = {"image only": [1] * 5, "no text": [2, 1, 1, 2, 2], "image first": [1, 1, 2, 0, 0], "text only": [0] * 5}
+    ids = torch.tensor([layouts[layout]] * B)
+    tensors = make_tensors(5)
+    plain, guided = (attend(form, ids, *tensors, guidance=guidance)[0] for guidance in (0.0, 50.0))
+    without_both = 3 if layout == "image first" else 5
+    assert torch.equal(guided[:, :without_both], plain[:, :without_both])
+    assert not torch.isclose(guided[:, without_both:], plain[:, without_both:], rtol=0.1).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("hidden", [0, 1])
+@torch.no_grad()
+def test_guidance_of_a_row_that_does_not_see_both_is_the_plain_output(hidden):
+    """The keys of text, or those of the others, are there, but masked."""
+    ids = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 1, 0]])
+    visible = torch.stack([ids[0] == 0 if hidden else ids[0] != 0, torch.ones(5, dtype=torch.bool)])[:, None, None]
+    tensors = make_tensors(5, queries=1)
+    plain, guided = (attend("row", ids, *tensors, visible=visible, guidance=guidance)[0] for guidance in (0.0, 50.0))
+    assert torch.equal(guided[0], plain[0])
+    assert not torch.isclose(guided[1], plain[1], rtol=0.1).all(dim=-1).any()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_stays_within_its_precision(form):
     ids = torch.tensor([LAYOUTS["text, picture, text"]] * B)
@@ -222,6 +249,45 @@ def test_visible_counts():
     assert torch.equal(visible_counts(None, ids, 1, M), expected[:, -1:].float()), "one query after cached keys"
     padded = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     assert visible_counts(padded, ids, 4, M)[1, :, 1].tolist() == [0, 0, 0, 0]
+
+
+def test_visible_counts_of_every_kind_of_mask():
+    ids = torch.tensor([[0, 1, 1, 0], [1, 0, 2, 0]])
+    # Two new queries after two cached keys, in a static cache with room for one more.
+    roomy = torch.cat([ids, torch.zeros(2, 1, dtype=torch.long)], dim=1)
+    visible = torch.tensor([[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0]]]).bool()[:, None]
+    expected = torch.tensor([[[1, 2, 0], [2, 2, 0]], [[1, 0, 1], [2, 0, 1]]]).float()
+    for mask in (visible, additive(visible), additive(visible, torch.bfloat16)):
+        assert torch.equal(visible_counts(mask, roomy, 2, M), expected)
+        assert torch.equal(visible_counts(mask, ids, 2, M), expected), "ids of the room behind may be missing"
+    assert torch.equal(visible_counts(visible[..., :4], roomy, 2, M), expected), "or too many"
+    # Padding of the keys (flash attention), for one query and for the last two.
+    padding = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    assert torch.equal(visible_counts(padding, ids, 2, M), expected)
+    assert torch.equal(visible_counts(padding.bool(), ids, 1, M), expected[:, 1:])
+    assert visible_counts(None, roomy, 4, M)[:, -1].tolist() == [[2, 2, 0], [2, 1, 1]], "the room is not counted"
+    block_mask = create_block_mask(lambda b, h, q, k: visible[b, 0, q, k], 2, None, 2, 5, device="cpu")
+    assert torch.equal(visible_counts(block_mask, roomy, 2, M), expected)
+
+
+def test_visible_counts_of_a_sliding_window():
+    ids = torch.tensor([[0, 1, 1, 0, 2]])
+    expected = [[1, 0, 0], [1, 1, 0], [0, 2, 0], [1, 1, 0], [1, 0, 1]]  # the query's own key and the one before
+    assert visible_counts(None, ids, 5, M, sliding_window=2)[0].tolist() == expected
+    padding = torch.tensor([[0, 1, 1, 1, 1]])
+    assert visible_counts(padding, ids, 2, M, sliding_window=2)[0].tolist() == expected[3:]
+    assert visible_counts(padding, ids, 5, M, sliding_window=3)[0, 2].tolist() == [0, 2, 0]
+    assert visible_counts(None, ids, 5, M, sliding_window=5)[0, 4].tolist() == [2, 2, 1]
+
+
+def test_count_free_weights():
+    """Each weight is divided by the number of keys of its part, and the rest is scaled to 1."""
+    weights = torch.tensor([0.2, 0.6, 0.2]).expand(1, 1, 2, 3)
+    counts = torch.tensor([[[2.0, 3.0, 1.0], [1.0, 6.0, 2.0]]])
+    expected = torch.tensor([[0.1, 0.2, 0.2], [0.2, 0.1, 0.1]])
+    torch.testing.assert_close(count_free(weights, counts)[0, 0], expected / expected.sum(dim=-1, keepdim=True))
+    nothing = count_free(torch.zeros(1, 1, 1, 3), torch.zeros(1, 1, 3))
+    assert nothing.eq(0).all(), "a query that sees nothing"
 
 
 def test_count_free_weights_do_not_depend_on_how_often_a_key_is_there():

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
 from modeling_sparse_moe_vlm.attention import SparseMoeVlmAttention
-from modeling_sparse_moe_vlm.attention_plan import AttentionParts
+from modeling_sparse_moe_vlm.attention_parts import AttentionParts
 from tests.support.models import TEXT_CONFIG, make_inputs, make_model
 from tests.test_generation import split_rows
 from tests.test_modeling import make_mixed_inputs, shift_left, use_attention
@@ -414,6 +414,25 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
 
 
 # ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.parametrize("settings", [{"learned_modality_priors": True}, LEARNED], ids=["equal", "unequal"])
+@torch.no_grad()
+def test_generation_with_a_static_cache_compiles_once(settings):
+    """Although priors that are equal need nothing at prefill, which is not compiled."""
+    torch._dynamo.reset()
+    model = make_model(**settings)
+    graphs: list = []
+    compile_config = CompileConfig(
+        fullgraph=True, mode=None, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    compile_config._compile_all_devices = True
+    given = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    for inputs in (make_inputs(), make_inputs(seed=1)):
+        expected = model.generate(**inputs, **given, disable_compile=True)
+        assert torch.equal(model.generate(**inputs, **given, compile_config=compile_config), expected)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("settings", [{}, LEARNED], ids=["read-out", "priors"])
