@@ -119,9 +119,26 @@ def test_recipes_differ_in_what_they_adapt_alone(name):
     [
         ("lora.rank=3", r"`lora` of the recipe .* has keys \['rank'\]"),
         ("lora.target_modules=[q_proj]", r"`lora` of the recipe .* has keys \['target_modules'\]"),
+        ("lora.r=few", r"`lora.r` must be a whole number, got few \(in the recipe .*experts\.yaml\)"),
+        ("lora.attention=yess", "`lora.attention` must be true or false, got yess"),
+        ("lora.lora_alpha=much", "`lora.lora_alpha` must be a number, got much"),
         ("tokenizer.vocab_size=300", r"unknown keys \['tokenizer'\]; known ones are \['model', 'lora', 'data', 'tr"),
     ],
 )
 def test_mistakes_in_recipes_are_named(override, message):
     with pytest.raises(ValueError, match=message):
         load_lora_recipe(RECIPES / "experts.yaml", [override])
+
+
+def test_values_of_lora_recipes_are_numbers_where_a_number_is_wanted():
+    overrides = ["lora.lora_dropout=1e-1", "lora.lora_alpha=.5", "lora.r=4", "lora.use_rslora=true"]
+    recipe = load_lora_recipe(RECIPES / "attention.yaml", overrides)
+    assert recipe.lora == {
+        "r": 4,
+        "lora_alpha": 0.5,
+        "attention": True,
+        "experts": [],
+        "lora_dropout": 0.1,
+        "use_rslora": True,
+    }
+    assert recipe.model == "outputs/demo/model"

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
@@ -53,8 +53,15 @@ def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRec
         [`LoraRecipe`]
 
     Raises:
-        ValueError: If the file or an override has a key that such recipes do not have, or an override no value.
+        ValueError: As [`~toolbox.training.recipes.load_recipe`] does.
     """
-    chosen = {*inspect.signature(expert_lora_config).parameters, *(entry.name for entry in fields(LoraConfig))}
-    sections = {"lora": chosen - SET_BY_SELECTION, "data": data_arguments(), "training": training_arguments()}
+    sections = {"lora": lora_arguments(), "data": data_arguments(), "training": training_arguments()}
     return LoraRecipe(**read_recipe(path, overrides, sections))
+
+
+def lora_arguments() -> dict[str, Any]:
+    """What the section `lora` of a recipe may have, with the types."""
+    # PEFT says that it takes whole numbers as `lora_alpha`, but it takes any.
+    types = get_type_hints(LoraConfig) | get_type_hints(expert_lora_config) | {"lora_alpha": float}
+    known = [*inspect.signature(expert_lora_config).parameters, *(entry.name for entry in fields(LoraConfig))]
+    return {name: types[name] for name in known if name not in SET_BY_SELECTION}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -17,8 +17,8 @@ from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 
-# What the scripts decide themselves.
-SET_BY_SCRIPT = {"output_dir", "remove_unused_columns"}
+# What a run decides itself.
+SET_BY_RUN = {"output_dir", "remove_unused_columns"}
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
 
@@ -62,15 +62,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [`Recipe`]
 
     Raises:
-        ValueError: If the file or an override has a key that recipes do not have, or an override no value; the message
-            names it.
+        ValueError: If the file is not YAML, the file or an override has a key that recipes do not have, or a value that
+            must be a number is not one; or if an override has no value. The message names the file and the key.
     """
-    tokenizer = {*inspect.signature(train_tokenizer).parameters} - {"texts"}
-    sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer}
+    sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer_arguments()}
     return Recipe(**read_recipe(path, overrides, sections))
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str], sections: Mapping[str, Collection[str]]) -> dict[str, Any]:
+def read_recipe(
+    path: str | Path, overrides: Sequence[str], sections: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """
     Reads a recipe of any kind, as [`load_recipe`] does.
 
@@ -79,13 +80,17 @@ def read_recipe(path: str | Path, overrides: Sequence[str], sections: Mapping[st
             The YAML file.
         overrides (`Sequence[str]`):
             Values to change.
-        sections (`Mapping[str, Collection[str]]`):
-            By section, the keys that it may have.
+        sections (`Mapping[str, Mapping[str, Any]]`):
+            By section, the keys that it may have, with the type of each value.
 
     Returns:
         `dict[str, Any]`: the sections, empty ones included, and `model`.
+
+    Raises:
+        ValueError: As [`load_recipe`] does.
+        OSError: If the file cannot be read.
     """
-    content = yaml.safe_load(Path(path).read_text())
+    content = _read_yaml(Path(path).read_bytes(), f"the recipe {path}")
     check(isinstance(content, dict), f"the recipe {path} must be a mapping with the key `model`.")
     for override in overrides:
         _override(content, override)
@@ -97,17 +102,20 @@ def read_recipe(path: str | Path, overrides: Sequence[str], sections: Mapping[st
         isinstance(content.get("model"), str),
         f"the recipe {path} needs the key `model`, a file or a name, got {content.get('model')!r}.",
     )
-    for section, arguments in sections.items():
+    for section, types in sections.items():
         if content.get(section) is None:
             content[section] = {}
         values = content[section]
         check(isinstance(values, dict), f"`{section}` of the recipe {path} must be a mapping, got {values!r}.")
-        unknown = [key for key in values if key not in arguments]
+        unknown = [key for key in values if key not in types]
         check(
             not unknown,
             f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them.",
         )
-    content["training"] = _with_numbers(content["training"])
+        content[section] = {
+            key: _of_type(value, types[key], f"`{section}.{key}`", f"in the recipe {path}")
+            for key, value in values.items()
+        }
     return content
 
 
@@ -139,6 +147,34 @@ def find_model(model: str, root: Path | None = None) -> str:
     return model
 
 
+def data_arguments() -> dict[str, Any]:
+    """What the section `data` of a recipe may have, with the types."""
+    types = get_type_hints(load_scenes) | get_type_hints(scenes)
+    return _without(types, {"kwargs", "return", "split", "num_examples"})
+
+
+def tokenizer_arguments() -> dict[str, Any]:
+    """What the section `tokenizer` of a recipe may have, with the types."""
+    return _without(get_type_hints(train_tokenizer), {"return", "texts"})
+
+
+def training_arguments() -> dict[str, Any]:
+    """What the section `training` of a recipe may have, with the types."""
+    types = get_type_hints(TrainingArguments)
+    return _without({entry.name: types[entry.name] for entry in fields(TrainingArguments) if entry.init}, SET_BY_RUN)
+
+
+def _without(types: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: of for name, of in types.items() if name not in names}
+
+
+def _read_yaml(text: bytes | str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+
+
 def _override(content: dict[str, Any], override: str) -> None:
     """Sets one value, as `"section.key=value"` says."""
     key, separator, value = override.partition("=")
@@ -149,31 +185,27 @@ def _override(content: dict[str, Any], override: str) -> None:
             content[section] = {}
         content = content[section]
         check(isinstance(content, dict), f"override {override!r}: {section!r} is a value, not a section.")
-    content[last] = yaml.safe_load(value)
+    content[last] = _read_yaml(value, f"the value of override {override!r}")
 
 
-def data_arguments() -> set[str]:
-    """What the section `data` of a recipe may have."""
-    drawn = {*inspect.signature(load_scenes).parameters, *inspect.signature(scenes).parameters}
-    return drawn - {"kwargs", "split", "num_examples"}
-
-
-def training_arguments() -> set[str]:
-    """What the section `training` of a recipe may have."""
-    return {entry.name for entry in fields(TrainingArguments) if entry.init} - SET_BY_SCRIPT
-
-
-def _with_numbers(training: dict[str, Any]) -> dict[str, Any]:
-    """Arguments in which `1e-3`, a string to YAML 1.1, is a number where a number is wanted."""
-    hints = get_type_hints(TrainingArguments)
-    numbers: dict[str, Any] = {}
-    for key, value in training.items():
-        types = get_args(hints[key]) or (hints[key],)
-        if not isinstance(value, str) or str in types or not re.fullmatch(NUMBER_WITH_EXPONENT, value):
-            continue
-        if float in types:
-            numbers[key] = float(value)
-        elif int in types:
-            check(float(value).is_integer(), f"`training.{key}` must be a whole number, got {value}.")
-            numbers[key] = int(float(value))
-    return training | numbers
+def _of_type(value: Any, hint: Any, name: str, where: str) -> Any:
+    """
+    The value of a key that takes a number, or true or false. A number such as `1e-3` is a string to YAML 1.1. Values of
+    other types are left to what they are arguments of.
+    """
+    types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    given = value
+    if isinstance(value, str) and types & {int, float} and str not in types:
+        value = float(value) if re.fullmatch(NUMBER_WITH_EXPONENT, value) else value
+    if not types <= {int, float, bool, NoneType} or (value is None and NoneType in types):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if float in types:
+        check(is_number, f"{name} must be a number, got {given} ({where}).")
+    elif int in types:
+        is_whole = is_number and (isinstance(value, int) or value.is_integer())
+        check(is_whole, f"{name} must be a whole number, got {given} ({where}).")
+        value = int(value)
+    else:
+        check(value in (True, False), f"{name} must be true or false, got {given} ({where}).")
+    return value

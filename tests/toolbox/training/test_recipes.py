@@ -1,6 +1,15 @@
 import pytest
 
-from modeling_sparse_moe_vlm.toolbox.training.recipes import Recipe, find_model, load_recipe
+from modeling_sparse_moe_vlm.toolbox.training.recipes import (
+    Recipe,
+    data_arguments,
+    find_model,
+    load_recipe,
+    read_recipe,
+    tokenizer_arguments,
+    training_arguments,
+)
+from tests.support.processes import ROOT
 
 
 def write(tmp_path, text: str):
@@ -27,6 +36,19 @@ def test_values_and_overrides(tmp_path):
         ('run_name: "2024"', "2024"),
         ("run_name: 12e4567", "12e4567"),
         ("lr_scheduler_kwargs: 1e-3", "1e-3"),
+        ("max_steps: -1", -1),
+        ("max_steps: 2.0", 2),
+        ("learning_rate: -.5E+1", -5.0),
+        ("learning_rate: 3", 3),
+        ("learning_rate: .inf", float("inf")),
+        ("max_grad_norm: 0", 0),
+        ("save_total_limit: null", None),
+        ("save_total_limit: 3e0", 3),
+        ("bf16: true", True),
+        ("bf16: 0", 0),
+        ("tf32: null", None),
+        ("report_to: [tensorboard]", ["tensorboard"]),
+        ("include_for_metrics: []", []),
     ],
 )
 def test_numbers_with_exponents_are_numbers_where_a_number_is_wanted(tmp_path, line, value):
@@ -46,6 +68,40 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
+def test_what_a_recipe_may_set():
+    assert {"max_steps", "learning_rate", "seed"} <= training_arguments().keys()
+    assert not {"output_dir", "remove_unused_columns"} & training_arguments().keys()
+    assert training_arguments()["max_steps"] is int
+    expected = {"num_train", "num_heldout", "seed", "grid", "cell_size", "vocabulary", "held_out_style", "jitter"}
+    assert data_arguments().keys() == expected
+    assert data_arguments()["num_heldout"] is int
+    assert tokenizer_arguments() == {"vocab_size": int}
+
+
+def test_an_override_opens_sections_at_any_depth(tmp_path):
+    path = write(tmp_path, "model: m\ntraining:\n")
+    overrides = ["training.lr_scheduler_kwargs.num_cycles=2", "model=other", "data.grid=[3, 2]", "tokenizer="]
+    assert load_recipe(path, overrides) == Recipe(
+        "other", {"grid": [3, 2]}, {"lr_scheduler_kwargs": {"num_cycles": 2}}, {}
+    )
+
+
+def test_the_last_override_counts_and_values_may_hold_equals_signs(tmp_path):
+    recipe = load_recipe(write(tmp_path, "model: m"), ["model=a", "model=b=c", "training.run_name=x=1"])
+    assert (recipe.model, recipe.training) == ("b=c", {"run_name": "x=1"})
+
+
+def test_recipes_of_other_kinds_have_sections_of_their_own(tmp_path):
+    path = write(tmp_path, "model: m\nown: {rate: 1e-2, name: 1e-2}")
+    assert read_recipe(path, [], {"own": {"rate": float, "name": str}, "other": {}}) == {
+        "model": "m",
+        "own": {"rate": 0.01, "name": "1e-2"},
+        "other": {},
+    }
+    with pytest.raises(ValueError, match=r"unknown keys \['own'\]; known ones are \['model', 'other'\]"):
+        read_recipe(path, [], {"other": {}})
+
+
 def test_models_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
     here, root = tmp_path / "here", tmp_path / "root"
     for folder in (here, root):
@@ -60,6 +116,16 @@ def test_models_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
     for wrong in ("neither.json", "outputs/demo/model"):
         with pytest.raises(FileNotFoundError, match=f"{here / wrong} or {root / wrong}"):
             find_model(wrong, root)
+
+
+def test_presets_are_found_by_name_where_no_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model("tiny") == str(ROOT / "configuration/models/tiny.json")
+    assert find_model("configuration/models/large.json") == str(ROOT / "configuration/models/large.json")
+    (tmp_path / "tiny").mkdir()
+    assert find_model("tiny") == str(tmp_path / "tiny")
+    assert find_model("gpt2") == "gpt2"
+    assert find_model("organisation/tiny") == "organisation/tiny"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +144,28 @@ def test_models_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
         ("model: m\ndata: {grids: [2, 2]}", [], r"`data` of the recipe .* has keys \['grids'\]"),
         ("model: m", ["data.split=test"], r"`data` of the recipe .* has keys \['split'\]"),
         ("model: m", ["tokenizer.texts=[a]"], r"`tokenizer` of the recipe .* has keys \['texts'\]"),
+        ("model: [", [], r"^the recipe .*recipe\.yaml is not YAML: "),
+        ("model: \x00", [], r"^the recipe .*recipe\.yaml is not YAML: "),
+        ("model: m", ["training.max_steps=["], r"^the value of override 'training\.max_steps=\[' is not YAML: "),
+        ("", [], r"recipe\.yaml must be a mapping with the key `model`"),
+        (
+            "model: m",
+            ["training.max_steps=ten"],
+            r"`training.max_steps` must be a whole number, got ten \(in the recipe .*recipe\.yaml\)",
+        ),
+        ("model: m", ["training.max_steps="], "`training.max_steps` must be a whole number, got None"),
+        ("model: m", ["training.max_steps=1.5"], "`training.max_steps` must be a whole number, got 1.5"),
+        ("model: m", ["training.max_steps=.nan"], "`training.max_steps` must be a whole number, got nan"),
+        ("model: m", ["training.max_steps=true"], "`training.max_steps` must be a whole number, got True"),
+        ("model: m", ["training.save_total_limit=few"], "`training.save_total_limit` must be a whole number, got few"),
+        ("model: m", ["training.learning_rate=[1]"], r"`training.learning_rate` must be a number, got \[1\]"),
+        ("model: m", ["training.learning_rate=1e-3x"], "`training.learning_rate` must be a number, got 1e-3x"),
+        ("model: m", ["training.learning_rate=false"], "`training.learning_rate` must be a number, got False"),
+        ("model: m", ["training.bf16=maybe"], "`training.bf16` must be true or false, got maybe"),
+        ("model: m", ["training.bf16=2"], "`training.bf16` must be true or false, got 2"),
+        ("model: m", ["data.num_train=many"], "`data.num_train` must be a whole number, got many"),
+        ("model: m", ["data.cell_size=null"], "`data.cell_size` must be a whole number, got None"),
+        ("model: m", ["tokenizer.vocab_size=1e-3"], "`tokenizer.vocab_size` must be a whole number, got 1e-3"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, overrides, message):
