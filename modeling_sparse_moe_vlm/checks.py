@@ -7,6 +7,20 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+# Sizes beyond these are mistakes. They are checked before anything loops over layers, groups or modalities.
+MAX_LAYERS = 4096
+MAX_EXPERTS = 1_000_000
+MAX_GROUPS = 1000
+MAX_MODALITIES = 100
+
+_LONGEST_SHOWN = 500
+
+
+def shown(value: Any) -> str:
+    """A value as error messages show it: its `repr`, cut off where that is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
 
 def check(condition: bool, message: str) -> None:
     """Raises `ValueError` with the message unless the condition holds."""
@@ -14,14 +28,17 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_integer(field: str, value: Any, *, at_least: int = 1, below: int | None = None) -> None:
-    """Raises `ValueError` unless the field holds an integer in the range."""
+def check_integer(
+    field: str, value: Any, *, at_least: int = 1, below: int | None = None, at_most: int | None = None
+) -> None:
+    """Raises `ValueError` unless the field holds an integer in the range, of which `at_most` is a plausible bound."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     wanted = f"of at least {at_least}" if below is None else f"from {at_least} to {below - 1}"
     check(
         is_integer and value >= at_least and (below is None or value < below),
-        f"`{field}` must be an integer {wanted}, got {value!r}.",
+        f"`{field}` must be an integer {wanted}, got {shown(value)}.",
     )
+    check(at_most is None or value <= at_most, f"`{field}` is {value}, which is not plausible: at most {at_most} is.")
 
 
 def check_number(field: str, value: Any, *, at_most: float = math.inf) -> None:
@@ -30,25 +47,29 @@ def check_number(field: str, value: Any, *, at_most: float = math.inf) -> None:
     wanted = "of at least 0" if at_most == math.inf else f"from 0 to {at_most}"
     check(
         is_number and 0 <= value <= at_most and value != math.inf,
-        f"`{field}` must be a number {wanted}, got {value!r}.",
+        f"`{field}` must be a number {wanted}, got {shown(value)}.",
     )
 
 
 def check_boolean(field: str, value: Any) -> None:
     """Raises `ValueError` unless the field holds `True` or `False`."""
-    check(isinstance(value, bool), f"`{field}` must be True or False, got {value!r}.")
+    check(isinstance(value, bool), f"`{field}` must be True or False, got {shown(value)}.")
 
 
 def check_choice(field: str, value: Any, choices: Collection[str]) -> None:
     """Raises `ValueError` unless the field holds one of the choices."""
-    check(isinstance(value, str) and value in choices, f"`{field}` must be one of {', '.join(choices)}, got {value!r}.")
-
-
-def check_sequence(field: str, value: Any, of: type) -> None:
-    """Raises `ValueError` unless the field holds a list (or tuple) of values of the type."""
     check(
-        isinstance(value, list | tuple) and all(isinstance(item, of) for item in value),
-        f"`{field}` must be a list of {of.__name__}, got {value!r}.",
+        isinstance(value, str) and value in choices,
+        f"`{field}` must be one of {', '.join(choices)}, got {shown(value)}.",
+    )
+
+
+def check_sequence(field: str, value: Any, of: type, *, at_most: int = MAX_LAYERS) -> None:
+    """Raises `ValueError` unless the field holds a list (or tuple) of at most that many values of the type."""
+    check(isinstance(value, list | tuple), f"`{field}` must be a list of {of.__name__}, got {shown(value)}.")
+    check(len(value) <= at_most, f"`{field}` has {len(value)} entries, which is not plausible: at most {at_most} is.")
+    check(
+        all(isinstance(item, of) for item in value), f"`{field}` must be a list of {of.__name__}, got {shown(value)}."
     )
 
 
@@ -56,13 +77,13 @@ def check_layers(field: str, layers: Any, num_hidden_layers: int) -> None:
     """Raises `ValueError` unless the field holds a list of layers that the model has."""
     check_sequence(field, layers, int)
     wrong = [layer for layer in layers if not 0 <= layer < num_hidden_layers]
-    check(not wrong, f"`{field}` names layers {wrong}, but the model has layers 0 to {num_hidden_layers - 1}.")
+    check(not wrong, f"`{field}` names layers {shown(wrong)}, but the model has layers 0 to {num_hidden_layers - 1}.")
     check_distinct(field, layers)
 
 
 def check_distinct(field: str, values: Sequence[Any]) -> None:
     """Raises `ValueError` if the field holds something twice."""
-    check(len(set(values)) == len(values), f"`{field}` repeats a value: {list(values)}.")
+    check(len(set(values)) == len(values), f"`{field}` repeats a value: {shown(list(values))}.")
 
 
 def check_spelling(unknown: Iterable[str], fields: Collection[str], *, kind: str = "field") -> None:

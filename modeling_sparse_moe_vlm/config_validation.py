@@ -6,8 +6,18 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .checks import check, check_boolean, check_choice, check_distinct, check_integer, check_number
-from .vision_tower import check_vision_config, patches_per_side
+from .checks import (
+    MAX_MODALITIES,
+    check,
+    check_boolean,
+    check_choice,
+    check_distinct,
+    check_integer,
+    check_number,
+    check_sequence,
+    shown,
+)
+from .vision_tower import check_depths, check_vision_config, patches_per_side
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
 # Fields of the decoder that hold whole numbers from 1, and True or False.
@@ -40,10 +50,12 @@ def check_text_fields(config: PreTrainedConfig) -> None:
         check(getattr(config, field) > 0, f"`{field}` must be more than 0, or its part would never be seen.")
     check(
         isinstance(config.rope_parameters, dict | None),
-        f"`rope_parameters` must be a dict, got {config.rope_parameters!r}.",
+        f"`rope_parameters` must be a dict, got {shown(config.rope_parameters)}.",
     )
-    if config.pad_token_id is not None:
-        check_integer("pad_token_id", config.pad_token_id, at_least=0, below=config.vocab_size)
+    for field in ("pad_token_id", "bos_token_id"):
+        if getattr(config, field) is not None:
+            check_integer(field, getattr(config, field), at_least=0, below=config.vocab_size)
+    _check_eos_token_ids(config)
     check(
         config.num_attention_heads % config.num_key_value_heads == 0,
         f"`num_attention_heads` ({config.num_attention_heads}) must be a multiple of `num_key_value_heads` "
@@ -58,6 +70,18 @@ def check_text_fields(config: PreTrainedConfig) -> None:
     else:
         check_integer("head_dim", config.head_dim)
         check(config.head_dim % 2 == 0, f"`head_dim` must be even for rotary embeddings, got {config.head_dim}.")
+
+
+def _check_eos_token_ids(config: PreTrainedConfig) -> None:
+    """One token, several that end a text, or none."""
+    ids = config.eos_token_id
+    if isinstance(ids, list | tuple):
+        check_sequence("eos_token_id", ids, int)
+        check(len(ids) > 0, "`eos_token_id` is an empty list: use None if no token ends a text.")
+        for position, token_id in enumerate(ids):
+            check_integer(f"eos_token_id[{position}]", token_id, at_least=0, below=config.vocab_size)
+    elif ids is not None:
+        check_integer("eos_token_id", ids, at_least=0, below=config.vocab_size)
 
 
 def check_rope(config: PreTrainedConfig) -> None:
@@ -108,16 +132,17 @@ def _check_modality_encoders(config: PreTrainedConfig) -> None:
         return
     further = [name for name in config.text_config.modalities if name not in ("text", "image")]
     check(
-        isinstance(encoders, dict) and set(encoders) <= set(further),
+        isinstance(encoders, dict) and len(encoders) <= MAX_MODALITIES and set(encoders) <= set(further),
         "`modality_encoders` must be a dict whose keys are further modalities of `text_config.modalities`, "
-        f"{further}, got {encoders!r}.",
+        f"{further}, got {shown(encoders)}.",
     )
     for name, encoder in encoders.items():
         check(
             isinstance(encoder, dict) and isinstance(encoder.get("model_type"), str) and "token_id" in encoder,
             f"`modality_encoders[{name!r}]` must be a dict with `model_type`, the encoder's fields and `token_id`, got "
-            f"{encoder!r}.",
+            f"{shown(encoder)}.",
         )
+        check_depths(f"modality_encoders[{name!r}]", encoder)
         check_integer(
             f"modality_encoders[{name!r}]['token_id']",
             encoder["token_id"],

@@ -8,7 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from .checks import check, check_boolean, check_distinct, check_integer, check_layers, check_sequence
+from .checks import (
+    MAX_EXPERTS,
+    MAX_GROUPS,
+    MAX_MODALITIES,
+    check,
+    check_boolean,
+    check_distinct,
+    check_integer,
+    check_layers,
+    check_sequence,
+)
 
 # Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
 BUILTIN_MODALITIES = ("text", "image", "video", "audio")
@@ -82,7 +92,7 @@ def resolve_groups(
     """
     if isinstance(groups, str):
         groups = _arrange(groups, modalities, 8 if num_experts is None else num_experts)
-    check_sequence("expert_groups", groups, dict)
+    check_sequence("expert_groups", groups, dict, at_most=MAX_GROUPS)
     groups = [_complete(group, modalities, intermediate_size, num_hidden_layers) for group in groups]
     check_distinct("expert_groups", [group["name"] for group in groups])
     return groups
@@ -94,7 +104,7 @@ def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[
         arrangement in ARRANGEMENTS,
         f"`expert_groups` must be one of {', '.join(ARRANGEMENTS)}, or a list of groups, got {arrangement!r}.",
     )
-    check_integer("num_experts", num_experts)
+    check_integer("num_experts", num_experts, at_most=MAX_EXPERTS)
     if arrangement == "isolated":
         share, rest = divmod(num_experts, len(modalities))
         check(
@@ -136,10 +146,10 @@ def _complete(
         'letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
     )
     field = f"expert_groups[{name!r}]"
-    for key in ("num_experts", "intermediate_size"):
-        check_integer(f"{field}.{key}", group[key])
+    check_integer(f"{field}.num_experts", group["num_experts"], at_most=MAX_EXPERTS)
+    check_integer(f"{field}.intermediate_size", group["intermediate_size"])
     check_boolean(f"{field}.always_on", group["always_on"])
-    check_sequence(f"{field}.modalities", group["modalities"], str)
+    check_sequence(f"{field}.modalities", group["modalities"], str, at_most=MAX_MODALITIES)
     unknown = sorted(set(group["modalities"]) - set(modalities))
     check(
         not unknown and len(group["modalities"]) > 0,

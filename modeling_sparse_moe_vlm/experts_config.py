@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import check_integer, check_spelling
+from .checks import MAX_LAYERS, check_integer, check_spelling
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .experts_validation import check_expert_fields, resolve_expert_groups
 
@@ -152,7 +152,13 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
     @property
     def sparse_layers(self) -> list[int]:
         """The layers that have experts, in order: router logits, biases and counts are listed by them."""
-        return [layer for layer in range(self.num_hidden_layers) if self.is_sparse_layer(layer)]
+        check_integer("num_hidden_layers", self.num_hidden_layers, at_most=MAX_LAYERS)  # it may have been changed
+        dense = set(self.mlp_only_layers)
+        return [
+            layer
+            for layer in range(self.decoder_sparse_step - 1, self.num_hidden_layers, self.decoder_sparse_step)
+            if layer not in dense
+        ]
 
     def layer_expert_groups(self, layer_idx: int, always_on: bool | None = None) -> tuple[ExpertGroup, ...]:
         """

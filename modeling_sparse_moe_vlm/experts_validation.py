@@ -7,6 +7,8 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 
 from .checks import (
+    MAX_LAYERS,
+    MAX_MODALITIES,
     check,
     check_boolean,
     check_choice,
@@ -15,14 +17,15 @@ from .checks import (
     check_layers,
     check_number,
     check_sequence,
+    shown,
 )
-from .expert_groups import BUILTIN_MODALITIES, resolve_groups
+from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
 
 logger = logging.get_logger(__name__)
 
 ROUTERS = ("softmax", "sigmoid", "top_p")
 # Fields that hold whole numbers from 1, numbers from 0, and True or False.
-_COUNTS = ("hidden_size", "num_hidden_layers", "decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
+_COUNTS = ("hidden_size", "decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
 _NUMBERS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef")
 _FLAGS = ("norm_topk_prob", "output_router_logits")
 
@@ -35,6 +38,7 @@ def check_expert_fields(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if a field of the experts' configuration is wrong by itself."""
     for field in _COUNTS:
         check_integer(field, getattr(config, field))
+    check_integer("num_hidden_layers", config.num_hidden_layers, at_most=MAX_LAYERS)
     for field in _NUMBERS:
         check_number(field, getattr(config, field))
     for field in _FLAGS:
@@ -44,7 +48,7 @@ def check_expert_fields(config: PreTrainedConfig) -> None:
     check_number("router_top_p", config.router_top_p, at_most=1)
     check(config.router_top_p > 0, "`router_top_p` must be more than 0, or no expert would be chosen.")
     check_layers("mlp_only_layers", config.mlp_only_layers, config.num_hidden_layers)
-    check_sequence("modalities", config.modalities, str)
+    check_sequence("modalities", config.modalities, str, at_most=MAX_MODALITIES)
     check_distinct("modalities", config.modalities)
     wrong = [name for i, name in enumerate(config.modalities) if name in BUILTIN_MODALITIES and name != _builtin(i)]
     check(
@@ -98,8 +102,15 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
             f"the sparse layers {sparse_layers}, or drop the group.",
         )
     num_routed = {0}
+    routed = [ExpertGroup.from_dict(group) for group in config.expert_groups if not group["always_on"]]
+    layers_of = [None if group.layers is None else set(group.layers) for group in routed]
+    arrangements: set[tuple[str, ...]] = set()  # layers with the same groups are checked once
     for layer in sparse_layers:
-        groups = config.layer_expert_groups(layer, always_on=False)
+        groups = [group for group, layers in zip(routed, layers_of, strict=True) if layers is None or layer in layers]
+        names = tuple(group.name for group in groups)
+        if names in arrangements:
+            continue
+        arrangements.add(names)
         check(
             bool(groups),
             f"`expert_groups` leaves sparse layer {layer} without a routed group: add one whose `layers` "
@@ -135,7 +146,7 @@ def _check_pools(config: PreTrainedConfig) -> None:
     check(
         isinstance(config.expert_pool, list | tuple) and len(config.expert_pool) == config.num_hidden_layers,
         f"`expert_pool` must be a list with a pool or None for each of the {config.num_hidden_layers} layers, got "
-        f"{config.expert_pool!r}.",
+        f"{shown(config.expert_pool)}.",
     )
     config.expert_pool = list(config.expert_pool)
     for layer, pool in enumerate(config.expert_pool):

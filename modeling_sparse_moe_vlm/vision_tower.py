@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import check, check_integer
+from .checks import MAX_LAYERS, check, check_integer
 
 # Towers that cut pictures in another way, by a field that only their configurations have, and what they do.
 _OTHER_FIELDS = {
@@ -18,6 +20,8 @@ _OTHER_TYPES = {
     "pixtral": "packs pictures of any size",
     "siglip2_vision_model": "takes pictures as lists of patches",
 }
+# Names of the number of layers in the library's configurations.
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
@@ -27,6 +31,7 @@ def check_vision_config(config: PreTrainedConfig) -> None:
     reason = _OTHER_TYPES.get(config.model_type) or next(
         (reason for field, reason in _OTHER_FIELDS.items() if getattr(config, field, None) is not None), None
     )
+    check_depths("vision_config", config.to_dict())
     check(reason is None, f"{name} {reason}, which the connector does not know: {advice}.")
     for field in ("image_size", "patch_size"):
         value = getattr(config, field, None)
@@ -37,6 +42,15 @@ def check_vision_config(config: PreTrainedConfig) -> None:
         config.image_size >= config.patch_size,
         f"`vision_config.image_size` ({config.image_size}) must be at least `patch_size` ({config.patch_size}).",
     )
+
+
+def check_depths(name: str, fields: dict[str, Any]) -> None:
+    """Raises `ValueError` if a library model would have more layers than is plausible: it makes them one by one."""
+    for field, value in fields.items():
+        if isinstance(value, dict):
+            check_depths(f"{name}.{field}", value)
+        elif field in _DEPTHS and isinstance(value, int):
+            check_integer(f"{name}.{field}", value, at_least=0, at_most=MAX_LAYERS)
 
 
 def patches_per_side(config: PreTrainedConfig) -> int:
