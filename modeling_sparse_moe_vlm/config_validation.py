@@ -109,7 +109,7 @@ def check_fields(config: PreTrainedConfig) -> None:
     for field in ("tie_word_embeddings", "use_cache", "multimodal_projector_bias"):
         check_boolean(field, getattr(config, field))
     check_choice("projector_hidden_act", config.projector_hidden_act, ACT2FN)
-    check_integer("image_token_id", config.image_token_id, at_least=0, below=text.vocab_size)
+    _check_image_token(config.image_token_id, text.vocab_size)
     check_integer("pixel_shuffle_factor", config.pixel_shuffle_factor)
     check(
         config.image_token_id != text.pad_token_id,
@@ -124,6 +124,21 @@ def check_fields(config: PreTrainedConfig) -> None:
         f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
     )
     _check_modality_encoders(config)
+
+
+def _check_image_token(image_token_id: int, vocab_size: int) -> None:
+    try:
+        check_integer("image_token_id", image_token_id, at_least=0, below=vocab_size)
+    except ValueError as error:
+        if not isinstance(image_token_id, int) or image_token_id < vocab_size:
+            raise
+        raise ValueError(
+            f"{error} A new token of the tokenizer has no row among the {vocab_size} of `text_config.vocab_size`: set "
+            "that to `len(tokenizer)`. If the weights have no more rows, build the model with another `image_token_id` "
+            "and then write:\n"
+            "    model.resize_token_embeddings(len(tokenizer))\n"
+            f"    model.config.image_token_id = {image_token_id}"
+        ) from None
 
 
 def _check_modality_encoders(config: PreTrainedConfig) -> None:

@@ -6,14 +6,14 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 
 # isort: split
 
-import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken, image_utils
-from transformers.convert_slow_tokenizer import normalizers
+from transformers import AddedToken
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .control_tokens import ControlTokens, as_schemas, check_encodable, control_tokens
+from .image_reading import CHANNELS_LAST, read_images
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -47,10 +47,9 @@ DEFAULT_CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-# A code point that Unicode keeps for the inside of programs. It breaks image tokens that a user typed: no placeholder
-# matches a broken one, and the tokenizer drops the mark after it has looked for special tokens.
-_MARK = "\ufdd0"
-_MEDIA_TYPES = ("image", "image_url", "video", "audio")
+
+# What is neither a message nor a part of one. Objects of dataclasses and Pydantic models may be.
+_PLAIN = (str, bytes, int, float, list, tuple, type(None))
 
 
 class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
@@ -59,11 +58,15 @@ class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignor
 
 class SparseMoeVlmProcessor(ProcessorMixin):
     r"""
-    Makes model inputs from text, pictures and conversations.
+    Makes model inputs from text, images and conversations.
 
-    The text holds one image token per picture, which becomes `image_seq_length` of them. In conversations
-    (`apply_chat_template`) only content parts of type `"image"` are pictures: the image token typed inside a text part
-    stays text.
+    The text holds one image token per image, which becomes `image_seq_length` of them. In conversations
+    (`apply_chat_template`) only content parts of type `"image"` are images, and only the chat template writes control
+    tokens: special tokens that are typed inside a text stay text.
+
+    Images may have any form (PIL images, paths, URLs, base64 text, bytes, arrays and tensors) and mode. The image
+    processor gets them as RGB images of Pillow that look as they do to a person: upright by their EXIF orientation,
+    transparency on white, 16 bits and floats scaled to 8 bits.
 
     Args:
         image_processor (`BaseImageProcessor`):
@@ -71,18 +74,18 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of the decoder; its vocabulary must hold the image token.
         image_seq_length (`int`):
-            Number of tokens that one picture becomes: `config.image_seq_length`.
+            Number of tokens that one image becomes: `config.image_seq_length`.
         chat_template (`str`, *optional*):
             Jinja template; ChatML by default.
         image_token (`str`, *optional*, defaults to `"<image>"`):
-            Placeholder of a picture in the text.
+            Placeholder of an image in the text.
 
     Raises:
         ValueError: If the vocabulary lacks the image token.
 
     ```python
     >>> processor = SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
-    >>> inputs = processor(text="<image> What is this?", images=picture, return_tensors="pt")
+    >>> inputs = processor(text="<image> What is this?", images=image, return_tensors="pt")
     >>> sorted(inputs)
     ['attention_mask', 'input_ids', 'mm_token_type_ids', 'pixel_values']
     ```
@@ -102,14 +105,22 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"the tokenizer's vocabulary lacks the image token {image_token!r}: add it with "
-                f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{image_token!r}]}})` and resize the "
-                "model's embeddings, or name an existing token with `image_token`."
+                f"`tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}, "
+                "replace_extra_special_tokens=False)`, or name an existing token with `image_token`. For a new token, "
+                "then tell the model, and give it more embeddings unless it has spare ones:\n"
+                f"    model.config.image_token_id = tokenizer.convert_tokens_to_ids({image_token!r})\n"
+                "    if len(tokenizer) > model.get_input_embeddings().num_embeddings:\n"
+                "        model.resize_token_embeddings(len(tokenizer))"
             )
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        self._can_be_text = _tell_from_text(tokenizer, image_token)
+        known = tokenizer.added_tokens_decoder.get(self.image_token_id)
+        if known is None or known.normalized or not known.special:
+            tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
+        self._last_control_tokens: tuple[Any, ControlTokens] | None = None
+        self._control_tokens(self._template(None) or "")  # sets the tokenizer up
 
     @property
     def model_input_names(self) -> list[str]:
@@ -120,41 +131,60 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         return ["token_type_ids"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Loads and checks the pictures, and makes lists of single inputs.
+        """Reads and checks the images (see `image_reading.read_images`), and makes lists of single inputs.
+
+        Args:
+            images:
+                An image, a list of images in the order of the image tokens, or a list with an image, a list of images
+                or `None` for each text.
+            text (`str` or `list[str]`):
+                The texts.
 
         Raises:
-            ValueError: For videos and audio, for empty texts, for a picture that cannot be read or is absurdly large,
-                and for a number of pictures that differs from that of the placeholders. The message names the text or
-                picture.
+            ValueError: For videos and audio, for empty texts and lone surrogates, for an image that cannot be read or
+                is absurdly large, and for a number of images that differs from that of the placeholders. The message
+                names the text or image.
         """
         if videos is not None or audio is not None:
-            raise ValueError("the processor takes pictures and texts, neither `videos` nor `audio`.")
+            raise ValueError("the processor takes images and texts, neither `videos` nor `audio`.")
         rows = None
         if text is not None:
             rows = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else [text]
             for position, row in enumerate(rows):
                 if not isinstance(row, str) or not row:
                     raise ValueError(f"`text` must be non-empty strings, but text[{position}] is {row!r}.")
+                check_encodable(row, f"text[{position}]")
             if not rows:
                 raise ValueError("`text` is empty: give at least one string.")
         if images is not None:
-            images = self._load_images(images)
-            images = images if isinstance(images, list) else [images]
+            options: dict[str, Any] = {"do_rescale": getattr(self.image_processor, "do_rescale", True)}
+            options |= kwargs | (kwargs.get("images_kwargs") or {})
+            images = read_images(images, options.get("input_data_format"), options["do_rescale"])
         if rows is not None:
             _check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
         if images is not None:
-            images = [image for row in images for image in (row if isinstance(row, list) else [row])] or None
+            flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
+            if rows is None and None in flat:
+                raise ValueError("`images` holds None, which is no image, but there is no `text` whose row it is for.")
+            images = [image for image in flat if image is not None] or None
         return super().prepare_inputs_layout(images=images, text=rows, **kwargs)
+
+    def _process_images(self, images, **kwargs):
+        # What was read has the channels last, whatever the user's arrays had.
+        kwargs.pop("input_data_format", None)
+        if any(not hasattr(image, "mode") for image in images):
+            kwargs["input_data_format"] = CHANNELS_LAST
+        return super()._process_images(images, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """
-        Number of placeholder tokens of pictures of the given sizes (every picture is resized to the same number).
+        Number of placeholder tokens of images of the given sizes (every image is resized to the same number).
 
         Args:
-            image_sizes (`list[list[int]]`, *optional*): Height and width of each picture.
+            image_sizes (`list[list[int]]`, *optional*): Height and width of each image.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -164,117 +194,102 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """
-        See [`~transformers.ProcessorMixin.apply_chat_template`]. Image tokens inside texts stay text.
+        See [`~transformers.ProcessorMixin.apply_chat_template`].
+
+        Control tokens that are typed in messages (of any role), in roles, `tools` and `documents` stay text, with and
+        without `tokenize`. These are the special tokens and, except in what the assistant says, the added tokens that
+        look like control tokens: those in `tokenizer.chat_control_tokens` if it is set, or else those that the template
+        writes and those in brackets (`<think>`). Other template variables are rendered as they are.
+
+        Args:
+            conversation (`list[dict]` or `list[list[dict]]`):
+                The messages of a conversation, or of several.
+            chat_template (`str`, *optional*):
+                A template, or the name of one; the processor's by default.
+            sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
+                `False` lets texts write control tokens. Only image tokens stay text.
 
         Raises:
-            ValueError: If the conversation is empty, or if a text holds the image token and the tokenizer cannot encode
-                it as text.
+            ValueError: If the conversation is empty or is not made of messages, or if a text holds lone surrogates, or
+                a control token that the tokenizer cannot encode as text. The message names the text.
         """
-        if len(conversation) == 0:
-            raise ValueError("`conversation` is empty: give at least one message.")
-        kwargs |= {key: self._as_text(kwargs[key]) for key in ("tools", "documents") if kwargs.get(key)}
-        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        conversation = _messages(conversation)
+        _check_conversation(conversation, parts=bool(kwargs.get("tokenize")))
+        template = self._template(chat_template) or chat_template or ""
+        tokens = self._control_tokens(template, kwargs.pop("sanitize_control_tokens", True))
+        if kwargs.get("tools"):
+            kwargs["tools"] = tokens.as_text(as_schemas(kwargs["tools"]), "tools")
+        if kwargs.get("documents"):
+            kwargs["documents"] = tokens.as_text(kwargs["documents"], "documents")
         # Given to another template, the variable would pass for an argument of the tokenizer.
-        if "image_token" in (named.get(chat_template or "default") or chat_template or ""):
+        if "image_token" in template:
             kwargs.setdefault("image_token", self.image_token)
-        return super().apply_chat_template(self._as_text(conversation), chat_template, **kwargs)
+        return super().apply_chat_template(tokens.as_text(conversation, "conversation"), chat_template, **kwargs)
 
-    def _as_text(self, node: Any) -> Any:
-        """A copy of (a part of) a conversation in which no text can become an image token."""
-        if isinstance(node, str):
-            return self._break_image_tokens(node)
-        if isinstance(node, (list, tuple)):
-            return [self._as_text(item) for item in node]
-        if isinstance(node, dict):
-            kind = node.get("type")
-            if kind == "text" or kind in _MEDIA_TYPES:
-                # Rows of a table have every key of every part.
-                node = {key: value for key, value in node.items() if value is not None}
-            if kind in _MEDIA_TYPES:
-                return node
-            return {key: value if key in ("role", "type") else self._as_text(value) for key, value in node.items()}
-        return node
+    def _template(self, name: str | None) -> str | None:
+        """The processor's template of a name; `None` if there is none."""
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        return named.get(name or "default")
 
-    def _break_image_tokens(self, text: str) -> str:
-        first, rest = self.image_token[:1], self.image_token[1:]
-        if not self._can_be_text:
-            if self.image_token in text:
-                raise ValueError(
-                    f"a text of the conversation holds the image token {self.image_token!r}, which this tokenizer "
-                    "cannot encode as text: remove it, or use a fast tokenizer whose image token is no ordinary word."
-                )
-            return text
-        text = re.sub(f"{re.escape(first)}(?={re.escape(rest)})", rf"\g<0>{_MARK}", text)
-        # The next text may go on where this one ends.
-        if any(text.endswith(self.image_token[:length]) for length in range(1, len(self.image_token))):
-            text += _MARK
-        return text
+    def _control_tokens(self, template: str, sanitize: bool = True) -> ControlTokens:
+        tokens = control_tokens(self.tokenizer, template, self.image_token) if sanitize else ([self.image_token], [])
+        key = (id(self.tokenizer), tokens)
+        if self._last_control_tokens is None or self._last_control_tokens[0] != key:
+            self._last_control_tokens = (key, ControlTokens(self.tokenizer, *tokens))
+        return self._last_control_tokens[1]
 
-    def _load_images(self, images: Any, position: str = "") -> Any:
-        if isinstance(images, (list, tuple)):
-            return [self._load_images(image, f"{position}[{i}]") for i, image in enumerate(images)]
-        name = f"images{position}"
-        pil = image_utils.PIL.Image
-        try:
-            with warnings.catch_warnings():
-                # Pillow only warns of a picture between one and two times its limit.
-                warnings.simplefilter("error", pil.DecompressionBombWarning)
-                if isinstance(images, str):
-                    images = image_utils.load_image(images)
-                is_empty = 0 in (images.size if isinstance(images, pil.Image) else getattr(images, "shape", ()))
-                if isinstance(images, pil.Image) and not is_empty:
-                    limit = pil.MAX_IMAGE_PIXELS
-                    if limit is not None and images.width * images.height > limit:
-                        raise pil.DecompressionBombError(
-                            f"{images.width} × {images.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})"
-                        )
-                    images.load()
-        except (pil.DecompressionBombWarning, pil.DecompressionBombError) as error:
-            raise ValueError(f"{name} is absurdly large: {error}") from error
-        except Exception as error:  # Pillow lets any error of a decoder through
-            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-        if is_empty:
-            raise ValueError(f"{name} is empty: it has no pixels.")
-        if not image_utils.is_valid_image(images):
-            raise ValueError(f"{name} is no picture: give a PIL image, an array, a path or a URL, not {type(images)}.")
-        return images
+
+def _messages(conversation: Any) -> Any:
+    """Lists of messages, also of objects that hold them."""
+    conversation = getattr(conversation, "messages", conversation)
+    if isinstance(conversation, (list, tuple)):
+        return [getattr(item, "messages", item) for item in conversation]
+    return conversation
+
+
+def _check_conversation(conversation: Any, parts: bool) -> None:
+    """Raises `ValueError` unless this is a conversation, or several; checks the parts of contents if they are read."""
+    if not isinstance(conversation, list):
+        raise ValueError(f"`conversation` must be a list of messages, got {type(conversation)}.")
+    if not conversation:
+        raise ValueError("`conversation` is empty: give at least one message.")
+    if isinstance(conversation[0], (list, tuple)):
+        named = {f"conversation[{i}]": messages for i, messages in enumerate(conversation)}
+    else:
+        named = {"conversation": conversation}
+    for name, messages in named.items():
+        if not isinstance(messages, (list, tuple)):
+            raise ValueError(f"{name} must be a list of messages, got {type(messages)}.")
+        for i, message in enumerate(messages):
+            if isinstance(message, _PLAIN):
+                raise ValueError(f"{name}[{i}] must be a message with `role` and `content`, got {message!r}.")
+            content = message.get("content") if isinstance(message, dict) else None
+            if parts and content is not None and not isinstance(content, str):
+                _check_parts(content, f"{name}[{i}]['content']")
+
+
+def _check_parts(content: Any, name: str) -> None:
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"{name} must be a string or a list of parts, got {content!r}.")
+    for i, part in enumerate(content):
+        if isinstance(part, _PLAIN):
+            raise ValueError(f"{name}[{i}] must be a dict, such as {{'type': 'text', 'text': …}}, got {part!r}.")
+        if isinstance(part, dict) and not isinstance(part.get("type"), str):
+            raise ValueError(f"{name}[{i}] lacks `type`: add 'text' or 'image'.")
 
 
 def _check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
-    """Raises `ValueError` unless there are as many pictures as image tokens, in every text if nested by text."""
+    """Raises `ValueError` unless there are as many images as image tokens, in every text if they are given by text."""
     rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images passed"
-    if any(isinstance(row, list) for row in images):
+    if any(image is None or isinstance(image, list) for image in images):
         if len(images) != len(num_tokens):
             raise ValueError(f"{rule}: `images` is for {len(images)} texts, but `text` has {len(num_tokens)}.")
-        for row, (pictures, number) in enumerate(zip(images, num_tokens, strict=True)):
-            num_pictures = len(pictures) if isinstance(pictures, list) else 1
-            if num_pictures != number:
-                raise ValueError(f"{rule}: text[{row}] has {number} tokens, but {num_pictures} images.")
+        for i, (row, number) in enumerate(zip(images, num_tokens, strict=True)):
+            num_images = sum(image is not None for image in (row if isinstance(row, list) else [row]))
+            if num_images != number:
+                raise ValueError(f"{rule}: text[{i}] has {number} tokens, but {num_images} images.")
     elif len(images) != sum(num_tokens):
         raise ValueError(f"{rule}: there are {sum(num_tokens)} tokens, but {len(images)} images.")
-
-
-def _tell_from_text(tokenizer, image_token: str) -> bool:
-    """
-    Sets the tokenizer up so that a broken image token is encoded as text.
-
-    Returns:
-        `bool`: Whether that is possible: not with slow tokenizers, nor if the image token is an ordinary word.
-    """
-    known = tokenizer.added_tokens_decoder.get(tokenizer.convert_tokens_to_ids(image_token))
-    if known is None or known.normalized or not known.special:
-        # Looked for before normalisation, so before the marks are dropped.
-        tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or len(image_token) < 2:
-        return False
-    normalizer = backend.normalizer
-    if normalizer is None or _MARK in normalizer.normalize_str(f"a{_MARK}a"):
-        drop = normalizers.Replace(_MARK, "")
-        backend.normalizer = drop if normalizer is None else normalizers.Sequence([drop, normalizer])
-    broken = image_token[0] + _MARK + image_token[1:]
-    token_id = tokenizer.convert_tokens_to_ids(image_token)
-    return token_id not in tokenizer(broken, add_special_tokens=False)["input_ids"]
 
 
 SparseMoeVlmProcessor.register_for_auto_class()

@@ -1,18 +1,15 @@
-import base64
 import copy
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AddedToken, BitImageProcessorPil, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
-from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import _MARK
+from modeling_sparse_moe_vlm.control_tokens import MARK
 from tests.support.processors import (
     IMAGE_SEQ_LENGTH,
     assistant,
@@ -86,34 +83,6 @@ def test_text_only_and_empty_list_of_pictures(processor):
     assert sorted(expected) == ["attention_mask", "input_ids", "mm_token_type_ids"]
     for images in ([], (), [[]]):
         assert processor(text="hello", images=images).data == expected.data
-
-
-def test_tensors_and_arrays_are_pictures_too(processor):
-    array = np.asarray(make_picture())
-    expected = processor(text="<image>", images=make_picture(), return_tensors="pt")["pixel_values"]
-    for image in (array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
-        pixel_values = processor(text="<image>", images=image, return_tensors="pt")["pixel_values"]
-        assert pixel_values.shape == expected.shape
-        assert (pixel_values - expected).abs().max() < 0.05  # resized by another library, perhaps
-
-
-@pytest.mark.parametrize("form", ["path", "base64", "data_url"])
-def test_pictures_from_files_and_strings(processor, tmp_path, form):
-    picture = make_picture()
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    (tmp_path / "picture.png").write_bytes(buffer.getvalue())
-    encoded = base64.b64encode(buffer.getvalue()).decode()
-    source = {
-        "path": str(tmp_path / "picture.png"),
-        "base64": encoded,
-        "data_url": f"data:image/png;base64,{encoded}",
-    }[form]
-    expected = processor(text="<image>", images=picture, return_tensors="pt")["pixel_values"]
-    actual = processor(text="<image>", images=source, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(actual, expected)
-    message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": source}}]}
-    torch.testing.assert_close(processor.apply_chat_template([message], **CHAT)["pixel_values"], expected)
 
 
 @pytest.mark.parametrize(
@@ -197,69 +166,6 @@ def test_nothing_at_all(processor):
         processor()
     with pytest.raises(ValueError, match="`conversation` is empty"):
         processor.apply_chat_template([])
-
-
-@pytest.mark.parametrize("case", ["truncated", "text", "empty", "missing", "directory", "nonsense"])
-def test_unreadable_pictures(processor, tmp_path, case):
-    path = tmp_path / "picture.png"
-    if case == "truncated":
-        make_picture(width=200, height=200).save(path)
-        path.write_bytes(path.read_bytes()[:2000])
-    elif case == "text":
-        path.write_text("this is no picture")
-    elif case == "empty":
-        path.write_bytes(b"")
-    elif case == "directory":
-        path.mkdir()
-    source = "no picture" if case == "nonsense" else str(path)
-    good = make_picture()
-    with pytest.raises(ValueError, match=r"images\[1\] cannot be read as a picture"):
-        processor(text="<image><image>", images=[good, source])
-    with pytest.raises(ValueError, match=r"images\[1\]\[0\] cannot be read as a picture"):
-        processor.apply_chat_template(
-            [[user(good)], [{"role": "user", "content": [{"type": "image", "url": source}]}]], **CHAT
-        )
-    if case == "truncated":  # Pillow opens it, and reads it later
-        with pytest.raises(ValueError, match=r"images\[0\] cannot be read as a picture"):
-            processor(text="<image>", images=[Image.open(path)])
-
-
-@pytest.mark.parametrize("times_the_limit", [1.5, 4])
-def test_decompression_bombs(processor, tmp_path, monkeypatch, times_the_limit):
-    """Refused by their size alone: the file that is cut off shows that nothing was decoded before."""
-    path, cut = tmp_path / "bomb.png", tmp_path / "cut.png"
-    Image.new("1", (int(100 * times_the_limit), 100)).save(path)
-    cut.write_bytes(path.read_bytes()[:50])
-    opened = Image.open(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100 * 100)
-    for bomb in (str(path), str(cut), opened):
-        with pytest.raises(ValueError, match=r"images\[0\] is absurdly large: .*pixels"):
-            processor(text="<image>", images=[bomb])
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    for picture in (str(path), opened):
-        assert processor(text="<image>", images=[picture])["pixel_values"][0].shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    "image",
-    [Image.new("RGB", (0, 5)), np.zeros((0, 4, 3)), torch.zeros(3, 5, 0)],
-    ids=["pil", "array", "tensor"],
-)
-def test_pictures_without_pixels(processor, image):
-    with pytest.raises(ValueError, match="is empty"):
-        processor(text="<image>", images=[image])
-
-
-@pytest.mark.parametrize("image", [7, None, {"a": 1}])
-def test_what_is_no_picture(processor, image):
-    with pytest.raises(ValueError, match=r"images\[0\] is no picture"):
-        processor(text="<image>", images=[image])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK", "LA"])
-def test_pictures_of_every_mode(processor, mode):
-    picture = Image.new(mode, (9, 7))
-    assert processor(text="<image>", images=picture, return_tensors="pt")["pixel_values"].shape == (1, 3, 16, 16)
 
 
 def test_constructor_errors():
@@ -382,7 +288,7 @@ def test_typed_image_token_stays_text(kind, text):
         for inputs in (whole, parts):
             assert inputs["input_ids"].tolist() == [expected]
             assert inputs["mm_token_type_ids"].tolist() == [[int(token == IMAGE) for token in expected]]
-        assert _MARK not in processor.decode(expected)
+        assert MARK not in processor.decode(expected)
         assert tokenizer(prompt)["input_ids"].count(IMAGE) == has_picture
 
 
@@ -395,7 +301,7 @@ def test_texts_of_any_shape_make_no_image_token(image_token):
         image_token * 2,
         image_token + image_token[half:],
         image_token[:half] + image_token,
-        image_token[0] + _MARK + image_token[1:],
+        image_token[0] + MARK + image_token[1:],
         *(image_token[:length] for length in range(1, len(image_token))),
     ]
     for text in texts:
@@ -403,8 +309,8 @@ def test_texts_of_any_shape_make_no_image_token(image_token):
         inputs = processor.apply_chat_template([user(text, rest, make_picture(), text, rest)], **CHAT)
         assert (inputs["input_ids"] == IMAGE).sum() == IMAGE_SEQ_LENGTH
         decoded = processor.decode(inputs["input_ids"][0])
-        assert decoded.count(text.replace(_MARK, "") + rest) >= 2
-        assert _MARK not in decoded
+        assert decoded.count(text.replace(MARK, "") + rest) >= 2
+        assert MARK not in decoded
 
     template = (
         "{{ messages[0]['tool_calls'][0]['function']['arguments']['q'] }}{{ documents[0]['text'] }}"
@@ -438,7 +344,9 @@ def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
     template = "{% for part in messages[0]['content'] %}{{ part['text'] or image_token }}{% endfor %}"
     inputs = processor.apply_chat_template([user("a of ", make_picture())], template, **CHAT)
     assert inputs["input_ids"].tolist() == [[3, 4, 2, 2]]
-    with pytest.raises(ValueError, match="a text of the conversation holds the image token 'picture'"):
+    with pytest.raises(
+        ValueError, match=r"conversation\[0\]\['content'\]\[0\]\['text'\] holds the control token 'picture'"
+    ):
         processor.apply_chat_template([user("a picture", make_picture())], template, **CHAT)
 
 
