@@ -70,6 +70,7 @@ MIN_CELL_SIZE = 8  # pixels; smaller drawings cannot be told apart
 MAX_COUNT = 3
 DESCRIBED_EMPTY = 0.2  # chance of an empty cell in scenes to be described; with more, "nothing" would be a good guess
 MAX_TRIES = 1000
+MAX_EXAMPLES = 1_000_000  # about 5 GB of pictures in memory
 ROWS_PER_PART = 1000
 
 
@@ -165,6 +166,8 @@ def load_scenes(
     Raises:
         `ValueError`: As [`scenes`] does.
     """
+    _check_num_rows("num_train", num_train)
+    _check_num_rows("num_heldout", num_heldout)
     splits = [split for split in SPLITS if split != "test_style" or held_out_style is not None]
     return DatasetDict(
         {
@@ -198,6 +201,8 @@ def load_new_style(
     Raises:
         `ValueError`: As [`scenes`] does.
     """
+    _check_num_rows("num_train", num_train)
+    _check_num_rows("num_heldout", num_heldout)
     # The training split is drawn in every style but the one that is held out.
     known = next(style for style in STYLES if style != held_out_style)
     return DatasetDict(
@@ -459,6 +464,15 @@ def _look_up(vocabulary: Sequence[str]) -> list[dict[str, Any]]:
     return entries
 
 
+def _check_num_rows(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"`{name}` must be at least 1, not {value}.")
+    if value > MAX_EXAMPLES:
+        raise ValueError(
+            f"`{name}` must be at most {MAX_EXAMPLES}, not {value}, since the examples are kept in memory."
+        )
+
+
 def _check_arguments(
     split: str, num_examples: int, grid: tuple[int, int], cell_size: int, held_out_style: str | None, jitter: int
 ) -> None:
@@ -470,8 +484,7 @@ def _check_arguments(
             "There is no split 'test_style' with `held_out_style=None`, since training then uses all styles. Pass "
             f"one of {', '.join(map(repr, STYLES))} as `held_out_style`."
         )
-    if num_examples < 1:
-        raise ValueError(f"`num_examples` must be at least 1, not {num_examples}.")
+    _check_num_rows("num_examples", num_examples)
     if len(grid) != 2 or not all(1 <= side <= MAX_SIDE for side in grid) or max(grid) < 2:
         raise ValueError(
             f"`grid` must be (rows, columns), each from 1 to {MAX_SIDE} and not both 1, such as (2, 2), not {grid!r}."

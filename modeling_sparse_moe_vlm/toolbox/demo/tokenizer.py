@@ -7,7 +7,17 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+MAX_VOCAB_SIZE = 1_000_000
 PAD, IMAGE, START, END = "<pad>", "<image>", "<|im_start|>", "<|im_end|>"
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises `ValueError` unless [`train_tokenizer`] can make a vocabulary of that size."""
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len([PAD, IMAGE, START, END])
+    if vocab_size < smallest:
+        raise ValueError(f"`vocab_size` must be at least {smallest}, got {vocab_size}.")
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(f"`vocab_size` must be at most {MAX_VOCAB_SIZE}, got {vocab_size}.")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -18,19 +28,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         texts (`Iterable[str]`):
             What the tokenizer is trained on.
         vocab_size (`int`, defaults to 1024):
-            Largest size of the vocabulary; at least 256 bytes, 4 special tokens.
+            Largest size of the vocabulary: at least 260 (256 bytes and 4 special tokens), at most 1,000,000.
 
     Returns:
         `PreTrainedTokenizerFast`: with the special tokens `<pad>`, `<image>`, `<|im_start|>` and `<|im_end|>` (ids 0 to
         3), of which the last ends a turn.
 
     Raises:
-        ValueError: If `vocab_size` does not even hold the bytes and special tokens.
+        ValueError: If `vocab_size` does not even hold the bytes and special tokens, or is absurd.
     """
+    check_vocab_size(vocab_size)
     special_tokens = [PAD, IMAGE, START, END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(alphabet) + len(special_tokens):
-        raise ValueError(f"`vocab_size` must be at least {len(alphabet) + len(special_tokens)}, got {vocab_size}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

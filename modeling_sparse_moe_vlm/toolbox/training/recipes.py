@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ...checks import check
 from ..demo.scenes import load_scenes, scenes
-from ..demo.tokenizer import train_tokenizer
+from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 
 # What a run decides itself.
@@ -62,11 +62,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         [`Recipe`]
 
     Raises:
-        ValueError: If the file is not YAML, the file or an override has a key that recipes do not have, or a value that
-            must be a number is not one; or if an override has no value. The message names the file and the key.
+        ValueError: If the file is not YAML; if the file or an override has a key that recipes do not have; if a value
+            that must be a number is not one; if an override has no value; or if the tokenizer cannot have its
+            `vocab_size`. The message names the file and the key.
     """
     sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer_arguments()}
-    return Recipe(**read_recipe(path, overrides, sections))
+    recipe = Recipe(**read_recipe(path, overrides, sections))
+    # Now, since the data are made first, which may take minutes.
+    if "vocab_size" in recipe.tokenizer:
+        check_vocab_size(recipe.tokenizer["vocab_size"])
+    return recipe
 
 
 def read_recipe(

@@ -16,6 +16,7 @@ from modeling_sparse_moe_vlm.toolbox.demo.emoji import SPLITS, draw_on_white, lo
 from modeling_sparse_moe_vlm.toolbox.demo.scenes import (
     DEFAULT_VOCABULARY,
     arrangement_split,
+    load_new_style,
     load_scenes,
     scenes,
     to_messages,
@@ -302,6 +303,7 @@ def test_messages():
             "no split 'test_style' with `held_out_style=None`.* Pass one of 'twemoji', 'noto'",
         ),
         ({"num_examples": 0}, "`num_examples` must be at least 1, not 0"),
+        ({"num_examples": 1_000_001}, "`num_examples` must be at most 1000000, not 1000001"),
         ({"grid": (1, 1)}, r"`grid` must be \(rows, columns\), each from 1 to 8 and not both 1.* not \(1, 1\)"),
         ({"grid": (0, 4)}, r"`grid` must be .* not \(0, 4\)"),
         ({"grid": (2, 9)}, r"`grid` must be .* not \(2, 9\)"),
@@ -325,3 +327,13 @@ def test_messages():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         scenes(**{"split": "train", "num_examples": 11, **arguments})
+
+
+@pytest.mark.parametrize("load", [load_scenes, load_new_style])
+@pytest.mark.parametrize("name", ["num_train", "num_heldout"])
+def test_absurd_numbers_of_rows_are_refused_before_anything_is_drawn(load, name, monkeypatch):
+    monkeypatch.setitem(load.__globals__, "scenes", lambda *_, **__: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=f"`{name}` must be at most 1000000, not 1000001"):
+        load(**{name: 1_000_001})
+    with pytest.raises(ValueError, match=f"`{name}` must be at least 1, not 0"):
+        load(**{name: 0})

@@ -163,6 +163,8 @@ def test_presets_are_found_by_name_where_no_file_has_it(tmp_path, monkeypatch):
         ("model: m", ["training.learning_rate=false"], "`training.learning_rate` must be a number, got False"),
         ("model: m", ["training.bf16=maybe"], "`training.bf16` must be true or false, got maybe"),
         ("model: m", ["training.bf16=2"], "`training.bf16` must be true or false, got 2"),
+        ("model: m", ["tokenizer.vocab_size=1000001"], "`vocab_size` must be at most 1000000, got 1000001"),
+        ("model: m", ["tokenizer.vocab_size=259"], "`vocab_size` must be at least 260, got 259"),
         ("model: m", ["data.num_train=many"], "`data.num_train` must be a whole number, got many"),
         ("model: m", ["data.cell_size=null"], "`data.cell_size` must be a whole number, got None"),
         ("model: m", ["tokenizer.vocab_size=1e-3"], "`tokenizer.vocab_size` must be a whole number, got 1e-3"),
