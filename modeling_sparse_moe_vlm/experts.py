@@ -8,7 +8,7 @@ Shapes, with T tokens of width D, E experts of width I and k experts per token::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,15 +18,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter, WeightTransform
 from transformers.integrations import use_experts_implementation
 
 from .expert_groups import ExpertGroup
-from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_converters, shard_sizes
+from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_sizes
 from .experts_config import SparseMoeVlmExpertsConfig
 from .parallel_plans import is_one_of_several_processes
 from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
@@ -258,62 +253,3 @@ def _accept_sentinels(experts: _Experts) -> _Experts:
     # Transformers' name for "ids may be the sentinel `num_experts`"; expert parallelism sets it, too.
     experts._is_expert_parallel = True  # type: ignore[assignment]
     return experts
-
-
-def register_expert_conversion(config: SparseMoeVlmExpertsConfig) -> None:
-    """
-    Registers how checkpoints, which hold experts one by one, become fused stacks, and back.
-
-    On disk: `mlp.experts.<e>.gate_proj.weight` …, or `mlp.experts.<group>.<e>.gate_proj.weight` … where the model has
-    several routed groups; likewise `expert_pools.<pool>.<e>.gate_proj.weight` …. Transformers keeps one table per model
-    type, which therefore has the groups and pools of every model that the process has made.
-    """
-    names = config.routed_group_names
-    places = ["mlp.experts", *(f"expert_pools.{pool}" for pool in config.pools)]
-    groups = {f"{place}.{name}": name for place in places for name in names} if len(names) > 1 else {}
-    prefixes = set(groups or places)
-    # Those that stand before the others are the model's, whose shards no name on disk tells.
-    sharded = _converters_of_shards(config, {prefix: groups.get(prefix) for prefix in prefixes})
-    targets = {target for converter in sharded for target in converter.target_patterns}
-    of_others = []
-    for known in get_checkpoint_conversion_mapping(config.model_type) or []:
-        if not isinstance(known, WeightConverter):
-            continue
-        if ".shards." not in known.target_patterns[0]:
-            prefixes.update(target.rsplit(".", 1)[0] for target in known.target_patterns)
-        elif len(known.target_patterns) == 1 and known.target_patterns[0] not in targets:
-            of_others.append(known)
-    # The decoder alone finds its weights in a checkpoint of the whole model, too.
-    converters: list[WeightTransform] = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
-    converters += sharded
-    for prefix in _by_precedence(prefixes | {"mlp.experts"}):
-        converters += [
-            WeightConverter(
-                source_patterns=[f"{prefix}.*.gate_proj.weight", f"{prefix}.*.up_proj.weight"],
-                target_patterns=f"{prefix}.gate_up_proj",
-                operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-            ),
-            WeightConverter(
-                source_patterns=f"{prefix}.*.down_proj.weight",
-                target_patterns=f"{prefix}.down_proj",
-                operations=[MergeModulelist(dim=0)],
-            ),
-        ]
-    register_checkpoint_conversion_mapping(config.model_type, converters + of_others, overwrite=True)
-
-
-def _converters_of_shards(config: SparseMoeVlmExpertsConfig, prefixes: dict[str, str | None]) -> list[WeightConverter]:
-    sizes = {group["name"]: group["num_experts"] for group in config.expert_groups}
-    converters = []
-    for prefix in _by_precedence(prefixes):
-        group = prefixes[prefix]
-        num_experts = sizes[config.routed_group_names[0] if group is None else group]
-        if len(shard_sizes(num_experts, config.num_expert_shards)) > 1:
-            converters += shard_converters(prefix, group, num_experts, config.num_expert_shards)
-    return converters
-
-
-def _by_precedence(prefixes: Iterable[str]) -> list[str]:
-    """The first match counts, and a dot stands for any character: longer names come before shorter ones that they
-    start with, and the pattern without a group comes last."""
-    return sorted(prefixes, key=lambda prefix: (-len(prefix), prefix))

@@ -28,7 +28,7 @@ from .cache_name import CACHE_NAME, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
-from .experts import make_experts, register_expert_conversion
+from .experts import make_experts
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
 from .normalization import SparseMoeVlmRMSNorm
@@ -62,7 +62,6 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
 
     def __init__(self, config: SparseMoeVlmTextConfig):
         super().__init__(config)
-        register_expert_conversion(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
             [SparseMoeVlmDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]

@@ -1,6 +1,7 @@
 """Base class of the models: initialisation, checkpoints, and what the library needs to know of the architecture."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,11 +9,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .attention import SparseMoeVlmAttention
-from .checkpoint_conversion import check_device_map, convert_from_disk
+from .checkpoint_conversion import (
+    check_device_map,
+    check_experts,
+    convert_from_disk,
+    loading_conversions,
+    saving_conversions,
+)
 from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
 from .code_revisions import warn_of_other_code
@@ -73,11 +81,33 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         return super()._from_config(config, **kwargs)
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As the library's, which notices late, or not at all, that a device map does not fit the model."""
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """
+        As the library's, which notices late, or not at all, that a device map or the experts of a checkpoint do not fit
+        the model. The model brings its own conversions: the library keeps one table of them per model type.
+        """
         if load_config.device_map is not None:
             check_device_map(model, load_config.device_map)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        if expected_keys is None:  # not the keys of an adapter
+            steps = loading_conversions(model, load_config.weight_mapping or [], load_config.hf_quantizer)
+            renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+            check_experts(model, state_dict, checkpoint_files, renamings, load_config.ignore_mismatched_sizes)
+            load_config = replace(load_config, weight_mapping=steps)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    @property
+    def _weight_conversions(self):
+        """What the library reverts in saving: the conversions that the model was loaded with, or else its own."""
+        loaded_with = self.__dict__.get("_conversions_at_loading")
+        return saving_conversions(self) if loaded_with is None else loaded_with
+
+    @_weight_conversions.setter
+    def _weight_conversions(self, conversions):
+        self.__dict__["_conversions_at_loading"] = conversions
+
+    @_weight_conversions.deleter
+    def _weight_conversions(self):
+        self.__dict__.pop("_conversions_at_loading", None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

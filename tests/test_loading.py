@@ -125,7 +125,7 @@ def test_experts_lie_one_by_one_on_disk_and_come_back_exactly(kind, tmp_path):
 
 
 def test_models_with_other_groups_in_one_process(tmp_path):
-    """The library keeps one table of conversions per model type."""
+    """The library keeps one table of conversions per model type, but models bring their own."""
     models = {kind: make_model(**text_config) for kind, text_config in MODELS.items()}
     for kind, model in models.items():
         model.save_pretrained(tmp_path / kind)
