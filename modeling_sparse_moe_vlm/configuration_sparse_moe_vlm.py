@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     # model's files would share the classes below, by which the auto classes then find the first one's model for both.
     # (Transformers 4 copies only the files that are named here, and fails before it can say that it is too old.)
     from .attention import SparseMoeVlmAttention  # noqa: F401
+    from .attention_parts import AttentionParts  # noqa: F401
     from .attention_plan import plan_attention  # noqa: F401
     from .attention_runs import find_runs  # noqa: F401
     from .cache_name import CACHE_NAME  # noqa: F401
