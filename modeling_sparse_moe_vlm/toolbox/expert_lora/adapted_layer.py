@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
+from .. import expert_seam
+from .adapted_stack import AdaptedStack
+from .adapters_by_row import run_by_row
 from .decode_cache import StepMemory
-from .factored_weight import FactoredWeight, LowRankUpdate
+from .dora import adapted_norm, check_dora, initial_magnitude
+from .factored_weight import LowRankUpdate
 from .processes import check_is_alike, is_spread, share_of
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
@@ -59,12 +64,12 @@ class FactoredExpertsLayer(ParamWrapper):
     def _prepare(self) -> None:
         # By adapter: which outputs it may change, where it may not change all.
         self.output_masks: dict[str, torch.Tensor] = {}
-        # Set by a container of experts that hands its groups some of the tokens: their places, and the number of all.
-        self.token_rows: tuple[torch.Tensor | None, int] | None = None
-        self._memory = StepMemory()
         # Where other processes have parts of the stack, what this one has.
-        self._share = share_of(self.get_param(), self._did_swap_in_out_features)
+        self.share = share_of(self.get_param(), self._did_swap_in_out_features)
+        self._memory = StepMemory()
+        self.token_rows: tuple[torch.Tensor | None, int] | None = None
         self._merged_rescale: dict[str, torch.Tensor] = {}
+        expert_seam.prepare(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
@@ -83,17 +88,15 @@ class FactoredExpertsLayer(ParamWrapper):
         if config.use_dora:
             self.use_dora[adapter_name] = True
             with align_module_device(self.get_base_layer()):
-                norm = torch.linalg.vector_norm(self._out_first(self.get_param()).detach().float(), dim=-1)
-            norm = norm.full_tensor() if is_spread(norm) else norm
-            magnitude = _Magnitude(norm.to(self.lora_A[adapter_name].weight.dtype))
+                magnitude = initial_magnitude(self.out_first(self.get_param()), self.lora_A[adapter_name].weight.dtype)
             self.lora_magnitude_vector[adapter_name] = magnitude
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         settle = getattr(config, "settle", None)
         if settle is not None:
             settle(self, adapter_name)
 
-    def _out_first(self, stack: torch.Tensor) -> torch.Tensor:
-        """A stack like the parameter, as `(E, out, in)`."""
+    def out_first(self, stack: torch.Tensor) -> torch.Tensor:
+        """A stack in the orientation of the parameter, as `(E, out, in)`."""
         return stack if self._did_swap_in_out_features else stack.transpose(1, 2)
 
     def keep_zero_outputs(self, adapter_name: str) -> None:
@@ -137,9 +140,9 @@ class FactoredExpertsLayer(ParamWrapper):
                 "weights on the meta device. Call `page_experts` before `get_peft_model`, or load a trained adapter by "
                 "`load_expert_lora`."
             )
-        if self._share is not None and not self._share.is_whole:
+        if self.share is not None and not self.share.is_whole:
             check_is_alike(self.lora_A[adapter_name].weight, self.stack_name, adapter_name)
-            a, b = self._share.of(a, b)
+            a, b = self.share.of(a, b)
         if dtype.is_floating_point and dtype.itemsize > 1:
             a, b = a.to(dtype), b.to(dtype)
         b, scaling = b.contiguous(), self.scaling[adapter_name]
@@ -152,51 +155,48 @@ class FactoredExpertsLayer(ParamWrapper):
         update = LowRankUpdate(a, b, scaling, dropout if isinstance(dropout, nn.Dropout) else None)
         return update.transpose() if self._did_swap_in_out_features else update
 
-    def rescale(self, adapter_name: str, base: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
+    def rescale(self, adapter_name: str, stack: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         """
-        DoRA's factor of each output, m / ‖W + scaling·B·A‖, the norm a constant in backward (arXiv 2402.09353, section
-        4.3). The norm comes from the products W·Aᵀ and A·Aᵀ.
+        DoRA's factor of each output, m / ‖W + scaling·B·A‖.
 
         Args:
             adapter_name (`str`): The adapter.
-            base (`torch.Tensor`): W, the stack as its parameter has it.
+            stack (`torch.Tensor`): W, in the orientation of the parameter.
             experts (`torch.Tensor`, *optional*): Which experts the stack has, where not all.
 
         Returns:
             `torch.Tensor` of shape `(E, out)`.
         """
-        if self._share is not None:
-            experts = self._share.experts
+        if self.share is not None:
+            experts = self.share.experts
         magnitude = self.lora_magnitude_vector[adapter_name].weight
         weights = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
 
-        def norms() -> torch.Tensor:
-            a, b = (factor.detach().float() for factor in self.factors(adapter_name))
+        def norm() -> torch.Tensor:
+            a, b = self.factors(adapter_name)
             a, b = (a, b) if experts is None else (a[experts], b[experts])
-            weight, b, scaling = self._out_first(base.detach()).float(), b.transpose(1, 2), self.scaling[adapter_name]
-            cross = ((weight @ a.transpose(1, 2)) * b).sum(-1)
-            own = ((b @ (a @ a.transpose(1, 2))) * b).sum(-1)
-            return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * own).clamp(min=0).sqrt()
+            return adapted_norm(self.out_first(stack), a, b, self.scaling[adapter_name])
 
-        settings = self.scaling.values()
-        norm = norms() if experts is not None else self._memory.get(adapter_name, (*weights, base), settings, norms)
-        magnitude = magnitude if experts is None else magnitude[experts]
-        return (magnitude / norm.to(magnitude.dtype)).to(base.dtype)
+        if experts is None:
+            norms = self._memory.get(adapter_name, (*weights, stack), self.scaling.values(), norm)
+        else:
+            norms, magnitude = norm(), magnitude[experts]
+        return (magnitude / norms.to(magnitude.dtype)).to(stack.dtype)
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What merging adds to the stack, in its orientation."""
         delta = super().get_delta_weight(adapter_name, *args, **kwargs)
         if not self.use_dora.get(adapter_name):
             return delta
-        param = self.get_param().detach()
-        return self._as_columns(self.rescale(adapter_name, param)) * (param + delta) - param
+        stack = self.get_param().detach()
+        return self._as_columns(self.rescale(adapter_name, stack)) * (stack + delta) - stack
 
     def _as_columns(self, rescale: torch.Tensor) -> torch.Tensor:
         return rescale[:, :, None] if self._did_swap_in_out_features else rescale[:, None, :]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        if self.get_param().is_meta or getattr(self._paging, "is_read_only", False):
+        if self.get_param().is_meta or expert_seam.is_read_only(self.get_base_layer()):
             raise ValueError(
                 f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
                 "offloading, and its adapter again, to merge."
@@ -206,12 +206,12 @@ class FactoredExpertsLayer(ParamWrapper):
                 f"several processes share {self.stack_name!r}, so that nothing can be merged into it: save the "
                 "adapter, and merge it in one process."
             )
-        self._check_dora(names)
+        check_dora(self, names)
         for name in names:
             if self.use_dora.get(name):
                 self._merged_rescale[name] = self.rescale(name, self.get_param().detach())
         super().merge(safe_merge, adapter_names)
-        self._tell_paging()
+        expert_seam.stacks_have_changed(self.get_base_layer())
 
     def unmerge(self) -> None:
         for name in list(self.merged_adapters):
@@ -222,95 +222,44 @@ class FactoredExpertsLayer(ParamWrapper):
                 param.data -= ParamWrapper.get_delta_weight(self, name)
         if self.merged:
             super().unmerge()
-        self._tell_paging()
-
-    @property
-    def _paging(self) -> Any:
-        """The hook by which experts are paged, or another one, or none."""
-        return getattr(self.get_base_layer(), "_hf_hook", None)
-
-    def _tell_paging(self) -> None:
-        """Slots have the weights of before."""
-        if hasattr(self._paging, "read_anew"):
-            self._paging.read_anew(self.get_base_layer())
-
-    def _check_dora(self, adapter_names: Sequence[str]) -> None:
-        if not any(self.use_dora.get(name) for name in adapter_names):
-            return
-        if self._share is not None and self._share.cuts_matrices:
-            raise ValueError(
-                f"`tp_size` cuts the matrices of {self.stack_name!r}, and DoRA needs the norms of whole ones: pass "
-                "`ep_size` as well, or train without `use_dora`."
-            )
-        if len(adapter_names) > 1:
-            raise ValueError(
-                f"{list(adapter_names)} are active at once, but DoRA rescales the weights that the others add to: "
-                "activate an adapter with `use_dora` alone."
-            )
+        expert_seam.stacks_have_changed(self.get_base_layer())
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         if self.disable_adapters or (self.merged and adapter_names is None):
             return super().forward(x, *args, **kwargs)
         if adapter_names is not None:
-            if self.merged:
-                raise ValueError("`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
-            if self._share is not None:
-                raise ValueError(
-                    f"several processes share {self.stack_name!r}, so that rows of a batch cannot have an adapter "
-                    "each: leave out `adapter_names`, and switch by `set_adapter`, or run the model in one process."
-                )
-            return self._forward_by_row(x, args, adapter_names)
-        return self._run(self.active_adapters, x, *args, **kwargs)
+            return run_by_row(self, adapter_names, x, *args, *kwargs.values())
+        return self.run(self.active_adapters, x, *args, **kwargs)
 
-    def _run(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The experts with these adapters, at once for all layers around them."""
-        layers: list[FactoredExpertsLayer] = []
+        adapters: dict[str, expert_seam.Adapt] = {}
         experts: Any = self
+        num_tokens = next(iter((*args, *kwargs.values()))).shape[0]
         while isinstance(experts, FactoredExpertsLayer):
-            layers.append(experts)
-            experts = experts._modules["base_layer"]
-        # Found before the parameters, which stay where they are for hooks that bring the weights in.
-        found_first, num_tokens = experts.__dict__, args[0].shape[0]
+            layer, experts = experts, experts._modules["base_layer"]
+            has = layer._modules["lora_A"]._modules
+            names = [name for name in adapter_names if name in has]
+            layer._memory.begin(num_tokens, layer.num_experts)
+            if names:
+                check_dora(layer, names)
+                adapters[layer.parameter_name] = partial(AdaptedStack, layer, names, layer._updates(names))
         try:
-            for layer in layers:
-                layer._memory.begin(num_tokens, layer.num_experts)
-                has = layer._modules["lora_A"]._modules
-                names = [name for name in adapter_names if name in has]
-                if names:
-                    found_first[layer.parameter_name] = layer._stack(experts, names)
-            return experts(*args, **kwargs)
+            return expert_seam.run_with_adapters(experts, adapters, *args, **kwargs)
         finally:
-            for layer in layers:
+            layer = self
+            while isinstance(layer, FactoredExpertsLayer):
                 layer._memory.end()
-                found_first.pop(layer.parameter_name, None)
+                layer = layer._modules["base_layer"]
 
-    def _stack(self, experts: Any, adapter_names: list[str]) -> _AdaptedStack:
-        """What stands in for the stack; DoRA's also depends on weights that may have changed."""
-        if any(self.use_dora.get(name) for name in adapter_names):
-            return _AdaptedStack(self, experts, adapter_names)
+    def _updates(self, adapter_names: Sequence[str]) -> Sequence[LowRankUpdate]:
+        """The updates of adapters; at a step of generation, those of the step before."""
         # Past `nn.Module.__getattr__`, which a step of generation would notice.
         factors = [self._modules[factor]._modules for factor in ("lora_A", "lora_B")]
         weights = [factor[name]._parameters["weight"] for name in adapter_names for factor in factors]
-        settings = (*adapter_names, *self.scaling.values(), experts._parameters[self.parameter_name].dtype)
-        return self._memory.get("stack", weights, settings, lambda: _AdaptedStack(self, experts, adapter_names))
-
-    def _forward_by_row(self, x: torch.Tensor, args: Sequence[torch.Tensor], adapter_names: list[str]) -> torch.Tensor:
-        """Each row of the batch with its adapter: the experts run once per adapter, on the tokens of its rows."""
-        places, num_tokens = self.token_rows or (None, x.shape[0])
-        if num_tokens % len(adapter_names):
-            raise ValueError(
-                f"`adapter_names` names {len(adapter_names)} rows, but the experts got {num_tokens} tokens, "
-                "which is no multiple: give a name for each row of the batch."
-            )
-        rows = (torch.arange(num_tokens, device=x.device) if places is None else places) // (
-            num_tokens // len(adapter_names)
-        )
-        output = torch.zeros_like(x)
-        for name in dict.fromkeys(adapter_names):
-            is_its = torch.tensor([other == name for other in adapter_names], device=x.device)
-            tokens = is_its[rows].nonzero().squeeze(1)
-            output[tokens] = self._run([name], x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
-        return output
+        dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
+        settings = (*adapter_names, *self.scaling.values(), dtype)
+        return self._memory.get("updates", weights, settings, lambda: [self.update(name) for name in adapter_names])
 
 
 # PEFT knows its own layers, within which the next one of a module goes, by the name of their class.
@@ -319,86 +268,7 @@ FactoredExpertsLayer.__name__ = ParamWrapper.__name__
 
 def run_factored(config: LoraConfig, experts: Iterable[nn.Module]) -> None:
     """Lets PEFT adapt experts modules of these classes with [`FactoredExpertsLayer`] instead of its own layer."""
-    config._register_custom_module({type(module): FactoredExpertsLayer for module in experts})
-
-
-class _Magnitude(nn.Module):
-    """DoRA's magnitudes, where PEFT looks for them."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-
-class _AdaptedStack(FactoredWeight):
-    """The stack of a layer's experts with adapters, looked up when it is used: hooks bring weights in just before."""
-
-    def __init__(self, layer: FactoredExpertsLayer, experts: Any, adapters: Sequence[str]):
-        self._layer = layer
-        self._rescale: torch.Tensor | None = None
-        self._experts = experts
-        self._adapters = adapters
-        self._updates = [layer.update(name) for name in adapters]
-        layer._check_dora(adapters)
-
-    @property
-    def base(self) -> torch.Tensor:  # type: ignore[override]
-        return self._experts._parameters[self._layer.parameter_name]
-
-    @property
-    def _held(self) -> torch.Tensor | None:
-        """Which experts the stack holds at the moment, where paging brought in some."""
-        return self._experts.__dict__.get("_slot_experts")
-
-    @property
-    def updates(self) -> Sequence[LowRankUpdate]:  # type: ignore[override]
-        held = self._held
-        return self._updates if held is None else [update[held] for update in self._updates]
-
-    @property
-    def rescale(self) -> torch.Tensor | None:  # type: ignore[override]
-        name, held = self._adapters[0], self._held
-        if not self._layer.use_dora.get(name):
-            return None
-        if held is not None:
-            return self._layer.rescale(name, self.base, held)
-        if self._rescale is None:  # once, where experts are taken one by one
-            self._rescale = self._layer.rescale(name, self.base)
-        return self._rescale
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.base.requires_grad
-
-    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The parameter elsewhere: so Accelerate sends it away again."""
-        return self.base.to(*args, **kwargs)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, tuple):
-            return self._element(*index)
-        held, rescale = self._held, self.rescale
-        if held is None and _is_one(index):
-            index = int(index)
-            updates = [update.matrix(index) for update in self._updates]
-        else:
-            of = index if held is None else held[index]
-            updates = [update[of] for update in self._updates]
-        return FactoredWeight(self.base[index], updates, None if rescale is None else rescale[index])
-
-    def _element(self, expert: int, *place: int) -> torch.Tensor:
-        """A number within the weights, which keeps the adapters of experts without tokens in the graph."""
-        matrix = self[expert]
-        weight = matrix.base + sum(update.product() for update in matrix.updates)
-        if matrix.rescale is not None:
-            weight = self._layer._out_first(weight[None]) * matrix.rescale[None, :, None]
-            weight = self._layer._out_first(weight)[0]
-        return weight[place]
-
-
-def _is_one(index: int | torch.Tensor) -> bool:
-    """Whether an index is that of one expert, known here."""
-    return not isinstance(index, torch.Tensor) or (index.dim() == 0 and not torch.compiler.is_compiling())
+    config._register_custom_module({expert_seam.class_of(module): FactoredExpertsLayer for module in experts})
 
 
 def _plain(config: LoraConfig) -> LoraConfig:

@@ -17,6 +17,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import nn
 
 from ...checks import check
+from .. import expert_seam
 from ..expert_modules import is_experts, name_without_adapters
 from .adapted_layer import FactoredExpertsLayer, run_factored
 from .batch_rows import tell_token_rows
@@ -61,6 +62,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
             _check_orientation(getattr(model, "peft_config", {}), list(layer.lora_A))
         if not isinstance(layer, FactoredExpertsLayer):
             FactoredExpertsLayer.take_over(layer, f"{name_without_adapters(name)}.{layer.parameter_name}")
+        expert_seam.prepare(layer.get_base_layer())
         for adapter_name in layer.lora_A:
             layer.keep_zero_outputs(adapter_name)
     keep_adapters_alike(model, list(layers.values()))

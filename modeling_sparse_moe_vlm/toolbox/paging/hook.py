@@ -22,7 +22,9 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .. import expert_seam
 from ..expert_modules import base_model_of, uses_experts_interface
+from .saved_stacks import save_experts_for_backward
 from .slots import ExpertSlots, MappedSlots
 from .sources import ExpertSource, FileSource, MemorySource, find_sources
 
@@ -34,7 +36,7 @@ class PagingCounts:
 
     Args:
         hits (`int`): Experts that a call needed and found in slots. Each expert counts once per call of its module.
-        misses (`int`): Experts that had to be read. In backward, those read again.
+        misses (`int`): Experts that had to be read. In backward, those read again, stack by stack.
         bytes (`int`): Bytes read, as the experts lie.
     """
 
@@ -89,8 +91,9 @@ class PagedExperts:
     def reset(self) -> None:
         """Sets the statistics to zero and empties the slots."""
         for hook in self._hooks.values():
-            hook.counts.clear()
-            hook.slots.clear()
+            with hook.in_use:
+                hook.counts.clear()
+                hook.slots.clear()
 
 
 def page_experts(
@@ -181,11 +184,20 @@ def unpage_experts(model: nn.Module) -> None:
                 hook.undo.pop()()
 
 
+class _OfThread(threading.local):
+    """The phase that a thread is in. Copies are empty."""
+
+    name: str | None = None
+
+    def __reduce__(self) -> tuple[type[_OfThread], tuple[()]]:
+        return type(self), ()
+
+
 class Phase:
-    """Tells prefill from decoding by the number of tokens per row that the model is called with."""
+    """Tells prefill from decoding by the number of tokens per row that the model is called with, in each thread."""
 
     def __init__(self, model: nn.Module):
-        self.name: str | None = None
+        self._of_thread = _OfThread()
         self._handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
@@ -195,13 +207,17 @@ class Phase:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
-            self.name = "decode" if tokens.shape[1] == 1 else "prefill"
+            self._set("decode" if tokens.shape[1] == 1 else "prefill")
 
     def _end(self, *_: object) -> None:
-        self.name = None
+        self._set(None)
+
+    @torch.compiler.disable
+    def _set(self, name: str | None) -> None:
+        self._of_thread.name = name
 
     def of(self, num_tokens: int) -> str:
-        return self.name or ("decode" if num_tokens == 1 else "prefill")
+        return self._of_thread.name or ("decode" if num_tokens == 1 else "prefill")
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -231,7 +247,7 @@ class PagingHook(ModelHook):
         self.undo = undo  # what is to be done once when paging ends; shared by the hooks of a model
         self.counts: dict[str, PagingCounts] = defaultdict(PagingCounts)
         self.current = "backward"  # the phase that reads are counted for
-        self.in_use = threading.Lock()  # of the slots, where several threads call the model
+        self.in_use = threading.Lock()  # of the slots, which serve one call at a time
 
     def init_hook(self, module: Any) -> nn.Module:
         self.replaced: ModelHook | None = getattr(module, "_hf_hook", None)
@@ -248,6 +264,8 @@ class PagingHook(ModelHook):
                 module._parameters[name] = nn.Parameter(stack, requires_grad=self.kept[name].requires_grad)
         self._forward = module._old_forward
         module._old_forward = partial(self.forward, module)
+        expert_seam.prepare(module)
+        expert_seam.set_owner(module, self)
         return module
 
     @property
@@ -255,10 +273,11 @@ class PagingHook(ModelHook):
         """Whether the experts cannot be changed, as they are in files."""
         return any(isinstance(source, FileSource) for source in self.sources.values())
 
-    def read_anew(self, module: Any) -> None:
+    def read_again(self, module: Any) -> None:
         """Lets go of what the slots hold, since the experts in memory were changed."""
-        self.sources.update(_sources(self.name, module, self.device.type == "cuda"))
-        self.slots.clear()
+        with self.in_use:
+            self.sources.update(_sources(self.name, module, self.device.type == "cuda"))
+            self.slots.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagingHook:
         raise ValueError(f"{self.name} is paged, and its slots serve one model: call `unpage_experts` before a copy.")
@@ -266,6 +285,7 @@ class PagingHook(ModelHook):
     def detach_hook(self, module: Any) -> nn.Module:
         module._old_forward = self._forward
         module._parameters.update(self.kept)
+        expert_seam.set_owner(module, None)
         return module
 
     def _count(self, hits: int, misses: int, number_of_bytes: int) -> None:
@@ -287,7 +307,7 @@ class PagingHook(ModelHook):
                 output = self._run_in_passes(module, hidden_states, top_k_index, top_k_weights)
             finally:
                 self.current = "backward"
-        trained = [parameter for name in self.sources if (parameter := getattr(module, name)).requires_grad]
+        trained = [parameter for name in self.sources if (parameter := module._parameters[name]).requires_grad]
         if trained and torch.is_grad_enabled():
             output = _Frozen.apply(output, self.name, *trained)
         return output.to(inputs[0].device)
@@ -328,19 +348,12 @@ class PagingHook(ModelHook):
     def _run(self, module: Any, placement: dict[int, int], *inputs: torch.Tensor) -> torch.Tensor:
         """Runs the forward for inputs all of whose experts are in slots."""
         hidden_states, top_k_index, top_k_weights = inputs
-        slots = self.slots
-        saved = slots.saved_for_backward(placement) if torch.is_grad_enabled() else nullcontext()
-        whole = {name: module._parameters[name] for name in self.parameters}, module.num_experts
-        slot, module._slot_experts = slots.tables()  # the latter for adapters, which have something for every expert
-        try:
-            module._parameters.update(self.parameters)
-            module.num_experts = len(module._slot_experts)
-            with saved:
-                return self._forward(hidden_states, slot[top_k_index], top_k_weights)
-        finally:
-            module._slot_experts = None
-            module._parameters.update(whole[0])
-            module.num_experts = whole[1]
+        slot_of, held = self.slots.tables()
+        saved = (
+            save_experts_for_backward(self.slots, placement, self.in_use) if torch.is_grad_enabled() else nullcontext()
+        )
+        with expert_seam.use_stacks(module, self.parameters, held), saved:
+            return self._forward(hidden_states, slot_of[top_k_index], top_k_weights)
 
 
 class _Frozen(torch.autograd.Function):

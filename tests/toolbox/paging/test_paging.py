@@ -13,6 +13,7 @@ from accelerate.hooks import AlignDevicesHook
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from modeling_sparse_moe_vlm.toolbox.expert_seam import run_with_adapters
 from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, page_experts, unpage_experts
 from modeling_sparse_moe_vlm.toolbox.paging.slots import MappedSlots
 from modeling_sparse_moe_vlm.toolbox.paging.sources import FileSource, MemorySource
@@ -165,27 +166,33 @@ def test_an_adapter_that_folds_itself_into_paged_experts_is_refused():
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["memory", "disk"])
 def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
-    """`_slot_experts`, while the experts run: their rows in the parameters are those of the model."""
+    """While the experts run, in the thread that runs them: the rows of their parameters are those of the model."""
     model = build("qwen3_moe")
     paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
     name, experts = next(iter(experts_of(paged).items()))
     whole = dict(model.named_parameters())[f"{name}.down_proj"]
-    seen = []
+    seen, told = [], []
+
+    def adapt(stack, held):
+        told.append(held)
+        return stack
 
     def forward(hidden_states, top_k_index, top_k_weights):
+        stack = experts.down_proj
         for row in top_k_index.unique().tolist():
-            assert torch.equal(experts.down_proj[row], whole[experts._slot_experts[row]])
-            seen.append(int(experts._slot_experts[row]))
-        assert len(experts._slot_experts) == experts.num_experts == len(experts.down_proj)
+            assert torch.equal(stack[row], whole[told[-1][row]])
+            seen.append(int(told[-1][row]))
+        assert len(told[-1]) == experts.num_experts == len(stack)
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
 
     experts.forward = forward
     if source == "disk":  # where there is a hook already
         experts._old_forward = forward
     with page_experts(paged, 3):
-        paged(**inputs_of(model))
-    assert len(set(seen)) > 3
-    assert experts._slot_experts is None
+        run_with_adapters(experts, {"down_proj": adapt}, torch.randn(9, 32), torch.arange(9)[:, None], torch.ones(9, 1))
+        assert experts.num_experts == MANY
+    assert sorted(seen) == list(range(9))
+    assert experts.down_proj.is_meta if source == "disk" else torch.equal(experts.down_proj, whole)
 
 
 @torch.no_grad()
