@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -56,7 +57,7 @@ class _Request:
 
 
 _NOTHING = _Request({}, {}, None)
-_requests: ContextVar[Mapping[nn.Module, _Request]] = ContextVar("requests", default={})
+_requests: ContextVar[Mapping[nn.Module, _Request]] = ContextVar("requests", default=MappingProxyType({}))
 
 
 def run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,7 +87,7 @@ def run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], *args: 
         _requests.reset(token)
 
 
-class use_stacks:  # noqa: N801
+class use_stacks:
     """
     Context in which an experts module has other stacks, of some of its experts.
 
@@ -147,7 +148,8 @@ def prepare(experts: nn.Module) -> None:
     looks for requests when a stack or the number of experts is read.
     """
     if not isinstance(experts, _Prepared):
-        experts.__class__ = _prepared_class(type(experts), tuple(experts._parameters))
+        base: Any = type(experts)
+        experts.__class__ = _prepared_class(base, tuple(experts._parameters))
 
 
 def class_of(experts: nn.Module) -> type[nn.Module]:
@@ -161,11 +163,11 @@ class _Prepared:
 
 
 @cache
-def _prepared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _prepared_class(base: Any, names: tuple[str, ...]) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
         """Copies and pickles are made again from the class that can be imported."""
         if type(self) is not prepared:  # something else, such as FSDP2, has made a subclass of it
-            return super(prepared, self).__reduce_ex__(protocol)  # type: ignore[misc]
+            return super(prepared, self).__reduce_ex__(protocol)
         return _restore, (base, names), self.__dict__
 
     members: dict[str, Any] = {name: property(_reader(name), _writer(name)) for name in names}
@@ -175,7 +177,7 @@ def _prepared_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mo
     return prepared
 
 
-def _restore(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _restore(base: Any, names: tuple[str, ...]) -> nn.Module:
     prepared = _prepared_class(base, names)
     return prepared.__new__(prepared)
 

@@ -46,7 +46,8 @@ def test_adapted_stacks_are_found_during_the_call_only(experts, implementation):
 
 def test_a_prepared_class_looks_as_before(experts):
     base = expert_seam.class_of(experts)
-    assert base in type(experts).__mro__ and base is not type(experts)
+    assert base in type(experts).__mro__
+    assert base is not type(experts)
     assert (type(experts).__name__, type(experts).__module__) == (base.__name__, base.__module__)
     again = type(experts)
     expert_seam.prepare(experts)
@@ -139,7 +140,8 @@ def test_some_of_the_experts(experts):
     got = run_with_adapters(experts, {"down_proj": adapt}, hidden_states, held[:, None], weights)
     torch.testing.assert_close(got, expected * held[:, None])
     assert len(told) == 1, "made once while the stack is the same"
-    assert told[0][0] is stacks["down_proj"] and told[0][1] is held
+    assert told[0][0] is stacks["down_proj"]
+    assert told[0][1] is held
 
 
 def test_stacks_that_a_hook_brings_in_are_those_that_are_adapted(experts):

@@ -109,36 +109,6 @@ def test_several_generate_at_once(paged):
             assert torch.equal(run.result(), wanted)
 
 
-def test_backward_in_one_thread_while_another_overwrites_the_slots():
-    """Of paged experts: what backward multiplies with is not what another call has read meanwhile."""
-    adapted = make_adapted("qwen3_moe")
-    base = adapted.get_base_model()
-    inputs = make_inputs(base)
-    parameters = [parameter.requires_grad_() for name, parameter in adapted.named_parameters() if "lora_" in name]
-    expected = torch.autograd.grad(adapted(**inputs).logits.sin().sum(), parameters)
-    page_experts(adapted, 2)
-    loss = adapted(**inputs).logits.sin().sum()
-    one_token = {key: value[:1, :1] for key, value in inputs.items()}
-
-    def overwrite(_):
-        def call():
-            with torch.no_grad():
-                for token in range(20, 40):
-                    adapted(input_ids=torch.full_like(one_token["input_ids"], token))
-
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join(60)
-
-    # Between what backward reads of one layer and what it multiplies with.
-    hooks = [module.register_full_backward_pre_hook(lambda *_: overwrite(None)) for module in layers_of(adapted)[:1]]
-    got = torch.autograd.grad(loss, parameters)
-    for hook in hooks:
-        hook.remove()
-    for gradient, wanted in zip(got, expected, strict=True):
-        assert_equal(gradient, wanted, 1e-4)
-
-
 def test_every_thread_remembers_its_own_steps():
     memory, made = StepMemory(), []
 
