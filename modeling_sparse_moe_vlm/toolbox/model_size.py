@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,6 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .expert_modules import uses_experts_interface
 from .meta_model import model_on_meta_device
+
+# What configurations call the number of experts per token.
+CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,20 @@ def _idle_parameters(model: PreTrainedModel) -> int | None:
     """Parameters of the routed experts that one token leaves unused; `None` where that is not known."""
     config = model.config.get_text_config()
     experts = [module for module in model.modules() if uses_experts_interface(module)]
-    chosen = getattr(config, "num_experts_per_tok", None)
     if not experts:
-        is_mixture = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
-        return None if is_mixture else 0
-    if not isinstance(chosen, int):
+        return None if _names_experts(config.to_dict()) else 0
+    chosen = next((number for name in CHOSEN_EXPERTS if isinstance(number := getattr(config, name, None), int)), None)
+    if chosen is None:
         return None
     return sum(_count([module]) * (module.num_experts - chosen) // module.num_experts for module in experts)
+
+
+def _names_experts(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that a model has several experts, by whatever name."""
+    return any(
+        _names_experts(value) if isinstance(value, dict) else isinstance(value, int) and value > 1 and "experts" in name
+        for name, value in values.items()
+    )
 
 
 def _count(modules: Iterable[nn.Module]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support.processes import ROOT, launch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -79,6 +80,17 @@ def run_here(monkeypatch, capsys):
     def run(script: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def run_verb(capsys):
+    """Runs a verb of the command in this process and returns what it printed."""
+
+    def run(*arguments) -> str:
+        main([str(argument) for argument in arguments])
         return capsys.readouterr().out
 
     return run

@@ -27,11 +27,15 @@ def mistakes_in_one_line() -> Iterator[None]:
     input, not in the code.
 
     Raises:
-        Mistake: In place of `ValueError` and `OSError`.
+        Mistake: In place of `ValueError`, `OSError`, and what configurations raise at values of a wrong type.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if not isinstance(error, ValueError | OSError | StrictDataclassError):
+            raise
         message = " ".join(str(error).split())
         print(f"error: {message}", file=sys.stderr)
         raise Mistake(message) from error

@@ -1,0 +1,170 @@
+"""The command as a whole: its verbs, help with examples, and what it says to mistakes."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from modeling_sparse_moe_vlm import __version__
+from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS, build_parser, main
+from modeling_sparse_moe_vlm.toolbox.commands.mistakes import mistakes_in_one_line
+from tests.scripts.conftest import SCRIPTS
+
+SCRIPTS_OF_VERBS = {
+    "train": "train.py",
+    "lora": "finetune_lora.py",
+    "generate": "generate.py",
+    "explain": "explain.py",
+    "place": "place_experts.py",
+    "info": "count_parameters.py",
+}
+EXAMPLES = [
+    (verb, line.partition("  #")[0].partition(" > ")[0].strip())
+    for verb, module in VERBS.items()
+    for line in module.__doc__.splitlines()
+    if line.startswith("    sparse-moe-vlm")
+]
+
+
+def test_verbs():
+    assert list(VERBS) == ["train", "evaluate", "generate", "explain", "lora", "place", "routing-report", "info"]
+    assert {verb for verb, _ in EXAMPLES} == set(VERBS), "every verb has an example"
+
+
+@pytest.mark.parametrize(("verb", "example"), EXAMPLES, ids=lambda text: text)
+def test_examples_are_understood(verb, example):
+    command, *arguments = shlex.split(example)
+    assert command == "sparse-moe-vlm"
+    assert build_parser().parse_args(arguments).verb == verb
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_is_its_docstring(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: sparse-moe-vlm {verb} ")
+    assert VERBS[verb].__doc__.strip() in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_verb_it_prints_help(arguments, capsys):
+    if arguments:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 0
+    else:
+        main(arguments)
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: sparse-moe-vlm ")
+    assert all(re.search(rf"^    {verb}\s", printed, flags=re.MULTILINE) for verb in VERBS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"sparse-moe-vlm {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["upcycle"], "invalid choice: 'upcycle'"),
+        (["train", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["generate", "--model", "m"], "required: --question"),
+        (["place", "tiny"], "required: --max-memory"),
+        (["info"], "required: model"),
+    ],
+)
+def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--recipe", "nope"], "there is no file 'nope': pass a path, or one of the names demo."),
+        (["train", "--set", "training.max_step=3"], "has keys ['max_step'], which a recipe cannot set"),
+        (["train", "--set", "model=nope.json"], "there is no model "),
+        (
+            ["train", "--set", "training.lr_scheduler_type=flat", "--output-dir", "."],
+            "flat is not a valid SchedulerType",
+        ),
+        (["info", "wrong"], "Field 'hidden_size' expected int, got str (value: 'wide')"),
+        (["train", "--output-dir", "file"], "File exists: 'file'"),
+        (["lora", "--recipe", "nope"], "one of the names all, attention, experts, image_experts."),
+        (["lora", "--set", "lora.rank=3"], "has keys ['rank'], which a recipe cannot set"),
+        (["lora", "--model", "outputs/none/model"], "There is no trained model 'outputs/none/model' yet: `make demo`"),
+        (["evaluate", "--model", "outputs/none/model"], "no trained model 'outputs/none/model' yet"),
+        (["evaluate", "--set", "data.grids=3"], "has keys ['grids']"),
+        (["explain", "--model", "outputs/none/model"], "no trained model 'outputs/none/model' yet"),
+        (["explain", "--image", "a.png"], "--image and --question go together."),
+        (["explain", "--question", "Why?"], "--image and --question go together."),
+        (["explain", "--scene", "-1"], "--scene must be at least 0, got -1."),
+        (["routing-report", "--model", "outputs/none/model"], "no trained model 'outputs/none/model' yet"),
+        (["generate", "--question", "Why?", "--model", "outputs/none/model"], "no trained model"),
+        (["info", "tiny", "nope.json"], "there is no model "),
+        (["place", "nope.json", "--max-memory", "0=1GB"], "there is no model "),
+        (["place", "tiny", "--max-memory", "80GB"], "--max-memory: '80GB' is no budget such as 0=80GB or cpu=200GB."),
+        (["place", "tiny", "--max-memory", "0=80"], "`max_memory[0]` is '80'"),
+        (["place", "tiny", "--max-memory", "0=1GB", "--routing", "file"], "--routing: file is not a JSON file: "),
+        (["place", "clip", "--max-memory", "0=1GB", "--num-expert-shards", "2"], "'clip_vision_model' have none."),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/config.json").write_text('{"model_type": "clip_vision_model"}')
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong/config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert line == f"error: {stopped.value}"
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    assert sorted(tmp_path.rglob("*")) == before, "a mistake leaves nothing behind"
+
+
+def test_only_mistakes_are_told_in_one_line(capsys):
+    with pytest.raises(SystemExit, match=r"^a b$"), mistakes_in_one_line():
+        raise OSError("a\n  b")
+    with pytest.raises(RuntimeError), mistakes_in_one_line():
+        raise RuntimeError("a fault of the code")
+    assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_a_process_ends_with_exit_code_2_and_no_traceback(tmp_path):
+    program = "from modeling_sparse_moe_vlm.toolbox.commands.main import main; main(['explain', '--scene', '-1'])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.endswith("error: --scene must be at least 0, got -1.\n")
+
+
+@pytest.mark.parametrize("verb", SCRIPTS_OF_VERBS)
+def test_scripts_are_the_verbs(verb, run_here, capsys):
+    with pytest.raises(SystemExit):
+        run_here(SCRIPTS_OF_VERBS[verb], "--help")
+    of_script = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    of_verb = capsys.readouterr().out
+    assert of_script.startswith(f"usage: {SCRIPTS_OF_VERBS[verb]} [-h]")
+    assert of_script.partition("\n\n")[2] == of_verb.partition("\n\n")[2]
+
+
+def test_every_script_is_a_verb():
+    assert {path.name for path in SCRIPTS.glob("*.py")} == set(SCRIPTS_OF_VERBS.values())
