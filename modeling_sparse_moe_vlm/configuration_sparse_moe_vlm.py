@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .parallel_plans import plan_by_group  # noqa: F401
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
+    from .steering import initial_log_priors  # noqa: F401
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
 _NOT_PREDICTIONS = [

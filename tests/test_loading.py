@@ -354,8 +354,9 @@ def test_auto_maps_name_every_class(tmp_path):
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == expected
     files = {path.name for path in Path(modeling_sparse_moe_vlm.__file__).parent.glob("*.py")}
     saved = {path.name for path in (tmp_path / "head").glob("*.py")}
-    # The processor's file comes with the processor; the fusion layer and `__init__` are the package's alone.
-    assert files - saved == {"__init__.py", "fusion.py", "processing_sparse_moe_vlm.py"}
+    # The processor's files come with the processor; the fusion layer and `__init__` are the package's alone.
+    of_processor = {"processing_sparse_moe_vlm.py", "control_tokens.py", "image_reading.py"}
+    assert files - saved == {"__init__.py", "fusion.py"} | of_processor
 
 
 def test_code_saved_under_fsdp(tmp_path):
