@@ -315,6 +315,17 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As the library's; keyword arguments that are fields of the decoder change `text_config`."""
+        given = {name: kwargs.pop(name) for name in DECODER_FIELDS & kwargs.keys()}
+        if given:
+            text_config = config_dict.get("text_config") or {}
+            if isinstance(text_config, PreTrainedConfig):
+                text_config = text_config.to_dict()
+            config_dict = config_dict | {"text_config": text_config | given}
+        return super().from_dict(config_dict, **kwargs)
+
     def validate_architecture(self) -> None:
         """See [`SparseMoeVlmTextConfig.validate_architecture`]."""
         super().validate_architecture()
@@ -374,6 +385,11 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             value = {"": value, "text_config": value}
         PreTrainedConfig._experts_implementation.fset(self, value)
 
+
+# Loading takes them for the whole model, too, which has no fields of these names.
+DECODER_FIELDS = {field.name for field in fields(SparseMoeVlmTextConfig)} - {
+    field.name for field in fields(SparseMoeVlmConfig)
+}
 
 # `transformers serve` reads these tables when the configuration is imported, before any model file. They hold only
 # names, which are the same in every revision of this code.

@@ -68,7 +68,8 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
         norm_topk_prob (`bool`, defaults to `True`):
             Whether the weights of the chosen experts are scaled to sum to 1.
         output_router_logits (`bool`, defaults to `False`):
-            Whether to return the router logits and, with labels, to add the router losses to the loss.
+            Whether to return the router logits and, with labels or in training mode, their losses, which are added to
+            the loss. A setting of training: [`~toolbox.training.SparseMoeTrainer`] saves models without it.
         router_aux_loss_coef (`float`, defaults to 0.001):
             Coefficient of the load-balancing loss (per modality, averaged over layers and modalities).
         router_z_loss_coef (`float`, defaults to 0.0):

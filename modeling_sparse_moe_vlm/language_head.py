@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 
 from .cache_name import CACHE_NAME
 from .losses import router_losses, share_of_batch
@@ -60,6 +61,17 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             outputs[name] = tuple(step[name] for step in read_out)
         return outputs
 
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        """As the library's, but a `max_length` of the call counts, whatever `max_new_tokens` the checkpoint has."""
+        given = generation_config or GenerationConfig()
+        max_length, max_new_tokens = (
+            kwargs.get(name, getattr(given, name)) for name in ("max_length", "max_new_tokens")
+        )
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if max_length is not None and max_new_tokens is None:
+            prepared.max_new_tokens = None
+        return prepared, model_kwargs
+
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
         """As the library's; keeps the attention weights of the tokens that this step has taken."""
         model, read_out = _read_out.get()
@@ -97,7 +109,8 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor,
         mm_token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        **kwargs,
+        wants_router_losses: bool,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         text_config = self.config.get_text_config()
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -106,7 +119,8 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         loss = losses = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        if outputs.router_logits:
+        # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
+        if outputs.router_logits and (wants_router_losses or labels is not None or self.training):
             biases = None if text_config.router_bias_update_rate is None else router_biases(self)
             losses = router_losses(text_config, outputs.router_logits, mm_token_type_ids, attention_mask, biases)
             if labels is not None and loss is not None:

@@ -421,12 +421,14 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Targets (shifted inside); -100 is ignored.
             output_router_logits (`bool`, *optional*, defaults to `config.output_router_logits`):
-                Whether to return the router logits and their losses and, with labels, to add those to the loss.
+                Whether to return the router logits and their losses and, with labels, to add those to the loss. The
+                configuration's value has losses computed only with labels or in training mode.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions (0 for all), or the positions, whose logits are computed.
 
         The other arguments are those of [`SparseMoeVlmTextModel`].
         """
+        wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
@@ -444,7 +446,9 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
+        return self._head(
+            outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, wants_router_losses, **kwargs
+        )
 
 
 class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
@@ -539,6 +543,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
         r"""
         The arguments are those of [`SparseMoeVlmModel`] and, for the head, of [`SparseMoeVlmForCausalLM`].
         """
+        wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
         if (input_ids is None) != (inputs_embeds is None):
@@ -561,7 +566,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
             return_dict=True,
             **kwargs,
         )
-        return self._head(outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, **kwargs)
+        return self._head(
+            outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, wants_router_losses, **kwargs
+        )
 
 
 # Makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model. Nothing is

@@ -1,8 +1,13 @@
 """Base class of the models: initialisation, checkpoints, and what the library needs to know of the architecture."""
 
 import copy
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +29,7 @@ from .checkpoint_conversion import (
 from .checkpoint_integrity import named_damage, no_mixture
 from .checks import check
 from .code_revisions import warn_of_other_code
-from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from .configuration_sparse_moe_vlm import DECODER_FIELDS, SparseMoeVlmConfig
 from .experts import init_expert_weights
 from .parallel_plans import mend_parallelism, prepare_plans
 from .steering import initial_log_priors
@@ -62,23 +67,29 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             num_expert_shards (`int`, *optional*):
                 Number of modules that the experts of every group are cut into, so that a device map can spread them
                 (`mlp.experts.shards.0`, …). Whatever it is, the same checkpoint is read and written.
+            kwargs:
+                Options of the library, and fields of the configuration or of its `text_config`, such as
+                `output_router_logits` or `num_experts_per_tok`.
+
+        Raises:
+            TypeError: If a keyword argument is neither.
         """
         if num_expert_shards is not None:
-            if isinstance(config, PreTrainedConfig):
-                config = _with_shards(config, num_expert_shards)
-            else:
-                kwargs["num_expert_shards"] = num_expert_shards  # the configuration takes it
+            kwargs["num_expert_shards"] = num_expert_shards
+        if isinstance(config, PreTrainedConfig):
+            config, kwargs = _with_fields(config, kwargs)
+        # Otherwise the configuration takes its fields when it is read.
         checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("trust_remote_code") and checkpoint is not None:
             warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
-        with named_damage(checkpoint):
+        with named_damage(checkpoint), _named_argument():
             return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
-    def _from_config(cls, config, num_expert_shards: int | None = None, **kwargs):
-        if num_expert_shards is not None:
-            config = _with_shards(config, num_expert_shards)
-        return super()._from_config(config, **kwargs)
+    def _from_config(cls, config, **kwargs):
+        config, kwargs = _with_fields(config, kwargs)
+        with _named_argument():
+            return super()._from_config(config, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
@@ -160,7 +171,27 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
             cls.__module__, cls.__name__ = names
 
 
-def _with_shards(config: PreTrainedConfig, num_expert_shards: int) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    config.num_expert_shards = num_expert_shards
-    return config
+def _with_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration with the decoder's fields that the arguments change, and the other arguments."""
+    changes = {name: arguments[name] for name in arguments if name in {*DECODER_FIELDS, "num_expert_shards"}}
+    if changes:
+        config = copy.deepcopy(config)
+        for name, value in changes.items():
+            setattr(config.get_text_config(), name, value)
+    return config, {name: value for name, value in arguments.items() if name not in changes}
+
+
+@contextmanager
+def _named_argument() -> Iterator[None]:
+    """Says what an argument of loading may be where the library hands an unknown one to the model's `__init__`."""
+    try:
+        yield
+    except TypeError as error:
+        unexpected = re.search(r"__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        if unexpected is None:
+            raise
+        close = difflib.get_close_matches(unexpected[1], {*DECODER_FIELDS, "num_expert_shards"}, n=1)
+        raise TypeError(
+            f"`{unexpected[1]}` is neither an option of loading nor a field of the configuration or its `text_config`"
+            + (f": did you mean `{close[0]}`?" if close else ".")
+        ) from error

@@ -381,6 +381,8 @@ def test_recorded_outputs_from_call_and_config(make):
         for flag in flags:
             setattr(config, flag, True)
         from_config = model(**inputs)
+        assert from_config.aux_loss is from_config.z_loss is None  # a setting of training, which nobody asks for here
+        from_config = model.train()(**inputs)
     for outputs in (from_call, from_config):
         assert [tuple(logits.shape) for logits in outputs.router_logits] == [(28, 4)] * 2
         assert [tuple(states.shape) for states in outputs.hidden_states] == [(2, 14, 32)] * 4

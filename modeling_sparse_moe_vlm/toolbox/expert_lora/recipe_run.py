@@ -18,6 +18,7 @@ from ..evaluation import exact_match, generate_answers
 from ..training.models import from_checkpoint
 from ..training.processes import save_and_part, silence_others
 from ..training.trainer import SparseMoeTrainer
+from ..training.training_settings import compute_router_losses
 from .config import num_adapter_parameters
 from .recipes import LoraRecipe
 from .selection import expert_lora_config
@@ -54,6 +55,7 @@ class LoraRun:
         set_seed(self.arguments.seed)
         self.data = load_new_style(**recipe.data)
         model, self.processor = from_checkpoint(recipe.model)
+        compute_router_losses(model)
         self.num_parameters = model.num_parameters()
         self.model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
         self.num_trained = num_adapter_parameters(self.model)

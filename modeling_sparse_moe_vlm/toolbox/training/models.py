@@ -54,7 +54,6 @@ def from_scratch(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[config.image_token_id],  # stands for pictures, which the model does not make
-        max_new_tokens=32,
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})

@@ -23,6 +23,7 @@ from .models import from_checkpoint, from_scratch
 from .processes import save_and_part, silence_others
 from .recipes import Recipe, find_model
 from .trainer import SparseMoeTrainer
+from .training_settings import compute_router_losses
 
 NUM_DRAWN_ANSWERS = 12
 NUM_ROUTED_ROWS = 256
@@ -59,6 +60,7 @@ class TrainingRun:
             self.model, self.processor = from_scratch(model_path, self.data["train"], **recipe.tokenizer)
         else:
             self.model, self.processor = from_checkpoint(model_path)
+            compute_router_losses(self.model)
         self.is_ours = self.model.config.model_type == SparseMoeVlmConfig.model_type
         self.collator = VisionLanguageCollator(self.processor)
         self.heldout = [split for split in SPLIT_TITLES if split in self.data]

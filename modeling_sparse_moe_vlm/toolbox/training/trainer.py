@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer
 
 from ..routing.monitor import RoutingMonitor
+from .training_settings import no_training_settings
 
 
 class SparseMoeTrainer(Trainer):
@@ -21,7 +22,7 @@ class SparseMoeTrainer(Trainer):
       warning where one has collapsed.
 
     With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
-    return its router logits (`config.output_router_logits`).
+    return its router logits (`config.output_router_logits`), a setting of training that saved models do not have.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -44,6 +45,10 @@ class SparseMoeTrainer(Trainer):
                     self._router_losses.setdefault(name, []).append(value.detach())
             self.routing.add(unwrapped, inputs, outputs.get("router_logits"))
         return (loss, outputs) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with no_training_settings(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict=state_dict)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

@@ -1,0 +1,35 @@
+"""Settings of our models that belong to training, and not into a trained model's checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+
+
+def compute_router_losses(model: PreTrainedModel) -> None:
+    """Sets a model of ours to add the router losses to its loss, which checkpoints do not say; leaves others alone."""
+    for config in _configs_of_ours(model):
+        config.output_router_logits = True
+
+
+@contextmanager
+def no_training_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, the configuration of a model of ours is that of a trained model."""
+    before = [(config, config.output_router_logits) for config in _configs_of_ours(model)]
+    for config, _ in before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config, output_router_logits in before:
+            config.output_router_logits = output_router_logits
+
+
+def _configs_of_ours(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    config = model.config.get_text_config()
+    # Not `isinstance`: a checkpoint that brings its code along has classes of its own.
+    return [config] if config.model_type == SparseMoeVlmTextConfig.model_type else []
