@@ -10,6 +10,7 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextCon
 from modeling_sparse_moe_vlm.attention import SparseMoeVlmAttention
 from modeling_sparse_moe_vlm.attention_parts import AttentionParts
 from tests.support.models import TEXT_CONFIG, make_inputs, make_model
+from tests.support.threads import in_step, run_at_once
 from tests.test_generation import split_rows
 from tests.test_modeling import make_mixed_inputs, shift_left, use_attention
 
@@ -240,6 +241,27 @@ def test_assisted_generation_reads_out_the_tokens_that_were_taken():
         ours, theirs = (torch.cat([step[layer] for step in each.modality_weights], dim=2) for each in (assisted, plain))
         length = min(ours.shape[2], theirs.shape[2])
         torch.testing.assert_close(ours[:, :, :length], theirs[:, :, :length], rtol=1e-3, atol=1e-5)
+
+
+def test_threads_that_generate_at_once_with_one_model():
+    """Each reads out, or does not, and is steered, or is not, as it asked for."""
+    model, inputs = make_model(learned_modality_priors=True), make_inputs()
+    given = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    calls = [
+        lambda: model.generate(**inputs, **given, **READ),
+        lambda: model.generate(**inputs, **given, modality_priors={"image": 50.0}),
+        lambda: model.generate(**inputs, **given, **READ, modality_guidance=4.0),
+    ]
+    expected = [call() for call in calls]
+    assert not torch.equal(expected[0].sequences, expected[1].sequences)
+    with in_step(list(model.model.language_model.layers), num_threads=3):
+        results = run_at_once(*calls)
+    for outputs, alone in zip(results, expected, strict=True):
+        assert torch.equal(outputs.sequences, alone.sequences)
+        assert outputs.keys() == alone.keys()
+    for number in (0, 2):
+        for ours, theirs in zip(results[number].modality_weights, expected[number].modality_weights, strict=True):
+            torch.testing.assert_close(torch.stack(ours), torch.stack(theirs))
 
 
 def test_generate_needs_a_dict_to_return_weights_in():

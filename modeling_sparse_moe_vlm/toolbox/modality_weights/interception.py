@@ -1,8 +1,9 @@
 """Runs a function of ours in place of the attention of chosen modules, through `ALL_ATTENTION_FUNCTIONS`.
 
-It is registered under the name of the backend that the modules use, as Transformers lets a file override a backend for
-itself, and passes every other module on to that backend. A name of its own would be less safe: masks, kernels and some
-models (Gemma 4) look at the name of the backend, so that with another one the model might do something else.
+The function is registered under the name of the backend that the modules use, as Transformers lets a file override a
+backend for itself, and passes every other module, and every other thread, on to that backend. A name of its own would
+be less safe: masks, kernels and some models (Gemma 4) look at the name of the backend, so that with another one the
+model might do something else.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,23 +21,37 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...checks import check
+from .compiler_stance import restore_stance, set_stance_by_thread, stance_as_before
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
-# By name of the backend: sets of modules, and what runs in place of their attention.
-_interceptions: dict[str, tuple[tuple[Set[nn.Module], AttentionFunction], ...]] = {}
-# What was registered under these names before; nothing for eager attention.
-_backends: dict[str, AttentionFunction | None] = {}
-# Meanwhile nothing is compiled: compiled code would see neither the change nor its end.
-_uncompiled = ExitStack()
+
+@dataclass(eq=False)
+class Interception:
+    """What runs in place of the attention of some modules, in the thread that asked for it."""
+
+    modules: Set[nn.Module]
+    name: str
+    attend: AttentionFunction
+
+    def is_here(self) -> bool:
+        """Whether it holds in this thread, or in another one that runs in a copy of that thread's context."""
+        return self in _here.get() and self in _open
+
+
+# All that hold in some thread, and those of this thread, among which there may be some that have ended.
+_open: tuple[Interception, ...] = ()
+_here: ContextVar[tuple[Interception, ...]] = ContextVar("_here", default=())
+# By name of the backend, what was registered before (`None` for eager attention), and what is now.
+_registered: dict[str, tuple[AttentionFunction | None, AttentionFunction]] = {}
 _lock = threading.Lock()
 
 
 @contextmanager
-def intercept_attention(modules: Set[nn.Module], name: str, attend: AttentionFunction) -> Iterator[None]:
+def intercept_attention(modules: Set[nn.Module], name: str, attend: AttentionFunction) -> Iterator[Interception]:
     """
-    While in this context, runs `attend` in place of the attention function of the modules. Compiled models run
-    uncompiled.
+    While in this context, runs `attend` in place of the attention function of the modules, in this thread only.
+    Compiled models run uncompiled meanwhile.
 
     Args:
         modules (`Set[nn.Module]`):
@@ -44,55 +61,70 @@ def intercept_attention(modules: Set[nn.Module], name: str, attend: AttentionFun
         attend (`Callable`):
             Called as `attend(attention_function, module, query, key, value, attention_mask, **kwargs)`.
 
+    Yields:
+        [`Interception`]
+
     Raises:
-        ValueError: If there is no such backend, or a module is in such a context already.
+        ValueError: If there is no such backend, or a module is in such a context of this thread already.
     """
+    global _open
     check(
         name == "eager" or name in ALL_ATTENTION_FUNCTIONS,
         f"`{name}` is not in `ALL_ATTENTION_FUNCTIONS`: choose another backend, such as "
         '`model.set_attn_implementation("sdpa")`.',
     )
+    check(
+        not any(other.modules & modules for other in _here.get() if other.is_here()),
+        "the attention of this model is read out or steered already: leave that context first.",
+    )
+    interception = Interception(modules, name, attend)
     with _lock:
-        others = _interceptions.get(name, ())
-        check(
-            not any(modules & taken for taken, _ in others),
-            "the attention of this model is read out or steered already: leave that context first.",
-        )
-        if not _interceptions:
-            _uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
-        if not others:
+        set_stance_by_thread(_intercepts)
+        if name not in _registered:
             _register(name)
-        _interceptions[name] = (*others, (modules, attend))
+        _open = (*_open, interception)
+    _here.set((*(other for other in _here.get() if other.is_here()), interception))
     try:
-        yield
+        yield interception
     finally:
+        # Contexts need not end in the order in which they began, so the variable is not reset.
+        _here.set(tuple(other for other in _here.get() if other is not interception))
         with _lock:
-            _interceptions[name] = tuple(each for each in _interceptions[name] if each[0] is not modules)
-            if not _interceptions[name]:
-                del _interceptions[name]
+            _open = tuple(other for other in _open if other is not interception)
+            if not any(other.name == name for other in _open):
                 _restore(name)
-            if not _interceptions:
-                _uncompiled.close()
+            if not _open:
+                restore_stance()
+
+
+def _intercepts(here: bool) -> bool:
+    return any(interception.is_here() for interception in _here.get()) if here else bool(_open)
 
 
 def _register(name: str) -> None:
-    backend = _backends[name] = ALL_ATTENTION_FUNCTIONS.get(name)
+    backend = ALL_ATTENTION_FUNCTIONS.get(name)
 
-    @torch.compiler.set_stance("default")  # flex attention is compiled by itself
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         own = backend or _eager_attention(type(module))
-        for modules, attend in _interceptions.get(name, ()):
-            if module in modules:
-                return attend(own, module, *args, **kwargs)
-        return own(module, *args, **kwargs)
+        if torch.compiler.is_compiling():  # in a thread that had begun before
+            return own(module, *args, **kwargs)
+        with stance_as_before():
+            for interception in _here.get():
+                if interception.name == name and module in interception.modules and interception.is_here():
+                    return interception.attend(own, module, *args, **kwargs)
+            return own(module, *args, **kwargs)
 
+    _registered[name] = backend, attention
     ALL_ATTENTION_FUNCTIONS[name] = attention
 
 
 def _restore(name: str) -> None:
-    backend = _backends.pop(name)
-    del ALL_ATTENTION_FUNCTIONS[name]
-    if backend is not ALL_ATTENTION_FUNCTIONS.get(name):  # it had overridden another one
+    backend, attention = _registered.pop(name)
+    if ALL_ATTENTION_FUNCTIONS[name] is not attention:
+        return  # somebody else has overridden it meanwhile, and may call it
+    if backend is ALL_ATTENTION_FUNCTIONS._global_mapping.get(name):
+        del ALL_ATTENTION_FUNCTIONS[name]
+    else:
         ALL_ATTENTION_FUNCTIONS[name] = backend
 
 

@@ -2,10 +2,10 @@
 
     with modality_weights(model) as weights:
         model.generate(**inputs)
-    weights.alpha  # how much of each head's attention went to the picture, by layer and token
+    weights.alpha  # how much of each head's attention went to the image, by layer and token
 
 The weight of a modality is the share of attention that its keys get (D-Attn, arXiv 2502.01906), so attention itself
-tells it, under any backend: with an indicator of the modality in place of the values, attention returns the weights.
+computes it, under any backend: with an indicator of the modality in place of the values, attention returns the weights.
 The model's own call of its backend runs untouched beside that. Only steering goes another way, that of
 [`~modeling_sparse_moe_vlm.distributed_attention.attend_by_channels`].
 """
@@ -13,6 +13,8 @@ The model's own call of its backend runs untouched beside that. Only steering go
 from __future__ import annotations
 
 import inspect
+import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ from ...distributed_attention import Merged, attend_by_channels, count_free
 from ...steering import check_guidance, given_log_priors
 from ...visible_keys import visible_counts
 from ..expert_modules import base_model_of
-from .interception import AttentionFunction, intercept_attention
+from .interception import AttentionFunction, Interception, intercept_attention
 
 # Ids as in `ProcessorMixin.create_mm_token_type_ids`.
 MODALITIES = ("text", "image", "video", "audio")
@@ -71,8 +73,8 @@ class ModalityWeights:
 
     def of(self, modality: str, *, count_free: bool = False) -> torch.Tensor:
         """
-        The weight of a modality in the last sequences, all steps together. Tokens that assisted decoding refused do not
-        count.
+        The weight of a modality in the last sequences, all steps together. Tokens that assisted decoding refused are
+        left out.
 
         Args:
             modality (`str`):
@@ -82,13 +84,16 @@ class ModalityWeights:
 
         Returns:
             `torch.Tensor` of shape `(layers, B, H, T)`: NaN for tokens that a layer passes over (Gemma 4 runs its last
-            layers on the last token of a prompt alone).
+            layers only on the last token of a prompt).
 
         Raises:
             ValueError: If there is no such modality, or nothing has been read out.
         """
         check(modality in MODALITIES, f"`modality` must be one of {', '.join(MODALITIES)}, got {modality!r}.")
-        check(bool(self.steps), "nothing has been read out: run the model first.")
+        check(
+            bool(self.steps),
+            "nothing has been read out: run the model first, in the thread that has entered `modality_weights`.",
+        )
         column = MODALITIES.index(modality)
         whole, begin = torch.empty(0), self.steps[0].start
         for step in self.steps:
@@ -103,7 +108,7 @@ class ModalityWeights:
 
     @property
     def alpha(self) -> torch.Tensor:
-        """The weight of pictures, see [`~ModalityWeights.of`]."""
+        """The weight of images, see [`~ModalityWeights.of`]."""
         return self.of("image")
 
     @property
@@ -124,8 +129,13 @@ def modality_weights(
     Reads out, and steers, the attention of a vision-language model, without touching the model.
 
     Everything goes through `ALL_ATTENTION_FUNCTIONS`, so this works for the models whose language model takes its
-    attention from there and sees a picture as tokens of its sequence. Without steering the output is the same to the
+    attention from there and sees an image as tokens of its sequence. Without steering the output is the same to the
     bit. A model that is compiled runs uncompiled in this context.
+
+    It holds for the thread that enters it. Other threads may run the same model meanwhile, as it is or in a context of
+    their own. A thread that you start inside of the context (to stream what `generate` returns, for one) does not
+    inherit it: hand it over with `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`
+    and join the thread before you leave the context.
 
     Args:
         model (`PreTrainedModel`):
@@ -133,7 +143,7 @@ def modality_weights(
         modality_priors (`Mapping[str, float]`, *optional*):
             Factors on the priors, as `{"image": 2.0}`.
         modality_guidance (`float`, defaults to 0.0):
-            g of Z + g·(Z − O_text), for queries that see text and something else (arXiv 2601.13707).
+            g of Z + g·(Z − O_text), for queries that see text and something else (arXiv 2601.13707); at most 100.
         modality_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
             Modality ids of the first tokens of every sequence; later ones are text. Without it the placeholders in
             `input_ids` tell, or else the `mm_token_type_ids` of a call.
@@ -142,9 +152,13 @@ def modality_weights(
         [`ModalityWeights`]: filled by every forward pass, without gradients.
 
     Raises:
-        ValueError: If an argument is wrong, the model is in such a context already, or its backend is not registered;
-            in a forward pass, if the modality ids are not to be had or do not fit the keys of a layer, or if steering
-            is not possible.
+        ValueError: If an argument is wrong, the model is in such a context of this thread already, or its backend is
+            not registered; in a forward pass, if the modality ids are not known or do not fit the keys of a layer, if
+            steering is not possible, or if two threads share the context; at the end, if a forward pass that another
+            thread runs in the context has not ended.
+
+    Warns:
+        UserWarning: If no forward pass was read out, but other threads ran the model.
     """
     log_priors = given_log_priors(MODALITIES, modality_priors)
     check_guidance(modality_guidance)
@@ -156,13 +170,15 @@ def modality_weights(
     model = base_model_of(model)
     decoder = model.get_decoder()
     recorder = _Recorder(model.config, log_priors, modality_guidance, modality_ids)
-    # Both ways to call the model lead through its base model.
-    with (
-        intercept_attention(set(decoder.modules()), decoder.config._attn_implementation, recorder.attend),
-        model.base_model.register_forward_pre_hook(recorder.start, with_kwargs=True),
-        model.base_model.register_forward_hook(recorder.finish, always_call=True),
-    ):
-        yield recorder.weights
+    attention = decoder.config._attn_implementation
+    with intercept_attention(set(decoder.modules()), attention, recorder.attend) as recorder.interception:
+        # Both ways to call the model lead through its base model.
+        with (
+            model.base_model.register_forward_pre_hook(recorder.start, with_kwargs=True),
+            model.base_model.register_forward_hook(recorder.finish, always_call=True),
+        ):
+            yield recorder.weights
+        recorder.close()
 
 
 @dataclass
@@ -176,7 +192,9 @@ class _Pass:
 
 
 class _Recorder:
-    """Follows the forward passes of a model."""
+    """Follows the forward passes of a model, in the threads where its interception holds."""
+
+    interception: Interception
 
     def __init__(
         self, config: PreTrainedConfig, log_priors: list[float], guidance: float, modality_ids: torch.Tensor | None
@@ -188,10 +206,27 @@ class _Recorder:
         self.guidance = guidance
         self.steers = guidance > 0 or len(set(log_priors)) > 1  # the ratios of priors count
         self.modality_ids = modality_ids
+        self.thread: int | None = None  # of the pass under way
         self.running: _Pass | None = None
+        self.num_passes_elsewhere = 0
+        self.lock = threading.Lock()
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before a forward pass: what its tokens are, and those of the cache."""
+        if not self.interception.is_here():
+            check(
+                not getattr(module, "_is_replica", False),
+                "`DataParallel` runs copies of the model in threads of its own, which are neither read out nor "
+                "steered: call the model that it wraps.",
+            )
+            self.num_passes_elsewhere += 1
+            return
+        with self.lock:
+            check(
+                self.thread in (None, threading.get_ident()),
+                "another thread runs the model in the same `modality_weights`: enter one in each thread.",
+            )
+            self.thread = threading.get_ident()
         self.running = None
         check(
             not (self.steers and module.training and getattr(module, "is_gradient_checkpointing", False)),
@@ -204,7 +239,7 @@ class _Recorder:
         start = 0 if cache is None else int(cache.get_seq_length())
         new_ids = self._ids_of_tokens(arguments, start)
         token_ids = new_ids if start == 0 else torch.cat([_ids_of_cache(cache, start, len(new_ids)), new_ids], dim=1)
-        # A part that is alone has the weight 1, whatever its prior.
+        # The only part has the weight 1, whatever its prior.
         steers = self.steers and bool((token_ids != token_ids[:1, :1]).any())
         self.running = _Pass(Step(start, new_ids), token_ids, cache, steers)
 
@@ -219,12 +254,13 @@ class _Recorder:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """In place of the attention function of a layer."""
-        if self.running is None:  # a layer by itself, or computed again by gradient checkpointing
+        running = self.running if self.thread == threading.get_ident() else None
+        if running is None:  # a layer by itself, or computed again by gradient checkpointing
             check(not self.steers, "only calls of the model that was given to `modality_weights` are steered.")
             return backend(module, query, key, value, attention_mask, **kwargs)
-        step = self.running.step
-        key_ids = _ids_of_keys(self.running, module, key)
-        if self.running.steers:
+        step = running.step
+        key_ids = _ids_of_keys(running, module, key)
+        if running.steers:
             merged = self._steer(backend, module, query, key, value, attention_mask, key_ids, **kwargs)
         else:
             output, attentions = backend(module, query, key, value, attention_mask, **kwargs)
@@ -242,7 +278,9 @@ class _Recorder:
 
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
         """After a forward pass, also after one that failed, without an output."""
-        running, self.running = self.running, None
+        if self.thread != threading.get_ident():
+            return
+        running, self.running, self.thread = self.running, None, None
         if running is None or output is None:
             return
         check(
@@ -255,6 +293,21 @@ class _Recorder:
         if cache is not None:
             cache.token_modality_ids = running.token_ids
 
+    def close(self) -> None:
+        """At the end, unless the context is left by an error: whether all was read out that should have been."""
+        check(
+            self.thread in (None, threading.get_ident()),
+            "a forward pass of another thread had not ended when `modality_weights` was left: join the thread before.",
+        )
+        if self.num_passes_elsewhere and not self.weights.steps:
+            warnings.warn(
+                f"`modality_weights` has neither read out nor steered anything: all {self.num_passes_elsewhere} "
+                "forward passes of the model ran in other threads. If they were meant, start the thread with "
+                "`Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`, or enter "
+                "`modality_weights` in it.",
+                stacklevel=4,
+            )
+
     def _ids_of_tokens(self, arguments: Mapping[str, Any], start: int) -> torch.Tensor:
         """Modality ids of the tokens of a call, `(B, T)`."""
         input_ids: Any = arguments.get("input_ids")
@@ -266,7 +319,7 @@ class _Recorder:
             check(num_rows % len(ids) == 0, f"`modality_ids` has {len(ids)} rows, the call has {num_rows}.")
             ids = ids.repeat_interleave(num_rows // len(ids), dim=0)  # beams
             return F.pad(ids, (0, length - ids.shape[1]))
-        if start and length == 1:  # a placeholder that the model generates has no picture
+        if start and length == 1:  # a placeholder that the model generates has no image
             return torch.zeros(num_rows, 1, dtype=torch.long, device=tokens.device)
         if input_ids is not None and self.placeholders:
             ids = torch.zeros_like(input_ids)
@@ -276,7 +329,7 @@ class _Recorder:
         given: Any = arguments.get("mm_token_type_ids")
         check(
             given is not None,
-            f"which tokens are pictures is not known, from `input_ids` and the configuration of {self.model_type!r} "
+            f"which tokens are images is not known, from `input_ids` and the configuration of {self.model_type!r} "
             "(`image_token_id`): pass `modality_ids` to `modality_weights`.",
         )
         return given[:, -length:].long()

@@ -510,7 +510,7 @@ def test_errors_of_a_pass():
         with pytest.raises(ValueError, match="only calls of the model"):
             model.model.language_model(inputs_embeds=embeds)
     text_model = LlamaForCausalLM(LlamaConfig(**TEXT))
-    with modality_weights(text_model), pytest.raises(ValueError, match="which tokens are pictures is not known"):
+    with modality_weights(text_model), pytest.raises(ValueError, match="which tokens are images is not known"):
         text_model(**token)
 
 
