@@ -1,35 +1,25 @@
 """Sparse mixture-of-experts vision-language models for Hugging Face Transformers."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+import sys
+from importlib import import_module
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
-from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
-from .fusion import SparseMoeFusion
-from .modeling_sparse_moe_vlm import (
-    SparseMoeVlmForCausalLM,
-    SparseMoeVlmForConditionalGeneration,
-    SparseMoeVlmModel,
-    SparseMoeVlmPreTrainedModel,
-    SparseMoeVlmTextModel,
-)
-from .processing_sparse_moe_vlm import SparseMoeVlmProcessor
+# The command imports this package, too. Its help must not wait for torch, so it loads the classes when a verb runs.
+_IS_COMMAND = PurePath(*sys.argv[:1]).stem == "sparse-moe-vlm"
 
-# Only here, since this file does not travel with checkpoints. Once the package is imported, the auto classes run its
-# code for every checkpoint of these model types; in other processes they run the code that a checkpoint brings.
-for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
-AutoModel.register(SparseMoeVlmConfig, SparseMoeVlmModel, exist_ok=True)
-AutoModelForCausalLM.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
-for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto_class.register(SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
+if TYPE_CHECKING or not _IS_COMMAND:
+    from .registered import (
+        SparseMoeFusion,
+        SparseMoeVlmConfig,
+        SparseMoeVlmForCausalLM,
+        SparseMoeVlmForConditionalGeneration,
+        SparseMoeVlmModel,
+        SparseMoeVlmPreTrainedModel,
+        SparseMoeVlmProcessor,
+        SparseMoeVlmTextConfig,
+        SparseMoeVlmTextModel,
+    )
 
 __version__ = "0.1.0"
 
@@ -44,3 +34,9 @@ __all__ = [
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".registered", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -161,3 +161,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert expected <= set(names)
     assert not [name for name in names if "__pycache__" in name]
+
+
+def test_in_the_command_the_classes_are_loaded_when_asked_for():
+    program = """
+import sys
+sys.argv = ["/usr/bin/sparse-moe-vlm", "--help"]
+import modeling_sparse_moe_vlm
+assert "torch" not in sys.modules
+from modeling_sparse_moe_vlm import SparseMoeVlmConfig
+from transformers import AutoConfig
+assert AutoConfig.for_model("sparse_moe_vlm").__class__ is SparseMoeVlmConfig
+assert all(hasattr(modeling_sparse_moe_vlm, name) for name in modeling_sparse_moe_vlm.__all__)
+modeling_sparse_moe_vlm.nothing
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.endswith("AttributeError: module 'modeling_sparse_moe_vlm' has no attribute 'nothing'\n")

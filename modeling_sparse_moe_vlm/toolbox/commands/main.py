@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.verb is None:
         parser.print_help()
     else:
+        from ... import registered  # noqa: F401  (which the package leaves to the command)
+
         VERBS[parsed.verb].run(parsed)
 
 

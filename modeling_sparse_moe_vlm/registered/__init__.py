@@ -1,0 +1,44 @@
+"""The public classes, registered with the auto classes of Transformers."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from ..fusion import SparseMoeFusion
+from ..modeling_sparse_moe_vlm import (
+    SparseMoeVlmForCausalLM,
+    SparseMoeVlmForConditionalGeneration,
+    SparseMoeVlmModel,
+    SparseMoeVlmPreTrainedModel,
+    SparseMoeVlmTextModel,
+)
+from ..processing_sparse_moe_vlm import SparseMoeVlmProcessor
+
+# Only here, since this file does not travel with checkpoints. Once the package is imported, the auto classes run its
+# code for every checkpoint of these model types; in other processes they run the code that a checkpoint brings.
+for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
+AutoModel.register(SparseMoeVlmConfig, SparseMoeVlmModel, exist_ok=True)
+AutoModelForCausalLM.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
+for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
+
+__all__ = [
+    "SparseMoeFusion",
+    "SparseMoeVlmConfig",
+    "SparseMoeVlmForCausalLM",
+    "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmModel",
+    "SparseMoeVlmPreTrainedModel",
+    "SparseMoeVlmProcessor",
+    "SparseMoeVlmTextConfig",
+    "SparseMoeVlmTextModel",
+]

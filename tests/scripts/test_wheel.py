@@ -1,0 +1,95 @@
+"""The command as a wheel installs it, in an environment that does not see the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS
+from tests.scripts.conftest import train_arguments
+from tests.support.processes import ROOT
+
+
+@pytest.fixture(scope="module")
+def bin_folder(tmp_path_factory) -> Path:
+    """Programs of a virtual environment with the wheel, which finds all else where these tests do."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs", ".*", "tests", "docs")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder, source], check=True
+    )
+    shutil.rmtree(source)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
+    python = folder / "venv/bin/python"
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel], check=True)
+    (packages,) = folder.glob("venv/lib/*/site-packages")
+    # A path only: editable installs over there stay unseen.
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return folder / "venv/bin"
+
+
+@pytest.fixture
+def command(bin_folder, tmp_path):
+    """Runs the command in an empty folder."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        return subprocess.run(
+            [bin_folder / "sparse-moe-vlm", *arguments],
+            cwd=tmp_path,
+            env=kept | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_help_is_there_at_once(command):
+    for arguments in ([], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)):
+        result = command(*arguments, PYTHONPROFILEIMPORTTIME="1")
+        assert result.returncode == 0, result.stderr
+        assert "sparse-moe-vlm" in result.stdout
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert "modeling_sparse_moe_vlm.toolbox.commands.main" in imported
+        assert not imported & {"torch", "transformers", "datasets", "peft", "matplotlib"}, arguments
+
+
+@pytest.mark.slow
+def test_trains_and_uses_a_model(command, tmp_path):
+    arguments = [argument for argument in train_arguments(tmp_path, max_steps=1) if argument.startswith("--set")]
+    result = command("train", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    assert set(json.loads(result.stdout)) == {"training_seconds", "test", "test_style"}
+    assert "active per image token" in result.stderr
+    model = tmp_path / "outputs/demo/model"
+    assert (model / "README.md").read_text().count("expert groups") == 1
+
+    asked = ["--question", "Can you see the cat?", "--max-new-tokens", "2"]
+    result = command("generate", "--model", "outputs/demo/model", *asked)
+    assert result.returncode == 0, result.stderr
+    sizes = json.loads(command("info", "tiny", str(model), "--json").stdout)
+    assert [size["model"] for size in sizes] == ["tiny", str(model)]
+    assert sizes[0]["total"] > 1e6
+
+    result = command("lora", *arguments, "--recipe", "attention", "--set=training.save_steps=1")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "outputs/lora/attention/adapter/adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_mistakes_end_with_exit_code_2(command):
+    for arguments in (["train", "--recipe", "nope"], ["train", "--nope"], ["nope"], ["explain"]):
+        result = command(*arguments)
+        assert result.returncode == 2, arguments
+        assert "Traceback" not in result.stderr
