@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .attention_plan import plan_attention  # noqa: F401
     from .attention_runs import find_runs  # noqa: F401
     from .cache_name import CACHE_NAME  # noqa: F401
+    from .cached_modalities import remember_modality_ids  # noqa: F401
     from .capacity import expert_capacity  # noqa: F401
     from .checkpoint_conversion import convert_from_disk  # noqa: F401
     from .checkpoint_integrity import read_header  # noqa: F401
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
     from .steering import initial_log_priors  # noqa: F401
+    from .visible_keys import visible_counts  # noqa: F401
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
 _NOT_PREDICTIONS = [
