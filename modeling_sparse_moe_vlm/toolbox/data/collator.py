@@ -1,18 +1,17 @@
-"""Collator: from conversations with pictures to a training batch."""
+"""Collator: from conversations with images to a training batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from .rows import apply_chat_template, with_images
+
 IGNORE_INDEX = -100
-# Where a content part of type "image" may hold its picture.
-PICTURE_KEYS = ("image", "url", "path", "base64")
 
 
 @dataclass
@@ -28,31 +27,31 @@ class VisionLanguageCollator:
             Longest allowed row in tokens. Rows are never truncated.
 
     Raises:
-        ValueError: If a row is longer than `max_length`, holds no assistant turn, or has more or fewer pictures than
-            placeholders; the message names the row.
+        ValueError: If a row is wrong (see [`~data.rows.with_images`]), cannot be processed, is longer than `max_length`
+            or has no assistant turn; the message names the row.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
 
-    def __call__(self, rows: list[dict[str, Any]]) -> BatchFeature:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
         Args:
-            rows (`list[dict]`):
+            rows (`Sequence[Mapping]`):
                 Rows with `messages` (chat messages whose content parts of type `"image"` are placeholders) and `images`
-                (the pictures, in order: PIL images, arrays, paths or URLs), which may be missing or `None` where there
+                (the images, in order: PIL images, arrays, paths or URLs), which may be missing or `None` where there
                 are no placeholders.
 
         Returns:
             `BatchFeature`: the processor's inputs, padded on the right, and `labels` `(B, T)` of type int64.
         """
-        batch = self.processor.apply_chat_template(
-            [with_images(row, number) for number, row in enumerate(rows)],
-            tokenize=True,
-            return_dict=True,
+        if not rows:
+            raise ValueError("the batch has no rows.")
+        batch = apply_chat_template(
+            self.processor,
+            {number: with_images(row, number) for number, row in enumerate(rows)},
+            padding_side="right",
             return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
         )
         is_target = torch.as_tensor(batch.pop("assistant_masks")).bool()
         without_target = (~is_target.any(dim=1)).nonzero().flatten().tolist()
@@ -69,53 +68,3 @@ class VisionLanguageCollator:
             )
         batch["labels"] = batch["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
         return batch
-
-
-def with_images(row: dict[str, Any], number: int) -> list[dict[str, Any]]:
-    """
-    The messages of a row, with every picture at its placeholder.
-
-    Args:
-        row (`dict`):
-            A row as [`VisionLanguageCollator`] takes it.
-        number (`int`):
-            What the message of an error calls the row.
-
-    Returns:
-        `list[dict]`: chat messages; a part of type `"image"` that brings its own picture keeps it.
-
-    Raises:
-        ValueError: If there are more or fewer pictures than placeholders.
-    """
-    images = [] if row.get("images") is None else list(row["images"])
-    num_placeholders = sum(_is_placeholder(part) for message in row["messages"] for part in _parts(message))
-    if num_placeholders != len(images):
-        raise ValueError(
-            f"row {number} has {len(images)} pictures in `images`, but {num_placeholders} placeholders in `messages` "
-            "(content parts of type 'image' without a picture of their own): give one picture for each."
-        )
-    waiting = iter(images)
-    return [
-        message | {"content": [_filled(part, waiting) for part in _parts(message)]} if _parts(message) else message
-        for message in row["messages"]
-    ]
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message's content; none where it is plain text."""
-    content = message["content"]
-    return [] if content is None or isinstance(content, str) else content
-
-
-def _is_placeholder(part: dict[str, Any]) -> bool:
-    return part["type"] == "image" and all(part.get(key) is None for key in PICTURE_KEYS)
-
-
-def _filled(part: dict[str, Any], waiting: Iterator[Any]) -> dict[str, Any]:
-    """A part with its picture: its own, or the next one that waits."""
-    if part["type"] != "image":
-        return part
-    if _is_placeholder(part):
-        part = part | {"image": next(waiting)}
-    # Rows of a table have every key of every part. Processors take no `Path`.
-    return {key: str(value) if isinstance(value, Path) else value for key, value in part.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Blind baseline: what can be answered from the questions alone, without looking at the pictures."""
+"""Blind baseline: what can be answered from the questions alone, without looking at the images."""
 
 from __future__ import annotations
 
@@ -10,28 +10,33 @@ from datasets import Dataset
 
 from .metrics.exact_match.exact_match import is_right
 
-# How often training must have seen a question: what is tried. One that was seen once cannot be held back and known.
+# The least counts to try. A question that training has only once cannot be both held back and known.
 LEAST_COUNTS = tuple(2**power for power in range(1, 9))
-# How many standard deviations a gain must have to be more than luck.
+# How many standard deviations make a gain more than luck.
 CLEAR = 2.0
 
 
 class BlindBaseline:
     """
-    Answers questions without looking: with the answer that training saw most often for the same question, else for its
-    kind, else at all.
+    Answers questions without the image: with the most frequent training answer to the same question, or else to its
+    kind of question, or else to any.
 
-    The most frequent of few answers is mostly luck. So a question's own answer is taken only where training saw the
-    question often enough. How often that is, is chosen for each kind on the training rows: each half of them is guessed
-    from the other, and where the questions' own answers are not clearly better there, that of the kind is taken.
+    The most frequent of a few answers is mostly luck, so a question's own answer is used only if training has the
+    question often enough. The least count is chosen for each kind on the training rows: each half of them is guessed
+    from the other half, and if the questions' own answers are not clearly better there, the answer of the kind is used.
 
     Args:
         train (`datasets.Dataset`):
             Rows with the columns `question`, `answer` and `kind`.
+
+    Raises:
+        ValueError: If there are no rows.
     """
 
     def __init__(self, train: Dataset) -> None:
         rows = _rows(train)
+        if not rows:
+            raise ValueError("`train` has no rows to learn guesses from.")
         self.most_frequent = _mode(Counter(row.answer for row in rows))
         self.most_frequent_of_kind = _modes(_answers(rows, "kind"))
         by_question = _answers(rows, "question")
@@ -59,17 +64,17 @@ class BlindBaseline:
 
 def blind_baseline(train: Dataset, test: Dataset) -> dict[str, dict[str, float]]:
     """
-    Measures how well the questions are answered without looking at the pictures: what a model has to beat.
+    Measures how well questions are answered without the images: what a model has to beat.
 
     Args:
         train (`datasets.Dataset`):
-            What the guesses are learned from: rows with the columns `question`, `answer` and `kind`.
+            Rows to learn the guesses from, with the columns `question`, `answer` and `kind`.
         test (`datasets.Dataset`):
-            What they are measured on.
+            Rows to measure them on.
 
     Returns:
-        `dict[str, dict[str, float]]`: For `"overall"` and for each kind the accuracies in percent of `blind` (see
-        [`BlindBaseline`]) and of `most_frequent_answer` (one answer for everything, for a kind the one of that kind).
+        `dict[str, dict[str, float]]`: For `"overall"` and for each kind, the accuracies in percent of `blind` (see
+        [`BlindBaseline`]) and of `most_frequent_answer` (overall, one answer to everything; for a kind, its own).
     """
     guess = BlindBaseline(train)
     blind: dict[str, list[bool]] = defaultdict(list)
@@ -100,7 +105,7 @@ def _rows(examples: Dataset) -> list[_Row]:
 
 
 def _answers(rows: Iterable[_Row], by: str) -> dict[str, Counter[str]]:
-    """How often each answer was seen, by question or by kind."""
+    """The count of each answer, by question or by kind."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         answers[getattr(row, by)][row.answer] += 1
@@ -116,14 +121,14 @@ def _mode(counts: Counter[str]) -> str:
 
 
 def _least_counts(rows: list[_Row]) -> dict[str, int]:
-    """By kind, how often a question must have been seen; no entry where the questions' own answers do not help."""
+    """By kind, the least count of a question whose own answer is used; no entry if these answers do not help."""
     halves: tuple[list[_Row], list[_Row]] = ([], [])
     seen: Counter[str] = Counter()
     for row in rows:
         halves[seen[row.question] % 2].append(row)
         seen[row.question] += 1
 
-    # By kind: how often a question was seen, and whether its own answer gains (1), changes nothing (0) or loses (-1).
+    # By kind: the count of a question, and whether its own answer gains (1), changes nothing (0) or loses (-1).
     outcomes: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for known, held_back in (halves, halves[::-1]):
         of_question, of_kind = _modes(_answers(known, "question")), _modes(_answers(known, "kind"))
@@ -142,6 +147,6 @@ def _least_counts(rows: list[_Row]) -> dict[str, int]:
 
 
 def _clear_gain(outcomes: list[int]) -> int:
-    """The sum of the outcomes, or 0 where it may be luck: the standard deviation of n outcomes' sum is at most √n."""
+    """The sum of the outcomes, or 0 if it may be luck: the standard deviation of a sum of n outcomes is at most √n."""
     gain = sum(outcomes)
     return gain if gain > CLEAR * len(outcomes) ** 0.5 else 0

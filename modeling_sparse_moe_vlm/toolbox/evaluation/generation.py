@@ -1,18 +1,16 @@
-"""Evaluation: a model answers questions about pictures, and its answers are scored."""
+"""A model answers questions about images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data.collator import with_images
-
-METRICS = Path(__file__).parent / "metrics"
+from ..data.rows import apply_chat_template, with_images
 
 
 @torch.inference_mode()
@@ -36,35 +34,50 @@ def generate_answers(
         batch_size (`int`, defaults to 64):
             Number of conversations per batch.
         generate_kwargs:
-            Arguments of `model.generate`; greedy decoding with 32 new tokens by default.
+            Arguments of `model.generate`. By default, without a `generation_config`, greedy decoding of up to 32 new
+            tokens (or up to `max_length`, if given).
 
     Returns:
         `list[str]`: one answer per row.
 
     Raises:
-        ValueError: If the pictures of a row are not as many as its placeholders; the message names the row.
+        ValueError: If a row is wrong (see [`~toolbox.data.rows.with_images`]), cannot be processed or has nothing to
+            answer; the message names the row.
     """
-    generate_kwargs = {"max_new_tokens": 32, "do_sample": False} | generate_kwargs
-    was_training = model.training
-    model.eval()
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if "generation_config" not in generate_kwargs:
+        limit = {} if "max_length" in generate_kwargs else {"max_new_tokens": 32}
+        generate_kwargs = limit | {"do_sample": False} | generate_kwargs
     answers: list[str] = []
-    try:
+    with _evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
             batch = range(start, min(start + batch_size, len(rows)))
-            inputs = processor.apply_chat_template(
-                [_questions(with_images(rows[i], i)) for i in batch],
+            inputs = apply_chat_template(
+                processor,
+                {i: _questions(with_images(rows[i], i), i) for i in batch},
+                padding_side="left",
                 add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
             ).to(model.device, dtype=model.dtype)
             output = model.generate(**inputs, **generate_kwargs)
             answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    finally:
-        model.train(was_training)
     return answers
 
 
-def _questions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switches to evaluation, and then gives every module its own mode back: frozen ones may differ from the rest."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _questions(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    questions = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not questions:
+        raise ValueError(f"row {number} has nothing to answer: its only message is the assistant's.")
+    return questions

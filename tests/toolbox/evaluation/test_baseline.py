@@ -39,6 +39,51 @@ def test_falls_back_from_question_to_kind_to_all():
     }
 
 
+def test_a_table_made_by_hand():
+    """A question's own answer helps in kind `c`, where each has one, and not in kind `d`, where "no" is usual."""
+    train = rows(
+        *[(f"c{number}?", f"answer {number}", "c") for number in range(4) for _ in range(8)],
+        *[("often", "no", "d")] * 5,
+        *[("seldom", "yes", "d")] * 2,
+        *[("other", "no", "d")] * 3,
+    )
+    guess = BlindBaseline(train)
+    assert guess.most_frequent == "answer 0"
+    assert guess.most_frequent_of_kind == {"c": "answer 0", "d": "no"}
+    assert [guess.answer(f"c{number}?", "c") for number in range(4)] == [f"answer {number}" for number in range(4)]
+    assert guess.answer("seldom", "d") == "no"
+    assert guess.answer("c9?", "c") == "answer 0"
+    test = rows(("c1?", "Answer 1.", "c"), ("c2?", "answer 0", "c"), ("new", "answer 0", "c"), ("seldom", "yes", "d"))
+    assert blind_baseline(train, test) == {
+        "overall": {"blind": 50.0, "most_frequent_answer": 50.0},
+        "c": {"blind": pytest.approx(200 / 3), "most_frequent_answer": pytest.approx(200 / 3)},
+        "d": {"blind": 0.0, "most_frequent_answer": 0.0},
+    }
+
+
+@pytest.mark.parametrize(("times", "expected"), [(4, "mode"), (5, "own")])
+def test_how_much_gain_is_clear(times, expected):
+    """Of n rows that are held back, all gain: n must be more than 2 √n, so more than four."""
+    seen_twice = [(f"b{number}?", "mode", "kind") for number in range(10) for _ in range(2)]
+    train = rows(*[("a?", "own", "kind")] * times, *seen_twice)
+    assert BlindBaseline(train).answer("a?", "kind") == expected
+
+
+def test_the_least_count_is_the_one_that_gains_most():
+    """Questions seen twice lose, those seen eight times gain: only the latter keep their answers."""
+    rare = [(f"rare {number}?", answer, "kind") for number in range(10) for answer in ("odd", "mode")]
+    often = [(f"often {number}?", f"own {number}", "kind") for number in range(4) for _ in range(8)]
+    guess = BlindBaseline(rows(*rare, *often, *[(f"{number}", "mode", "kind") for number in range(40)]))
+    assert {guess.answer(f"rare {number}?", "kind") for number in range(10)} == {"mode"}
+    assert [guess.answer(f"often {number}?", "kind") for number in range(4)] == [f"own {number}" for number in range(4)]
+
+
+def test_no_rows():
+    with pytest.raises(ValueError, match="`train` has no rows"):
+        BlindBaseline(rows(("a?", "b", "c")).select([]))
+    assert blind_baseline(rows(("a?", "b", "c")), rows(("a?", "b", "c")).select([])) == {}
+
+
 def test_rare_questions_get_the_answer_of_their_kind():
     """The most frequent of two answers is luck; frequent questions whose answers are known keep their own."""
     rng = random.Random(0)

@@ -4,8 +4,8 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-Share of predictions that equal their reference, in percent. Case, surrounding white space and a final full stop do not
-count.
+Share of predictions that equal their reference, in percent. Ignores case, surrounding white space and a final full
+stop.
 """
 
 _KWARGS_DESCRIPTION = """
@@ -35,7 +35,7 @@ class ExactMatch(evaluate.Metric):
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer equals its reference; case, surrounding white space and a final full stop do not count."""
+    """Whether an answer equals its reference; ignores case, surrounding white space and a final full stop."""
     return _normalise(answer) == _normalise(reference)
 
 

@@ -1,0 +1,151 @@
+"""Rows of conversations with images: checked, put together and made into inputs. Errors name the row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import BatchFeature, ProcessorMixin
+
+from ...control_tokens import check_encodable
+
+# Where a content part of type "image" may hold its image.
+IMAGE_KEYS = ("image", "url", "path", "base64")
+
+
+def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    """
+    The messages of a row, with every image at its placeholder.
+
+    Args:
+        row (`Mapping`):
+            A row as [`VisionLanguageCollator`] takes it.
+        number (`int`):
+            What the message of an error calls the row.
+
+    Returns:
+        `list[dict]`: chat messages; a part of type `"image"` that brings its own image keeps it.
+
+    Raises:
+        ValueError: If a field is missing or has a wrong type, if a text is not text, or if there are more or fewer
+            images than placeholders.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {number} must be a dict with `messages` and `images`, got {type(row)}.")
+    messages = _messages(row, number)
+    images = _images(row.get("images"), number)
+    num_placeholders = sum(_is_placeholder(part) for message in messages for part in _parts(message))
+    if num_placeholders != len(images):
+        raise ValueError(
+            f"row {number} has {len(images)} images in `images`, but {num_placeholders} placeholders in `messages` "
+            "(content parts of type 'image' without an image of their own): give one image for each."
+        )
+    waiting = iter(images)
+    return [
+        message | {"content": [_filled(part, waiting) for part in _parts(message)]} if _parts(message) else message
+        for message in messages
+    ]
+
+
+def apply_chat_template(
+    processor: ProcessorMixin, conversations: dict[int, list[dict[str, Any]]], padding_side: str, **kwargs: Any
+) -> BatchFeature:
+    """
+    Makes padded inputs of conversations.
+
+    Args:
+        processor (`ProcessorMixin`):
+            Processor of the model.
+        conversations (`dict[int, list[dict]]`):
+            By the number of its row, the messages of each conversation.
+        padding_side (`str`):
+            `"left"` or `"right"`.
+        kwargs:
+            Further arguments of `processor.apply_chat_template`.
+
+    Raises:
+        ValueError: If a conversation cannot be processed; the message names its row.
+    """
+    kwargs |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
+    try:
+        return processor.apply_chat_template(list(conversations.values()), **kwargs)
+    except Exception:
+        # Which of them was it?
+        for number, conversation in conversations.items():
+            try:
+                processor.apply_chat_template([conversation], **kwargs)
+            except Exception as error:
+                raise ValueError(f"row {number} cannot be processed: {error}") from error
+        raise
+
+
+def _messages(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+    if row.get("messages") is None:
+        raise ValueError(f"row {number} lacks `messages`: its fields are {list(row)}.")
+    messages = row["messages"]
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"row {number}: `messages` must be a list of messages, got {type(messages)}.")
+    if not messages:
+        raise ValueError(f"row {number}: `messages` is empty: give at least one message, or drop the row.")
+    for i, message in enumerate(messages):
+        _check_message(message, f"row {number}: messages[{i}]")
+    return list(messages)
+
+
+def _check_message(message: Any, name: str) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} must be a dict with `role` and `content`, got {type(message)}.")
+    if not isinstance(message.get("role"), str) or not message["role"]:
+        raise ValueError(f"{name} lacks `role`: add 'user', 'assistant' or another one of the chat template.")
+    if "content" not in message and not message.get("tool_calls"):
+        raise ValueError(f"{name} lacks `content`: its fields are {list(message)}.")
+    content = message.get("content")
+    if isinstance(content, str):
+        check_encodable(content, f"{name}.content")
+    elif content is not None and not isinstance(content, list | tuple):
+        raise ValueError(f"{name}.content must be a string or a list of parts, got {type(content)}.")
+    for i, part in enumerate(_parts(message)):
+        _check_part(part, f"{name}.content[{i}]")
+
+
+def _check_part(part: Any, name: str) -> None:
+    if not isinstance(part, dict):
+        raise ValueError(f"{name} must be a dict, such as {{'type': 'text', 'text': …}}, got {part!r}.")
+    if not isinstance(part.get("type"), str):
+        raise ValueError(f"{name} lacks `type`: add 'text' or 'image'.")
+    if part["type"] == "text":
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"{name}.text must be a string, got {part.get('text')!r}.")
+        check_encodable(part["text"], f"{name}.text")
+
+
+def _images(images: Any, number: int) -> list[Any]:
+    """The images of a row; `None` is no image."""
+    is_batch = getattr(images, "ndim", 0) == 4
+    if images is not None and not isinstance(images, list | tuple) and not is_batch:
+        raise ValueError(
+            f"row {number}: `images` must be a list of images, got {type(images)}: put a single image in a list."
+        )
+    return [image for image in ([] if images is None else images) if image is not None]
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a message's content; none where it is plain text."""
+    content = message.get("content")
+    return [] if content is None or isinstance(content, str) else list(content)
+
+
+def _is_placeholder(part: dict[str, Any]) -> bool:
+    return part["type"] == "image" and all(part.get(key) is None for key in IMAGE_KEYS)
+
+
+def _filled(part: dict[str, Any], waiting: Iterator[Any]) -> dict[str, Any]:
+    """A part with its image: its own, or the next one that waits."""
+    if part["type"] != "image":
+        return part
+    if _is_placeholder(part):
+        part = part | {"image": next(waiting)}
+    # Rows of a table have every key of every part. Transformers' processors do not take `Path`.
+    return {key: str(value) if isinstance(value, Path) else value for key, value in part.items() if value is not None}
