@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -26,7 +26,7 @@ from .checkpoint_conversion import (
     loading_conversions,
     saving_conversions,
 )
-from .checkpoint_integrity import named_damage, no_mixture
+from .checkpoint_integrity import check_names, check_weights, named_damage, no_mixture
 from .checks import check
 from .code_revisions import warn_of_other_code
 from .configuration_sparse_moe_vlm import DECODER_FIELDS, SparseMoeVlmConfig
@@ -82,7 +82,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("trust_remote_code") and checkpoint is not None:
             warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
-        with named_damage(checkpoint), _named_argument():
+        with named_damage(checkpoint, kwargs.get("subfolder") or ""), _named_argument():
             return super().from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
@@ -94,17 +94,35 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """
-        As the library's, which notices late, or not at all, that a device map or the experts of a checkpoint do not fit
-        the model. The model brings its own conversions: the library keeps one table of them per model type.
+        As the library's, which notices late, or not at all, that files are damaged, or that a device map or the experts
+        of a checkpoint do not fit the model. The model brings its own conversions: the library keeps one table of them
+        per model type.
         """
         if load_config.device_map is not None:
             check_device_map(model, load_config.device_map)
+        files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
+        check_weights(files, (load_config.sharded_metadata or {}).get("weight_map"))
         if expected_keys is None:  # not the keys of an adapter
             steps = loading_conversions(model, load_config.weight_mapping or [], load_config.hf_quantizer)
             renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-            check_experts(model, state_dict, checkpoint_files, renamings, load_config.ignore_mismatched_sizes)
+            try:
+                check_experts(model, state_dict, checkpoint_files, renamings, load_config.ignore_mismatched_sizes)
+            except ValueError:
+                _check_names(model, files)
+                raise
             load_config = replace(load_config, weight_mapping=steps)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        info = loaded[0]
+        if info.unexpected_keys and info.missing_keys and load_config.device_mesh is None:
+            _check_names(model, files)
+        if info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            name, found, needed = min(info.mismatched_keys)
+            raise RuntimeError(
+                f"Size mismatch: {name!r} has the shape {list(found)} in the checkpoint, but {list(needed)} in a model "
+                f"of this configuration ({len(info.mismatched_keys) - 1} more tensors differ). Load it with its own "
+                "configuration, or pass `ignore_mismatched_sizes=True` to initialise what differs."
+            )
+        return loaded
 
     @property
     def _weight_conversions(self):
@@ -195,3 +213,12 @@ def _named_argument() -> Iterator[None]:
             f"`{unexpected[1]}` is neither an option of loading nor a field of the configuration or its `text_config`"
             + (f": did you mean `{close[0]}`?" if close else ".")
         ) from error
+
+
+def _check_names(model: PreTrainedModel, files: list[str]) -> None:
+    """Raises `OSError` if the names in a checkpoint's files do not fit a model because of a flipped bit."""
+    state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
+    names, prefix = [*revert_weight_conversion(model, state)], f"{model.base_model_prefix}."
+    # A base model may be read from the checkpoint of one with a head, and the other way round.
+    of_others = [name.removeprefix(prefix) if name.startswith(prefix) else prefix + name for name in names]
+    check_names(files, {*names, *of_others})

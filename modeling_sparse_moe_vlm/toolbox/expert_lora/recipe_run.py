@@ -15,6 +15,7 @@ from ..data import VisionLanguageCollator
 from ..demo import conversations
 from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
+from ..training.checkpoints import last_whole_checkpoint
 from ..training.models import from_checkpoint
 from ..training.processes import save_and_part, silence_others
 from ..training.trainer import SparseMoeTrainer
@@ -78,7 +79,7 @@ class LoraRun:
 
         Args:
             resume (`bool`, defaults to `False`):
-                Whether to go on from the last checkpoint in the output folder.
+                Whether to go on from the last whole checkpoint in the output folder.
 
         Returns:
             `bool`: whether this process does what remains: the first one does.
@@ -91,7 +92,7 @@ class LoraRun:
             train_dataset=conversations(self.data["train"]),
             processing_class=self.processor,
         )
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.arguments) if resume else None)
         self.metrics = {
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,

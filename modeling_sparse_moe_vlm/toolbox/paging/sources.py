@@ -148,6 +148,8 @@ def _explained(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's
+            raise OSError(f"{path} is no whole safetensors file. {error}") from error
         raise OSError(f"cannot read experts from {path}: {error.strerror}. Load the model again.") from error
 
 
@@ -189,7 +191,8 @@ def _find_source(weights: Any, name: str, pin: bool, headers: dict[str, tuple[di
         path = os.path.join(str(weights.save_folder), f"{key}.dat")
         return FileSource(path, 0, tuple(entry["shape"]), getattr(torch, entry["dtype"]))
     if path not in headers:
-        headers[path] = _read_header(path)
+        with _explained(path):
+            headers[path] = read_header(path)
     header, start = headers[path]
     tensor = header.get(entry.get("weight_name", key))
     if tensor is None or tensor["dtype"] not in SAFETENSORS_DTYPES:
@@ -197,12 +200,3 @@ def _find_source(weights: Any, name: str, pin: bool, headers: dict[str, tuple[di
         raise OSError(f"{path} should hold {entry.get('weight_name', key)}, but has {found}. Load the model again.")
     dtype = SAFETENSORS_DTYPES[tensor["dtype"]]
     return FileSource(path, start + tensor["data_offsets"][0], tuple(tensor["shape"]), dtype)
-
-
-def _read_header(path: str) -> tuple[dict[str, Any], int]:
-    """The table of contents of a safetensors file, and where its data begin."""
-    try:
-        with _explained(path):
-            return read_header(path)
-    except ValueError as error:
-        raise OSError(f"{path} is no whole safetensors file ({error}). Write or download it again.") from error

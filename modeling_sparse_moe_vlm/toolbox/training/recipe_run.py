@@ -19,6 +19,7 @@ from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, s
 from ..hub import write_model_card
 from ..model_size import describe_size
 from ..routing import expert_load
+from .checkpoints import last_whole_checkpoint
 from .models import from_checkpoint, from_scratch
 from .processes import save_and_part, silence_others
 from .recipes import Recipe, find_model
@@ -85,7 +86,7 @@ class TrainingRun:
 
         Args:
             resume (`bool`, defaults to `False`):
-                Whether to go on from the last checkpoint in the output folder.
+                Whether to go on from the last whole checkpoint in the output folder.
 
         Returns:
             `bool`: whether this process does what remains: the first one does.
@@ -98,7 +99,7 @@ class TrainingRun:
             train_dataset=conversations(self.data["train"]),
             processing_class=self.processor,
         )
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.arguments) if resume else None)
         self.metrics["training_seconds"] = round(time.time() - start, 1)
         # At once, so that nothing is lost when a later step fails.
         if not save_and_part(trainer, self.model_dir):
