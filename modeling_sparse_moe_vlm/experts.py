@@ -95,8 +95,6 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
                 index.masked_fill(elsewhere, size),
                 _take(top_k_weights, rows).masked_fill(elsewhere, 0.0),
             )
-            if hasattr(experts, "token_rows"):  # adapters, which may differ by the row of the batch
-                experts.token_rows = rows, hidden_states.shape[0]  # type: ignore[assignment]
             if not _is_skippable(experts, inputs[0]):
                 calls.append((experts, inputs))
                 rows_of_calls.append(rows)

@@ -25,6 +25,7 @@ from .decode_cache import StepMemory
 from .dora import adapted_norm, check_dora, initial_magnitude
 from .factored_weight import LowRankUpdate
 from .processes import check_is_alike, is_spread, share_of
+from .switches import Switches
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
 ROW_BYTES = 16
@@ -67,8 +68,8 @@ class FactoredExpertsLayer(ParamWrapper):
         # Where other processes have parts of the stack, what this one has.
         self.share = share_of(self.get_param(), self._did_swap_in_out_features)
         self._memory = StepMemory()
-        self.token_rows: tuple[torch.Tensor | None, int] | None = None
         self._merged_rescale: dict[str, torch.Tensor] = {}
+        self.switches = Switches()
         expert_seam.prepare(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
@@ -211,6 +212,7 @@ class FactoredExpertsLayer(ParamWrapper):
             if self.use_dora.get(name):
                 self._merged_rescale[name] = self.rescale(name, self.get_param().detach())
         super().merge(safe_merge, adapter_names)
+        self.switches.count()
         expert_seam.stacks_have_changed(self.get_base_layer())
 
     def unmerge(self) -> None:
@@ -222,7 +224,20 @@ class FactoredExpertsLayer(ParamWrapper):
                 param.data -= ParamWrapper.get_delta_weight(self, name)
         if self.merged:
             super().unmerge()
+        self.switches.count()
         expert_seam.stacks_have_changed(self.get_base_layer())
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = list(self.active_adapters)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if list(self.active_adapters) != before and hasattr(self, "switches"):  # not while PEFT's constructor runs
+            self.switches.count()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        before = self.disable_adapters
+        super().enable_adapters(enabled)
+        if self.disable_adapters != before:
+            self.switches.count()
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         if self.disable_adapters or (self.merged and adapter_names is None):

@@ -1,10 +1,35 @@
-"""Adapters by row: `adapter_names` names one for each row of the batch."""
+"""
+Adapters by row: `adapter_names=["a", "b", "__base__"]` names one for each row of the batch, in any layer of PEFT.
+
+PEFT puts hooks on its layers while such a call runs, which other threads run into, and hands linear layers names by
+row, though experts get tokens without rows. Here a call's names belong to the thread that made it, and a layer that
+gets tokens is given the name of each.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...checks import check
+from .batch_rows import check_number_of_names, num_rows_of, rows_of_tokens
+from .switches import switches_of
+
+# The names of the rows of the call that this thread is in.
+_names: ContextVar[list[str] | None] = ContextVar("names", default=None)
+# The calls of all threads that have names: compiled code, which does not see the above, must not run then.
+_CALLS: list[list[str]] = []
+_registering = threading.Lock()
 
 
 def run_by_row(layer: Any, adapter_names: list[str], x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
@@ -18,27 +43,89 @@ def run_by_row(layer: Any, adapter_names: list[str], x: torch.Tensor, *args: tor
         *args (`torch.Tensor` of shape `(tokens, ...)`): Their other inputs.
 
     Raises:
-        ValueError: If adapters are merged, or several processes share the experts.
+        ValueError: If adapters are merged, several processes share the experts, or there is not a name for each row.
     """
-    if layer.merged:
-        raise ValueError("`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
-    if layer.share is not None:
-        raise ValueError(
-            f"several processes share {layer.stack_name!r}, so that rows of a batch cannot have an adapter "
-            "each: leave out `adapter_names`, and switch by `set_adapter`, or run the model in one process."
-        )
-    places, num_tokens = layer.token_rows or (None, x.shape[0])
-    if num_tokens % len(adapter_names):
-        raise ValueError(
-            f"`adapter_names` names {len(adapter_names)} rows, but the experts got {num_tokens} tokens, "
-            "which is no multiple: give a name for each row of the batch."
-        )
-    rows = (torch.arange(num_tokens, device=x.device) if places is None else places) // (
-        num_tokens // len(adapter_names)
+    check(not layer.merged, "`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
+    check(
+        layer.share is None,
+        f"several processes share {layer.stack_name!r}, so that rows of a batch cannot have an adapter "
+        "each: leave out `adapter_names`, and switch by `set_adapter`, or run the model in one process.",
     )
+    rows = rows_of_tokens(layer, x.shape[0], len(adapter_names)).to(x.device)
     output = torch.zeros_like(x)
     for name in dict.fromkeys(adapter_names):
         is_its = torch.tensor([other == name for other in adapter_names], device=x.device)
         tokens = is_its[rows].nonzero().squeeze(1)
         output[tokens] = layer.run([name], x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
     return output
+
+
+def take_names_by_call(model: nn.Module) -> None:
+    """
+    Lets every call of a model have names of its own, also where threads call it at once, and refuses the answer of a
+    call during which another thread switched adapters.
+
+    Args:
+        model (`nn.Module`): The model with adapters, changed in place where it is a `PeftModel`. Again harmless.
+    """
+    if isinstance(model, PeftModel):
+        tuner: Any = model.base_model
+        tuner._enable_peft_forward_hooks = partial(_around_a_call, tuner)
+
+
+@contextmanager
+def _around_a_call(tuner: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator[None]:
+    """Stands in for a method of PEFT's models, which wraps `forward` and `generate` and gets their arguments."""
+    switches = switches_of(tuner)
+    with type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs):
+        if adapter_names is None:
+            with nullcontext() if switches is None else switches.forbidden():
+                yield
+            return
+        names = _checked(tuner, adapter_names, args, kwargs)
+        _give_names_to_layers(tuner)
+        token = _names.set(names)
+        _CALLS.append(names)
+        try:
+            yield
+        finally:
+            _names.reset(token)
+            _CALLS.pop()
+
+
+def _checked(tuner: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of the rows that the layers get, as PEFT and `generate` make them."""
+    check(isinstance(names, list | tuple), f"`adapter_names` must be a list of names, got {names!r}.")
+    check(not tuner.training, "Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [layer for layer in tuner.modules() if isinstance(layer, LoraLayer)]
+    known = {name for layer in layers for of in (layer.lora_A, layer.lora_embedding_A) for name in of}
+    unknown = sorted(set(names) - known - {"__base__"})
+    check(not unknown, f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    shape = num_rows_of(args, kwargs)
+    check_number_of_names(len(names), None if shape is None else shape[0])
+    generation_config = kwargs.get("generation_config")
+    copies = [
+        kwargs.get(key) or getattr(generation_config, key, None) or 1 for key in ("num_beams", "num_return_sequences")
+    ]
+    return [name for name in names for _ in range(max(copies))]
+
+
+def _give_names_to_layers(tuner: nn.Module) -> None:
+    with _registering:
+        for layer in tuner.modules():
+            is_layer = isinstance(layer, LoraLayer | AuxiliaryTrainingWrapper)
+            if is_layer and _give_names not in layer._forward_pre_hooks.values():
+                layer.register_forward_pre_hook(_give_names, with_kwargs=True)
+
+
+def _give_names(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    if torch.compiler.is_compiling():
+        check(not _CALLS, "`adapter_names` does not go with compiled models: call the model as it is.")
+        return None
+    names = _names.get()
+    if names is None:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    if x.dim() == 2 and not isinstance(layer, ParamWrapper):  # tokens without rows
+        names = [names[row] for row in rows_of_tokens(layer, x.shape[0], len(names)).tolist()]
+    return args, kwargs | {"adapter_names": names}

@@ -20,6 +20,7 @@ from ...checks import check
 from .. import expert_seam
 from ..expert_modules import is_experts, name_without_adapters
 from .adapted_layer import FactoredExpertsLayer, run_factored
+from .adapters_by_row import take_names_by_call
 from .batch_rows import tell_token_rows
 from .peft_0_18 import is_old_version, misread, read_adapter
 from .processes import keep_adapters_alike, prepare_for_adapters
@@ -67,6 +68,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
             layer.keep_zero_outputs(adapter_name)
     keep_adapters_alike(model, list(layers.values()))
     tell_token_rows(model)
+    take_names_by_call(model)
     return model
 
 

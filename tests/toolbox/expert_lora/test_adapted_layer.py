@@ -95,7 +95,7 @@ def test_an_adapter_for_each_row(name, implementation):
         assert_equal(mixed[row], expected[adapter][row], 2e-5)
     assert (expected["default"] - expected["other"]).abs().max() > 0.1
     assert_equal(adapted(**inputs, adapter_names=["default"] * 4).logits, expected["default"])
-    with pytest.raises(ValueError, match="names 3 rows, but the experts got 56 tokens"):
+    with pytest.raises(ValueError, match="has 3 names, but the batch has 4 rows"):
         adapted(**inputs, adapter_names=names[:3])
 
 

@@ -1,12 +1,15 @@
-"""What factored layers rely on in PEFT. Where one of these fails, PEFT changed, and `factored_layer.py` must follow."""
+"""What adapters of experts rely on in PEFT. Where one of these fails, PEFT changed, and `expert_lora` must follow."""
 
 import inspect
+from contextlib import contextmanager
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer, run_factored
@@ -19,6 +22,8 @@ OVERRIDDEN = {
     "get_delta_weight": ["self", "adapter_name", "args", "kwargs"],
     "forward": ["self", "x", "args", "kwargs"],
     "_move_adapter_to_device_of_base_layer": ["self", "adapter_name", "device"],
+    "set_adapter": ["self", "adapter_names", "inference_mode"],
+    "enable_adapters": ["self", "enabled"],
 }
 
 
@@ -91,3 +96,51 @@ def test_merging_calls_what_is_overridden(monkeypatch):
     monkeypatch.setattr(ParamWrapper, "get_delta_weight", lambda self, name: torch.full_like(before, 0.5))
     wrapper.merge()
     torch.testing.assert_close(wrapper.get_param(), before + 0.5)
+
+
+@torch.no_grad()
+def test_every_call_of_the_model_goes_through_one_method(monkeypatch):
+    """With its arguments; `adapter_names` is taken out of them only afterwards."""
+    adapted = adapt(make_model("qwen3_moe")).eval()
+    seen = []
+
+    @contextmanager
+    def spy(*args, **kwargs):
+        seen.append((len(args), sorted(kwargs)))
+        yield
+
+    adapted.base_model._enable_peft_forward_hooks = spy
+    ids = torch.tensor([[7, 8]])
+    adapted(ids, adapter_names=["default"])
+    adapted.generate(input_ids=ids, adapter_names=["default"], max_new_tokens=2)
+    assert seen == [(1, ["adapter_names"]), (0, ["adapter_names", "input_ids", "max_new_tokens"])]
+    parameters = inspect.signature(LoraModel._enable_peft_forward_hooks).parameters
+    assert list(parameters) == ["self", "args", "kwargs"]
+
+
+@torch.no_grad()
+def test_linear_layers_take_a_name_for_each_input():
+    """Also for inputs without rows, `(tokens, in)`; the hook of PEFT that names them is what ours stands in for."""
+    linear = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    linear.eval()
+    inputs = torch.randn(4, 3)
+    layer = linear.base_model.model[0]
+    got = layer(inputs, adapter_names=["default", "__base__", "default", "__base__"])
+    expected = torch.where(torch.tensor([[True], [False]] * 2), layer(inputs), layer.base_layer(inputs))
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        layer(inputs, adapter_names=["default"])
+    assert issubclass(ModulesToSaveWrapper, AuxiliaryTrainingWrapper)
+
+
+def test_switching_reaches_every_layer(monkeypatch):
+    adapted = adapt(make_model("qwen3_moe"))
+    adapted.add_adapter("other", adapted.peft_config["default"])
+    calls = []
+    monkeypatch.setattr(ParamWrapper, "set_adapter", lambda self, names, inference_mode=False: calls.append(names))
+    monkeypatch.setattr(ParamWrapper, "enable_adapters", lambda self, enabled: calls.append(enabled))
+    adapted.set_adapter("other")
+    assert calls == ["other"] * 4
+    calls.clear()
+    with adapted.disable_adapter():
+        assert calls == [False] * 4
