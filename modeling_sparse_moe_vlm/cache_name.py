@@ -1,4 +1,4 @@
-"""The name of the key/value cache: Transformers 5.24 renamed the argument `past_key_values` to `cache`.
+"""The key/value cache and its name: Transformers 5.24 renamed the argument `past_key_values` to `cache`.
 
 The models take the cache by the name that the installed release gives it, which `generate`, the layers and the outputs
 use, too. Where that is `cache`, calls with `past_key_values=` get the library's own deprecation warning. Older releases
@@ -11,11 +11,17 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.deprecation import deprecate_kwarg
 
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
+
+
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching: it holds the tokens of many texts, and so has no one length."""
+    return cache is not None and not hasattr(cache, "get_seq_length")
 
 
 def takes_cache_by_name(forward: Callable) -> Callable:

@@ -5,7 +5,7 @@ images ──► vision tower ──► connector ──┐
 text ────► token embedding ─────────────┘
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import SparseMoeVlmAttention
 from .attention_plan import plan_attention
-from .cache_name import CACHE_NAME, takes_cache_by_name
+from .cache_name import CACHE_NAME, is_paged, takes_cache_by_name
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
@@ -156,19 +156,23 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         # Made after the mask, because with a cache the library does not look for several sequences in a row.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        parts = plan_attention(
-            self.config,
-            mm_token_type_ids,
-            inputs_embeds,
-            causal_mask,
-            past_key_values,
-            attentions=tuple(self._attentions()),
-            parameters=self.parameters(),
-            output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
-            output_modality_weights=output_modality_weights,
-            modality_priors=modality_priors,
-            modality_guidance=modality_guidance,
-        )
+        parts = None
+        # Older releases pass the cache of continuous batching on by another name. Its texts have no images, so plain
+        # attention is what distributed attention would be.
+        if not is_paged(past_key_values if past_key_values is not None else kwargs.get("cache")):
+            parts = plan_attention(
+                self.config,
+                mm_token_type_ids,
+                inputs_embeds,
+                causal_mask,
+                past_key_values,
+                attentions=tuple(self._attentions()),
+                parameters=self.parameters(),
+                output_attentions=bool(kwargs.get("output_attentions", self.config.output_attentions)),
+                output_modality_weights=output_modality_weights,
+                modality_priors=modality_priors,
+                modality_guidance=modality_guidance,
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         routing = self.routing_planner(
             mm_token_type_ids, inputs_embeds.device, attention_mask, inputs_embeds.shape[0] * inputs_embeds.shape[1]
@@ -257,10 +261,13 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         return outputs, self.multi_modal_projector(features)
 
     def has_placeholders(self, input_ids: torch.Tensor | None, past_key_values: Cache | None = None) -> bool:
-        """Whether token ids start a text with image placeholders; `False` where that cannot be told (tracing)."""
+        """
+        Whether token ids start a text with image placeholders; `False` where that cannot be told (tracing), and in
+        continuous batching, which refuses such texts before it runs the model.
+        """
         if input_ids is None or is_tracing(input_ids):
             return False
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        if past_key_values is not None and (is_paged(past_key_values) or past_key_values.get_seq_length() > 0):
             return False
         return bool((input_ids == self.config.image_token_id).any())
 
@@ -359,7 +366,8 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
         else:
-            if mm_encoder_outputs is None and self.has_placeholders(input_ids, past_key_values):
+            cache = past_key_values if past_key_values is not None else kwargs.get("cache")
+            if mm_encoder_outputs is None and self.has_placeholders(input_ids, cache):
                 raise ValueError(
                     "The text has image placeholders, but there are no pictures: pass `pixel_values` as the processor "
                     "makes them, or `mm_encoder_outputs={}` to have the text read without its pictures."
@@ -498,6 +506,37 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
         if cache is not None and cache.get_seq_length() > 0:
             model_inputs.pop("modality_values", None)  # their tokens are cached
         return model_inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the library's, for texts alone: the manager refuses prompts with placeholders, which have no images."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        add_request = type(manager).add_request
+
+        def add_text_request(input_ids, *args, **kwargs):
+            self._refuse_placeholders([input_ids])
+            return add_request(manager, input_ids, *args, **kwargs)
+
+        manager.add_request = add_text_request
+        return manager
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """See [`~transformers.ContinuousMixin.generate_batch`], for texts alone.
+
+        Raises:
+            ValueError: If a prompt has placeholders of images or further modalities.
+        """
+        self._refuse_placeholders(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _refuse_placeholders(self, prompts: Iterable[Iterable[int]]) -> None:
+        placeholders = set(self.config.placeholder_ids.values())
+        for number, prompt in enumerate(prompts):
+            found = sorted(placeholders.intersection(int(token) for token in prompt))
+            if found:
+                raise ValueError(
+                    f"prompt {number} has placeholder tokens {found}, but continuous batching takes no images: use "
+                    "`generate` for prompts with images."
+                )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """As the library's, which repeats tensors alone; values of further modalities are repeated with their rows."""
