@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The whole suite runs in several workers. A plain `pytest tests/…` does not.
+IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check install clean
@@ -11,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py
 
 test: $(INSTALLED) check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -20,7 +22,7 @@ check: $(INSTALLED)
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@

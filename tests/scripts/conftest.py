@@ -1,11 +1,13 @@
 """How scripts are run: in a process of their own, or faster in that of the tests."""
 
+import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support.processes import ROOT, launch
@@ -67,10 +69,17 @@ def run_in_two_processes(folder: Path, launch_file: str, script: str, *arguments
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> tuple[Path, str]:
     """Output folder of a small run in a process of its own, started outside the repository, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    result = run_train(folder, *train_arguments(folder / "output"))
-    assert result.returncode == 0, result.stderr
-    return folder / "output", result.stdout
+    base = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist have folders beside each other, and share one run.
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    printed = folder / "printed.txt"
+    with FileLock(f"{folder}.lock"):
+        if not printed.exists():
+            folder.mkdir(exist_ok=True)
+            result = run_train(folder, *train_arguments(folder / "output"))
+            assert result.returncode == 0, result.stderr
+            printed.write_text(result.stdout)
+    return folder / "output", printed.read_text()
 
 
 @pytest.fixture

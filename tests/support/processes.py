@@ -20,7 +20,8 @@ def launch(
     config_file: Path, program: str, folder: Path, *options: str, timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """Runs the program under `accelerate launch` likewise."""
-    launcher = ["accelerate.commands.launch", "--config_file", str(config_file), *options]
+    # Port 0 is any free one: by default all programs want the same.
+    launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--main_process_port", "0", *options]
     return _run(launcher, program, folder, timeout)
 
 
