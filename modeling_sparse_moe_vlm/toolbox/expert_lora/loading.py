@@ -96,6 +96,7 @@ def load_expert_lora(
         `PeftModel`: the model with the adapter.
 
     Raises:
+        OSError: If a file of the adapter is missing or damaged; the message names it.
         ValueError:
             If the adapter was trained by PEFT before 0.19, has no adapters of experts, or does not fit the model.
     """

@@ -22,12 +22,13 @@ import peft
 import torch
 from huggingface_hub import snapshot_download
 from packaging.version import Version
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
 from ...checks import check
 from ..expert_modules import is_experts, name_without_adapters, name_without_shard
+from .adapter_files import read_adapter_files
 
 ORIENTED_SINCE = Version("0.19.0")
 
@@ -49,8 +50,7 @@ def upgrade_expert_adapter(source: str | os.PathLike, target: str | os.PathLike,
     """
     source, target = Path(source), Path(target)
     check(source.resolve() != target.resolve(), f"the result must go to another folder than {str(source)!r}.")
-    config = json.loads((source / CONFIG_NAME).read_text())
-    weights = load_peft_weights(str(source), device="cpu")
+    config, weights = read_adapter_files(source)
     check(
         is_old(config, weights, model),
         f"the adapter in {str(source)!r} has today's layout, so there is nothing to convert.",
@@ -117,13 +117,14 @@ def read_adapter(path: str | os.PathLike, model: nn.Module, **hub_options: Any) 
         `tuple[Path, dict[str, torch.Tensor]]`: its folder, and its tensors by their names on disk.
 
     Raises:
-        ValueError: If the adapter has the layout of PEFT before 0.19, or does not fit the model.
+        OSError: If a file is missing or damaged.
+        ValueError: If the adapter has the layout of PEFT before 0.19, does not fit the model, or is not a LoRA adapter.
     """
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), allow_patterns="adapter_*", **hub_options))
     # Not by `PeftConfig`, which takes an adapter that names no version for one of the version at hand.
-    config, weights = json.loads((folder / CONFIG_NAME).read_text()), load_peft_weights(str(folder), device="cpu")
+    config, weights = read_adapter_files(folder)
     check(not is_old(config, weights, model), misread(str(path), config.get("peft_version") or "before 0.18"))
     return folder, weights
 

@@ -1,0 +1,65 @@
+"""An adapter's two files, read and checked: PEFT fills what is missing with its defaults, or with nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+
+from ...checkpoint_integrity import ADVICE, check_weights
+
+# Each factor is nothing without the other.
+_PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+
+
+def read_adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """
+    Reads a LoRA adapter.
+
+    Args:
+        folder (`Path`):
+            The adapter's folder.
+
+    Returns:
+        `tuple[dict[str, Any], dict[str, torch.Tensor]]`: the content of `adapter_config.json`, and the tensors by their
+        names on disk.
+
+    Raises:
+        OSError: If a file is missing or damaged, or a factor lacks its other one; the message names the file.
+        ValueError: If the configuration lacks a field, or is not of a LoRA adapter.
+    """
+    config = _read_config(folder / CONFIG_NAME)
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if path.exists() or not list(folder.glob("adapter_model.*")):  # PEFT also reads an older format
+        check_weights([path])
+    weights = load_peft_weights(str(folder), device="cpu")
+    for name in weights:
+        for factors in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
+            other = ".".join(factors[1] if part == factors[0] else part for part in name.split("."))
+            if other not in weights:
+                raise OSError(f"{path} has {name!r}, but lacks {other!r}: {ADVICE}")
+    return config, weights
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is not a table of fields")
+    except FileNotFoundError as error:
+        raise OSError(f"{path} is missing: {ADVICE}") from error
+    except (ValueError, RecursionError) as error:
+        raise OSError(f"{path} is damaged ({error}): {ADVICE}") from error
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} should say `peft_type` 'LORA', but says {config.get('peft_type')!r}.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path} should give the rank `r`, a positive integer, but gives {rank!r}.")
+    if type(alpha) not in (int, float):
+        raise ValueError(f"{path} should give the scale `lora_alpha`, a number, but gives {alpha!r}.")
+    if not (config.get("target_modules") or config.get("target_parameters")):
+        raise ValueError(f"{path} names no `target_modules` or `target_parameters`, which the adapter belongs to.")
+    return config
