@@ -1,4 +1,4 @@
-"""Explanation of one answer: where the model looked, word by word, and which experts the picture's tokens went to."""
+"""Explanation of one answer: where the model looked, word by word, and which experts the image tokens went to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL.Image import Image
 from transformers import ProcessorMixin
 
+from ...checks import check
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ..demo.drawings import save_figure
 from ..demo.scenes import to_messages
@@ -18,17 +19,17 @@ from ..demo.scenes import to_messages
 @dataclass
 class Explanation:
     """
-    What a model did for one question about one picture, of S × S image tokens.
+    What a model did for one question about one image, of S × S image tokens.
 
     Args:
         words (`list[str]`):
-            The tokens of the answer.
+            The tokens of the answer, without special tokens.
         alpha (`torch.Tensor` of shape `(words,)`):
-            α of each word: the share of attention that went to the picture, averaged over layers and heads.
+            α of each word: the share of attention that went to the image, averaged over layers and heads.
         count_free_alpha (`torch.Tensor` of shape `(words,)`):
-            The same without the effect of how many tokens the picture has.
+            The same without the effect of how many tokens the image has.
         looked (`torch.Tensor` of shape `(S, S)`):
-            How the attention to the picture spreads over it, averaged over words, layers and heads; sums to 1.
+            How the attention to the image spreads over it, averaged over words, layers and heads; sums to 1.
         experts (`torch.Tensor` of shape `(sparse layers, S, S)`):
             The first routed expert of every image token.
     """
@@ -45,8 +46,8 @@ def explain(
     model: SparseMoeVlmForConditionalGeneration, processor: ProcessorMixin, picture: Image, question: str
 ) -> Explanation:
     """
-    Lets a model answer a question and reads out how it did. The weights α come from `generate` itself; where on the
-    picture attention fell takes the attention matrix, so one eager forward pass more.
+    Lets a model answer a question and reads out how it did. The weights α come from `generate` itself. Where on the
+    image the attention fell takes the attention matrices, from one more forward pass with eager attention.
 
     Args:
         model (`SparseMoeVlmForConditionalGeneration`):
@@ -54,12 +55,15 @@ def explain(
         processor (`ProcessorMixin`):
             Its processor.
         picture (`PIL.Image.Image`):
-            The picture.
+            The image.
         question (`str`):
             The question.
 
     Returns:
         [`Explanation`]
+
+    Raises:
+        ValueError: If the model answers with special tokens only.
     """
     messages = to_messages({"question": question, "answer": "", "image": picture})["messages"][:1]
     messages[0]["content"][0]["image"] = picture
@@ -70,10 +74,14 @@ def explain(
         **inputs, max_new_tokens=32, do_sample=False, output_modality_weights=True, return_dict_in_generate=True
     )
     answer = outputs.sequences[0, inputs["input_ids"].shape[1] :]
-    words = [word for token in answer if (word := processor.decode([token], skip_special_tokens=True))]
+    # By number of the step that has made it.
+    words = {
+        step: word for step, token in enumerate(answer) if (word := processor.decode([token], skip_special_tokens=True))
+    }
+    check(bool(words), f"the answer to {question!r} is empty, so there is nothing to explain.")
     alpha, count_free_alpha = (
-        torch.stack([torch.stack(step)[:, 0, :, -1, 1].mean() for step in steps[: len(words)]])
-        for steps in (outputs.modality_weights, outputs.count_free_modality_weights)
+        torch.stack([torch.stack(weights[step])[:, 0, :, -1, 1].mean() for step in words])
+        for weights in (outputs.modality_weights, outputs.count_free_modality_weights)
     )
 
     before = model.config._attn_implementation
@@ -89,12 +97,13 @@ def explain(
         model.set_attn_implementation(before)
     is_image = model.model.get_mm_token_type_ids(outputs.sequences)[0] == 1
     side = int(is_image.sum() ** 0.5)
-    first = inputs["input_ids"].shape[1] - 1  # predicts the first word
-    attention = torch.stack(whole.attentions)[:, 0, :, first : first + len(words), :][..., is_image]
+    # The last token of the prompt predicts the first word.
+    queries = torch.tensor(list(words)) + inputs["input_ids"].shape[1] - 1
+    attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., is_image]
     looked = attention.mean(dim=(0, 1, 2))
     experts = torch.stack([logits[is_image].argmax(dim=-1) for logits in whole.router_logits])
     return Explanation(
-        words=words,
+        words=list(words.values()),
         alpha=alpha,
         count_free_alpha=count_free_alpha,
         looked=(looked / looked.sum()).view(side, side),
@@ -104,13 +113,13 @@ def explain(
 
 def draw_explanation(explanation: Explanation, picture: Image, question: str, path: str | Path) -> None:
     """
-    Draws the picture with the attention it got, α and β of every word, and the experts of its tokens.
+    Draws the image with the attention that it got, α and β of every word, and the experts of its tokens.
 
     Args:
         explanation (`Explanation`):
             What [`explain`] returns.
         picture (`PIL.Image.Image`):
-            The picture.
+            The image.
         question (`str`):
             The question.
         path (`str` or `Path`):
@@ -123,11 +132,11 @@ def draw_explanation(explanation: Explanation, picture: Image, question: str, pa
 
     shown.imshow(picture, interpolation="nearest", extent=extent)
     shown.imshow(explanation.looked.numpy(), cmap="magma", alpha=0.45, extent=extent)
-    shown.set_title("where attention to the picture fell")
+    shown.set_title("where attention to the image fell")
 
     positions = torch.arange(len(explanation.words)).numpy()
     alpha, beta = explanation.alpha.numpy(), 1 - explanation.alpha.numpy()
-    bars.bar(positions, alpha, color="tab:orange", label="α: picture")
+    bars.bar(positions, alpha, color="tab:orange", label="α: image")
     bars.bar(positions, beta, bottom=alpha, color="tab:blue", label="β: text")
     bars.plot(positions, explanation.count_free_alpha.numpy(), "ko", label="count-free α")
     bars.set_xticks(positions, explanation.words, rotation=45, parse_math=False)

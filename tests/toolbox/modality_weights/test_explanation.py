@@ -1,11 +1,167 @@
-"""Explanation of an answer, on a model without training."""
+"""Explanation of an answer: each figure by hand, on a model whose outputs are given, and on one without training."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import draw_explanation, explain
+from modeling_sparse_moe_vlm.toolbox.modality_weights import explanation as module
+from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import Explanation, draw_explanation, explain
 from tests.support.processors import make_picture, make_processor, make_speaking_model
+
+IMAGE, SPECIAL, END = 3, 50, 2
+PROMPT = [1, 8, IMAGE, IMAGE, IMAGE, IMAGE, 9]
+WORDS = {11: "a", 12: "b", 13: "c"}
+LAYERS, HEADS = 2, 3
+
+
+class Processor:
+    """Knows three words; every other token is a special one."""
+
+    def apply_chat_template(self, messages, **options):
+        assert options == {
+            "add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"
+        }  # fmt: skip
+        self.messages = messages
+        inputs = {"input_ids": torch.tensor([PROMPT]), "pixel_values": torch.zeros(1, 3, 4, 4)}
+        return SimpleNamespace(to=lambda device: inputs)
+
+    def decode(self, tokens, skip_special_tokens):
+        (token,) = tokens
+        assert skip_special_tokens
+        return WORDS.get(int(token), "")
+
+
+class Model:
+    """Gives an answer and random weights, attentions and router logits."""
+
+    device = "cpu"
+
+    def __init__(self, answer: list[int]):
+        generator = torch.Generator().manual_seed(0)
+        self.sequences = torch.tensor([PROMPT + answer])
+        length = self.sequences.shape[1]
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.model = SimpleNamespace(get_mm_token_type_ids=lambda tokens: (tokens == IMAGE).long())
+        # The first step is that of the prompt.
+        self.steps = {
+            name: [
+                [torch.rand(1, HEADS, 1 if step else len(PROMPT), 2, generator=generator) for _ in range(LAYERS)]
+                for step in range(len(answer))
+            ]
+            for name in ("modality_weights", "count_free_modality_weights")
+        }
+        self.attentions = [torch.rand(1, HEADS, length, length, generator=generator) for _ in range(LAYERS)]
+        self.router_logits = [torch.rand(length, 5, generator=generator) for _ in range(LAYERS)]
+
+    def set_attn_implementation(self, name):
+        self.config._attn_implementation = name
+
+    def generate(self, input_ids, pixel_values, **options):
+        assert self.config._attn_implementation == "sdpa"
+        assert options["output_modality_weights"]
+        assert options["return_dict_in_generate"]
+        assert not options["do_sample"]
+        assert input_ids.tolist() == [PROMPT]
+        return SimpleNamespace(sequences=self.sequences, **self.steps)
+
+    def __call__(self, input_ids, pixel_values, **options):
+        assert self.config._attn_implementation == "eager"
+        assert options == {"output_attentions": True, "output_router_logits": True}
+        assert torch.equal(input_ids, self.sequences)
+        return SimpleNamespace(attentions=self.attentions, router_logits=self.router_logits)
+
+
+@pytest.mark.parametrize(
+    ("answer", "steps"),
+    [([11, 12, 13], [0, 1, 2]), ([12, END], [0]), ([SPECIAL, 11, SPECIAL, 13, END], [1, 3])],
+    ids=["words", "words and the end", "special tokens between"],
+)
+def test_every_figure_is_that_of_its_word(answer, steps):
+    model, processor = Model(answer), Processor()
+    explanation = explain(model, processor, make_picture(0), "Why?")
+    (message,) = processor.messages
+    assert message["role"] == "user"
+    assert message["content"][0] == {"type": "image", "image": make_picture(0)}
+    assert message["content"][1] == {"type": "text", "text": "Why?"}
+
+    assert explanation.words == [WORDS[answer[step]] for step in steps]
+    for name, ours in (
+        ("modality_weights", explanation.alpha),
+        ("count_free_modality_weights", explanation.count_free_alpha),
+    ):
+        # The share of images, for the last query of the step, by layer and head.
+        expected = [
+            sum(weights[0, head, -1, 1].item() for weights in model.steps[name][step] for head in range(HEADS)) / 6
+            for step in steps
+        ]
+        torch.testing.assert_close(ours, torch.tensor(expected))
+
+    looked = torch.zeros(4)
+    for matrix in model.attentions:
+        for head in range(HEADS):
+            for step in steps:
+                query = len(PROMPT) - 1 + step  # the token before, which predicts it
+                looked += matrix[0, head, query, 2:6]
+    torch.testing.assert_close(explanation.looked, (looked / looked.sum()).view(2, 2))
+
+    expected = [[logits[2 + token].argmax().item() for token in range(4)] for logits in model.router_logits]
+    assert explanation.experts.tolist() == torch.tensor(expected).view(LAYERS, 2, 2).tolist()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_empty_answer():
+    with pytest.raises(ValueError, match=r"the answer to 'Why\?' is empty"):
+        explain(Model([SPECIAL, END]), Processor(), make_picture(0), "Why?")
+
+
+def test_attention_is_as_before_after_an_error(monkeypatch):
+    model = Model([11])
+    model.router_logits = None
+    monkeypatch.setattr(Model, "__call__", lambda self, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        explain(model, Processor(), make_picture(0), "Why?")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_drawing_shows_the_figures(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append((figure, path)))
+    explanation = Explanation(
+        words=["no", " $", "!"],
+        alpha=torch.tensor([0.25, 0.5, 0.75]),
+        count_free_alpha=torch.tensor([0.1, 0.2, 0.3]),
+        looked=torch.tensor([[0.1, 0.2], [0.3, 0.4]]),
+        experts=torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
+    )
+    draw_explanation(explanation, make_picture(0, width=20, height=24), "Why?", tmp_path / "file.png")
+    ((figure, path),) = drawn
+    assert path == tmp_path / "file.png"
+    assert figure.get_suptitle() == "Why?  –  no $!"
+    shown, bars, chosen = figure.axes
+    image, attention = shown.images
+    assert image.get_array().shape == (24, 20, 3)
+    assert attention.get_array().tolist() == explanation.looked.tolist()
+    assert tuple(attention.get_extent()) == tuple(image.get_extent()) == (0, 20, 24, 0)
+
+    assert [bar.get_height() for bar in bars.patches[:3]] == [0.25, 0.5, 0.75]
+    assert [bar.get_height() for bar in bars.patches[3:]] == [0.75, 0.5, 0.25]
+    assert [bar.get_y() for bar in bars.patches[3:]] == [0.25, 0.5, 0.75], "β on top of α"
+    assert [bars.patches[0].get_label(), bars.containers[0].get_label()] == ["_nolegend_", "α: image"]
+    assert bars.containers[1].get_label() == "β: text"
+    (points,) = bars.lines
+    assert points.get_xdata().tolist() == [0, 1, 2]
+    torch.testing.assert_close(torch.tensor(points.get_ydata()), explanation.count_free_alpha)
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["no", " $", "!"]
+    assert bars.get_ylim() == (0, 1)
+
+    # Layer by layer in the middle of each token.
+    expected = {(5, 6): "0 4", (15, 6): "1 5", (5, 18): "2 6", (15, 18): "3 7"}
+    assert {text.get_position(): text.get_text() for text in chosen.texts} == expected
+
+
+# ---------------------------------------------------------------- a real model
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +184,7 @@ def test_it_adds_up(explained):
     assert ((explanation.experts >= 0) & (explanation.experts < text.num_experts)).all()
 
 
-def test_it_depends_on_the_picture_alone(explained):
+def test_it_depends_only_on_the_image(explained):
     model, explanation, picture = explained
     again = explain(model, make_processor(), picture, "What is this?")
     torch.testing.assert_close(again.alpha, explanation.alpha)
@@ -36,7 +192,7 @@ def test_it_depends_on_the_picture_alone(explained):
     assert not torch.allclose(other.looked, explanation.looked)
 
 
-def test_the_picture_is_drawn(explained, tmp_path):
+def test_the_image_is_drawn(explained, tmp_path):
     _, explanation, picture = explained
     draw_explanation(explanation, picture, "What is this?", tmp_path / "explanation.png")
     assert Image.open(tmp_path / "explanation.png").width > 500

@@ -48,6 +48,43 @@ def test_an_override_of_somebody_else_is_put_back(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
+def test_an_override_that_came_meanwhile_stays(implementation):
+    """It may call what it found, which by then only passes the call on."""
+    model, inputs = make_model(), make_inputs()
+    model.set_attn_implementation({"text_config": implementation})
+    plain, calls = model(**inputs).logits, []
+    with modality_weights(model, modality_priors={"image": 30.0}) as weights:
+        ours = ALL_ATTENTION_FUNCTIONS[implementation]
+
+        def override(*args, **kwargs):
+            calls.append(1)
+            return ours(*args, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS[implementation] = override
+        assert not torch.allclose(model(**inputs).logits, plain)
+    try:
+        assert ALL_ATTENTION_FUNCTIONS[implementation] is override
+        assert torch.equal(model(**inputs).logits, plain)
+        assert len(calls) == 4
+        assert len(weights.steps) == 1
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def test_contract_with_the_librarys_functions():
+    """Which of two functions of one name is the library's, and which an override."""
+    assert "sdpa" in ALL_ATTENTION_FUNCTIONS._global_mapping
+    assert "eager" not in ALL_ATTENTION_FUNCTIONS._global_mapping
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = print
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is print
+    assert ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"] is before
+    del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
 def test_contexts_of_several_models_do_not_mix(implementation):
     """Whichever ends first; and models without a context, with the same backend, are left alone."""
     llava, qwen, other = make_model(), make_model("qwen3_vl"), make_model("idefics3")

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 from modeling_sparse_moe_vlm.distributed_attention import merge
-from modeling_sparse_moe_vlm.toolbox.modality_weights import MODALITIES, ModalityWeights, modality_weights
+from modeling_sparse_moe_vlm.toolbox.modality_weights import MODALITIES, ModalityWeights, Step, modality_weights
 from tests.support.in_tree_models import (
     GREEDY,
     IMAGE,
@@ -540,6 +540,55 @@ def test_soft_capped_logits_are_steered_by_eager_attention_alone(monkeypatch):
     model.set_attn_implementation({"text_config": "capped"})
     with modality_weights(model, modality_guidance=1.0), pytest.raises(ValueError, match="only eager attention can"):
         model(**inputs)
+
+
+def step_of(start: int, length: int, value: float, passed_over: int = 0) -> Step:
+    """One row and head; in layers 3 and 10 the weight of modality m at token t is value + layer + m / 10 + t / 100."""
+    plain, count_free = (
+        {
+            layer: torch.stack(
+                [offset + value + layer + m / 10 + torch.arange(begin, length) / 100 for m in range(4)], dim=-1
+            )[None, None]
+            for layer, begin in ((10, passed_over), (3, 0))
+        }
+        for offset in (0, 500)
+    )
+    return Step(start, torch.zeros(1, length, dtype=torch.long), plain, count_free)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([(0, 3, 100)], [100, 100.01, 100.02]),
+        ([(0, 2, 100), (2, 1, 200), (3, 1, 300)], [100, 100.01, 200, 300]),
+        # Two of three candidates were refused: the next pass starts behind the one that was taken.
+        ([(0, 1, 100), (1, 3, 200), (2, 2, 300), (4, 1, 400)], [100, 200, 300, 300.01, 400]),
+        ([(0, 2, 100), (2, 1, 200), (0, 1, 300), (1, 1, 400)], [300, 400]),
+        # A cache that is there already, and then, from its beginning, another sequence; and the same place again.
+        ([(5, 2, 100), (7, 1, 200)], [100, 100.01, 200]),
+        ([(5, 2, 100), (7, 1, 200), (0, 2, 300), (2, 1, 400)], [300, 300.01, 400]),
+        ([(5, 2, 100), (7, 1, 200), (5, 1, 300)], [300]),
+    ],
+    ids=["one pass", "step by step", "assisted", "restart", "later", "restart from before", "again"],
+)
+def test_steps_are_put_together(steps, expected):
+    weights = ModalityWeights([step_of(*step) for step in steps])
+    for column, modality in enumerate(MODALITIES):
+        for count_free in (False, True):
+            ours = weights.of(modality, count_free=count_free)
+            assert ours.shape == (2, 1, 1, len(expected))
+            base = torch.tensor(expected) + column / 10 + (500 if count_free else 0)
+            torch.testing.assert_close(ours[:, 0, 0], torch.stack([base + 3, base + 10]), rtol=0, atol=1e-3)
+    assert torch.equal(weights.alpha, weights.of("image"))
+    assert torch.equal(weights.beta, weights.of("text"))
+
+
+def test_tokens_that_a_layer_passes_over_are_nan():
+    weights = ModalityWeights([step_of(0, 3, 100, passed_over=2), step_of(3, 1, 200)])
+    alpha = weights.alpha[:, 0, 0]
+    assert not alpha[0].isnan().any()
+    assert alpha[1].isnan().tolist() == [True, True, False, False]
+    torch.testing.assert_close(alpha[1, 2:], torch.tensor([110.12, 210.1]))
 
 
 def test_what_was_read_out():
