@@ -12,6 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from .cache_name import CACHE_NAME
+from .input_checks import check_labels, keep_positions
 from .losses import router_losses, share_of_batch
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
@@ -113,11 +114,11 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         text_config = self.config.get_text_config()
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
         loss = losses = None
         if labels is not None:
+            check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
         if outputs.router_logits and (wants_router_losses or labels is not None or self.training):

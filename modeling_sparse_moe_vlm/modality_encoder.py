@@ -86,7 +86,11 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
         """
         for name, values in modality_values.items():
             if name not in self:
-                raise ValueError(f"`modality_values` has {name!r}, but there are encoders for {sorted(self)} alone.")
+                raise ValueError(f"`modality_values` has {name!r}, but there are encoders for {sorted(self)} only.")
+            if not torch.is_tensor(values):
+                raise ValueError(
+                    f"`modality_values[{name!r}]` must be a tensor with one item per row, got {type(values).__name__}."
+                )
             features = self[name](values).flatten(0, 1).to(inputs_embeds.device, inputs_embeds.dtype)
             is_placeholder = (mm_token_type_ids == self.modalities.index(name)).to(inputs_embeds.device)
             num_tokens = is_placeholder.sum()

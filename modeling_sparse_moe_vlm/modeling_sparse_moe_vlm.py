@@ -29,6 +29,7 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextCo
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts
+from .input_checks import check_encoder_outputs, check_shapes
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
 from .normalization import SparseMoeVlmRMSNorm
@@ -142,6 +143,9 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 f"`mm_token_type_ids` has shape {tuple(mm_token_type_ids.shape)}, but there are tokens of shape "
                 f"{tuple(inputs_embeds.shape[:2])}: it needs one modality id per token of this call."
             )
+        # Older releases pass the cache of continuous batching on by another name.
+        cache = past_key_values if past_key_values is not None else kwargs.get("cache")
+        check_shapes(inputs_embeds.shape[:2], attention_mask, position_ids, cache)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -157,9 +161,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         parts = None
-        # Older releases pass the cache of continuous batching on by another name. Its texts have no images, so plain
-        # attention is what distributed attention would be.
-        if not is_paged(past_key_values if past_key_values is not None else kwargs.get("cache")):
+        # The texts of continuous batching have no images, so plain attention is what distributed attention would be.
+        if not is_paged(cache):
             parts = plan_attention(
                 self.config,
                 mm_token_type_ids,
@@ -338,6 +341,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs`.")
+        check_encoder_outputs(mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 

@@ -1,0 +1,121 @@
+"""Checks of what a forward pass is given, by shapes and names only: no value on a device is waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .cache_name import is_paged
+
+
+def check_shapes(
+    shape: Sequence[int], attention_mask: Any, position_ids: torch.Tensor | None, cache: Any | None
+) -> None:
+    """
+    Checks that a mask and positions fit the tokens, which the library would broadcast or pad without a word.
+
+    Args:
+        shape (`Sequence[int]`):
+            B and T of the tokens.
+        attention_mask (`torch.Tensor`, *optional*):
+            A mask of padding `(B, cached + T)`, or a prepared one of 4 dimensions, or of another type, which is not
+            looked at.
+        position_ids (`torch.Tensor`, *optional*):
+            Positions `(B, T)` or `(1, T)`.
+        cache (`Cache`, *optional*):
+            The cache before the pass.
+
+    Raises:
+        ValueError: If a shape does not fit.
+    """
+    batch_size, length = shape
+    if position_ids is not None and (
+        position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length
+    ):
+        raise ValueError(
+            f"`position_ids` has shape {tuple(position_ids.shape)}, but there are tokens of shape {tuple(shape)}: it "
+            "needs one position per token of this call."
+        )
+    if not torch.is_tensor(attention_mask) or attention_mask.dim() == 4:
+        return
+    cached = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
+    # Caches of a fixed length count on the device.
+    fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch_size
+    if fits and isinstance(cached, int):
+        fits = attention_mask.shape[1] == cached + length
+    elif fits:
+        fits = attention_mask.shape[1] >= length
+    if not fits:
+        expected = (
+            f"({batch_size}, {cached + length})" if isinstance(cached, int) else f"({batch_size}, cached + {length})"
+        )
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but tokens and cache need {expected}: one "
+            "value per token of every row, cached ones included."
+        )
+
+
+def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None) -> None:
+    """Raises `ValueError` unless encoded inputs are under `"image"`, as [`get_image_features`] returns them."""
+    if mm_encoder_outputs is None:
+        return
+    if not isinstance(mm_encoder_outputs, Mapping):
+        raise ValueError(f"`mm_encoder_outputs` must be a dict, got {type(mm_encoder_outputs).__name__}.")
+    for name, outputs in mm_encoder_outputs.items():
+        if name != "image":
+            raise ValueError(
+                f"`mm_encoder_outputs` has the key {name!r}, but the only one that the model reads is 'image'."
+            )
+        if getattr(outputs, "pooler_output", None) is None:
+            raise ValueError(
+                "`mm_encoder_outputs['image']` must be what `get_image_features` returns, with a `pooler_output`, got "
+                f"{type(outputs).__name__}. Pass an empty dict to have the text read without its images."
+            )
+
+
+def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    The hidden states whose logits are asked for, as in the library's own models.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, T, D)`):
+            The hidden states of all tokens.
+        logits_to_keep (`int` or `torch.Tensor`):
+            Number of last positions (0 for all); or positions of every row `(K,)`; or positions by row `(B, K)`; or,
+            of type bool, `(B, T)`.
+
+    Returns:
+        `torch.Tensor`: `(B, K, D)`, or `(number of True, D)` for a mask.
+
+    Raises:
+        ValueError: If `logits_to_keep` is something else.
+    """
+    if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0:
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if torch.is_tensor(logits_to_keep):
+        is_mask = logits_to_keep.dtype == torch.bool
+        is_integer = not (is_mask or logits_to_keep.is_floating_point() or logits_to_keep.is_complex())
+        if logits_to_keep.dim() == 1 and is_integer:
+            return hidden_states[:, logits_to_keep]
+        if is_mask and logits_to_keep.shape == hidden_states.shape[:2]:
+            return hidden_states[logits_to_keep]
+        if logits_to_keep.dim() == 2 and is_integer and logits_to_keep.shape[0] == hidden_states.shape[0]:
+            return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+        given = f"a tensor of shape {tuple(logits_to_keep.shape)} and type {logits_to_keep.dtype}"
+    else:
+        given = repr(logits_to_keep)
+    raise ValueError(
+        "`logits_to_keep` must be the number of last positions (0 for all), a tensor of positions, or a mask of the "
+        f"tokens, got {given}."
+    )
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raises `ValueError` unless there is one target `(B, T)` per row and position of the logits `(B, T, V)`."""
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"`labels` has shape {tuple(labels.shape)}, but there are logits for tokens of shape "
+            f"{tuple(logits.shape[:-1])}: it needs one target per token, -100 for those that do not count."
+        )
