@@ -157,14 +157,16 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             if not rows:
                 raise ValueError("`text` is empty: give at least one string.")
         if images is not None:
-            options: dict[str, Any] = {"do_rescale": getattr(self.image_processor, "do_rescale", True)}
-            options |= kwargs | (kwargs.get("images_kwargs") or {})
-            images = read_images(images, options.get("input_data_format"), options["do_rescale"])
+            options = kwargs | (kwargs.get("images_kwargs") or {})
+            do_rescale = options.get("do_rescale")
+            if do_rescale is None:
+                do_rescale = getattr(self.image_processor, "do_rescale", True)
+            images = read_images(images, options.get("input_data_format"), do_rescale)
         if rows is not None:
             _check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
         if images is not None:
             flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
-            if rows is None and None in flat:
+            if rows is None and any(image is None for image in flat):
                 raise ValueError("`images` holds None, which is no image, but there is no `text` whose row it is for.")
             images = [image for image in flat if image is not None] or None
         return super().prepare_inputs_layout(images=images, text=rows, **kwargs)

@@ -274,6 +274,9 @@ def test_floats_that_the_image_processor_does_not_rescale_keep_their_values(proc
     torch.testing.assert_close(processor(text="<image>", images=floats, **options)["pixel_values"], expected)
     grey = processor(text="<image>", images=floats[..., :1], **options)["pixel_values"]
     assert torch.equal(grey, grey[:, :1].expand(-1, 3, -1, -1))
+    alone = processor(images=[floats, COLOURS], **options)["pixel_values"]
+    assert alone.shape[0] == 2
+    torch.testing.assert_close(alone[0], expected[0])
     # An image processor may be made so, too.
     other = make_processor()
     other.image_processor.do_rescale = False

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ...image_reading import read_images
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
@@ -62,10 +63,10 @@ def from_scratch(
 
 
 def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels of some pictures, by channel."""
+    """Mean and standard deviation of the pixels of some images, by channel, as the processor reads them."""
     step = max(len(examples) // 1000, 1)
-    pictures = [examples[i]["image"] for i in range(0, len(examples), step)]
-    pixels = image_processor(pictures, do_normalize=False, return_tensors="pt")["pixel_values"]
+    images = read_images([examples[i]["image"] for i in range(0, len(examples), step)])
+    pixels = image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
     by_channel = pixels.transpose(0, 1).flatten(1)
     return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
 
