@@ -1,33 +1,42 @@
 """
-Distributed attention against plain SDPA, for one layer: what reading α and β out, learning priors and guidance cost.
+Distributed attention against plain SDPA: what reading α and β out, learning priors and guidance cost, for one layer,
+and what reading out costs a whole model that generates.
 
     python scripts/benchmarks/attention_readout.py --json
 
-The sequence is text (1/8), a picture (1/2), text; its rows share that layout, and nothing is padded. On the CPU runs of
+The sequence is text (1/8), an image (1/2), text; its rows share that layout, and nothing is padded. On the CPU runs of
 one modality are attended part by part, elsewhere the weights ride in extra channels of the backend's own call.
 
 - `forward_with_readout`: forward, returning the weights and the count-free weights;
 - `train_step_with_priors`: forward and backward, with learned priors by head;
 - `decode_with_readout`: one query after that many keys, returning the weights, through 8 layers, since what a forward
   pass does once is not small beside one layer with one query;
-- `guidance`: forward with `modality_guidance`.
+- `guidance`: forward with `modality_guidance`;
+- `generate_with_readout`: seconds per token of `generate`, with and without `output_modality_weights`, for a whole
+  model of the `small` preset (`--quick`: `tiny`) after a prompt with an image. Tokens per second are printed, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from harness import Row, parse_arguments, report, time_interleaved
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_sparse_moe_vlm.attention_plan import AttentionParts, visible_counts
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.attention_parts import AttentionParts, RowParts, RunParts
 from modeling_sparse_moe_vlm.attention_runs import find_runs
+from modeling_sparse_moe_vlm.toolbox.training.models import load_config
+from modeling_sparse_moe_vlm.visible_keys import visible_counts
 
 HEADS, HEAD_DIM, NUM_MODALITIES = 16, 64, 2
 BARS = {"forward_with_readout": 1.15, "train_step_with_priors": 1.15, "decode_with_readout": 1.1, "guidance": 1.2}
 BARS_FROM = 1024  # tokens
+GENERATE_BAR = 1.05
 DECODED_LAYERS = 8
+PROMPT_TEXT, NEW_TOKENS = 128, 32
 SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -48,7 +57,35 @@ def main() -> None:
             case = f"1 × {HEADS} heads × {length} × {HEAD_DIM}, {str(dtype).removeprefix('torch.')}"
             bar = BARS[metric] if length >= BARS_FROM else None
             rows.append(Row(case, metric, seconds["ours"], seconds["plain"], bar))
+    rows.append(time_generation("tiny" if arguments.quick else "small", arguments.device, dtype, arguments.repetitions))
     report("attention_readout", arguments.device, rows, arguments.json)
+
+
+def time_generation(preset: str, device: str, dtype: torch.dtype, repetitions: int) -> Row:
+    """Seconds per token that `generate` makes, the prompt's pass included, with and without the read-out."""
+    torch.manual_seed(0)
+    config = load_config(preset)
+    model = SparseMoeVlmForConditionalGeneration._from_config(config).to(device, dtype).eval()
+    size = config.vision_config.image_size
+    input_ids = torch.full((1, PROMPT_TEXT + config.image_seq_length), 5)
+    input_ids[:, 8 : 8 + config.image_seq_length] = config.image_token_id
+    inputs = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": torch.ones_like(input_ids).to(device),
+        "pixel_values": torch.randn(1, 3, size, size).to(device, dtype),
+    }
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    runs = {
+        "ours": lambda: model.generate(**inputs, **options, output_modality_weights=True),
+        "plain": lambda: model.generate(**inputs, **options),
+    }
+    ours, plain = (run().sequences for run in runs.values())
+    if not torch.equal(ours, plain):
+        raise AssertionError("the read-out has changed the tokens: the comparison would be unfair.")
+    seconds = {name: value / NEW_TOKENS for name, value in time_interleaved(runs, device, repetitions).items()}
+    print(", ".join(f"{name}: {1 / value:.1f} tokens/s" for name, value in seconds.items()))
+    case = f"{preset}, {NEW_TOKENS} tokens after {input_ids.shape[1]}, {str(dtype).removeprefix('torch.')}"
+    return Row(case, "generate_with_readout", seconds["ours"], seconds["plain"], GENERATE_BAR)
 
 
 def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
@@ -62,14 +99,14 @@ def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[C
     direction = torch.randn(1, length, HEADS, HEAD_DIM, generator=generator).to(device, dtype)
     ids = torch.zeros(1, length, dtype=torch.long, device=device)
     ids[:, length // 8 : length // 8 + length // 2] = 1
-    runs = find_runs(ids) if device == "cpu" else None
     layer, options = Layer(), {"scaling": HEAD_DIM**-0.5}
 
     def attend(
         parts: AttentionParts, query: torch.Tensor, log_priors: torch.Tensor | None = None, num_layers: int = 1
     ) -> torch.Tensor:
         parts.weights.clear()
-        parts.rows.clear()
+        if isinstance(parts, RowParts):
+            parts.rows.clear()
         for _ in range(num_layers):
             output = parts.attend(SDPA, layer, query, key, value, None, log_priors, **options).output
         parts.read_out()
@@ -85,10 +122,15 @@ def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[C
         for tensor in (query, key, value, log_priors):
             tensor.grad = None
 
-    reading = AttentionParts(ids, NUM_MODALITIES, runs=runs, counts=visible_counts(None, ids, length, NUM_MODALITIES))
-    learning = AttentionParts(ids, NUM_MODALITIES, runs=runs)
-    guiding = AttentionParts(ids, NUM_MODALITIES, runs=runs, guidance=0.5)
-    decoding = AttentionParts(ids, NUM_MODALITIES, counts=visible_counts(None, ids, 1, NUM_MODALITIES), keeps_rows=True)
+    form = partial(AttentionParts, ids, NUM_MODALITIES)
+    if device == "cpu":
+        runs = find_runs(ids)
+        assert runs is not None
+        form = partial(RunParts, ids, NUM_MODALITIES, runs=runs)
+    reading = form(counts=visible_counts(None, ids, length, NUM_MODALITIES))
+    learning = form()
+    guiding = form(guidance=0.5)
+    decoding = RowParts(ids, NUM_MODALITIES, counts=visible_counts(None, ids, 1, NUM_MODALITIES), keeps_rows=True)
     last = query[:, :, -1:]
     return {
         "forward_with_readout": (
