@@ -1,6 +1,6 @@
 """Attention of the decoder, in the Llama/Qwen3 convention, through Transformers' attention interface.
 
-Plain attention, or distributed attention where the forward pass asks for it: see `distributed_attention.py`.
+Plain attention, or distributed attention where the forward pass has planned it: see `attention_plan.py`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SparseMoeVlmAttention(nn.Module):
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         log_priors = self.modality_log_priors
         if isinstance(log_priors, DTensor):
-            log_priors = log_priors.to_local()  # under tensor parallelism, those of the heads that are here
+            log_priors = log_priors.to_local()  # under tensor parallelism, those of this process's heads
         if attention_parts is not None:
             output, _, weights = attention_parts.attend(
                 attention_function, self, query, key, value, attention_mask, log_priors, **options
@@ -87,5 +87,5 @@ class SparseMoeVlmAttention(nn.Module):
             output, weights = attention_function(self, query, key, value, attention_mask, **options)
         output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
         if attention_parts is None and log_priors is not None and self.training:
-            output = output + 0.0 * log_priors.sum()  # a batch of text: they stay in the graph
+            output = output + 0.0 * log_priors.sum()  # a batch of text only: they stay in the graph
         return output, weights

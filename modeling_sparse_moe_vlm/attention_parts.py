@@ -70,7 +70,7 @@ class AttentionParts:
         Returns:
             [`Merged`]
         """
-        if torch.is_autocast_enabled(query.device.type):  # for kernels that it does not know
+        if torch.is_autocast_enabled(query.device.type):  # some of the kernels are not covered by autocast
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         merged = self._attend(
@@ -123,8 +123,8 @@ class AttentionParts:
 @dataclass
 class RunParts(AttentionParts):
     """
-    Run by run, on the CPU, without dropout, where all rows share their runs, no key is masked but what comes later, and
-    neither the weights nor guidance need a gradient. A layer on another device goes through channels.
+    Run by run, on the CPU: without dropout, where all rows share their runs, only later keys are masked, and neither
+    the weights nor guidance need a gradient. A layer on another device goes through channels.
 
     Args:
         runs (`tuple[Run, ...]`):
@@ -139,7 +139,7 @@ class RunParts(AttentionParts):
                 attention_function, module, query, key, value, attention_mask,
                 log_priors=log_priors, scaling=scaling, **kwargs,
             )  # fmt: skip
-        length = query.shape[2]  # a static cache has room behind
+        length = query.shape[2]  # the rest of a static cache is empty
         output, weights = attend_runs(
             query, key[:, :, :length], value[:, :, :length], self.runs, self.num_modalities,
             scaling=scaling, log_priors=log_priors, guidance=self.guidance,

@@ -18,7 +18,7 @@ from .checks import check
 from .steering import are_equal, check_guidance, fixed_log_priors
 from .visible_keys import visible_counts
 
-# Attention of one query over all keys that layers keep for reading out together; more would be memory.
+# Largest attention of one query over all keys that every layer keeps, to be read out together; more would cost memory.
 MAX_KEPT_ROW = 2**20
 
 
@@ -78,7 +78,7 @@ def plan_attention(
     if mm_token_type_ids is None:
         mm_token_type_ids = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
     key_ids: torch.Tensor | None = mm_token_type_ids
-    if cache is not None:  # learned priors that are still equal may differ before the cache is used up
+    if cache is not None:  # also for learned priors that are still equal: a later call may need the ids
         key_ids = remember_modality_ids(mm_token_type_ids, cache)
     if not is_distributed:
         return None

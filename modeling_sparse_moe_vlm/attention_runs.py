@@ -17,7 +17,7 @@ import torch
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# With more, the calls are too small to be worth it.
+# With more runs, the calls are too small to pay off.
 MAX_RUNS = 8
 
 
@@ -94,12 +94,12 @@ def attend_runs(
 
 
 class _AttendRuns(torch.autograd.Function):
-    """With a head of keys and values for every head of the queries."""
+    """Takes as many heads of keys and values as of queries."""
 
     @staticmethod
     def forward(ctx: Any, query, key, value, log_priors, runs, scaling, guidance):
         batch_size, num_heads, length, _ = query.shape
-        # Laid out as attention functions return it, and seen as (B, H, T, D).
+        # In memory as attention functions return it; this view is (B, H, T, D).
         merged = query.new_empty(batch_size, length, num_heads, query.shape[3]).transpose(1, 2)
         output = torch.empty_like(merged) if guidance else merged
         total = torch.empty(batch_size, num_heads, length)

@@ -1,6 +1,6 @@
 """Distributed attention: attention in parts, one per modality, merged exactly.
 
-A query q sees the keys of parts P (text, image, …) with logits s_j. Each part is attended on its own::
+A query q sees the keys of parts P (text, image, …) with logits s_j. Attention runs over each part separately::
 
     O_P = Σ_{j∈P} softmax_P(s)_j · v_j          ℓ_P = logsumexp_{j∈P} s_j
 
@@ -12,8 +12,8 @@ blocks in the same way, arXiv 2310.01889)::
 The weights sum to 1: α of the image part, β of the text part. With equal priors Z is attention over all keys. Guidance
 g (attention-space classifier-free guidance, arXiv 2601.13707) returns Z + g·(Z − O_text) instead.
 
-[`attend_in_parts`] is the literal reference. The fast forms give the same: [`attend_by_channels`] through any attention
-backend, [`attend_by_row`] for one query, and [`.attention_runs`] for long runs of one modality on the CPU.
+[`attend_in_parts`] is the literal reference. The fast forms give the same result: [`attend_by_channels`] through any
+attention backend, [`attend_by_row`] for one query, and [`.attention_runs`] for long runs of one modality on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Kernels want head sizes that are multiples of 8.
+# Kernels need head sizes that are multiples of 8.
 _CHANNELS = 8
 # Log-prior of a part that is left out: far below any other, but finite in every dtype.
 _NEVER = -1e4
@@ -36,7 +36,7 @@ class Merged(NamedTuple):
     Args:
         output (`torch.Tensor` of shape `(B, T, H, D)`): Z, laid out as Transformers' attention functions do.
         weights (`torch.Tensor` of shape `(B, H, T, M)`, *optional*): w_P, in float32.
-        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention of every key, where it is at hand.
+        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention of every key, where it is known.
     """
 
     output: torch.Tensor
@@ -78,7 +78,7 @@ def attend_in_parts(
     guidance: float = 0.0,
 ) -> Merged:
     """
-    The reference: computes every part by itself, in full, and merges them.
+    The reference: computes every part separately, in full, and merges them.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`):
@@ -110,7 +110,7 @@ def attend_in_parts(
     for modality in range(num_modalities):
         part = visible & (key_ids == modality)[:, None, None]
         empty = ~part.any(dim=-1, keepdim=True)
-        # An empty part is attended anyhow, so that no gradient is NaN, and counts for nothing.
+        # An empty part is computed over all keys, so that no gradient is NaN, and has no weight.
         part_scores = scores.masked_fill(~(part | empty), -torch.inf)
         outputs.append(torch.softmax(part_scores, dim=-1) @ value.float())
         logsumexps.append(torch.logsumexp(part_scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf))
@@ -136,8 +136,8 @@ def attend_by_channels(
     **kwargs: Any,
 ) -> Merged:
     """
-    Any backend, any mask, any layout: log π rides in extra query and key channels, and extra value channels that
-    indicate the modality come back as the weights. Arguments as in [`attend_in_parts`], the mask as the backend has it.
+    For any backend, mask and layout: log π is carried by extra query and key channels, and extra value channels that
+    indicate the modality return the weights. Arguments as in [`attend_in_parts`], the mask as the backend has it.
 
     Args:
         attention_function (`Callable`):
@@ -176,9 +176,9 @@ def attend_by_channels(
     others = others[..., : num_modalities - 1].float().transpose(1, 2)  # (B, H, T, M - 1)
     weights = torch.cat([1.0 - others.sum(dim=-1, keepdim=True), others], dim=-1).clamp(0.0, 1.0)
     if guidance:
-        text_alone = query.new_full((query.shape[1], num_modalities), _NEVER)
-        text_alone[:, 0] = 0.0
-        text_output, text_others = attend(text_alone)[0].split([value.shape[-1], channels], dim=-1)
+        only_text = query.new_full((query.shape[1], num_modalities), _NEVER)
+        only_text[:, 0] = 0.0
+        text_output, text_others = attend(only_text)[0].split([value.shape[-1], channels], dim=-1)
         sees_text = text_others.sum(dim=-1) < 0.5  # where there is no text, the others share all the weight
         sees_other = others.sum(dim=-1).transpose(1, 2) > 0
         output = _guide(output, text_output, sees_text & sees_other, guidance)
@@ -200,16 +200,16 @@ def attend_by_row(
     weigh: bool = True,
 ) -> Merged:
     """
-    One query per row, as in decoding: its logits are a vector, so the plain formula costs nothing. Arguments as in
+    One query per row, as in decoding: its logits are a vector, so the plain formula is cheap. Arguments as in
     [`attend_in_parts`], with T = 1.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B or 1, 1 or H, 1, S)`, *optional*):
             Of type bool, or what is added to the logits.
         indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
-            1.0 where a key is of a modality, else 0.0, where it is known already.
+            1.0 where a key is of a modality, else 0.0; computed if not given.
         weigh (`bool`, defaults to `True`):
-            Whether to sum the attention up by modality. If not, [`weights_of_rows`] may do so for several layers.
+            Whether to sum the attention up by modality. If not, [`weights_of_rows`] can do so for several layers.
 
     Returns:
         [`Merged`], with the attention of every key.
@@ -248,7 +248,7 @@ def attend_by_row(
 
 def weights_of_rows(attentions: Sequence[torch.Tensor], indicator: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
-    The weights of several layers in one product.
+    The weights of several layers, in one product.
 
     Args:
         attentions (`Sequence[torch.Tensor]` of shape `(B, H, 1, S)`):
@@ -265,8 +265,8 @@ def weights_of_rows(attentions: Sequence[torch.Tensor], indicator: torch.Tensor)
 
 def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """
-    The weights without the effect of how many keys a part has: from ℓ_P − log n_P instead of ℓ_P. A picture of many
-    tokens has a large α merely for being large.
+    The weights without the effect of how many keys a part has: from ℓ_P − log n_P instead of ℓ_P. An image of many
+    tokens has a large α only because it is large.
 
     Args:
         weights (`torch.Tensor` of shape `(..., B, H, T, M)`):

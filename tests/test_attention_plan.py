@@ -103,6 +103,15 @@ def test_masks_of_rows_that_differ_and_dropout_go_through_channels(plans):
     model(**other)
     assert forms(plans) == [AttentionParts, AttentionParts]
     plans.clear()
+    # Padding, although all rows share their runs.
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, 13] = 0
+    outputs = model(**inputs, **READ)
+    assert forms(plans) == [AttentionParts]
+    alone = model(**{name: value[1:, :13] if value.dim() == 2 else value[1:] for name, value in inputs.items()}, **READ)
+    torch.testing.assert_close(outputs.logits[1:, :13], alone.logits, rtol=1e-4, atol=1e-4)
+    plans.clear()
+    inputs["attention_mask"][1, 13] = 1
     dropping = make_model(**UNEQUAL, attention_dropout=0.2)
     dropping(**inputs)
     dropping.train()

@@ -83,8 +83,8 @@ class ModalityWeights:
                 Whether to take the count-free weight, which does not grow with the number of the modality's tokens.
 
         Returns:
-            `torch.Tensor` of shape `(layers, B, H, T)`: NaN for tokens that a layer passes over (Gemma 4 runs its last
-            layers only on the last token of a prompt).
+            `torch.Tensor` of shape `(layers, B, H, T)`: NaN for tokens that a layer skips (Gemma 4 runs its last layers
+            only on the last token of a prompt).
 
         Raises:
             ValueError: If there is no such modality, or nothing has been read out.
@@ -230,7 +230,7 @@ class _Recorder:
         self.running = None
         check(
             not (self.steers and module.training and getattr(module, "is_gradient_checkpointing", False)),
-            "what gradient checkpointing computes again is not steered: call `model.eval()` or "
+            "gradient checkpointing computes layers a second time, which is not steered: call `model.eval()` or "
             "`model.gradient_checkpointing_disable()`.",
         )
         arguments = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
@@ -357,7 +357,7 @@ class _Recorder:
 
 
 def _fill(weights: torch.Tensor, length: int) -> torch.Tensor:
-    """With NaN for the first tokens, which a layer has passed over."""
+    """With NaN for the first tokens, which a layer has skipped."""
     return F.pad(weights, (length - weights.shape[-1], 0), value=torch.nan)
 
 
@@ -387,7 +387,7 @@ def _ids_of_keys(running: _Pass, module: nn.Module, key: torch.Tensor) -> torch.
     """Modality ids of the keys of a layer, `(B, S)`."""
     ids, cache = running.token_ids.to(key.device), running.cache
     room = key.shape[2] - ids.shape[1]
-    # A static cache has room behind, which the mask hides; a sliding one has dropped what is in front.
+    # A static cache has empty places at its end, which the mask hides; a sliding one has dropped its first keys.
     explained = room == 0 or (cache is not None and (cache.is_compileable if room > 0 else any(cache.is_sliding)))
     check(
         explained and len(key) == len(ids),
@@ -421,7 +421,7 @@ def _visible_counts(
 
 
 def _cap_without_priors(backend: AttentionFunction, head_dim: int) -> AttentionFunction:
-    """Only logits are capped: the priors, from the channels behind `head_dim`, go into the mask, added afterwards."""
+    """Only logits are capped: the priors, from the channels after `head_dim`, go into the mask, which comes later."""
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         check(
