@@ -21,13 +21,16 @@ from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
 from .recipes import find_model
 
+# About as many images tell the mean and the spread of their pixels.
+NUM_IMAGES_LOOKED_AT = 1000
+
 
 def from_scratch(
     config_file: str, examples: Dataset, vocab_size: int = 1024
 ) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
-    A new model from a preset, with a tokenizer trained on the texts at hand, and an image processor that normalises
-    pictures as those at hand ask for.
+    A new model from a preset, with a tokenizer trained on the texts at hand, and an image processor that normalises by
+    the pixels of the images at hand.
 
     Args:
         config_file (`str`):
@@ -54,7 +57,7 @@ def from_scratch(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],  # stands for pictures, which the model does not make
+        suppress_tokens=[config.image_token_id],  # stands for images, which the model does not make
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
@@ -64,7 +67,7 @@ def from_scratch(
 
 def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the pixels of some images, by channel, as the processor reads them."""
-    step = max(len(examples) // 1000, 1)
+    step = max(len(examples) // NUM_IMAGES_LOOKED_AT, 1)
     images = read_images([examples[i]["image"] for i in range(0, len(examples), step)])
     pixels = image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
     by_channel = pixels.transpose(0, 1).flatten(1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling_sparse_moe_vlm.toolbox.demo import drawings
 from modeling_sparse_moe_vlm.toolbox.demo.drawings import draw_answers, draw_expert_load
 
 GREEN, RED = (0, 100, 0), (178, 34, 34)  # darkgreen, firebrick
@@ -60,3 +61,87 @@ def test_equal_shares_look_balanced_in_layers_of_any_size(tmp_path):
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="`load` is empty"):
         draw_expert_load({}, tmp_path / "load.png")
+
+
+# ------------------------------------------------------------------------------------------ what the figures hold
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that are drawn, with where they would be written."""
+    figures: list = []
+    monkeypatch.setattr(drawings, "save_figure", lambda figure, path: figures.append((figure, path)))
+    return figures
+
+
+def test_answers_stand_over_their_images(drawn, tmp_path):
+    shades = (10, 20, 30)
+    rows = [
+        {"image": Image.new("RGB", (4, 4), (shade,) * 3), "question": f"Question {shade}?", "answer": f"answer {shade}"}
+        for shade in shades
+    ]
+    rows[2]["question"] = "a question that does not fit into one line of the title"
+    draw_answers(
+        rows, ["Answer 10.", "", "wrong answer with more words than fit into one line"], tmp_path / "a.png", columns=2
+    )
+    ((figure, path),) = drawn
+    assert path == tmp_path / "a.png"
+    assert tuple(figure.get_size_inches()) == pytest.approx((6.4, 6.8))
+    *filled, empty = figure.axes
+    assert [axes.get_title() for axes in filled] == [
+        "Question 10?\nAnswer 10.",
+        "Question 20?\n(nothing)\n(right: answer 20)",
+        "a question that does not fit into\none line of the title\n"
+        "wrong answer with more words than\nfit into one line\n(right: answer 30)",
+    ]
+    assert [axes.title.get_color() for axes in filled] == ["darkgreen", "firebrick", "firebrick"]
+    for axes, shade in zip(filled, shades, strict=True):
+        (image,) = axes.images
+        assert (np.asarray(image.get_array()) == shade).all()
+        assert image.get_interpolation() == "nearest"
+    assert not empty.images
+    assert not any(axes.axison for axes in figure.axes)
+    assert [axes.get_subplotspec().get_geometry()[:2] for axes in figure.axes] == [(2, 2)] * 4
+
+
+def test_four_images_stand_in_a_line(drawn, tmp_path):
+    draw_answers([row("cat")] * 4, ["cat"] * 4, tmp_path / "a.png")
+    draw_answers([row("cat")] * 5, ["cat"] * 5, tmp_path / "a.png")
+    assert [figure.axes[0].get_subplotspec().get_geometry()[:2] for figure, _ in drawn] == [(1, 4), (2, 4)]
+
+
+def test_maps_show_the_load_times_the_number_of_experts(drawn, tmp_path):
+    nan = torch.nan
+    load = {
+        "text": torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.75, 0.25, nan, nan]]),
+        "image": torch.tensor([[nan, nan, 0.5, 0.5], [1.0, nan, nan, nan]]),
+    }
+    draw_expert_load(load, tmp_path / "load.png")
+    ((figure, path),) = drawn
+    assert path == tmp_path / "load.png"
+    text, image, scale = figure.axes
+    np.testing.assert_array_equal(np.ma.filled(text.images[0].get_array(), nan), [[2, 1, 1, 0], [1.5, 0.5, nan, nan]])
+    np.testing.assert_array_equal(
+        np.ma.filled(image.images[0].get_array(), nan), [[nan, nan, 1, 1], [1, nan, nan, nan]]
+    )
+    assert [axes.images[0].get_clim() for axes in (text, image)] == [(0, 2), (0, 2)], "one scale for both"
+    assert [axes.get_title() for axes in (text, image)] == ["text tokens", "image tokens"]
+    for axes in (text, image):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("expert", "sparse layer")
+        assert list(axes.get_xticks()) == [0, 1, 2, 3]
+        assert list(axes.get_yticks()) == [0, 1]
+    assert scale.get_ylabel() == "share of the modality's slots × experts"
+    assert figure.get_suptitle() == "Load of the routed experts (1: balanced, blank: no such expert)"
+    assert tuple(figure.get_size_inches()) == pytest.approx((7.5, 2.6))
+
+
+def test_the_scale_reaches_a_balanced_load(drawn, tmp_path):
+    draw_expert_load({"text": torch.zeros(1, 8)}, tmp_path / "load.png")
+    ((figure, _),) = drawn
+    assert figure.axes[0].images[0].get_clim() == (0, 1)
+    assert tuple(figure.get_size_inches()) == pytest.approx((5.5, 2.1))
+
+
+def test_files_have_the_size_of_their_figure(tmp_path):
+    draw_answers([row("cat")], ["cat"], tmp_path / "a.png", columns=1)
+    assert Image.open(tmp_path / "a.png").size == (352, 374)

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -6,8 +7,16 @@ from collections import Counter, defaultdict
 
 import pytest
 from datasets import Dataset, Image
+from PIL import Image as PILImage
 
-from modeling_sparse_moe_vlm.toolbox.demo.emoji import SPLITS, draw_on_white, emoji_questions, load_emoji, raw_drawings
+from modeling_sparse_moe_vlm.toolbox.demo.emoji import (
+    SPLITS,
+    draw_on_white,
+    emoji_questions,
+    encode_png,
+    load_emoji,
+    raw_drawings,
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +147,18 @@ def test_seed_decides_alone(splits):
 
 def test_drawing_is_resized():
     assert draw_on_white(raw_drawings("noto")["cat"], 24).size == (24, 24)
+
+
+def test_half_transparent_pixels_are_blended_with_white():
+    drawing = PILImage.new("RGBA", (2, 1), (255, 0, 0, 128))
+    drawing.putpixel((1, 0), (0, 0, 255, 0))
+    assert draw_on_white(encode_png(drawing), 2).getpixel((0, 0)) == (255, 127, 127)
+    drawing = PILImage.new("RGBA", (4, 4), (0, 0, 255, 0))
+    assert draw_on_white(encode_png(drawing), 4).getcolors() == [(16, (255, 255, 255))]
+
+
+def test_png_loses_nothing():
+    picture = draw_on_white(raw_drawings("noto")["cat"], 24)
+    again = PILImage.open(io.BytesIO(encode_png(picture)))
+    assert again.format == "PNG"
+    assert again.tobytes() == picture.tobytes()

@@ -1,4 +1,5 @@
 import hashlib
+import importlib
 import os
 import pickle
 import re
@@ -23,6 +24,9 @@ from modeling_sparse_moe_vlm.toolbox.demo.scenes import (
 )
 from modeling_sparse_moe_vlm.toolbox.evaluation import blind_baseline
 
+module = importlib.import_module(
+    "modeling_sparse_moe_vlm.toolbox.demo.scenes"
+)  # the package has a function of this name
 CLOSED_CHANCE = {"position": 25, "exists": 50, "exists_category": 50, "count": 100 / 3, "count_category": 100 / 3}
 NEIGHBOUR_KINDS = ("left_of", "right_of", "above", "below")
 ALL_KINDS = {*NEIGHBOUR_KINDS, *CLOSED_CHANCE, "row", "caption"}
@@ -337,3 +341,31 @@ def test_absurd_numbers_of_rows_are_refused_before_anything_is_drawn(load, name,
         load(**{name: 1_000_001})
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1, not 0"):
         load(**{name: 0})
+
+
+@pytest.mark.parametrize(("style", "known"), [("noto", "twemoji"), ("twemoji", "noto")])
+def test_a_style_to_learn(style, known):
+    data = load_new_style(22, 11, held_out_style=style, seed=3, **SMALL)
+    assert {split: set(rows["style"]) for split, rows in data.items()} == {
+        "train": {style},
+        "test_style": {style},
+        "test": {known},
+    }
+    assert digest(data["train"]) == digest(scenes("train", 22, held_out_style=known, seed=3, **SMALL))
+    assert digest(data["test_style"]) == digest(scenes("test_style", 11, held_out_style=style, seed=3, **SMALL))
+    assert digest(data["test"]) == digest(scenes("test", 11, held_out_style=style, seed=3, **SMALL))
+
+
+def test_numbers_of_rows_by_default(monkeypatch):
+    monkeypatch.setattr(module, "scenes", lambda split, number, **kwargs: (split, number, kwargs))
+    assert dict(load_new_style()) == {
+        "train": ("train", 10_000, {"held_out_style": "twemoji"}),
+        "test_style": ("test_style", 500, {"held_out_style": "noto"}),
+        "test": ("test", 500, {"held_out_style": "noto"}),
+    }
+    assert {split: rows[1] for split, rows in load_scenes().items()} == {
+        "train": 20_000,
+        "validation": 2_000,
+        "test": 2_000,
+        "test_style": 2_000,
+    }
