@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
     from .experts import SparseMoeVlmExperts  # noqa: F401
     from .experts_validation import check_expert_fields  # noqa: F401
+    from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
     from .input_checks import check_shapes  # noqa: F401
     from .language_head import SparseMoeVlmLanguageHead  # noqa: F401
     from .losses import router_losses  # noqa: F401
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
     from .steering import initial_log_priors  # noqa: F401
+    from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401
 
 # Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
@@ -59,6 +61,8 @@ _NOT_PREDICTIONS = [
     "past_key_values",
     "cache",
     "router_logits",
+    "router_indices",
+    "router_dropped",
     "aux_loss",
     "z_loss",
     "aux_loss_by_modality",

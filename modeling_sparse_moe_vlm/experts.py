@@ -24,7 +24,7 @@ from .expert_groups import ExpertGroup
 from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_sizes
 from .experts_config import SparseMoeVlmExpertsConfig
 from .parallel_plans import is_one_of_several_processes
-from .routing import RoutingPlan, SparseMoeVlmTopKRouter, groups_key
+from .routing import LayerRouting, RoutingPlan, RoutingRule, SparseMoeVlmTopKRouter, groups_key
 
 _Experts = TypeVar("_Experts", bound=nn.Module)
 
@@ -159,7 +159,9 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         super().__init__()
         routed = config.layer_expert_groups(layer_idx, always_on=False)
         always_on = config.layer_expert_groups(layer_idx, always_on=True)
+        self.layer_idx = layer_idx
         self.groups_key = groups_key(routed)
+        self.rule = RoutingRule.of(config, routed)
         self.gate = SparseMoeVlmTopKRouter(config, routed)
         # Layers of an expert pool have no routed experts of their own.
         self.experts = None if config.layer_pool(layer_idx) is not None else make_experts(config, routed)
@@ -180,13 +182,16 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
             _, top_k_weights, top_k_index = self.gate(hidden_states)
         else:
             tokens = routing.tokens
-            _, top_k_weights, top_k_index = self.gate(
-                hidden_states,
-                routing.served.get(self.groups_key),
-                routing.num_slots,
-                routing.modality_ids,
-                routing.real,
+            router_logits, top_k_weights, chosen = self.gate(
+                hidden_states, routing.served.get(self.groups_key), routing.num_slots, routing.modality_ids
             )
+            top_k_weights, top_k_index = self.rule.drop(
+                router_logits, top_k_weights, chosen, modality_ids=routing.modality_ids, real=routing.real
+            )
+            record = None if routing.record is None else routing.record()
+            if record is not None:
+                dropped = None if self.rule.capacity is None else top_k_index != chosen
+                record.add(self.layer_idx, LayerRouting(router_logits, chosen, dropped))
         if isinstance(experts, SparseMoeVlmExpertGroups):
             output = experts(hidden_states, top_k_index, top_k_weights, tokens)
         else:

@@ -33,6 +33,7 @@ from .losses import router_losses
 from .normalization import SparseMoeVlmRMSNorm
 from .routing import RoutingPlanner, SparseMoeVlmTopKRouter, groups_key
 from .steering import initial_log_priors
+from .token_modalities import TokenModalities
 
 
 class SparseMoeFusionOutput(NamedTuple):
@@ -279,7 +280,7 @@ class SparseMoeFusion(nn.Module):
         id_of = {name: modality_id for modality_id, name in enumerate(self.dims)}
         ids = torch.cat([torch.full_like(masks[name], id_of[name], dtype=torch.long) for name in embedded], dim=1)
 
-        router_logits, values = self._apply_experts(tokens, ids)
+        router_logits, chosen, values = self._apply_experts(tokens, ids)
         query = self.q_norm(self._split_heads(self.q_proj(embedded["language"])))
         key = self.k_norm(self._split_heads(self.k_proj(tokens)))
         merged = attend_by_channels(
@@ -309,7 +310,7 @@ class SparseMoeFusion(nn.Module):
         return SparseMoeFusionOutput(
             output=output,
             modality_weights=dict(zip(self.dims, weights.unbind(dim=-1), strict=True)),
-            aux_loss=router_losses(self.config, [router_logits], ids, visible).aux_loss,
+            aux_loss=router_losses(self.config, [router_logits], ids, visible, router_indices=[chosen]).aux_loss,
         )
 
     def _embed(self, name: str, stream: torch.Tensor) -> torch.Tensor:
@@ -317,13 +318,15 @@ class SparseMoeFusion(nn.Module):
         stream = self.norms[name](stream)
         return self.projections[name](stream) if name in self.projections else stream
 
-    def _apply_experts(self, tokens: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Router logits `(B·S, E)` and what the experts make of the tokens, `(B, S, d_l)`."""
-        plan = self._planner(ids, tokens.device)
+    def _apply_experts(
+        self, tokens: torch.Tensor, ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Router logits `(B·S, E)`, the chosen experts `(B·S, k)` and what they make of the tokens, `(B, S, d_l)`."""
+        plan = self._planner.plan(TokenModalities(ids, None), tokens.device)
         assert plan is not None  # experts depend on the modality
         rows = tokens.flatten(0, 1)
         router_logits, top_k_weights, top_k_index = self.gate(rows, plan.served[self._groups_key])
-        return router_logits, self.experts(rows, top_k_index, top_k_weights, plan.tokens).view_as(tokens)
+        return router_logits, top_k_index, self.experts(rows, top_k_index, top_k_weights, plan.tokens).view_as(tokens)
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (-1, self.head_dim))

@@ -16,8 +16,8 @@ from .input_checks import check_labels, keep_positions
 from .losses import router_losses, share_of_batch
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
-from .routing import router_biases
 from .steering import check_steering_arguments
+from .token_modalities import TokenModalities
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -108,8 +108,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         outputs: SparseMoeVlmTextModelOutputWithPast,
         labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
-        mm_token_type_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        tokens: TokenModalities,
         wants_router_losses: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
@@ -122,8 +121,13 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
         if outputs.router_logits and (wants_router_losses or labels is not None or self.training):
-            biases = None if text_config.router_bias_update_rate is None else router_biases(self)
-            losses = router_losses(text_config, outputs.router_logits, mm_token_type_ids, attention_mask, biases)
+            losses = router_losses(
+                text_config,
+                outputs.router_logits,
+                tokens.ids,
+                tokens.is_real,
+                router_indices=outputs.router_indices,
+            )
             if labels is not None and loss is not None:
                 router_loss = losses.total(text_config).to(loss.device)
                 loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss
@@ -136,6 +140,8 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            router_indices=outputs.router_indices,
+            router_dropped=outputs.router_dropped,
             image_outputs=outputs.get("image_outputs"),
             modality_weights=outputs.modality_weights,
             count_free_modality_weights=outputs.count_free_modality_weights,

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from .experts_config import SparseMoeVlmExpertsConfig
-from .routing import bias_of_tokens, real_tokens, route
+from .routing import chosen_experts
+from .token_modalities import real_tokens
 
 
 class RouterLosses(NamedTuple):
@@ -130,6 +131,8 @@ def router_losses(
     mm_token_type_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     biases: Sequence[torch.Tensor] | None = None,
+    *,
+    router_indices: Sequence[torch.Tensor] | None = None,
 ) -> RouterLosses:
     """
     Router losses of a forward pass, computed per layer and modality and never pooled: a pooled figure hides a modality
@@ -148,7 +151,10 @@ def router_losses(
             0 for padding. A mask of another rank says nothing of padding, so every token counts.
         biases (`Sequence[torch.Tensor]`, *optional*):
             One tensor `(num_modalities, num_experts)` per sparse layer, with which the experts were chosen (see
-            [`router_biases`]).
+            [`router_biases`]). Only needed without `router_indices`.
+        router_indices (`Sequence[torch.Tensor]`, *optional*):
+            The experts that were chosen, one tensor `(batch_size * sequence_length, k)` per sparse layer, as the model
+            returns them; worked out from the logits when `None`.
 
     Returns:
         [`RouterLosses`]
@@ -161,6 +167,9 @@ def router_losses(
     if mm_token_type_ids is not None:
         ids = mm_token_type_ids.reshape(-1).to(device)
 
+    if router_indices is None:
+        router_indices = chosen_experts(config, router_logits, ids, biases)
+
     counted = {name: weight * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
     present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
     has_entropy = bool(config.router_local_entropy_coef or config.router_global_entropy_coef)
@@ -168,20 +177,13 @@ def router_losses(
     numbers = {layer: number for number, layer in enumerate(config.sparse_layers)}
     for layers in config.layers_by_experts:
         logits = _join([router_logits[numbers[layer]].to(device).float() for layer in layers])
-        bias = None
-        if biases is not None:
-            bias = _join([bias_of_tokens(biases[numbers[layer]].to(device), ids) for layer in layers])
+        index = _join([router_indices[numbers[layer]].to(device) for layer in layers])
         groups = config.layer_expert_groups(layers[0], always_on=False)
         # Affinities scaled to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19), or probabilities as they are.
         probs = torch.softmax(F.logsigmoid(logits) if config.router == "sigmoid" else logits, dim=-1)
-        chosen = {
-            top_k: route(logits, top_k=top_k, router=config.router, top_p=config.router_top_p, bias=bias)[1]
-            for top_k in {config.experts_per_token(modality) for modality in counted}
-        }
         aux, z, entropy = [], [], []
         for modality, tokens in counted.items():
             tokens = _join([tokens] * len(layers))
-            index = chosen[config.experts_per_token(modality)]
             num_serving = sum(group.num_experts for group in groups if group.serves(modality))
             aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
             z.append(router_z_loss(router_logits=logits, tokens=tokens))

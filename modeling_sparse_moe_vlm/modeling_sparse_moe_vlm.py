@@ -5,7 +5,7 @@ images ──► vision tower ──► connector ──┐
 text ────► token embedding ─────────────┘
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention import SparseMoeVlmAttention
 from .attention_plan import plan_attention
@@ -29,6 +29,7 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextCo
 from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts
+from .image_generation import SparseMoeVlmImageGeneration
 from .input_checks import check_encoder_outputs, check_shapes
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
@@ -41,8 +42,9 @@ from .outputs import (
 )
 from .parallel_plans import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
-from .routing import RoutingPlanner, SparseMoeVlmTopKRouter
+from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
 from .steering import check_steering_arguments
+from .token_modalities import TokenModalities, check_tokens, find_modalities
 from .vision_tower import patch_features
 
 logger = logging.get_logger(__name__)
@@ -56,7 +58,6 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
     config: SparseMoeVlmTextConfig
     input_modalities = ("text",)
     _can_record_outputs = {
-        "router_logits": OutputRecorder(SparseMoeVlmTopKRouter, index=0),
         "hidden_states": SparseMoeVlmDecoderLayer,
         "attentions": SparseMoeVlmAttention,
     }
@@ -74,6 +75,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.norm = SparseMoeVlmRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.routing_planner = RoutingPlanner(config)
+        self._may_warn = bool(config.router_bias_update_rate)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -134,14 +136,13 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 another shape than the tokens.
         """
         check_steering_arguments(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        check_tokens(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if mm_token_type_ids is not None and mm_token_type_ids.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"`mm_token_type_ids` has shape {tuple(mm_token_type_ids.shape)}, but there are tokens of shape "
-                f"{tuple(inputs_embeds.shape[:2])}: it needs one modality id per token of this call."
+        tokens = kwargs.pop("token_modalities", None)  # made by the model around this one, if there is any
+        if tokens is None:
+            tokens = TokenModalities.of(
+                inputs_embeds.shape[:2], mm_token_type_ids, attention_mask, self.config.modalities
             )
         # Older releases pass the cache of continuous batching on by another name.
         cache = past_key_values if past_key_values is not None else kwargs.get("cache")
@@ -165,7 +166,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         if not is_paged(cache):
             parts = plan_attention(
                 self.config,
-                mm_token_type_ids,
+                tokens.ids,
                 inputs_embeds,
                 causal_mask,
                 past_key_values,
@@ -177,9 +178,16 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 modality_guidance=modality_guidance,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        routing = self.routing_planner(
-            mm_token_type_ids, inputs_embeds.device, attention_mask, inputs_embeds.shape[0] * inputs_embeds.shape[1]
-        )
+        returns_routing = kwargs.pop("output_router_logits", None)
+        if returns_routing is None:
+            returns_routing = self.config.output_router_logits
+        record = kwargs.pop("routing_record", None)  # of somebody who wants to know
+        if record is None:
+            if self._may_warn and self.training and torch.is_grad_enabled() and not is_tracing(inputs_embeds):
+                self._may_warn = False
+                warn_of_resting_biases(self)
+            record = RoutingRecord() if returns_routing else None
+        routing = self.routing_planner.plan(tokens, inputs_embeds.device, record)
 
         hidden_states = inputs_embeds
         for layer_idx, layer in enumerate(self.layers):
@@ -197,6 +205,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             )
         return SparseMoeVlmTextModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
+            **(record.outputs() if returns_routing else {}),
             **(parts.read_out() if parts is not None else {}),
             **{CACHE_NAME: past_key_values},
         )
@@ -286,23 +295,21 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """
-        Modality ids `(B, T)`: those given, or read off the placeholder tokens (1 for image tokens, 0 for text) where
-        there are none, or where there are further modalities, since processors know of text and pictures alone.
-        """
-        if mm_token_type_ids is not None and not (self.modality_encoders and input_ids is not None):
-            return mm_token_type_ids
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        assert tokens is not None
-        ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-        for modality_id, token_id in self.config.placeholder_ids.items():
-            if input_ids is not None:
-                is_placeholder = input_ids == token_id
-            else:
-                placeholder = self.get_input_embeddings()(torch.tensor(token_id, device=tokens.device))
-                is_placeholder = (tokens == placeholder).all(dim=-1)
-            ids = ids.masked_fill(is_placeholder, modality_id)
-        return ids
+        """Modality ids `(B, T)` of the tokens of a call: see [`~token_modalities.find_modalities`]."""
+        return find_modalities(
+            input_ids, inputs_embeds, mm_token_type_ids, self.config.placeholder_ids, self.get_input_embeddings()
+        )
+
+    def get_token_modalities(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> TokenModalities:
+        """What a forward pass knows of its tokens: made once by the outermost model, and handed down."""
+        ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
+        return TokenModalities.of(ids.shape, ids, attention_mask, self.config.text_config.modalities)
 
     @takes_cache_by_name
     @can_return_tuple
@@ -337,17 +344,18 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             ValueError: If image features and placeholders do not match in number, with no pictures at all included, or
                 both or neither of two exclusive arguments are given.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+        check_tokens(input_ids, inputs_embeds)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs`.")
         check_encoder_outputs(mm_encoder_outputs)
+        tokens = kwargs.pop("token_modalities", None)  # made by the model around this one, if there is any
+        if tokens is None:
+            tokens = self.get_token_modalities(input_ids, inputs_embeds, mm_token_type_ids, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        mm_token_type_ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
         if modality_values:
-            inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, mm_token_type_ids)
+            inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, tokens.ids)
 
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and pixel_values.numel() > 0:
@@ -358,7 +366,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if image_outputs is not None:
             image_features = join_image_tokens(image_outputs.pooler_output)
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            is_image = (mm_token_type_ids == 1).to(inputs_embeds.device)
+            is_image = (tokens.ids == 1).to(inputs_embeds.device)
             num_image_tokens = is_image.sum()
             torch_compilable_check(
                 num_image_tokens == image_features.shape[0],
@@ -386,7 +394,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             position_ids=position_ids,
             **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
+            token_modalities=tokens,
             return_dict=True,
             **kwargs,
         )
@@ -443,13 +451,15 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        shape = check_tokens(input_ids, inputs_embeds).shape[:2]
+        tokens = TokenModalities.of(shape, mm_token_type_ids, attention_mask, self.config.modalities)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
+            token_modalities=tokens,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_modality_weights=output_modality_weights,
@@ -458,12 +468,10 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        return self._head(
-            outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, wants_router_losses, **kwargs
-        )
+        return self._head(outputs, labels, logits_to_keep, tokens, wants_router_losses, **kwargs)
 
 
-class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
+class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, GenerationMixin):
     """
     The whole model with a language head: answers questions about pictures and captions them.
 
@@ -499,62 +507,6 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's; pictures that it does not pass on (to assistants, for one) are known to be missing."""
-        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, mm_token_type_ids, **kwargs)
-        if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
-            if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
-                logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")
-            model_inputs["mm_encoder_outputs"] = {}
-        cache = model_inputs.get(CACHE_NAME)
-        if cache is not None and cache.get_seq_length() > 0:
-            model_inputs.pop("modality_values", None)  # their tokens are cached
-        return model_inputs
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """As the library's, for texts alone: the manager refuses prompts with placeholders, which have no images."""
-        manager = super().init_continuous_batching(*args, **kwargs)
-        add_request = type(manager).add_request
-
-        def add_text_request(input_ids, *args, **kwargs):
-            self._refuse_placeholders([input_ids])
-            return add_request(manager, input_ids, *args, **kwargs)
-
-        manager.add_request = add_text_request
-        return manager
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        """See [`~transformers.ContinuousMixin.generate_batch`], for texts alone.
-
-        Raises:
-            ValueError: If a prompt has placeholders of images or further modalities.
-        """
-        self._refuse_placeholders(inputs)
-        return super().generate_batch(inputs, *args, **kwargs)
-
-    def _refuse_placeholders(self, prompts: Iterable[Iterable[int]]) -> None:
-        placeholders = set(self.config.placeholder_ids.values())
-        for number, prompt in enumerate(prompts):
-            found = sorted(placeholders.intersection(int(token) for token in prompt))
-            if found:
-                raise ValueError(
-                    f"prompt {number} has placeholder tokens {found}, but continuous batching takes no images: use "
-                    "`generate` for prompts with images."
-                )
-
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """As the library's, which repeats tensors alone; values of further modalities are repeated with their rows."""
-        values = model_kwargs.get("modality_values")
-        if values and expand_size > 1:
-            embeds = model_kwargs.get("inputs_embeds")
-            ids = self.model.get_mm_token_type_ids(
-                input_ids if embeds is None else None, embeds, model_kwargs.get("mm_token_type_ids")
-            )
-            model_kwargs["modality_values"] = self.model.modality_encoders.repeat(values, ids, expand_size)
-        return super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
@@ -589,8 +541,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
-        if (input_ids is None) != (inputs_embeds is None):
-            mm_token_type_ids = self.model.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
+        check_tokens(input_ids, inputs_embeds)
+        tokens = self.model.get_token_modalities(input_ids, inputs_embeds, mm_token_type_ids, attention_mask)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -598,7 +550,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
             position_ids=position_ids,
             **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
-            mm_token_type_ids=mm_token_type_ids,
+            token_modalities=tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             modality_values=modality_values,
             use_cache=use_cache,
@@ -609,9 +561,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmLanguageHead, GenerationM
             return_dict=True,
             **kwargs,
         )
-        return self._head(
-            outputs, labels, logits_to_keep, mm_token_type_ids, attention_mask, wants_router_losses, **kwargs
-        )
+        return self._head(outputs, labels, logits_to_keep, tokens, wants_router_losses, **kwargs)
 
 
 # Makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model. Nothing is

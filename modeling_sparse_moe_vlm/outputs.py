@@ -62,6 +62,11 @@ class SparseMoeVlmTextModelOutputWithPast(MoeModelOutputWithPast):
     Output of [`SparseMoeVlmTextModel`].
 
     Args:
+        router_indices (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            One tensor `(B * T, k)` per sparse layer, of type int64: the experts that were chosen for every token, best
+            first; the number of experts for an unused slot.
+        router_dropped (`tuple[torch.Tensor]`, *optional*, returned likewise where experts have a capacity):
+            One tensor `(B * T, k)` per sparse layer, of type bool: which of them had no capacity for the token.
         modality_weights (`tuple[torch.Tensor]`, *optional*, returned with `output_modality_weights=True`):
             One tensor `(B, heads, T, num_modalities)` per layer: the weight of every attention part, in the order of
             `config.modalities` (β, α, …). The weights sum to 1.
@@ -69,6 +74,8 @@ class SparseMoeVlmTextModelOutputWithPast(MoeModelOutputWithPast):
             The same without the effect of how many keys a part has.
     """
 
+    router_indices: tuple[torch.Tensor, ...] | None = None
+    router_dropped: tuple[torch.Tensor, ...] | None = None
     modality_weights: tuple[torch.Tensor, ...] | None = None
     count_free_modality_weights: tuple[torch.Tensor, ...] | None = None
 
@@ -101,6 +108,8 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
             Load-balancing loss of each modality, detached; NaN where the batch has no token of the modality.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
             See [`SparseMoeVlmModelOutputWithPast`].
+        router_indices, router_dropped (`tuple[torch.Tensor]`, *optional*, returned with the router logits):
+            See [`SparseMoeVlmTextModelOutputWithPast`].
         modality_weights, count_free_modality_weights (`tuple[torch.Tensor]`, *optional*):
             See [`SparseMoeVlmTextModelOutputWithPast`].
     """
@@ -110,5 +119,7 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
     image_outputs: BaseModelOutputWithPooling | None = None
     if not _HAS_IMAGE_OUTPUTS:
         image_hidden_states: torch.Tensor | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+    router_dropped: tuple[torch.Tensor, ...] | None = None
     modality_weights: tuple[torch.Tensor, ...] | None = None
     count_free_modality_weights: tuple[torch.Tensor, ...] | None = None

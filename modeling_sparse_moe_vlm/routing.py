@@ -10,17 +10,72 @@ shared by all layers.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .capacity import drop_over_capacity, expert_capacity
 from .expert_groups import ExpertGroup
 from .experts_config import SparseMoeVlmExpertsConfig
+from .token_modalities import TokenModalities, check_range, real_tokens
+
+logger = logging.get_logger(__name__)
+
+
+class LayerRouting(NamedTuple):
+    """What the router of one layer did with the T tokens of a forward pass.
+
+    Args:
+        logits (`torch.Tensor` of shape `(T, E)`):
+            Router logits; minus infinity where an expert does not serve the token.
+        chosen (`torch.Tensor` of shape `(T, k)`):
+            Ids of the experts that were chosen, best first; the sentinel E for an unused slot.
+        dropped (`torch.Tensor` of shape `(T, k)`, *optional*):
+            Of type bool: which of them had no capacity for the token; `None` where experts have no limit.
+    """
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    dropped: torch.Tensor | None
+
+
+class RoutingRecord:
+    """
+    What routers do in one forward pass, for the router losses and statistics: every sparse layer writes once, however
+    often activation checkpointing runs it. Layers know it only weakly: what checkpointing keeps of a layer's arguments
+    would otherwise hold the logits, and with them itself.
+
+    Attributes:
+        tokens ([`~token_modalities.TokenModalities`], *optional*): The tokens of the pass, once it is planned.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: TokenModalities | None = None
+        self._layers: dict[int, LayerRouting] = {}
+
+    def add(self, layer_idx: int, routing: LayerRouting) -> None:
+        """Called by a layer; only its first call counts."""
+        self._layers.setdefault(layer_idx, routing)
+
+    def layers(self) -> list[LayerRouting]:
+        """The routing of the sparse layers, in their order."""
+        return [self._layers[layer] for layer in sorted(self._layers)]
+
+    def outputs(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """The routing of the sparse layers by name of a model's output."""
+        layers = self.layers()
+        outputs = {
+            "router_logits": tuple(layer.logits for layer in layers),
+            "router_indices": tuple(layer.chosen for layer in layers),
+        }
+        dropped = tuple(layer.dropped for layer in layers if layer.dropped is not None)
+        return outputs | ({"router_dropped": dropped} if dropped else {})
 
 
 class RoutingPlan(NamedTuple):
@@ -39,6 +94,8 @@ class RoutingPlan(NamedTuple):
             Modality id of every token, where routers ask for it; all text when `None`.
         real (`torch.Tensor` of shape `(T,)`, *optional*):
             `False` for padding, where routers ask for it; no padding when `None`.
+        record (`weakref.ref`, *optional*):
+            Reference to the [`RoutingRecord`] where layers write what their routers do.
     """
 
     tokens: dict[str, torch.Tensor | None]
@@ -46,6 +103,7 @@ class RoutingPlan(NamedTuple):
     num_slots: torch.Tensor | None
     modality_ids: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    record: weakref.ref[RoutingRecord] | None = None
 
 
 def groups_key(groups: tuple[ExpertGroup, ...]) -> str:
@@ -85,6 +143,12 @@ class RoutingPlanner:
         self.has_bias = config.router_bias_update_rate is not None
         self.has_capacity = config.expert_capacity_factor is not None
 
+    @property
+    def depends_on_modality(self) -> bool:
+        """Whether tokens of different modalities are routed differently."""
+        is_restricted = any(ids is not None for ids in self.modality_ids.values())
+        return is_restricted or self.num_slots is not None or self.has_bias or self.has_capacity
+
     def __call__(
         self,
         mm_token_type_ids: torch.Tensor | None,
@@ -93,34 +157,54 @@ class RoutingPlanner:
         num_tokens: int = 0,
     ) -> RoutingPlan | None:
         """
+        As [`plan`], from what a forward pass is given.
+
         Args:
             mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Modality id of every token; all tokens are text when `None`.
             device (`torch.device`):
                 Device of the hidden states.
             attention_mask (`torch.Tensor`, *optional*):
-                What tells padding, where experts have a capacity (see [`real_tokens`]).
+                What tells padding, where experts have a capacity (see [`~token_modalities.real_tokens`]).
             num_tokens (`int`, defaults to 0):
                 Number of tokens (batch_size * sequence_length), which the mask is for.
 
-        Returns:
-            `RoutingPlan`, *optional*: `None` where routing depends on the hidden states alone.
+        Raises:
+            ValueError: If an id is not a position in `modalities`.
         """
-        restricted = {ids for ids in self.modality_ids.values() if ids is not None}
-        if not restricted and self.num_slots is None and not self.has_bias and not self.has_capacity:
-            return None
+        if mm_token_type_ids is not None and not is_tracing(mm_token_type_ids):
+            check_range(mm_token_type_ids, self.modalities)
+        return self.plan(TokenModalities(mm_token_type_ids, real_tokens(attention_mask, num_tokens)), device)
 
+    def plan(
+        self, tokens: TokenModalities, device: torch.device, record: RoutingRecord | None = None
+    ) -> RoutingPlan | None:
+        """
+        Args:
+            tokens ([`~token_modalities.TokenModalities`]):
+                The tokens of the forward pass.
+            device (`torch.device`):
+                Device of the hidden states.
+            record ([`RoutingRecord`], *optional*):
+                Where layers are to write what their routers do.
+
+        Returns:
+            `RoutingPlan`, *optional*: `None` where routing depends on the hidden states alone and is not recorded.
+        """
+        reference = None
+        if record is not None:
+            record.tokens = tokens
+            reference = weakref.ref(record)
+        if not self.depends_on_modality:
+            return None if record is None else RoutingPlan(dict.fromkeys(self.modality_ids), {}, None, record=reference)
+
+        restricted = {ids for ids in self.modality_ids.values() if ids is not None}
         ids = torch.zeros(1, dtype=torch.long, device=device)
-        if mm_token_type_ids is not None:
-            ids = mm_token_type_ids.reshape(-1).to(device)
+        if tokens.ids is not None:
+            ids = tokens.ids.reshape(-1).to(device)
         # Here, and only here, a forward pass waits for the device: once for all layers, and not where it is traced.
-        may_wait = mm_token_type_ids is not None and not is_tracing(ids)
-        all_text = mm_token_type_ids is None or (may_wait and not ids.any())
-        if may_wait and not all_text and not ((ids >= 0) & (ids < len(self.modalities))).all():
-            raise ValueError(
-                f"`mm_token_type_ids` must lie between 0 and {len(self.modalities) - 1}, the positions in the "
-                f"configuration's `modalities` {self.modalities}, got {ids.unique().tolist()}."
-            )
+        may_wait = tokens.ids is not None and not is_tracing(ids)
+        all_text = tokens.ids is None or (may_wait and not ids.any())
         if all_text:
             ids = ids[:1]  # what holds for one text token holds for all
         masks: dict[tuple[int, ...] | None, torch.Tensor] = {
@@ -150,7 +234,8 @@ class RoutingPlanner:
             served=served,
             num_slots=num_slots,
             modality_ids=ids if (self.has_bias or self.has_capacity) and not all_text else None,
-            real=real_tokens(attention_mask, num_tokens) if self.has_capacity else None,
+            real=tokens.is_real.reshape(-1).to(device) if self.has_capacity and tokens.is_real is not None else None,
+            record=reference,
         )
 
 
@@ -158,22 +243,6 @@ def slots_per_token(modality_ids: torch.Tensor, slots: Sequence[int]) -> torch.T
     """Number of experts per token, `(T, 1)`, from that of each modality and the modality ids `(T,)`."""
     by_modality = [(modality_ids == modality_id) * number for modality_id, number in enumerate(slots)]
     return torch.stack(by_modality, dim=1).sum(dim=1, keepdim=True)
-
-
-def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """
-    Which tokens of a forward pass are no padding, `(num_tokens,)` of type bool; `None` for all of them.
-
-    Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, cached + sequence_length)`, *optional*):
-            0 for padding. A mask of another rank or kind says nothing of padding, so every token counts.
-        num_tokens (`int`):
-            Number of tokens, batch_size * sequence_length.
-    """
-    if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
-        return None
-    length = num_tokens // attention_mask.shape[0]
-    return attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).bool()
 
 
 def _is_any_of(ids: torch.Tensor, modality_ids: tuple[int, ...]) -> torch.Tensor:
@@ -333,6 +402,40 @@ class RoutingRule(NamedTuple):
         )
 
 
+@torch.no_grad()
+def chosen_experts(
+    config: SparseMoeVlmExpertsConfig,
+    router_logits: Sequence[torch.Tensor],
+    modality_ids: torch.Tensor,
+    biases: Sequence[torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """
+    The choice of experts behind router logits, where it was not recorded with them.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        router_logits (`Sequence[torch.Tensor]`):
+            One tensor `(T, E)` per sparse layer.
+        modality_ids (`torch.Tensor` of shape `(T,)`):
+            Modality id of every token.
+        biases (`Sequence[torch.Tensor]`, *optional*):
+            The routers' biases when the logits were made, one tensor `(num_modalities, E)` per sparse layer.
+
+    Returns:
+        `list[torch.Tensor]`: ids `(T, k)` per sparse layer, as in [`LayerRouting`].
+    """
+    slots = slots_per_token(modality_ids, [config.experts_per_token(modality) for modality in config.modalities])
+    chosen = []
+    for number, layer in enumerate(config.sparse_layers):
+        logits = router_logits[number].detach()
+        ids = modality_ids.to(logits.device)
+        bias = None if biases is None else bias_of_tokens(biases[number].to(logits.device), ids)
+        rule = RoutingRule.of(config, config.layer_expert_groups(layer, always_on=False))
+        chosen.append(rule.choose(logits, num_slots=slots.to(logits.device), bias=bias)[1])
+    return chosen
+
+
 def bias_of_tokens(bias: torch.Tensor, modality_ids: torch.Tensor | None) -> torch.Tensor:
     """The rows of a router's bias `(num_modalities, E)` for tokens with modality ids `(T,)`: `(T or 1, E)`."""
     return bias[:1] if modality_ids is None else bias[modality_ids]
@@ -374,7 +477,6 @@ class SparseMoeVlmTopKRouter(nn.Module):
         served: torch.Tensor | None = None,
         num_slots: torch.Tensor | None = None,
         modality_ids: torch.Tensor | None = None,
-        real: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         router_logits = F.linear(hidden_states, self.weight)
         if served is not None:
@@ -383,9 +485,6 @@ class SparseMoeVlmTopKRouter(nn.Module):
         if self.e_score_correction_bias is not None:
             bias = bias_of_tokens(self.e_score_correction_bias, modality_ids)
         top_k_weights, top_k_index = self.rule.choose(router_logits, num_slots=num_slots, bias=bias)
-        top_k_weights, top_k_index = self.rule.drop(
-            router_logits, top_k_weights, top_k_index, modality_ids=modality_ids, real=real
-        )
         return router_logits, top_k_weights, top_k_index
 
 
@@ -399,6 +498,17 @@ def routers_with_bias(model: nn.Module) -> list[Any]:
         if getattr(module, "e_score_correction_bias", None) is not None and not is_inner:
             routers[name] = module
     return list(routers.values())
+
+
+def warn_of_resting_biases(model: nn.Module) -> None:
+    """For a forward pass in training which nobody watches, though the routers' biases are to move by it."""
+    if any(router.weight.requires_grad for router in routers_with_bias(model)):
+        logger.warning_once(
+            "`router_bias_update_rate` is set, but the routers' biases do not move by themselves: give the trainer "
+            "`callbacks=[RoutingMonitor()]` (`from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor`), or "
+            "use `SparseMoeTrainer`, which has it. In a training loop of your own, call `update_router_bias` after "
+            "every step; this message can then be ignored."
+        )
 
 
 def router_biases(model: nn.Module) -> list[torch.Tensor] | None:

@@ -40,14 +40,19 @@ EXPERTS |= {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok"
 
 
 def siblings(path: Path) -> set[Path]:
-    """Files of ours that a file imports, and those that they import."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parents[node.level - 1]
-            imported = folder.joinpath(*node.module.split("."))
-            file = imported.with_suffix(".py") if imported.with_suffix(".py").exists() else imported / "__init__.py"
-            found |= {file} | siblings(file)
+    """Files of ours that a file imports when it is imported, and those that they import."""
+    found: set[Path] = set()
+    unread = [path]
+    while unread:
+        file = unread.pop()
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level:
+                imported = file.parents[node.level - 1].joinpath(*node.module.split("."))
+                imported = (
+                    imported.with_suffix(".py") if imported.with_suffix(".py").exists() else imported / "__init__.py"
+                )
+                unread += [imported] if imported not in found else []
+                found.add(imported)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Counts of what routers do, from the router logits that a model returns: added up over batches, without waiting."""
+"""Counts of what routers do, from what they record in a forward pass: added up over batches, without waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...parallel_plans import is_one_of_several_processes
-from ...routing import RoutingRule, bias_of_tokens, real_tokens, router_biases, slots_per_token
+from ...routing import LayerRouting, RoutingRule, chosen_experts, router_biases
+from ...token_modalities import TokenModalities, real_tokens
+from .watch import watch_routing
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,9 @@ def count_routing(
     mm_token_type_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     biases: Sequence[torch.Tensor] | None = None,
+    *,
+    router_indices: Sequence[torch.Tensor] | None = None,
+    router_dropped: Sequence[torch.Tensor] | None = None,
 ) -> RoutingCounts:
     """
     Counts the routing of one forward pass. Since the logits are those that the model returned, activation checkpointing
@@ -73,7 +78,11 @@ def count_routing(
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             0 for padding, which does not count.
         biases (`Sequence[torch.Tensor]`, *optional*):
-            The routers' biases when the logits were made ([`~routing.router_biases`]).
+            The routers' biases when the logits were made ([`~routing.router_biases`]). Only needed without
+            `router_indices`.
+        router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
+            What was chosen, and dropped where experts have a capacity, as the model returns them; worked out from the
+            logits without `router_indices`.
 
     Returns:
         [`RoutingCounts`], on the device of the first logits.
@@ -84,20 +93,23 @@ def count_routing(
     ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
     if mm_token_type_ids is not None:
         ids = mm_token_type_ids.reshape(-1).to(device)
-    slots = slots_per_token(ids, [config.experts_per_token(modality) for modality in config.modalities])
+    if router_indices is None:
+        router_indices = chosen_experts(config, router_logits, ids, biases)
+        if config.expert_capacity_factor is not None:
+            router_dropped = _dropped(config, router_logits, router_indices, ids, real)
 
     wanted, dropped, entropies = [], [], []
     for number, (layer, logits) in enumerate(zip(config.sparse_layers, router_logits, strict=True)):
         logits = logits.to(device)
         groups = config.layer_expert_groups(layer, always_on=False)
-        rule = RoutingRule.of(config, groups)
-        bias = None if biases is None else bias_of_tokens(biases[number].to(device), ids)
-        weights, chosen = rule.choose(logits, num_slots=slots, bias=bias)
-        _, kept = rule.drop(logits, weights, chosen, modality_ids=ids, real=real)
         num_experts, shape = logits.shape[1], (len(config.modalities), config.num_experts)
-        chosen, kept = (index.masked_fill(~real[:, None], num_experts) for index in (chosen, kept))
+        chosen = router_indices[number].to(device).masked_fill(~real[:, None], num_experts)
         wanted.append(_count(chosen, num_experts, ids, shape))
-        dropped.append(wanted[-1] - _count(kept, num_experts, ids, shape))
+        if router_dropped is None:
+            dropped.append(torch.zeros_like(wanted[-1]))
+        else:
+            lost = chosen.masked_fill(~router_dropped[number].to(device), num_experts)
+            dropped.append(_count(lost, num_experts, ids, shape))
 
         entropy = torch.zeros(len(config.modalities), len(config.routed_group_names), device=device)
         first = 0
@@ -114,6 +126,23 @@ def count_routing(
         dropped=torch.stack(dropped),
         entropy=torch.stack(entropies),
     )
+
+
+def _dropped(
+    config: SparseMoeVlmExpertsConfig,
+    router_logits: Sequence[torch.Tensor],
+    router_indices: Sequence[torch.Tensor],
+    ids: torch.Tensor,
+    real: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Which of the chosen experts `(T, k)` have no capacity for the token, by sparse layer."""
+    dropped = []
+    for layer, logits, chosen in zip(config.sparse_layers, router_logits, router_indices, strict=True):
+        rule = RoutingRule.of(config, config.layer_expert_groups(layer, always_on=False))
+        logits, chosen = logits.to(ids.device), chosen.to(ids.device)
+        _, kept = rule.drop(logits, torch.zeros_like(chosen).float(), chosen, modality_ids=ids, real=real)
+        dropped.append(kept != chosen)
+    return dropped
 
 
 def _count(index: torch.Tensor, num_experts: int, modality_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -140,21 +169,55 @@ def measure_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
     Returns:
         [`RoutingCounts`], or `None` for a model without sparse layers, or without batches.
     """
-    total = None
-    for batch in tqdm(batches, desc="Measuring routing", unit="batch"):
-        inputs = send_to_device({name: value for name, value in batch.items() if name != "labels"}, model.device)
-        counts = count_batch(model, inputs, model(**inputs, output_router_logits=True).router_logits)
-        if counts is not None:
-            total = counts if total is None else total + counts
-    return total
+    passes: list[RoutingCounts] = []
+    handles = watch_routing(model, lambda config, tokens, layers: passes.append(count_layers(config, tokens, layers)))
+    try:
+        for batch in tqdm(batches, desc="Measuring routing", unit="batch"):
+            model(**send_to_device({name: value for name, value in batch.items() if name != "labels"}, model.device))
+            passes[:] = [sum(passes[1:], passes[0])] if passes else []
+    finally:
+        for handle in handles:
+            handle.remove()
+    return passes[0] if passes else None
+
+
+def count_layers(
+    config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
+) -> RoutingCounts:
+    """Counts what the routers of one forward pass recorded."""
+    dropped = [layer.dropped for layer in layers if layer.dropped is not None]
+    return count_routing(
+        config,
+        [layer.logits for layer in layers],
+        tokens.ids,
+        tokens.is_real,
+        router_indices=[layer.chosen for layer in layers],
+        router_dropped=dropped or None,
+    )
 
 
 def count_batch(
     model: PreTrainedModel,
     inputs: Mapping[str, torch.Tensor],
     router_logits: Sequence[torch.Tensor] | None,
+    router_indices: Sequence[torch.Tensor] | None = None,
+    router_dropped: Sequence[torch.Tensor] | None = None,
 ) -> RoutingCounts | None:
-    """Counts the routing of a model's forward pass with these inputs; `None` where it returned no router logits."""
+    """
+    Counts the routing of a model's forward pass, for training loops of your own.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, without a wrapper for parallelism.
+        inputs (`Mapping[str, torch.Tensor]`):
+            What it was given.
+        router_logits, router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
+            What it returned. Without the indices, the choice of experts is worked out from the logits again, with the
+            biases that the routers have now.
+
+    Returns:
+        [`RoutingCounts`], or `None` without router logits.
+    """
     if not router_logits:
         return None
     ids = inputs.get("mm_token_type_ids")
@@ -164,4 +227,12 @@ def count_batch(
         if readers:
             ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)
     config = model.config.get_text_config()
-    return count_routing(config, router_logits, ids, inputs.get("attention_mask"), router_biases(model))
+    return count_routing(
+        config,
+        router_logits,
+        ids,
+        inputs.get("attention_mask"),
+        router_biases(model),
+        router_indices=router_indices,
+        router_dropped=router_dropped,
+    )

@@ -3,80 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
-from ...config_validation import TEXT_MODEL_TYPE
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...parallel_plans import is_one_of_several_processes
-from .counts import RoutingCounts, count_batch
+from ...routing import LayerRouting
+from ...token_modalities import TokenModalities
+from .counts import RoutingCounts, count_batch, count_layers
 from .router_bias import update_router_bias
 from .statistics import RoutingStatistics, routing_statistics
+from .watch import decoders, watch_routing
 
 logger = logging.get_logger(__name__)
 
 
 class RoutingMonitor(TrainerCallback):
     """
-    Adds up the routing of micro-batches on their device, moves the routers' biases once per training step, and tells
-    how experts were used since the last report. Models of other classes are left alone.
+    A callback for any trainer (`Trainer`, TRL's, [`~toolbox.training.SparseMoeTrainer`], which has one already): adds
+    up the routing of micro-batches on their device, moves the routers' biases once per training step, and with every
+    log of the loss reports how experts were used since the last, with a warning where one has collapsed. Models of
+    other classes are left alone.
+
+    The report goes to the trainer's `state.log_history`, as `routing/<group>/<modality>/<figure>` (see
+    [`~toolbox.routing.RoutingStatistics`]). There is one where the model returns its router logits
+    (`config.output_router_logits`) or `config.router_bias_update_rate` is set.
 
     Attributes:
         statistics ([`~toolbox.routing.RoutingStatistics`], *optional*): Those of the last report.
+
+    ```python
+    >>> from transformers import Trainer
+    >>> from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor
+
+    >>> trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[RoutingMonitor()])
+    ```
     """
 
     def __init__(self) -> None:
         self.statistics: RoutingStatistics | None = None
         self._config: SparseMoeVlmExpertsConfig | None = None
-        self._step: RoutingCounts | None = None
+        self._step: list[RoutingCounts] = []  # appended to, also by replicas of `DataParallel` in their threads
         self._since_report: RoutingCounts | None = None
         self._alarmed: set[tuple[str, str, str]] = set()
+        self._hooks: list[RemovableHandle] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Called by `Trainer`: from here on the routing of every forward pass in training is counted."""
+        self._remove_hooks()  # of a training that was cut off
+        self._step, self._since_report = [], None
+        self._hooks = watch_routing(model, self._count, when=_is_counted)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Called by `Trainer`."""
+        self._remove_hooks()
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _count(
+        self, config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
+    ) -> None:
+        self._add(config, count_layers(config, tokens, layers))
+
+    def _add(self, config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> None:
+        self._config = config
+        self._step.append(counts)
 
     def add(
         self,
         model: PreTrainedModel,
         inputs: Mapping[str, torch.Tensor],
         router_logits: Sequence[torch.Tensor] | None,
+        router_indices: Sequence[torch.Tensor] | None = None,
+        router_dropped: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """
-        Counts the routing of a forward pass in training.
+        Counts the routing of a forward pass in training, for training loops of your own: a trainer needs no call.
 
         Args:
             model (`PreTrainedModel`):
                 The model, without a wrapper for parallelism.
             inputs (`Mapping[str, torch.Tensor]`):
                 What it was given.
-            router_logits (`Sequence[torch.Tensor]`, *optional*):
+            router_logits, router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
                 What it returned.
-
-        Raises:
-            ValueError: If the routers' biases are to be moved, but there are no router logits to tell how.
         """
-        config = model.config.get_text_config()
-        if config.model_type != TEXT_MODEL_TYPE:
-            return
-        counts = count_batch(model, inputs, router_logits)
-        if counts is None:
-            if config.router_bias_update_rate and config.layers_by_experts:
-                raise ValueError(
-                    "`router_bias_update_rate` is set, but the model returns no router logits to balance by: set "
-                    "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` for no other "
-                    "balancing)."
-                )
-            return
-        self._config = config
-        self._step = counts if self._step is None else self._step + counts
+        counts = count_batch(model, inputs, router_logits, router_indices, router_dropped) if decoders(model) else None
+        if counts is not None:
+            self._add(model.config.get_text_config(), counts)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Called by `Trainer` after the optimizer's step."""
-        if self._step is None or self._config is None:
+        if not self._step or self._config is None:
             return
+        first, *others = self._step
+        self._step = []
+        counts = sum(others, first)
         if self._config.router_bias_update_rate:
-            update_router_bias(model, self._step)
-        self._since_report = self._step if self._since_report is None else self._since_report + self._step
-        self._step = None
+            update_router_bias(model, counts)
+        self._since_report = counts if self._since_report is None else self._since_report + counts
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by `Trainer` in all processes, after the log has become the last entry of the history."""
+        if logs is not None and "loss" in logs:
+            figures = {f"routing/{name}": round(value, 4) for name, value in self.report().items()}
+            if figures:
+                state.log_history[-1].update(figures)
 
     def report(self) -> dict[str, float]:
         """
@@ -94,3 +133,9 @@ class RoutingMonitor(TrainerCallback):
                     logger.warning(message)
         self._alarmed = set(alarms)
         return self.statistics.summary()
+
+
+def _is_counted(decoder: Any) -> bool:
+    """Whether the next forward pass is one of training: not an evaluation, generation or reference model's."""
+    is_training = decoder.training and torch.is_grad_enabled()
+    return is_training and bool(decoder.config.output_router_logits or decoder.config.router_bias_update_rate)

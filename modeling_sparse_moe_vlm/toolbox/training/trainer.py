@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ...checks import check
 from ..routing.monitor import RoutingMonitor
 from .training_settings import no_training_settings
 
@@ -23,6 +24,9 @@ class SparseMoeTrainer(Trainer):
 
     With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
     return its router logits (`config.output_router_logits`), a setting of training that saved models do not have.
+
+    Raises:
+        ValueError: If the biases are to be moved, but the model does not return its router logits.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -43,7 +47,14 @@ class SparseMoeTrainer(Trainer):
             for name, value in losses.items():
                 if value is not None:
                     self._router_losses.setdefault(name, []).append(value.detach())
-            self.routing.add(unwrapped, inputs, outputs.get("router_logits"))
+            config = unwrapped.config.get_text_config()
+            if getattr(config, "router_bias_update_rate", None) and config.layers_by_experts:
+                check(
+                    bool(outputs.get("router_logits")),
+                    "`router_bias_update_rate` is set, but the model returns no router logits to balance by: set "
+                    "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` for no other "
+                    "balancing).",
+                )
         return (loss, outputs) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

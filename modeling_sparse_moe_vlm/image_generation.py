@@ -1,0 +1,76 @@
+"""Generation from prompts with images: what the whole model adds to the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.generation import GenerationMixin
+from transformers.utils import logging
+
+from .cache_name import CACHE_NAME
+from .language_head import SparseMoeVlmLanguageHead
+
+logger = logging.get_logger(__name__)
+
+
+class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
+    """Language head of the whole model, whose prompts have images."""
+
+    model: Any
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
+        """As the library's; pictures that it does not pass on (to assistants, for one) are known to be missing."""
+        model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, mm_token_type_ids, **kwargs)
+        if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
+            if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
+                logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")
+            model_inputs["mm_encoder_outputs"] = {}
+        cache = model_inputs.get(CACHE_NAME)
+        if cache is not None and cache.get_seq_length() > 0:
+            model_inputs.pop("modality_values", None)  # their tokens are cached
+        return model_inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """As the library's, for texts alone: the manager refuses prompts with placeholders, which have no images."""
+        manager = super().init_continuous_batching(*args, **kwargs)
+        add_request = type(manager).add_request
+
+        def add_text_request(input_ids, *args, **kwargs):
+            self._refuse_placeholders([input_ids])
+            return add_request(manager, input_ids, *args, **kwargs)
+
+        manager.add_request = add_text_request
+        return manager
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """See [`~transformers.ContinuousMixin.generate_batch`], for texts alone.
+
+        Raises:
+            ValueError: If a prompt has placeholders of images or further modalities.
+        """
+        self._refuse_placeholders(inputs)
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _refuse_placeholders(self, prompts: Iterable[Iterable[int]]) -> None:
+        placeholders = set(self.config.placeholder_ids.values())
+        for number, prompt in enumerate(prompts):
+            found = sorted(placeholders.intersection(int(token) for token in prompt))
+            if found:
+                raise ValueError(
+                    f"prompt {number} has placeholder tokens {found}, but continuous batching takes no images: use "
+                    "`generate` for prompts with images."
+                )
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """As the library's, which repeats tensors alone; values of further modalities are repeated with their rows."""
+        values = model_kwargs.get("modality_values")
+        if values and expand_size > 1:
+            embeds = model_kwargs.get("inputs_embeds")
+            ids = self.model.get_mm_token_type_ids(
+                input_ids if embeds is None else None, embeds, model_kwargs.get("mm_token_type_ids")
+            )
+            model_kwargs["modality_values"] = self.model.modality_encoders.repeat(values, ids, expand_size)
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )

@@ -1,0 +1,168 @@
+"""What a forward pass knows of its tokens: the modality of each, and which are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.utils.import_utils import is_tracing
+
+from .expert_groups import BUILTIN_MODALITIES
+
+
+class TokenModalities(NamedTuple):
+    """
+    The tokens of one forward pass. The outermost model makes this once and hands it down (`token_modalities`): routing,
+    attention, router losses and statistics all read it.
+
+    Args:
+        ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Modality id of every token, of type int64; all text when `None`.
+        is_real (`torch.Tensor` of shape `(B, T)`, *optional*):
+            `False` for padding, of type bool; no padding when `None`.
+    """
+
+    ids: torch.Tensor | None
+    is_real: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        shape: Sequence[int],
+        mm_token_type_ids: torch.Tensor | None,
+        attention_mask: Any,
+        modalities: Sequence[str],
+    ) -> TokenModalities:
+        """
+        Makes the record of tokens of the shape `(B, T)`.
+
+        Args:
+            shape (`Sequence[int]`):
+                B and T.
+            mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Modality id of every token, of an integer type.
+            attention_mask (`torch.Tensor`, *optional*):
+                See [`real_tokens`].
+            modalities (`Sequence[str]`):
+                The configuration's `modalities`, of which an id is the position.
+
+        Raises:
+            ValueError: If the ids have another shape, or lie outside of `modalities`. On a device that would have to be
+                waited for, single tokens are not looked at.
+        """
+        if mm_token_type_ids is not None:
+            check_shape(mm_token_type_ids, shape)
+            mm_token_type_ids = mm_token_type_ids.long()
+            is_cheap = mm_token_type_ids.device.type == "cpu" or shape[1] > 1
+            if is_cheap and not is_tracing(mm_token_type_ids):
+                check_range(mm_token_type_ids, modalities)
+        is_real = None
+        if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
+            rows, length = attention_mask.shape
+            # A mask that does not fit the tokens is refused by the decoder.
+            fits = rows == shape[0] and length >= shape[1]
+            is_real = attention_mask[:, length - shape[1] :].bool() if fits else None
+        return cls(mm_token_type_ids, is_real)
+
+
+def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """The tokens `(B, T)` or `(B, T, D)` of a call; raises `ValueError` unless it gives exactly one of the two."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    assert tokens is not None
+    return tokens
+
+
+def check_shape(mm_token_type_ids: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raises `ValueError` unless there is one modality id per token of the shape `(B, T)`."""
+    if tuple(mm_token_type_ids.shape) != tuple(shape):
+        raise ValueError(
+            f"`mm_token_type_ids` has shape {tuple(mm_token_type_ids.shape)}, but there are tokens of shape "
+            f"{tuple(shape)}: it needs one modality id per token of this call."
+        )
+
+
+def check_range(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> None:
+    """Raises `ValueError` unless every modality id is a position in `modalities`."""
+    if not ((mm_token_type_ids >= 0) & (mm_token_type_ids < len(modalities))).all():
+        raise ValueError(
+            f"`mm_token_type_ids` must lie between 0 and {len(modalities) - 1}, the positions in the configuration's "
+            f"`modalities` {tuple(modalities)}, got {mm_token_type_ids.unique().tolist()}."
+        )
+
+
+def find_modalities(
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    mm_token_type_ids: torch.Tensor | None,
+    placeholder_ids: Mapping[int, int],
+    embedding: nn.Module,
+) -> torch.Tensor:
+    """
+    Modality ids of the tokens of a call.
+
+    Without given ids, the placeholder tokens tell where images are, and what else has a placeholder; all other tokens
+    are text. Given ids hold, with two exceptions where there are token ids. In a row where they say "image" of a token
+    that is not the image placeholder, the tokens tell where its images are: callers that pad tokens on the left and ids
+    on the right shift them against each other. (A placeholder that is said to be text is text: the model may have
+    generated it.) And further modalities always are where their placeholders are, since processors know only of text
+    and images. Embedded tokens without given ids have the modality of the placeholder whose embedding they equal.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Token ids.
+        inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*):
+            Embedded tokens, where there are no token ids.
+        mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            The given modality ids.
+        placeholder_ids (`Mapping[int, int]`):
+            By modality id, the id of its placeholder token.
+        embedding (`nn.Module`):
+            Embeds token ids.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, of type int64.
+
+    Raises:
+        ValueError: If the given ids have another shape than the tokens.
+    """
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    assert tokens is not None
+    ids = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    if mm_token_type_ids is not None:
+        check_shape(mm_token_type_ids, ids.shape)
+        ids = mm_token_type_ids.to(tokens.device, torch.long)
+        if input_ids is None:
+            return ids
+    for modality_id, token_id in placeholder_ids.items():
+        if input_ids is not None:
+            is_placeholder = input_ids == token_id
+        else:
+            is_placeholder = (tokens == embedding(torch.tensor(token_id, device=tokens.device))).all(dim=-1)
+        if mm_token_type_ids is not None:
+            is_said_to_be = ids == modality_id
+            if modality_id == BUILTIN_MODALITIES.index("image"):
+                is_shifted = (is_said_to_be & ~is_placeholder).any(dim=1, keepdim=True)
+                is_placeholder = torch.where(is_shifted, is_placeholder, is_said_to_be)
+            ids = ids.masked_fill(is_said_to_be, 0)
+        ids = ids.masked_fill(is_placeholder, modality_id)
+    return ids
+
+
+def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+    """
+    Which tokens of a forward pass are not padding, `(num_tokens,)` of type bool; `None` for all of them.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(batch_size, cached + sequence_length)`, *optional*):
+            0 for padding. A mask of another rank or kind says nothing of padding, so every token counts.
+        num_tokens (`int`):
+            Number of tokens, batch_size * sequence_length.
+    """
+    if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
+        return None
+    length = num_tokens // attention_mask.shape[0]
+    return attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).bool()

@@ -1,0 +1,197 @@
+"""The record of a pass's tokens: where it comes from, that it is made once, and what it refuses."""
+
+import pytest
+import torch
+
+from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig, token_modalities
+from modeling_sparse_moe_vlm.routing import RoutingPlanner
+from modeling_sparse_moe_vlm.token_modalities import TokenModalities
+from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
+
+NAMES = ["text", "image"]
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[TokenModalities]:
+    """The records that are made."""
+    records = []
+    original = TokenModalities.of.__func__
+
+    def of(cls, *args):
+        records.append(original(cls, *args))
+        return records[-1]
+
+    monkeypatch.setattr(TokenModalities, "of", classmethod(of))
+    return records
+
+
+def planned(monkeypatch) -> list[TokenModalities]:
+    """What planners are given."""
+    given = []
+    original = RoutingPlanner.plan
+
+    def plan(self, tokens, *args):
+        given.append(tokens)
+        return original(self, tokens, *args)
+
+    monkeypatch.setattr(RoutingPlanner, "plan", plan)
+    return given
+
+
+def test_ids_and_padding():
+    ids, mask = torch.tensor([[0, 1, 0]], dtype=torch.int32), torch.tensor([[1, 1, 0, 1, 1]])
+    tokens = TokenModalities.of((1, 3), ids, mask, NAMES)
+    assert tokens.ids.dtype == torch.long
+    assert tokens.ids.tolist() == [[0, 1, 0]]
+    assert tokens.is_real.tolist() == [[False, True, True]], "the last of the mask, whose first are cached"
+    assert TokenModalities.of((1, 3), None, None, NAMES) == (None, None)
+    assert TokenModalities.of((1, 3), None, mask[None, None], NAMES) == (None, None), "a 4-D mask tells no padding"
+
+
+@pytest.mark.parametrize("wrong", [[[0, 2, 0]], [[0, -1, 0]]])
+def test_ids_out_of_range(wrong, arrangement):
+    with pytest.raises(ValueError, match=r"between 0 and 1, the positions .* \('text', 'image'\), got \[.*\]"):
+        TokenModalities.of((1, 3), torch.tensor(wrong), None, NAMES)
+    inputs = make_inputs()
+    inputs["mm_token_type_ids"][1, 0] = wrong[0][1]
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        make_model(expert_groups=arrangement)(**inputs)
+
+
+@pytest.mark.parametrize("shape", [(2, 13), (1, 14), (3, 14), (14,), (28,), (2, 1)])
+def test_ids_of_another_shape_than_the_tokens(shape):
+    """With pictures and without, the whole model and its parts, given ids or embeddings."""
+    model = make_model()
+    wrong = {"mm_token_type_ids": torch.zeros(shape, dtype=torch.long)}
+    with_images = make_inputs() | wrong
+    text = make_inputs(images_per_row=0) | wrong
+    embeds = {"inputs_embeds": torch.zeros(2, 14, 32)} | wrong
+    for call in (model, model.model):
+        for inputs in (with_images, text, embeds):
+            with pytest.raises(ValueError, match=r"`mm_token_type_ids` has shape .* tokens of shape \(2, 14\)"):
+                call(**inputs)
+    decoder = SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG))
+    for call in (decoder, decoder.model):
+        with pytest.raises(ValueError, match=r"`mm_token_type_ids` has shape .* tokens of shape \(2, 14\)"):
+            call(**text)
+
+
+@pytest.mark.parametrize("part", ["whole", "body", "decoder", "decoder body"])
+def test_one_record_per_pass_is_handed_down(part, made, monkeypatch):
+    inputs = make_inputs() if part in ("whole", "body") else make_inputs(images_per_row=0)
+    inputs["attention_mask"][0, :3] = 0
+    given = planned(monkeypatch)
+    model = make_model()
+    decoder = SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG)).eval()
+    call = {"whole": model, "body": model.model, "decoder": decoder, "decoder body": decoder.model}[part]
+    call(**inputs, output_router_logits=True)
+    assert len(made) == len(given) == 1
+    assert given[0] is made[0]
+    assert torch.equal(given[0].ids, inputs["mm_token_type_ids"])
+    assert torch.equal(given[0].is_real, inputs["attention_mask"].bool())
+
+
+def test_ids_are_looked_up_once_per_pass(monkeypatch):
+    calls = []
+    original = token_modalities.find_modalities
+    for module in ("modeling_sparse_moe_vlm.modeling_sparse_moe_vlm.find_modalities",):
+        monkeypatch.setattr(module, lambda *args: calls.append(1) or original(*args))
+    inputs = make_inputs()
+    inputs.pop("mm_token_type_ids")
+    make_model()(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+    assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------------ by token
+
+
+def shifted(inputs: dict[str, torch.Tensor], by: int) -> dict[str, torch.Tensor]:
+    return inputs | {"mm_token_type_ids": inputs["mm_token_type_ids"].roll(by, dims=1)}
+
+
+@pytest.mark.parametrize("by", [-2, 1, 5])
+def test_images_go_where_their_tokens_are(by, arrangement):
+    """Callers that pad tokens on the left and their ids on the right say "image" of text tokens."""
+    model, inputs = make_model(expert_groups=arrangement), make_inputs()
+    with torch.no_grad():
+        expected = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+        actual = model(**shifted(inputs, by), labels=inputs["input_ids"], output_router_logits=True)
+        body = model.model(**shifted(inputs, by)).last_hidden_state
+    assert torch.equal(actual.logits, expected.logits)
+    assert torch.equal(model.lm_head(body), expected.logits)
+    for name in ("loss", "aux_loss", "aux_loss_by_modality"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"}])
+def test_generation_from_ids_that_are_padded_on_the_other_side(options):
+    model, inputs = make_model(alpha_init=0.8), make_inputs()
+    padded = {name: torch.nn.functional.pad(value, (3, 0)) for name, value in inputs.items() if value.dim() == 2}
+    padded["pixel_values"] = inputs["pixel_values"]
+    options = options | {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**padded, **options)
+    actual = model.generate(**shifted(padded, -3), **options)
+    assert torch.equal(actual, expected)
+
+
+def test_only_rows_whose_ids_are_shifted_are_read_off_the_tokens():
+    """The other row has an image token that the model generated, which is text."""
+    model, inputs = make_model(), make_inputs()
+    inputs["input_ids"][:, 12] = IMAGE_TOKEN_ID
+    given = inputs["mm_token_type_ids"].clone()
+    given[0] = given[0].roll(1)
+    found = model.model.get_mm_token_type_ids(inputs["input_ids"], None, given)
+    assert found[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 12]
+    assert found[1].nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert torch.equal(found[1], given[1])
+
+
+def test_too_few_image_tokens_among_the_given_ids_are_an_error():
+    model, inputs = make_model(), make_inputs()
+    inputs["mm_token_type_ids"][0, 3] = 0
+    with pytest.raises(ValueError, match="Image features and image tokens do not match: tokens: 7, features: 8"):
+        model(**inputs)
+
+
+def test_further_modalities_are_where_their_placeholders_are():
+    ids = torch.tensor([[5, 9, 5, 9, 3]])
+    given = torch.tensor([[2, 0, 0, 0, 1]])
+    found = token_modalities.find_modalities(ids, None, given, {1: 3, 2: 9}, torch.nn.Embedding(10, 4))
+    assert found.tolist() == [[0, 2, 0, 2, 1]]
+
+
+def test_ids_of_modalities_without_a_placeholder_are_kept():
+    model = make_model(modalities=["text", "image", "video"], expert_groups="isolated", num_experts=6)
+    inputs = make_inputs(images_per_row=0)
+    inputs["mm_token_type_ids"][:, 3:5] = 2
+    found = model.model.get_mm_token_type_ids(inputs["input_ids"], None, inputs["mm_token_type_ids"])
+    assert torch.equal(found, inputs["mm_token_type_ids"])
+    inputs["mm_token_type_ids"][1, 8] = 1  # of a token that is not the image token
+    found = model.model.get_mm_token_type_ids(inputs["input_ids"], None, inputs["mm_token_type_ids"])
+    expected = torch.zeros(2, 14, dtype=torch.long)
+    expected[:, 3:5] = 2
+    assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------ embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_an_equal_embedding_is_a_placeholders(dtype):
+    """Equal in every dimension: an embedding that differs in one, by a rounding step, is another token's."""
+    model = make_model().to(dtype)
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        table[50] = table[IMAGE_TOKEN_ID]
+        table[50, 7] = torch.nextafter(table[50, 7], torch.tensor(torch.inf, dtype=dtype))
+        table[51] = 0.0
+        table[51, 7] = table[IMAGE_TOKEN_ID, 7]  # equal in a single dimension
+        assert (table[50] != table[IMAGE_TOKEN_ID]).sum() == 1
+        embeds = model.get_input_embeddings()(torch.tensor([[50, IMAGE_TOKEN_ID, 51, 4]]))
+    assert model.model.get_mm_token_type_ids(None, embeds).tolist() == [[0, 1, 0, 0]]
+
+
+def test_given_ids_of_embeddings_are_kept():
+    model, ids = make_model(), torch.tensor([[0, 1, 1, 0]])
+    embeds = model.get_input_embeddings()(torch.tensor([[IMAGE_TOKEN_ID, 4, 5, 6]]))
+    assert torch.equal(model.model.get_mm_token_type_ids(None, embeds, ids), ids)
