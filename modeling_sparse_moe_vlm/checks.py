@@ -1,4 +1,4 @@
-"""Checks of configuration values: their messages name the field, what it holds and what it may hold."""
+"""Checks of configuration values. Their messages name the field, the value and the values that are allowed."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def check_layers(field: str, layers: Any, num_hidden_layers: int) -> None:
 
 
 def check_distinct(field: str, values: Sequence[Any]) -> None:
-    """Raises `ValueError` if the field holds something twice."""
+    """Raises `ValueError` if the field holds a value twice."""
     check(len(set(values)) == len(values), f"`{field}` repeats a value: {shown(list(values))}.")
 
 
 def check_spelling(unknown: Iterable[str], fields: Collection[str], *, kind: str = "field") -> None:
-    """Raises `ValueError` if an unknown field reads like a misspelt known one: the library would keep it unheeded."""
+    """Raises `ValueError` if an unknown field looks like a misspelt known one, which the library would ignore."""
     for field in unknown:
         close = difflib.get_close_matches(field, fields, n=1, cutoff=0.88)
         check(not close, f"there is no {kind} `{field}`: did you mean `{', '.join(close)}`?")

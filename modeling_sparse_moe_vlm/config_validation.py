@@ -1,4 +1,4 @@
-"""Validation of configurations: every message names the field and the fix."""
+"""Checks of configurations. Every message names the field and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checks import (
 from .vision_tower import check_depths, check_vision_config, patches_per_side
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
-# Fields of the decoder that hold whole numbers from 1, and True or False.
+# Fields of the decoder that hold positive integers, and those that hold True or False.
 _COUNTS = (
     "vocab_size",
     "intermediate_size",
@@ -38,7 +38,7 @@ _FLAGS = (
 
 
 def check_text_fields(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if a field of a decoder's configuration, those of its experts apart, is wrong by itself."""
+    """Raises `ValueError` if a field of a decoder's configuration is wrong, apart from the fields of its experts."""
     for field in _COUNTS:
         check_integer(field, getattr(config, field))
     check_number("rms_norm_eps", config.rms_norm_eps)
@@ -47,7 +47,7 @@ def check_text_fields(config: PreTrainedConfig) -> None:
     check_number("attention_dropout", config.attention_dropout, at_most=1)
     for field in ("alpha_init", "beta_init"):
         check_number(field, getattr(config, field))
-        check(getattr(config, field) > 0, f"`{field}` must be more than 0, or its part would never be seen.")
+        check(getattr(config, field) > 0, f"`{field}` must be more than 0, or no token would attend to its part.")
     check(
         isinstance(config.rope_parameters, dict | None),
         f"`rope_parameters` must be a dict, got {shown(config.rope_parameters)}.",
@@ -85,7 +85,7 @@ def _check_eos_token_ids(config: PreTrainedConfig) -> None:
 
 
 def check_rope(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if the parameters of the rotary embedding, which the library has completed, are wrong."""
+    """Raises `ValueError` if the parameters of the rotary embedding are wrong, once the library has completed them."""
     check_choice("rope_parameters['rope_type']", config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
     theta = config.rope_parameters.get("rope_theta")
     if theta is not None:
@@ -98,9 +98,9 @@ def check_rope(config: PreTrainedConfig) -> None:
 
 
 def check_fields(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if the configuration of a whole model is wrong, or its parts do not fit together."""
+    """Raises `ValueError` if a field of the whole model is wrong, or if its parts do not fit together."""
     text, vision = config.text_config, config.vision_config
-    # Not `isinstance`: a checkpoint that brings its code along has classes of its own.
+    # Not `isinstance`: a checkpoint that comes with its code has classes of its own.
     check(
         text.model_type == TEXT_MODEL_TYPE and "image" in text.modalities,
         f"`text_config` must be of type {TEXT_MODEL_TYPE!r} with `modalities` that include "
@@ -113,7 +113,7 @@ def check_fields(config: PreTrainedConfig) -> None:
     check_integer("pixel_shuffle_factor", config.pixel_shuffle_factor)
     check(
         config.image_token_id != text.pad_token_id,
-        f"`image_token_id` ({config.image_token_id}) is also `text_config.pad_token_id`: pictures need a token of "
+        f"`image_token_id` ({config.image_token_id}) is also `text_config.pad_token_id`: images need a token of "
         "their own.",
     )
     check_vision_config(vision)

@@ -1,4 +1,4 @@
-"""Connector: what turns patch features of the vision tower into tokens of the decoder."""
+"""The connector turns patch features of the vision tower into tokens of the decoder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 
 
 class SparseMoeVlmMultiModalProjector(nn.Module):
-    """Space-to-depth (pixel shuffle, arXiv 2404.16821) of the patch grid, then a two-layer MLP.
+    """
+    Merges squares of patches (space-to-depth, also called pixel shuffle; arXiv 2404.16821), then applies a two-layer
+    MLP: `patch_features (N, h·w, D_vision)` → `(N, h·w / f², D_text)`, where f is the `pixel_shuffle_factor`.
 
-    `patch_features (N, h·w, D_vision)` → `(N, h·w / f², D_text)`, with f the `pixel_shuffle_factor`.
+    Args:
+        config (`SparseMoeVlmConfig`):
+            Configuration of the whole model.
     """
 
     def __init__(self, config: SparseMoeVlmConfig):

@@ -1,4 +1,4 @@
-"""Further modalities: an encoder that Transformers knows and a projector make tokens of what is no text or picture."""
+"""Further modalities: an encoder from Transformers and a projector turn what is not text or an image into tokens."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 
 class SparseMoeVlmModalityEncoder(nn.Module):
     """
-    Encoder of one further modality, from `AutoModel`'s registry, then a two-layer MLP: what the encoder's
-    `main_input_name` takes → tokens `(num_items, num_tokens, D_text)`, one per row of its last hidden state.
+    The encoder of one further modality, which `AutoModel` makes, then a two-layer MLP: the encoder's main input →
+    tokens `(num_items, num_tokens, D_text)`, one per row of its last hidden state.
 
     Args:
         config (`SparseMoeVlmConfig`):
             Configuration of the whole model.
         encoder_config (`dict`):
-            The modality's entry in `config.modality_encoders`.
+            The entry of the modality in `config.modality_encoders`.
 
     Raises:
-        ValueError: If no model is registered under the entry's `model_type`.
+        ValueError: If `AutoModel` cannot make an encoder of the entry.
     """
 
     def __init__(self, config: SparseMoeVlmConfig, encoder_config: dict[str, Any]):
@@ -68,21 +68,22 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
         mm_token_type_ids: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Puts the tokens of further modalities in their places.
+        Replaces the placeholders of further modalities by what their encoders return.
 
         Args:
             modality_values (`Mapping[str, torch.Tensor]`):
-                By modality, what its encoder takes.
+                By modality, the input of its encoder.
             inputs_embeds (`torch.Tensor` of shape `(B, T, D)`):
                 The embedded tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
                 Their modality ids.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, D)`.
+            `torch.Tensor` of shape `(B, T, D)`: the embedded tokens with the features in place.
 
         Raises:
-            ValueError: If a modality has no encoder, or its features and tokens do not match in number.
+            ValueError: If a modality has no encoder, its values are not a tensor, or the numbers of its features and
+                tokens differ.
         """
         for name, values in modality_values.items():
             if name not in self:
@@ -106,18 +107,19 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
         self, modality_values: Mapping[str, torch.Tensor], mm_token_type_ids: torch.Tensor, times: int
     ) -> dict[str, torch.Tensor]:
         """
-        The values for a batch whose rows are repeated, each `times` times in a row, as for beams.
+        The values for a batch in which every row is repeated, as for beams.
 
         Args:
             modality_values (`Mapping[str, torch.Tensor]`):
-                By modality, what its encoder takes.
+                By modality, the input of its encoder.
             mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
-                Modality ids of the rows before.
+                The modality ids of the rows before they are repeated.
             times (`int`):
-                How often.
+                How many times every row appears.
 
         Returns:
-            `dict[str, torch.Tensor]`: what does not fit the rows stays as it is, for [`embed`] to refuse.
+            `dict[str, torch.Tensor]`: values that do not fit the rows are returned unchanged, and [`embed`] refuses
+            them.
         """
         repeated = dict(modality_values)
         for name in self.keys() & repeated.keys():

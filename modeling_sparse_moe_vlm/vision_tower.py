@@ -1,4 +1,4 @@
-"""What the model asks of a vision tower: one row of features per patch of a square picture."""
+"""What the model needs from a vision tower: one row of features per patch of a square image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from .checks import MAX_LAYERS, check, check_integer
 
-# Towers that cut pictures in another way, by a field that only their configurations have, and what they do.
+# Towers that cut images up in another way: a field that only their configurations have, and what they do.
 _OTHER_FIELDS = {
     "depths": "merges patches from stage to stage",
     "num_frames": "reads videos",
@@ -18,7 +18,7 @@ _OTHER_FIELDS = {
 }
 _OTHER_TYPES = {
     "pixtral": "packs pictures of any size",
-    "siglip2_vision_model": "takes pictures as lists of patches",
+    "siglip2_vision_model": "takes images as lists of patches",
 }
 # Names of the number of layers in the library's configurations.
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
@@ -32,7 +32,7 @@ def check_vision_config(config: PreTrainedConfig) -> None:
         (reason for field, reason in _OTHER_FIELDS.items() if getattr(config, field, None) is not None), None
     )
     check_depths("vision_config", config.to_dict())
-    check(reason is None, f"{name} {reason}, which the connector does not know: {advice}.")
+    check(reason is None, f"{name} {reason}, which the connector does not support: {advice}.")
     for field in ("image_size", "patch_size"):
         value = getattr(config, field, None)
         check(isinstance(value, int), f"{name} must give `{field}` as one integer, got {value!r}: {advice}.")
@@ -54,30 +54,30 @@ def check_depths(name: str, fields: dict[str, Any]) -> None:
 
 
 def patches_per_side(config: PreTrainedConfig) -> int:
-    """Number of patches along one side of a picture."""
+    """Number of patches along one side of an image."""
     return config.image_size // config.patch_size
 
 
 def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """
-    The features of the patches, without those of class and register tokens, which come first where a tower has them.
+    The features of the patches, without those of class and register tokens, which come first in towers that have them.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, num_prefix_tokens + num_patches, hidden_size)`):
-            Last hidden state of the tower.
+            The last hidden state of the tower.
         config (`PreTrainedConfig`):
-            Configuration of the tower.
+            The configuration of the tower.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
 
     Raises:
-        ValueError: If the tower gives something else.
+        ValueError: If the tower returns another shape.
     """
     num_patches = patches_per_side(config) ** 2
     if features.dim() != 3 or features.shape[1] < num_patches or features.shape[2] != config.hidden_size:
         raise ValueError(
-            f"the vision tower ({config.model_type}) gives features of shape {tuple(features.shape)}, but the model "
+            f"the vision tower ({config.model_type}) returns features of shape {tuple(features.shape)}, but the model "
             f"needs (images, at least {num_patches} patches, {config.hidden_size})."
         )
     return features[:, features.shape[1] - num_patches :]
