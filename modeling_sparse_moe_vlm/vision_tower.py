@@ -18,7 +18,7 @@ _OTHER_FIELDS = {
 }
 _OTHER_TYPES = {
     "pixtral": "packs pictures of any size",
-    "siglip2_vision_model": "takes images as lists of patches",
+    "siglip2_vision_model": "takes pictures as lists of patches",
 }
 # Names of the number of layers in the library's configurations.
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
