@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,11 @@ def is_experts(module: nn.Module) -> bool:
     return "base_layer" not in module._modules and uses_experts_interface(module) and bool(stacks(module))
 
 
+def experts_modules(model: nn.Module) -> dict[str, Any]:
+    """By name, the modules that hold stacks of experts (of a layer, group, pool or shard), in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
+
+
 def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
     """The stacks of matrices of an experts module, by name."""
     return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
@@ -48,11 +53,32 @@ def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
 def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
     """The place (a layer's experts, or a pool) that an experts module is a part of, and the group it belongs to."""
     groups = getattr(config, "routed_group_names", [])
-    place = name.rsplit(".shards.", 1)[0]
+    place = name_without_shard(name_without_adapters(name))
     parent, _, last = place.rpartition(".")
     if len(groups) > 1 and last in groups:
         return parent, last
     return place, groups[0] if groups else None
+
+
+def is_pool(place: str) -> bool:
+    """Whether a place is a pool, whose experts several layers use."""
+    return ".expert_pools." in f".{place}"
+
+
+def number_of(place: str) -> str:
+    """The number of the layer or pool that a place is."""
+    return next((piece for piece in place.split(".") if piece.isdigit()), "0")
+
+
+def places_of_layers(places: Iterable[str], config: Any) -> list[str]:
+    """The place whose experts each sparse layer uses: layers of a pool have it in common."""
+    places = list(places)
+    pools = {number_of(place): place for place in places if is_pool(place)}
+    if not pools:
+        return places
+    own = iter(place for place in places if not is_pool(place))
+    pool_of = (config.layer_pool(layer) for layer in config.sparse_layers)
+    return [next(own) if pool is None else pools[str(pool)] for pool in pool_of]
 
 
 @dataclass(frozen=True)
@@ -107,11 +133,10 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
         bank_name = name.rsplit(".shards.", 1)[0]
         if bank_name not in banks:
             number = layer_of(name)
-            is_pool = ".expert_pools." in f".{name}"
             banks[bank_name] = ExpertBank(
                 name=bank_name,
                 group=last if always_on else place_of(name, config)[1],
-                layers=tuple(config.pools[number]) if is_pool else (number,),
+                layers=tuple(config.pools[number]) if is_pool(name) else (number,),
                 always_on=always_on,
                 parts={},
             )
@@ -127,4 +152,5 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def layer_of(name: str) -> int:
-    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
+    """The number of the layer or pool that a module lies in."""
+    return int(number_of(name))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..expert_modules import place_of
+from ..expert_modules import is_pool, number_of, place_of, places_of_layers
 
 # By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
 Loads = dict[str, dict[str, float]]
@@ -37,9 +37,14 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
         `dict[str, dict[str, float]]`: by module, by modality. Modalities that chose nothing are left out.
 
     Raises:
-        ValueError: If the routing does not fit the model.
+        ValueError: As [`expert_counts`], and if the routing has no choice at all.
     """
     counts = expert_counts(sizes, config, routing)
+    if sizes and not any(sum(of_experts) for of in counts.values() for of_experts in of.values()):
+        raise ValueError(
+            "`routing` is empty: no token chose any expert. Measure it on some batches, or leave it out to plan by "
+            "bytes alone."
+        )
     return _normalise({name: {m: sum(of_experts) for m, of_experts in of.items()} for name, of in counts.items()})
 
 
@@ -54,31 +59,72 @@ def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: A
         `dict[str, dict[str, list[float]]]`: by module, by modality, of each expert.
 
     Raises:
-        ValueError: If the routing does not fit the model.
+        ValueError: If the routing does not fit the model, has a negative or infinite count, a modality that the model
+            does not have, or nothing for a layer; the message names the modality, the layer and the count.
     """
-    places: dict[str, list[str]] = {}
-    for name in sizes:
-        places.setdefault(place_of(name, config)[0], []).append(name)
-    layers = _places_of_layers(list(places), config)
     if routing is None:
-        table = {EVEN: [[1 / n] * n for n in (sum(sizes[name] for name in places[place]) for place in layers)]}
-    elif (rows := _rows(routing)) is not None:
-        return _counts_of_rows(rows, sizes, config)
+        return _even_counts(sizes, config)
+    if (rows := _rows(routing)) is not None:
+        counts = _counts_of_rows(rows, sizes, config)
     else:
-        table = _table(routing, config)
+        counts = _counts_of_table(_table(routing, config), sizes, config)
+    return counts
+
+
+def _even_counts(sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
+    """As if each sparse layer made one choice, of all its experts alike."""
+    members = _members(sizes, config)
+    layers = places_of_layers(members, config)
+    num_experts = {place: sum(sizes[name] for name in names) for place, names in members.items()}
+    counts: Counts = {name: {} for name in sizes}
+    for place in layers:
+        _add(counts, members[place], sizes, EVEN, [1 / num_experts[place]] * num_experts[place])
+    return counts
+
+
+def _counts_of_table(table: _Table, sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
+    members = _members(sizes, config)
+    layers = places_of_layers(members, config)
     counts: Counts = {name: {} for name in sizes}
     for modality, of_layers in table.items():
+        _check_modality(modality, config)
         if len(of_layers) != len(layers):
             raise ValueError(
                 f"`routing` has {len(of_layers)} layers for {modality!r}, but the model has {len(layers)} with experts."
             )
         for place, of_experts in zip(layers, of_layers, strict=True):
-            numbers = [0.0 if math.isnan(count) else float(count) for count in of_experts]
-            num_experts = sum(sizes[name] for name in places[place])
+            numbers = _checked(of_experts, modality, place)
+            num_experts = sum(sizes[name] for name in members[place])
             if len(numbers) < num_experts or any(numbers[num_experts:]):
                 raise ValueError(f"`routing` has {len(numbers)} experts for {place!r}, which has {num_experts}.")
-            _add(counts, places[place], sizes, modality, numbers)
+            _add(counts, members[place], sizes, modality, numbers)
     return counts
+
+
+def _members(sizes: Iterable[str], config: PreTrainedConfig) -> dict[str, list[str]]:
+    """By place, the experts modules in it."""
+    members: dict[str, list[str]] = {}
+    for name in sizes:
+        members.setdefault(place_of(name, config)[0], []).append(name)
+    return members
+
+
+def _check_modality(modality: str, config: PreTrainedConfig) -> None:
+    known = [EVEN, *getattr(config, "modalities", [modality])]
+    if modality not in known:
+        raise ValueError(f"`routing` has the modality {modality!r}, which is not one of the model's: {known[1:]}.")
+
+
+def _checked(counts: Sequence[Any], modality: str, place: str) -> list[float]:
+    """The counts of a layer's experts, with 0 for gaps."""
+    for expert, count in enumerate(counts):
+        is_number = isinstance(count, int | float) and not isinstance(count, bool)
+        if not is_number or count < 0 or math.isinf(count):
+            raise ValueError(
+                f"`routing` has {count!r} for {modality!r} and expert {expert} of {place!r}: counts and shares are "
+                "finite numbers of at least 0 (or NaN where the layer has no such expert for the modality)."
+            )
+    return [0.0 if math.isnan(count) else float(count) for count in counts]
 
 
 def _add(counts: Counts, names: list[str], sizes: Mapping[str, int], modality: str, numbers: Sequence[float]) -> None:
@@ -89,16 +135,6 @@ def _add(counts: Counts, names: list[str], sizes: Mapping[str, int], modality: s
         first += sizes[name]
         so_far = counts[name].setdefault(modality, [0.0] * sizes[name])
         counts[name][modality] = [a + float(b) for a, b in zip(so_far, own, strict=True)]
-
-
-def _places_of_layers(places: list[str], config: PreTrainedConfig) -> list[str]:
-    """The place whose experts each sparse layer uses: layers of a pool have it in common."""
-    pools = {place.rsplit(".", 1)[1]: place for place in places if ".expert_pools." in f".{place}"}
-    if not pools:
-        return places
-    own = iter(place for place in places if place not in pools.values())
-    pool_of = (config.layer_pool(layer) for layer in config.sparse_layers)
-    return [next(own) if pool is None else pools[str(pool)] for pool in pool_of]
 
 
 def _normalise(loads: Loads) -> Loads:
@@ -123,16 +159,25 @@ def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int],
     modules: dict[tuple[str, str | None], list[str]] = {}
     for name in sizes:
         place, group = place_of(name, config)
-        number = next(part for part in place.split(".") if part.isdigit())
-        kind = "pool" if ".expert_pools." in f".{place}" else "layer"
-        modules.setdefault((f"{kind}_{number}", group), []).append(name)
+        kind = "pool" if is_pool(place) else "layer"
+        modules.setdefault((f"{kind}_{number_of(place)}", group), []).append(name)
+    lacking = dict(modules)
     for row in rows:
         names = modules.get((row["place"], row["group"]))
         if names is None:
             raise ValueError(f"`routing` has {row['place']!r} with group {row['group']!r}, which the model has not.")
-        if sum(sizes[name] for name in names) != len(row["wanted"]):
-            raise ValueError(f"`routing` has {len(row['wanted'])} experts for {row['place']!r}, unlike the model.")
-        _add(counts, names, sizes, row["modality"], row["wanted"])
+        _check_modality(row["modality"], config)
+        numbers = _checked(row["wanted"], row["modality"], row["place"])
+        if sum(sizes[name] for name in names) != len(numbers):
+            raise ValueError(f"`routing` has {len(numbers)} experts for {row['place']!r}, unlike the model.")
+        if row["modality"] in counts[names[0]]:
+            raise ValueError(
+                f"`routing` has {row['place']!r} with group {row['group']!r} twice for {row['modality']!r}."
+            )
+        _add(counts, names, sizes, row["modality"], numbers)
+        lacking.pop((row["place"], row["group"]), None)
+    for place, group in lacking:
+        raise ValueError(f"`routing` has no row for {place!r} with group {group!r}, which the model has.")
     return counts
 
 
@@ -144,7 +189,7 @@ def _table(routing: Any, config: PreTrainedConfig) -> _Table:
     table: _Table = {}
     for modality, of_layers in by_modality.items():
         of_layers = of_layers.tolist() if hasattr(of_layers, "tolist") else of_layers
-        table[str(modality)] = of_layers
+        table[modality] = of_layers
         is_table = isinstance(of_layers, list | tuple)
         if not is_table or not all(isinstance(of_experts, list | tuple) for of_experts in of_layers):
             raise ValueError(

@@ -1,0 +1,69 @@
+"""Budgets of memory by device: what a user writes, in bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from accelerate.utils import convert_file_size_to_int
+
+Device = int | str
+Budgets = dict[Device, float]
+SLOW_DEVICES = ("cpu", "disk")
+
+
+def read_budgets(max_memory: Mapping[Device, int | float | str]) -> Budgets:
+    """
+    Bytes by device, accelerators first, then the CPU, then the disk.
+
+    Args:
+        max_memory (`Mapping[int | str, int | float | str]`):
+            Budgets in Accelerate's form, also in tera and tebibytes.
+
+    Raises:
+        ValueError: If there are none, or a device or a size is wrong; the message names it.
+    """
+    if not max_memory:
+        raise ValueError('`max_memory` names no device: give budgets such as {0: "80GB", "cpu": "200GB"}.')
+    wrong = [device for device in max_memory if device not in ("mps", *SLOW_DEVICES) and not _is_number(device)]
+    if wrong:
+        raise ValueError(f"`max_memory` names {wrong}: devices are numbers of accelerators, 'mps', 'cpu' and 'disk'.")
+    # The order of the user's accelerators is kept.
+    devices = sorted(max_memory, key=lambda device: SLOW_DEVICES.index(device) + 1 if device in SLOW_DEVICES else 0)
+    budgets: Budgets = {}
+    for device in devices:
+        try:
+            budgets[device] = _bytes(max_memory[device])
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"`max_memory[{device!r}]` is {max_memory[device]!r}: {error}") from error
+    return budgets
+
+
+def fast_devices(budgets: Budgets) -> list[Device]:
+    """The accelerators, or the next best device where there are none."""
+    return [device for device in budgets if device not in SLOW_DEVICES] or [next(iter(budgets))]
+
+
+def readable_size(size: float) -> str:
+    """`"1.50 GB"`, `"20.00 kB"`, `"7 bytes"`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def _bytes(size: int | float | str) -> float:
+    if isinstance(size, float):
+        if math.isnan(size) or size < 0:
+            raise ValueError("a number of bytes is at least 0.")
+        return size
+    if isinstance(size, str):
+        # Accelerate stops at giga.
+        for unit, smaller, factor in (("TIB", "GiB", 1024), ("TB", "GB", 1000)):
+            if size.upper().endswith(unit):
+                size = f"{factor * float(size[: -len(unit)])}{smaller}"
+    return convert_file_size_to_int(size if isinstance(size, int) else str(size))
+
+
+def _is_number(device: object) -> bool:
+    return isinstance(device, int) and not isinstance(device, bool) and device >= 0
