@@ -88,6 +88,28 @@ def test_trains_and_uses_a_model(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_launchers_start_the_command(bin_folder, tmp_path):
+    for number, program in enumerate(
+        (["--no-python", bin_folder / "sparse-moe-vlm"], ["-m", "modeling_sparse_moe_vlm.toolbox.commands"])
+    ):
+        output_dir = tmp_path / str(number)
+        torchrun = [bin_folder / "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        arguments = [*train_arguments(output_dir, max_steps=1), "--set=training.use_cpu=true"]
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        result = subprocess.run(
+            [*torchrun, *program, "train", *arguments],
+            cwd=tmp_path,
+            env=kept | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr[-8000:]
+        assert result.stdout.count("Wrote the model") == 1
+        assert (output_dir / "model/README.md").exists()
+
+
+@pytest.mark.slow
 def test_mistakes_end_with_exit_code_2(command):
     for arguments in (["train", "--recipe", "nope"], ["train", "--nope"], ["nope"], ["explain"]):
         result = command(*arguments)

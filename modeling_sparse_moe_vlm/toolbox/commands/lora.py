@@ -38,9 +38,10 @@ def run(arguments: argparse.Namespace) -> None:
             path = find_preset(arguments.recipe, "lora")
             recipe = load_lora_recipe(path, arguments.set)
             recipe.model = trained_model(arguments.model or recipe.model)
-            lora = LoraRun(recipe, Path(arguments.output_dir or working_root() / "outputs/lora" / path.stem))
+            output_dir = Path(arguments.output_dir or working_root() / "outputs/lora" / path.stem)
+            lora = LoraRun(recipe, output_dir, resume=arguments.resume)
         lora.print_size()
-        if not lora.train(resume=arguments.resume):
+        if not lora.train():
             return  # another process does the rest
         metrics = lora.evaluate()
         lora.print_how_to_load()

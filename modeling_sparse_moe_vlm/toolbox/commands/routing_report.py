@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..data import VisionLanguageCollator
     from ..demo import conversations, drawings, scenes
-    from ..routing import expert_load, measure_routing, routing_statistics
+    from ..routing import measure_routing, routing_statistics
+    from ..routing.statistics import load_of_counts
     from ..training.models import from_our_checkpoint
 
     with mistakes_in_one_line():
@@ -49,14 +50,15 @@ def run(arguments: argparse.Namespace) -> None:
             rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
         else:
             rows = read_rows(Path(arguments.rows))
-        batches = list(DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=VisionLanguageCollator(processor)))
+        batches = DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=VisionLanguageCollator(processor))
         counts = measure_routing(model, batches)
         if counts is None:
             raise ValueError(f"{arguments.model} has no routed experts, so there is no routing to report.")
     statistics = routing_statistics(model.config.text_config, counts)
     alarms = list(statistics.alarms().values())
     if arguments.output:
-        drawings.draw_expert_load(expert_load(model, batches), arguments.output)
+        with mistakes_in_one_line():
+            drawings.draw_expert_load(load_of_counts(model.config.text_config, counts), arguments.output)
     if arguments.json:
         print(json.dumps({"rows": [_as_json(row) for row in statistics.rows], "alarms": alarms}))
     else:

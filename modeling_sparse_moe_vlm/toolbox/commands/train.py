@@ -4,8 +4,8 @@ Trains a model, saves it, evaluates it and draws what it does.
     sparse-moe-vlm train                                        # the main job: configuration/training/demo.yaml
     sparse-moe-vlm train --set training.max_steps=200           # with another value
     sparse-moe-vlm train --resume                               # goes on where an interrupted run stopped
-    accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
     torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
+    accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
 Writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and `expert_load.png`.
 A model of another class than ours gets no model card and no picture of its experts.
@@ -37,9 +37,9 @@ def run(arguments: argparse.Namespace) -> None:
     with only_json(arguments.json):
         with mistakes_in_one_line():
             recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
-            training = TrainingRun(recipe, output_dir)
+            training = TrainingRun(recipe, output_dir, resume=arguments.resume)
         training.print_model()
-        if not training.train(resume=arguments.resume):
+        if not training.train():
             return  # another process does the rest
         metrics = training.evaluate()
         training.draw()

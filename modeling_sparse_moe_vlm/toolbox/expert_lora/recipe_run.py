@@ -37,21 +37,24 @@ class LoraRun:
             What the run is made of.
         output_dir (`Path`):
             Where everything is written.
+        resume (`bool`, defaults to `False`):
+            Whether to go on from the last whole checkpoint in the output folder.
 
     Raises:
-        ValueError: If a value of the recipe is not possible.
+        ValueError: If a value of the recipe is not possible, or there is no checkpoint to go on from.
         OSError: If the model cannot be read, or the folder not be written to.
     """
 
-    def __init__(self, recipe: LoraRecipe, output_dir: Path) -> None:
+    def __init__(self, recipe: LoraRecipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
-        output_dir.mkdir(parents=True, exist_ok=True)
         self.arguments = TrainingArguments(
             output_dir=str(output_dir / "checkpoints"),
             remove_unused_columns=False,
             label_names=["labels"],  # which an adapter hides from Trainer
             **recipe.training,
         )
+        self.checkpoint = last_whole_checkpoint(self.arguments) if resume else None
+        output_dir.mkdir(parents=True, exist_ok=True)
         silence_others(self.arguments)
         set_seed(self.arguments.seed)
         self.data = load_new_style(**recipe.data)
@@ -73,13 +76,9 @@ class LoraRun:
             share = f"{self.num_trained / self.num_parameters:.1%} of the model's {self.num_parameters:,}"
             print(f"Trains {self.num_trained:,} parameters, {share}.")
 
-    def train(self, resume: bool = False) -> bool:
+    def train(self) -> bool:
         """
         Trains the adapter and saves it.
-
-        Args:
-            resume (`bool`, defaults to `False`):
-                Whether to go on from the last whole checkpoint in the output folder.
 
         Returns:
             `bool`: whether this process does what remains: the first one does.
@@ -92,7 +91,7 @@ class LoraRun:
             train_dataset=conversations(self.data["train"]),
             processing_class=self.processor,
         )
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.arguments) if resume else None)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics = {
             "num_parameters": self.num_parameters,
             "num_trained_parameters": self.num_trained,

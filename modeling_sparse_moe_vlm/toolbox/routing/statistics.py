@@ -238,10 +238,23 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
         fell on each expert. Rows sum to 1, or are 0 where no such token came, and are NaN where the layer has no such
         expert, or one that does not serve the modality. Empty for a model without sparse layers.
     """
-    config = model.config.get_text_config()
     counts = measure_routing(model, batches)
-    if counts is None:
-        return {}
+    return {} if counts is None else load_of_counts(model.config.get_text_config(), counts)
+
+
+def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> dict[str, torch.Tensor]:
+    """
+    The load of the experts, as [`expert_load`] returns it.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the decoder.
+        counts ([`RoutingCounts`]):
+            Counts of any number of batches.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by modality, `(sparse layers, num_experts)`.
+    """
     wanted = counts.wanted.cpu().float()
     load = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
     return {

@@ -41,19 +41,22 @@ class TrainingRun:
             What the run is made of.
         output_dir (`Path`):
             Where everything is written.
+        resume (`bool`, defaults to `False`):
+            Whether to go on from the last whole checkpoint in the output folder.
 
     Raises:
-        ValueError: If a value of the recipe is not possible.
+        ValueError: If a value of the recipe is not possible, or there is no checkpoint to go on from.
         OSError: If the model cannot be read, or the folder not be written to.
     """
 
-    def __init__(self, recipe: Recipe, output_dir: Path) -> None:
+    def __init__(self, recipe: Recipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
         model_path = find_model(recipe.model)
-        output_dir.mkdir(parents=True, exist_ok=True)
         self.arguments = TrainingArguments(
             output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **recipe.training
         )
+        self.checkpoint = last_whole_checkpoint(self.arguments) if resume else None
+        output_dir.mkdir(parents=True, exist_ok=True)
         silence_others(self.arguments)
         set_seed(self.arguments.seed)
         self.data = load_scenes(**recipe.data)
@@ -80,13 +83,9 @@ class TrainingRun:
             if note := resizing_note(self.model, self.data["train"][0]["image"].size):
                 print(note)
 
-    def train(self, resume: bool = False) -> bool:
+    def train(self) -> bool:
         """
         Trains the model and saves it.
-
-        Args:
-            resume (`bool`, defaults to `False`):
-                Whether to go on from the last whole checkpoint in the output folder.
 
         Returns:
             `bool`: whether this process does what remains: the first one does.
@@ -99,7 +98,7 @@ class TrainingRun:
             train_dataset=conversations(self.data["train"]),
             processing_class=self.processor,
         )
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(self.arguments) if resume else None)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics["training_seconds"] = round(time.time() - start, 1)
         # At once, so that nothing is lost when a later step fails.
         if not save_and_part(trainer, self.model_dir):
