@@ -20,6 +20,8 @@ from tests.support.models import make_inputs, make_model
 from tests.support.processors import make_processor, make_speaking_model
 
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
+# Files that only the processor needs: they come with it.
+OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
 
 # Loads the checkpoints in the order given, then uses and saves each. `factors.json` says what the code of each
 # multiplies the logits by.
@@ -174,7 +176,7 @@ def test_the_imported_package_runs_unless_classes_are_asked_for(tmp_path, caplog
     with torch.no_grad():
         torch.testing.assert_close(own(**inputs).logits, 2 * model(**inputs).logits)
     own.save_pretrained(tmp_path / "own")
-    of_model = {name: text for name, text in code_of(folder).items() if not name.startswith("processing")}
+    of_model = {name: text for name, text in code_of(folder).items() if Path(name).stem not in OF_THE_PROCESSOR}
     assert code_of(tmp_path / "own") == of_model
     processor = get_class_from_dynamic_module("processing_sparse_moe_vlm.SparseMoeVlmProcessor", folder)
     assert sys.modules[type(processor.from_pretrained(folder)).__module__].REVISION == 2
@@ -211,14 +213,14 @@ def test_configurations_come_with_all_files_of_the_model(start):
     """The files by which Transformers tells revisions apart: of both entry files the same, or classes are shared."""
     entry = PACKAGE / f"{start}_sparse_moe_vlm.py"
     files = {Path(path).stem for path in get_relative_import_files(entry)}
-    others = {"__init__", "fusion", "processing_sparse_moe_vlm"}
+    others = {"__init__", "fusion", *OF_THE_PROCESSOR}
     assert files == {path.stem for path in PACKAGE.glob("*.py")} - others
 
 
 def check_saved(saved: Path, number: int, code: dict[str, str]) -> None:
     """Code of the own revision, and names that find it there."""
     assert code_of(saved / f"{number}-model") == code
-    of_model = {name: text for name, text in code.items() if not name.startswith("processing")}
+    of_model = {name: text for name, text in code.items() if Path(name).stem not in OF_THE_PROCESSOR}
     for name in ("model", "base", "config", "text_config"):
         folder = saved / f"{number}-{name}"
         assert code_of(folder) == (code if name == "model" else of_model)
