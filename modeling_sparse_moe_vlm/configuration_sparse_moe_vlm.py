@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
     from .experts import SparseMoeVlmExperts  # noqa: F401
     from .experts_validation import check_expert_fields  # noqa: F401
+    from .fused_head import takes_fused_head  # noqa: F401
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
     from .input_checks import check_shapes  # noqa: F401
     from .language_head import SparseMoeVlmLanguageHead  # noqa: F401

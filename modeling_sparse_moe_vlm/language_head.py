@@ -12,6 +12,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 
 from .cache_name import CACHE_NAME
+from .fused_head import takes_fused_head, with_own_router_losses
 from .input_checks import check_labels, keep_positions
 from .losses import router_losses, share_of_batch
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
@@ -30,6 +31,12 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; TRL's trainers, which assign a forward of their own, train with our router losses."""
+        if name == "forward" and takes_fused_head(value):
+            value = with_own_router_losses(self, value)
+        super().__setattr__(name, value)
 
     def generate(self, *args, output_modality_weights: bool = False, **kwargs):
         """

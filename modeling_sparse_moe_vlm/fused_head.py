@@ -1,0 +1,92 @@
+"""The models' own router losses under TRL, whose trainers (SFT, DPO, KTO, GRPO, RLOO) replace a model's forward.
+
+`trl.trainer.utils.add_fused_lm_head` assigns a forward that calls the model without its head, computes Mixtral's
+balancing loss from the router logits, pooled over modalities, and returns it as `aux_loss`. The trainer adds
+`router_aux_loss_coef · aux_loss` to its loss. The forward made here returns, as `aux_loss`, all router losses with
+their coefficients, divided by `router_aux_loss_coef`: so the trainer adds what the model itself would.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checks import check
+from .experts_config import SparseMoeVlmExpertsConfig
+from .losses import router_losses
+from .routing import RoutingRecord
+
+
+def takes_fused_head(forward: Any) -> bool:
+    """Whether a forward is TRL's: it alone has an argument `fused_lm_head`, written out in its own code."""
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return code is not None and "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
+    """
+    TRL's forward, but with the model's own router losses instead of Mixtral's.
+
+    Args:
+        model (`nn.Module`):
+            A model of ours with a language head.
+        forward (`Callable`):
+            TRL's forward, bound to the model or not.
+
+    Returns:
+        `MethodType`: a forward for the model, of the same signature. In training it raises `ValueError` if a router
+        loss would be lost.
+    """
+    function = getattr(forward, "__func__", forward)
+
+    @functools.wraps(function)
+    def forward_with_router_losses(self, *args, fused_lm_head: bool = False, **kwargs):
+        if not fused_lm_head:
+            return function(self, *args, **kwargs)
+        config = self.config.get_text_config()
+        if self.training and torch.is_grad_enabled():
+            _check_coefficients(config)
+        is_wanted = kwargs.pop("output_router_logits", None)
+        if is_wanted is None:
+            is_wanted = config.output_router_logits
+        record = RoutingRecord()
+        outputs = function(self, *args, fused_lm_head=True, output_router_logits=False, routing_record=record, **kwargs)
+        if is_wanted:
+            aux_loss = _divided_total(config, record, outputs.loss)
+            outputs.aux_loss = aux_loss
+            outputs.loss = outputs.loss + config.router_aux_loss_coef * aux_loss
+        return outputs
+
+    return MethodType(forward_with_router_losses, model)
+
+
+def _divided_total(config: SparseMoeVlmExpertsConfig, record: RoutingRecord, loss: torch.Tensor) -> torch.Tensor:
+    """What `router_aux_loss_coef` is to be multiplied with, a scalar; 0 for a model without sparse layers."""
+    layers, tokens = record.layers(), record.tokens
+    if not layers or tokens is None:
+        return loss.new_zeros(())
+    losses = router_losses(
+        config,
+        [layer.logits for layer in layers],
+        tokens.ids,
+        tokens.is_real,
+        router_indices=[layer.chosen for layer in layers],
+    )
+    coefficient = config.router_aux_loss_coef
+    return (losses.total(config) / coefficient if coefficient else losses.aux_loss).to(loss.device)
+
+
+def _check_coefficients(config: SparseMoeVlmExpertsConfig) -> None:
+    others = ("router_z_loss_coef", "router_local_entropy_coef", "router_global_entropy_coef")
+    lost = [name for name in others if getattr(config, name)]
+    check(
+        bool(config.router_aux_loss_coef) or not lost or not config.sparse_layers,
+        f"{', '.join(f'`{name}`' for name in lost)} would have no effect: TRL's trainers add router losses only where "
+        "`router_aux_loss_coef` is not 0. Set it to a small number in the model's configuration (and not to 0 in the "
+        "trainer's), such as 1e-6, or set the others to 0.",
+    )
