@@ -53,7 +53,7 @@ def _refuse_adapters_of_stacks(_: nn.Module, state_dict: dict[str, Any], prefix:
         if name.startswith(prefix) and "lora_" in name and not name.startswith(f"{prefix}shards."):
             raise ValueError(
                 f"{name!r} belongs to an adapter of a whole stack of experts, but the model was loaded with "
-                "`num_expert_shards`: load the adapter with `load_adapter` of `toolbox.sharded_lora`."
+                "`num_expert_shards`: load the adapter with `load_adapter` of `toolbox.expert_lora`."
             )
 
 

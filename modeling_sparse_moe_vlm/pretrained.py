@@ -31,6 +31,7 @@ from .checks import check
 from .code_revisions import warn_of_other_code
 from .configuration_sparse_moe_vlm import DECODER_FIELDS, SparseMoeVlmConfig
 from .experts import init_expert_weights
+from .lora_targets import AdapterConfigs
 from .parallel_plans import mend_parallelism, prepare_plans
 from .steering import initial_log_priors
 
@@ -53,6 +54,7 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     # The library looks for the decorator in the file of this class, but the experts have their own.
     _can_set_experts_implementation_cached_value = True
+    peft_config = AdapterConfigs()
 
     def __init__(self, config, *args, **kwargs):
         config.validate_architecture()

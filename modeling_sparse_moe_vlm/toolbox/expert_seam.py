@@ -57,6 +57,8 @@ class _Request:
 
 
 _NOTHING = _Request({}, {}, None)
+# The requests of all threads: experts that were compiled by themselves are compiled again where there are some.
+_IN_USE: dict[_Request, None] = {}
 _requests: ContextVar[Mapping[nn.Module, _Request]] = ContextVar("requests", default=MappingProxyType({}))
 
 
@@ -78,12 +80,20 @@ def run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], *args: 
             return experts(*args, **kwargs)
         finally:
             del experts.__dict__[TRACED]
+    return _run_with_adapters(experts, adapters, args, kwargs)
+
+
+@torch.compiler.disable  # where the caller runs as it is, parts of the experts might be compiled, and see no request
+def _run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], args: Any, kwargs: Any) -> torch.Tensor:
     outer = _requests.get()
-    request = outer.get(experts, _NOTHING)
-    token = _requests.set({**outer, experts: _Request(adapters, request.stacks, request.held)})
+    around = outer.get(experts, _NOTHING)
+    request = _Request(adapters, around.stacks, around.held)
+    token = _requests.set({**outer, experts: request})
+    _IN_USE[request] = None
     try:
         return experts(*args, **kwargs)
     finally:
+        del _IN_USE[request]
         _requests.reset(token)
 
 
@@ -106,10 +116,13 @@ class use_stacks:
         outer = _requests.get()
         # Adapters were asked for further out; a traced caller has left them with the module.
         adapters = outer.get(self._experts, _NOTHING).adapters or self._experts.__dict__.get(TRACED, {})
-        self._token = _requests.set({**outer, self._experts: _Request(adapters, self._stacks, self._held)})
+        self._request = _Request(adapters, self._stacks, self._held)
+        self._token = _requests.set({**outer, self._experts: self._request})
+        _IN_USE[self._request] = None
 
     def __exit__(self, *_: object) -> None:
         assert self._token is not None
+        del _IN_USE[self._request]
         _requests.reset(self._token)
 
 
@@ -194,6 +207,8 @@ def _reader(name: str) -> Callable[[Any], Any]:
     def read(experts: Any) -> Any:
         traced = experts.__dict__.get(TRACED)
         if torch.compiler.is_compiling():
+            if traced is None and _IN_USE:
+                return read_untraced(experts)
             stack = _own(experts, name)
             return stack if traced is None or name not in traced else traced[name](stack, None)
         request = _requests.get().get(experts)
@@ -203,6 +218,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
             request = _Request(traced, {}, None)
         return request.stack(experts, name)
 
+    read_untraced = torch.compiler.disable(read)
     return read
 
 
@@ -215,11 +231,13 @@ def _own(experts: Any, name: str) -> Any:
 
 
 def _read_num_experts(experts: Any) -> int:
-    if not torch.compiler.is_compiling():
-        request = _requests.get().get(experts)
-        if request is not None and request.held is not None:
-            return len(request.held)
-    return _own(experts, "num_experts")
+    if torch.compiler.is_compiling():
+        return _read_num_experts_untraced(experts) if _IN_USE else _own(experts, "num_experts")
+    request = _requests.get().get(experts)
+    return len(request.held) if request is not None and request.held is not None else _own(experts, "num_experts")
+
+
+_read_num_experts_untraced = torch.compiler.disable(_read_num_experts)
 
 
 def _writer(name: str) -> Callable[[Any, Any], None]:

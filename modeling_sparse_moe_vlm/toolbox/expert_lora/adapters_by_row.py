@@ -22,13 +22,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...checks import check
-from .batch_rows import check_number_of_names, num_rows_of, rows_of_tokens
+from .batch_rows import check_not_compiled, check_number_of_names, num_rows_of, rows_of_tokens
 from .switches import switches_of
 
 # The names of the rows of the call that this thread is in.
 _names: ContextVar[list[str] | None] = ContextVar("names", default=None)
-# The calls of all threads that have names: compiled code, which does not see the above, must not run then.
-_CALLS: list[list[str]] = []
 _registering = threading.Lock()
 
 
@@ -82,21 +80,22 @@ def _around_a_call(tuner: Any, *args: Any, adapter_names: list[str] | None = Non
             with nullcontext() if switches is None else switches.forbidden():
                 yield
             return
+        check_not_compiled()
         names = _checked(tuner, adapter_names, args, kwargs)
         _give_names_to_layers(tuner)
         token = _names.set(names)
-        _CALLS.append(names)
         try:
             yield
         finally:
             _names.reset(token)
-            _CALLS.pop()
 
 
 def _checked(tuner: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """The names of the rows that the layers get, as PEFT and `generate` make them."""
     check(isinstance(names, list | tuple), f"`adapter_names` must be a list of names, got {names!r}.")
     check(not tuner.training, "Cannot pass `adapter_names` when the model is in training mode.")
+    compiled = [module for module in tuner.modules() if module._compiled_call_impl is not None]
+    check(not compiled, "`adapter_names` does not go with `compile()`, by which a part of the model was compiled.")
     layers = [layer for layer in tuner.modules() if isinstance(layer, LoraLayer)]
     known = {name for layer in layers for of in (layer.lora_A, layer.lora_embedding_A) for name in of}
     unknown = sorted(set(names) - known - {"__base__"})
@@ -120,8 +119,7 @@ def _give_names_to_layers(tuner: nn.Module) -> None:
 
 def _give_names(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if torch.compiler.is_compiling():
-        check(not _CALLS, "`adapter_names` does not go with compiled models: call the model as it is.")
-        return None
+        return None  # such a call has no names
     names = _names.get()
     if names is None:
         return None

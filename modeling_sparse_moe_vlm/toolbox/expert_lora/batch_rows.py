@@ -76,6 +76,7 @@ def rows_of_tokens(module: nn.Module, num_inputs: int, num_names: int) -> torch.
     Raises:
         ValueError: If the batch has another number of rows, or it is unknown which tokens the module got.
     """
+    check_not_compiled()
     call, places, num_tokens = _call.get(), None, None
     while call is not None and call.num_rows is None:
         part = next((name for name in call.places if _has(getattr(call.module, name, None), module)), None)
@@ -93,6 +94,14 @@ def rows_of_tokens(module: nn.Module, num_inputs: int, num_names: int) -> torch.
         f"{num_tokens} tokens, and of which rows they are is unknown: leave out `adapter_names`.",
     )
     return (torch.arange(num_tokens) if places is None else places) // (num_tokens // num_names)
+
+
+def check_not_compiled() -> None:
+    """Compiled code does not run the hooks below, or those of before it was compiled."""
+    check(
+        not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None,
+        "`adapter_names` does not go with `torch.compile`: call the model that was not compiled.",
+    )
 
 
 def check_number_of_names(num_names: int, num_rows: int | None) -> None:

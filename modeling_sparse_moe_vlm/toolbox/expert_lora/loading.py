@@ -11,20 +11,18 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils import set_peft_model_state_dict
 from torch import nn
 
-from ...checks import check
 from .. import expert_seam
 from ..expert_modules import is_experts, name_without_adapters
 from .adapted_layer import FactoredExpertsLayer, run_factored
 from .adapters_by_row import take_names_by_call
 from .batch_rows import tell_token_rows
-from .peft_0_18 import is_old_version, misread, read_adapter
+from .peft_0_18 import is_old_version, misread
 from .processes import keep_adapters_alike, prepare_for_adapters
-from .shards import lora_config_for_shards, split_over_shards
+from .shards import load_onto
 
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
@@ -100,31 +98,16 @@ def load_expert_lora(
         ValueError:
             If the adapter was trained by PEFT before 0.19, has no adapters of experts, or does not fit the model.
     """
-    folder, weights = read_adapter(path, model, **hub_options)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = not is_trainable
-    config = lora_config_for_shards(config, model)
-    run_factored(config, [module for module in model.modules() if is_experts(module)])
-    prepare_for_adapters(model, config)
-    # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
-    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, low_cpu_mem_usage=is_offloaded)
-        if is_trainable:
-            model.set_requires_grad(adapter_name)
-    else:
-        model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=is_offloaded)
-    weights = split_over_shards(weights, model)
-    result = set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=is_offloaded)
-    missing = [key for key in result.missing_keys if "lora_" in key and f".{adapter_name}." in key]
-    check(
-        not missing and not result.unexpected_keys,
-        f"the adapter {str(path)!r} does not fit the model: it lacks {missing}, "
-        f"and the model lacks {result.unexpected_keys}.",
-    )
+
+    def prepare(config: LoraConfig) -> None:
+        run_factored(config, [module for module in model.modules() if is_experts(module)])
+        prepare_for_adapters(model, config)
+
+    adapted = load_onto(model, path, adapter_name, is_trainable=is_trainable, prepare=prepare, **hub_options)
     if not is_trainable:
-        model.eval()
-    return factor_expert_lora(model)
+        adapted.eval()
+    factor_expert_lora(adapted)
+    return adapted
 
 
 def _check_orientation(configs: Mapping[str, LoraConfig], adapter_names: Sequence[str]) -> None:

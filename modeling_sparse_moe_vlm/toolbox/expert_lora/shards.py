@@ -9,7 +9,7 @@ LoRA on experts that were loaded in shards (`num_expert_shards`): the same adapt
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ...checks import check
 from ..expert_modules import name_without_adapters, name_without_shard
 from .peft_0_18 import read_adapter
 
@@ -118,17 +119,60 @@ def load_adapter(
     Raises:
         ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
     """
-    path, weights = read_adapter(folder, model)
-    config = PeftConfig.from_pretrained(str(path))
+    return load_onto(model, folder, adapter_name, is_trainable=is_trainable).eval()
+
+
+def load_onto(
+    model: nn.Module,
+    path: str | PathLike,
+    adapter_name: str,
+    *,
+    is_trainable: bool,
+    prepare: Callable[[LoraConfig], None] = lambda config: None,
+    **hub_options: Any,
+) -> PeftModel:
+    """
+    Loads an adapter of whole stacks of experts onto a model, in shards or not, offloaded or not, with or without other
+    adapters.
+
+    Args:
+        model (`nn.Module`): The model, or a `PeftModel` to add this adapter to.
+        path (`str` or `PathLike`): The adapter's folder, or its name on the Hub.
+        adapter_name (`str`): The name that it gets.
+        is_trainable (`bool`): Whether it is trained further.
+        prepare (`Callable[[LoraConfig], None]`): Called with its configuration before PEFT is.
+        **hub_options: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        `PeftModel`: the model with the adapter.
+
+    Raises:
+        OSError: If a file of the adapter is missing or damaged; the message names it.
+        ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
+    """
+    folder, weights = read_adapter(path, model, **hub_options)
+    config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
-    adapted = get_peft_model(model, lora_config_for_shards(config, model), adapter_name)
-    state = split_over_shards(weights, adapted)
-    left_over = set_peft_model_state_dict(adapted, state, adapter_name=adapter_name).unexpected_keys
-    own = get_peft_model_state_dict(adapted, adapter_name=adapter_name)
-    wrong = [*left_over, *sorted(own.keys() ^ state.keys())]
-    if wrong:
-        raise ValueError(f"the adapter in {str(folder)!r} does not fit the model: {wrong[0]!r} is only in one of them.")
-    return adapted.eval()
+    config = lora_config_for_shards(config, model)
+    prepare(config)
+    # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
+    is_offloaded = any(parameter.is_meta for parameter in model.parameters())
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=is_offloaded)
+        if is_trainable:
+            model.set_requires_grad(adapter_name)
+    else:
+        model = get_peft_model(model, config, adapter_name, low_cpu_mem_usage=is_offloaded)
+    weights = split_over_shards(weights, model)
+    result = set_peft_model_state_dict(model, weights, adapter_name, low_cpu_mem_usage=is_offloaded)
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    check(
+        not missing and not unexpected and not result.unexpected_keys,
+        f"the adapter {str(path)!r} does not fit the model: it lacks {missing}, "
+        f"and the model lacks {unexpected or result.unexpected_keys}.",
+    )
+    return model
 
 
 def _sizes(model: nn.Module) -> dict[str, list[int]]:

@@ -1,0 +1,78 @@
+"""A warning for adapters that miss the routed experts, which are stacks of parameters rather than linear layers."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from .experts import SparseMoeVlmExperts
+
+# The names that the matrices of an expert have where experts are modules of their own, as on disk.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class AdapterConfigs:
+    """
+    The attribute `peft_config` of a model, which PEFT sets once it has put an adapter into it. Warns where an adapter
+    was meant for feed-forward blocks, by the usual names or by `"all-linear"`, and no routed expert has got one.
+    """
+
+    def __get__(self, model: Any, _: type | None = None) -> Any:
+        if model is None:
+            return self
+        try:
+            return model.__dict__["peft_config"]
+        except KeyError:
+            raise AttributeError(f"{type(model).__name__!r} object has no attribute 'peft_config'") from None
+
+    def __set__(self, model: Any, configs: Any) -> None:
+        model.__dict__["peft_config"] = configs
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            _warn_of_missed_experts(model, name, config)
+
+    def __delete__(self, model: Any) -> None:
+        model.__dict__.pop("peft_config", None)
+
+
+def _warn_of_missed_experts(model: nn.Module, adapter_name: str, config: Any) -> None:
+    targets = getattr(config, "target_modules", None)
+    # A configuration with ranks for experts is one of `expert_lora_config`, in which they were chosen.
+    if not targets or getattr(config, "inference_mode", False) or hasattr(config, "expert_ranks"):
+        return
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoeVlmExperts)}
+    if not experts or any("base_layer" in name for name in experts):
+        return
+    matrices = [f"{name}.{projection}" for name in experts for projection in PROJECTIONS]
+    if not any(_is_target(name, targets) for name in matrices) and any(_linear_layers_without_adapter(model)):
+        return
+    share = _size(experts.values()) / _size([model])
+    warnings.warn(
+        f"no routed expert gets an adapter: the adapter {adapter_name!r} is for linear layers, but the routed experts, "
+        f"{share:.0%} of the model's parameters, are stacks of matrices. Make its configuration with "
+        "`expert_lora_config(model, …)` of `modeling_sparse_moe_vlm.toolbox.expert_lora` (always-on experts and, with "
+        '`attention=True`, attention included), or add `target_parameters=["gate_up_proj", "down_proj"]` to it.',
+        stacklevel=6,  # `get_peft_model`
+    )
+
+
+def _is_target(name: str, targets: str | Iterable[str]) -> bool:
+    """Whether PEFT would take a module of this name for a target: by a pattern, or by the end of its name."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _linear_layers_without_adapter(model: Any) -> Iterator[nn.Module]:
+    """Linear layers but for the head, which `"all-linear"` leaves out."""
+    for name, module in model.named_modules():
+        is_part_of_adapter = re.search(r"\.(base_layer|lora_\w+)(\.|$)", name) is not None
+        if isinstance(module, nn.Linear) and not is_part_of_adapter and module is not model.get_output_embeddings():
+            yield module
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
