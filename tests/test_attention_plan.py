@@ -141,6 +141,21 @@ def test_rows_are_kept_up_to_a_size(plans, monkeypatch):
     assert not plans[-1].keeps_rows, "nobody reads out"
 
 
+@pytest.mark.parametrize("kept", [True, False])
+@torch.no_grad()
+def test_weights_of_rows_stay_in_float32_under_autocast(kept, plans, monkeypatch):
+    monkeypatch.setattr(attention_plan, "MAX_KEPT_ROW", 1000 if kept else 0)
+    model, inputs = make_model(**UNEQUAL), make_inputs()
+    cache = DynamicCache(config=model.config.text_config)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs, past_key_values=cache, **READ)
+        outputs = model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, **READ)
+    assert plans[-1].keeps_rows is kept
+    for weights in (*outputs.modality_weights, *outputs.count_free_modality_weights):
+        assert weights.dtype == torch.float32
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 4, 1), rtol=0, atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_layer_that_the_kernel_does_not_take_goes_through_channels(plans):
     """Such as one on another device, or in another dtype."""
