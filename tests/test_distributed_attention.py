@@ -207,9 +207,9 @@ def test_guidance_where_a_query_does_not_see_both_is_the_plain_output(form, layo
 @torch.no_grad()
 def test_guidance_of_a_row_that_does_not_see_both_is_the_plain_output(hidden):
     """The keys of text, or those of the others, are there, but masked."""
-    ids = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 1, 0]])
-    visible = torch.stack([ids[0] == 0 if hidden else ids[0] != 0, torch.ones(5, dtype=torch.bool)])[:, None, None]
-    tensors = make_tensors(5, queries=1)
+    ids = torch.tensor([[0, 1, 2, 0, 1] * 9, [0, 0, 1, 1, 0] * 9])  # long enough for shares that round to less than 1
+    visible = torch.stack([ids[0] == 0 if hidden else ids[0] != 0, torch.ones(45, dtype=torch.bool)])[:, None, None]
+    tensors = make_tensors(45, queries=1)
     plain, guided = (attend("row", ids, *tensors, visible=visible, guidance=guidance)[0] for guidance in (0.0, 50.0))
     assert torch.equal(guided[0], plain[0])
     assert not torch.isclose(guided[1], plain[1], rtol=0.1).all(dim=-1).any()

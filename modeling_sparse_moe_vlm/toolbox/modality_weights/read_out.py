@@ -227,7 +227,6 @@ class _Recorder:
                 "another thread runs the model in the same `modality_weights`: enter one in each thread.",
             )
             self.thread = threading.get_ident()
-        self.running = None
         check(
             not (self.steers and module.training and getattr(module, "is_gradient_checkpointing", False)),
             "gradient checkpointing computes layers a second time, which is not steered: call `model.eval()` or "

@@ -282,6 +282,18 @@ def test_sequences_one_after_the_other():
 
 
 @torch.no_grad()
+def test_a_placeholder_is_an_image_unless_it_was_generated():
+    model = make_model()
+    token = torch.full((1, 1), IMAGE)
+    with modality_weights(model) as weights:
+        cache = model(token)[CACHE_NAME]
+        model(token, past_key_values=cache)
+        model(torch.full((1, 2), IMAGE), past_key_values=cache)
+    assert [step.modality_ids.tolist() for step in weights.steps] == [[[1]], [[0]], [[1, 1]]]
+    assert [step.start for step in weights.steps] == [0, 1, 2]
+
+
+@torch.no_grad()
 def test_text_alone(monkeypatch):
     """There is nothing to steer, so the model's own call runs."""
     monkeypatch.setattr("modeling_sparse_moe_vlm.toolbox.modality_weights.read_out.attend_by_channels", None)
