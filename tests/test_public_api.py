@@ -160,7 +160,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"modeling_sparse_moe_vlm"}
     expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert expected <= set(names)
+    shipped = {"py.typed", "model_card.md", *(path.relative_to(ROOT).as_posix() for path in _files("configuration"))}
+    assert {f"modeling_sparse_moe_vlm/{name}" for name in shipped} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
+
+
+def _files(folder: str) -> list[Path]:
+    return [path for path in (ROOT / folder).rglob("*") if path.is_file()]
 
 
 def test_in_the_command_the_classes_are_loaded_when_asked_for():

@@ -1,5 +1,5 @@
 """
-Plans where the parts of a mixture-of-experts model lie, from its configuration alone: a device map for
+Plans where the parts of a mixture-of-experts model lie, from its configuration: a device map for
 `from_pretrained(device_map=…)`.
 
     sparse-moe-vlm place large --dtype bfloat16 --max-memory 0=24GB 1=24GB cpu=64GB

@@ -1,4 +1,4 @@
-"""Pictures of what a model does: its answers beside the scenes, and the load of its experts."""
+"""Drawings of what a model does: its answers with the images, and the load of its experts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..evaluation.metrics.exact_match.exact_match import is_right
 
 def draw_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str], path: str | Path, columns: int = 4) -> None:
     """
-    Draws pictures with question, answer and, where the answer is wrong, the right one.
+    Draws images with their question, the answer and, where that is wrong, the right one.
 
     Args:
         rows (`Sequence[dict]`):
@@ -26,7 +26,7 @@ def draw_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str], path: s
         path (`str` or `Path`):
             Where to write the PNG.
         columns (`int`, defaults to 4):
-            Number of pictures per line.
+            Number of images per line.
     """
     lines = -(-len(rows) // columns)
     figure = Figure(figsize=(3.2 * columns, 3.4 * lines), layout="constrained")
@@ -36,7 +36,7 @@ def draw_answers(rows: Sequence[dict[str, Any]], answers: Sequence[str], path: s
         if not right:
             text += "\n" + "\n".join(textwrap.wrap(f"(right: {row['answer']})", 34))
         axes.imshow(row["image"], interpolation="nearest")
-        # A dollar sign is no formula.
+        # A dollar sign does not start a formula.
         axes.set_title(text, fontsize=9, color="darkgreen" if right else "firebrick", parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()

@@ -57,15 +57,15 @@ def load_emoji(style: str | None = None) -> Dataset:
 
 def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
     """
-    Asks about single emoji, each drawn alone on a white square of 64×64 pixels.
+    Asks about single emoji, each drawn on a white square of 64×64 pixels.
 
     There are four kinds of question: the `name` of the emoji, its `group`, whether a `keyword` goes with it (every
     keyword of a split is as often right as wrong), and a `caption` of its name and keywords. Emoji whose drawing is
-    also that of another one, such as the flags of Norway and of Svalbard & Jan Mayen, are left out: no picture could
+    also that of another one, such as the flags of Norway and of Svalbard & Jan Mayen, are left out: no image could
     tell which is meant.
 
     A question about an emoji belongs to one split for good, whatever the seed: 80 % to `train`, 10 % each to
-    `validation` and `test`. So `test` asks about pictures that `train` showed, but never what `train` asked about
+    `validation` and `test`. So `test` asks about images that `train` showed, but never what `train` asked about
     them. `test_style` is `train` row by row, in a style of drawing that no other split shows.
 
     Args:
@@ -98,7 +98,7 @@ def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
             rows.append((name, "caption", "Describe the picture.", f"{name}: {', '.join(entry['keywords'])}"))
         word = rng.choice(entry["keywords"])
         if _question_split(name, word) == asked_in:
-            # A "no" for every "yes" to the same word, so that the word alone gives nothing away.
+            # A "no" for every "yes" to the same word, so that the word itself gives nothing away.
             other = rng.choice(emoji)
             while (
                 word in other["keywords"] or word == other["name"] or _question_split(other["name"], word) != asked_in
@@ -109,11 +109,11 @@ def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
     rng.shuffle(rows)
 
     drawings = raw_drawings(style)
-    pictures = {entry["name"]: encode_png(draw_on_white(drawings[entry["name"]], DRAWING_SIZE)) for entry in emoji}
+    images = {entry["name"]: encode_png(draw_on_white(drawings[entry["name"]], DRAWING_SIZE)) for entry in emoji}
     return Dataset.from_list(
         [
             {
-                "image": {"bytes": pictures[name], "path": None},
+                "image": {"bytes": images[name], "path": None},
                 "question": question,
                 "answer": answer,
                 "kind": kind,
@@ -193,7 +193,7 @@ def draw_on_white(png: bytes, size: int) -> PILImage.Image:
             The width and height of the result in pixels.
 
     Returns:
-        `PIL.Image.Image`: An RGB picture.
+        `PIL.Image.Image`: An RGB image.
     """
     drawing = PILImage.open(io.BytesIO(png)).convert("RGBA")
     white = PILImage.new("RGBA", drawing.size, "white")
@@ -202,11 +202,11 @@ def draw_on_white(png: bytes, size: int) -> PILImage.Image:
 
 def encode_png(picture: PILImage.Image) -> bytes:
     """
-    Encodes a picture, fast rather than small.
+    Encodes an image, fast rather than small.
 
     Args:
         picture (`PIL.Image.Image`):
-            The picture.
+            The image.
 
     Returns:
         `bytes`: A PNG file.

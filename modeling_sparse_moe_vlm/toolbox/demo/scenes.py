@@ -1,4 +1,4 @@
-"""Scenes of emoji on a grid, with questions that only the picture answers."""
+"""Scenes of emoji on a grid, with questions that only the image answers."""
 
 import random
 from collections import Counter
@@ -70,7 +70,7 @@ MIN_CELL_SIZE = 8  # pixels; smaller drawings cannot be told apart
 MAX_COUNT = 3
 DESCRIBED_EMPTY = 0.2  # chance of an empty cell in scenes to be described; with more, "nothing" would be a good guess
 MAX_TRIES = 1000
-MAX_EXAMPLES = 1_000_000  # about 5 GB of pictures in memory
+MAX_EXAMPLES = 1_000_000  # about 5 GB of images in memory
 ROWS_PER_PART = 1000
 
 
@@ -90,7 +90,7 @@ def scenes(
     The kinds of question take turns, so that they have equal shares: what is `left_of`, `right_of`, `above` or `below`
     an object, its `position`, what a `row` holds, whether an object or a category of objects is there (`exists`,
     `exists_category`) and how often (`count`, `count_category`; up to 3, and in half the cells at most), and a
-    `caption` of the whole scene. Every question has one right answer, and the question alone does not give it away:
+    `caption` of the whole scene. Every question has one right answer, and the question does not give it away:
     see [`~toolbox.evaluation.blind_baseline`]. Kinds that make no sense on a grid or vocabulary (`above` in a single
     row) are left out. Categories are those of Unicode, see `CATEGORIES`.
 
@@ -98,7 +98,7 @@ def scenes(
     10 % to each of the others. Within a split, no question is asked twice about the same arrangement. The same
     arguments give the same dataset, and a smaller `num_examples` gives its first rows.
 
-    The pictures are drawn here and kept in memory as PNG (about 5 kB at 64×64 pixels), so that the result is an
+    The images are drawn here and kept in memory as PNG (about 5 kB at 64×64 pixels), so that the result is an
     ordinary dataset; `save_to_disk` and `load_from_disk` put them on disk instead.
 
     Args:
@@ -240,7 +240,7 @@ def to_messages(example: dict[str, Any]) -> dict[str, Any]:
             A row of [`scenes`] or [`emoji_questions`].
 
     Returns:
-        `dict[str, Any]`: `messages`, a question of the user and an answer of the assistant, and `images`, the picture
+        `dict[str, Any]`: `messages`, a question of the user and an answer of the assistant, and `images`, the image
         in a list.
     """
     return {
@@ -404,9 +404,9 @@ def _examples(
             )
         asked.add(key)
         style = rng.choice(styles)
-        picture = _draw(draft.scene, grid, cell_size, tiles[style], jitter, jitter_rng)
+        image = _draw(draft.scene, grid, cell_size, tiles[style], jitter, jitter_rng)
         yield {
-            "image": {"bytes": encode_png(picture), "path": None},
+            "image": {"bytes": encode_png(image), "path": None},
             "question": draft.question,
             "answer": draft.answer,
             "kind": kind,

@@ -148,7 +148,10 @@ def find_model(model: str, root: Path | None = None) -> str:
     if model in (presets := shipped_presets("models")):
         return str(presets[model])
     if model.endswith(".json") or model.count("/") > 1:
-        raise FileNotFoundError(f"there is no model {' or '.join(map(str, places))}: correct `model` in the recipe.")
+        raise FileNotFoundError(
+            f"there is no model {' or '.join(map(str, places))}: name a configuration file, the folder of a checkpoint, "
+            f"a model on the Hub, or one of {', '.join(presets)}."
+        )
     return model
 
 
