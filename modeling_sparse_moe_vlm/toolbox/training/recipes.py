@@ -149,7 +149,7 @@ def find_model(model: str, root: Path | None = None) -> str:
         return str(presets[model])
     if model.endswith(".json") or model.count("/") > 1:
         raise FileNotFoundError(
-            f"there is no model {' or '.join(map(str, places))}: name a configuration file, the folder of a checkpoint, "
+            f"there is no model {' or '.join(map(str, places))}: name a configuration file, a checkpoint's folder, "
             f"a model on the Hub, or one of {', '.join(presets)}."
         )
     return model
