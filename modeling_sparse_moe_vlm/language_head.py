@@ -44,14 +44,14 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
 
         Args:
             output_modality_weights (`bool`, *optional*, defaults to `False`):
-                Whether to return the weight of every attention part, beside the other outputs: `modality_weights` and
+                Whether to return the weight of every attention part as well: `modality_weights` and
                 `count_free_modality_weights`, for every step a tuple with one tensor `(rows, heads, T, num_modalities)`
                 per layer, where T is the length of the prompt in the first step, then 1 (in assisted decoding, the
                 number of candidates that were taken, plus 1). Needs `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: If the weights are to be returned, but no dict, or if an argument that steers attention is
-                misspelt.
+            ValueError: If `output_modality_weights=True` comes without `return_dict_in_generate=True`, or if an
+                argument that steers attention is misspelt.
         """
         check_steering_arguments(kwargs)
         if not output_modality_weights:
@@ -81,7 +81,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         return prepared, model_kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
-        """As the library's; keeps the attention weights of the tokens that this step has taken."""
+        """As the library's, and keeps the attention weights of the tokens that this step has added."""
         model, read_out = _read_out.get()
         if model is self:
             # There are logits for the last token and for every candidate.
@@ -97,7 +97,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's, with the modality ids of the tokens at hand in every release and decoding mode."""
+        """As the library's, with the modality ids of the tokens of this step in every release and decoding mode."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if _read_out.get()[0] is self:
             model_inputs["output_modality_weights"] = True

@@ -80,7 +80,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.post_init()
 
     def init_parallel_plans(self) -> None:
-        """As the library's, whose wildcards stand for numbers alone: groups of experts are spelled out by name."""
+        """As the library's, whose wildcards only stand for numbers: groups of experts are spelled out by name."""
         super().init_parallel_plans()
         self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
         self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
@@ -116,8 +116,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*):
                 `(B, T + cached)`, 0 for padding, or a prepared 4-D mask.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Positions. Where they start anew inside a row (and no mask is given) the row holds several sequences
-                that do not see each other.
+                Positions. Where they start again inside a row (and no mask is given), the row holds several sequences,
+                which do not attend to each other.
             past_key_values (`Cache`, *optional*): Cached keys and values.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embedded tokens.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -127,13 +127,13 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 Whether to return the weight of every attention part (α, β, …), by layer, head and token. With a cache,
                 from the call on that fills it.
             modality_priors (`Mapping[str, float]`, *optional*):
-                By modality, a factor on the prior of its part: `{"image": 2.0}` looks at the pictures twice as hard.
+                By modality, a factor on the prior of its part: `{"image": 2.0}` doubles that of images.
             modality_guidance (`float`, *optional*, defaults to 0.0):
-                g: returns Z + g·(Z − O_text) in place of Z, for tokens that see a picture.
+                g: returns Z + g·(Z − O_text) in place of Z, for tokens that can attend to an image.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or `mm_token_type_ids` has
-                another shape than the tokens.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids`,
+                `attention_mask` or `position_ids` do not have the shape of the tokens.
         """
         check_steering_arguments(kwargs)
         check_tokens(input_ids, inputs_embeds)
@@ -221,7 +221,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         for name, parameter in self.vision_tower.named_parameters():
-            if name.endswith("mask_token"):  # for masked pictures, which towers see in their own training alone
+            if name.endswith("mask_token"):  # for masked images, which towers only see when they are pretrained
                 parameter.requires_grad_(False)
         self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
         self.modality_encoders = SparseMoeVlmModalityEncoders(config)
@@ -239,7 +239,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        Image tokens of the pictures.
+        Encodes images as image tokens.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
@@ -247,9 +247,9 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the vision tower's output, whose
-            `pooler_output` is a list with one tensor `(image_seq_length, hidden_size)` per picture.
+            `pooler_output` is a list with one tensor `(image_seq_length, hidden_size)` per image.
         """
-        # A processor called with an empty list of pictures yields an empty tensor.
+        # A processor that is called with an empty list of images returns an empty tensor.
         if pixel_values.numel() == 0:
             return BaseModelOutputWithPooling(pooler_output=[])
         outputs, features = self._encode_images(pixel_values, **kwargs)
@@ -329,19 +329,19 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The pictures of the batch, in the order of their placeholders.
+                The images of the batch, in the order of their placeholders.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Modality id of every token, as the processor makes them; derived from the placeholders when absent.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already; `{}` to
-                have a text read without its pictures.
+                have a text read without its images.
             modality_values (`Mapping[str, torch.Tensor]`, *optional*):
-                By further modality, what its encoder takes: one item per row, in the order of their placeholders.
+                By further modality, the input of its encoder: one item per row, in the order of the placeholders.
 
         The other arguments are those of [`SparseMoeVlmTextModel`].
 
         Raises:
-            ValueError: If image features and placeholders do not match in number, with no pictures at all included, or
+            ValueError: If the numbers of image features and placeholders differ, also if there are no images at all, or
                 both or neither of two exclusive arguments are given.
         """
         check_tokens(input_ids, inputs_embeds)
@@ -372,7 +372,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
                 num_image_tokens == image_features.shape[0],
                 lambda: (
                     f"Image features and image tokens do not match: tokens: {num_image_tokens}, features: "
-                    f"{image_features.shape[0]}. Every picture needs one image placeholder in the text, expanded to "
+                    f"{image_features.shape[0]}. Every image needs one image placeholder in the text, expanded to "
                     f"{self.config.image_seq_length} tokens by the processor."
                 ),
             )
@@ -385,7 +385,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
                     "makes them, or `mm_encoder_outputs={}` to have the text read without its pictures."
                 )
             if self.training and torch.is_grad_enabled() and is_one_of_several_processes():
-                # The other processes may have pictures, and all must run the same modules: data parallelism waits for
+                # The other processes may have images, and all must run the same modules: data parallelism waits for
                 # the gradient of every parameter, and sharded weights are gathered together.
                 inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
 
@@ -405,7 +405,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
 
 
 class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
-    """The decoder alone, with a language head."""
+    """The decoder with a language head, without a vision tower."""
 
     config: SparseMoeVlmTextConfig
     input_modalities = ("text",)
@@ -473,7 +473,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
 
 class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, GenerationMixin):
     """
-    The whole model with a language head: answers questions about pictures and captions them.
+    The whole model with a language head: answers questions about images and captions them.
 
     ```python
     >>> from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -70,8 +70,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
                 Number of modules that the experts of every group are cut into, so that a device map can spread them
                 (`mlp.experts.shards.0`, …). Whatever it is, the same checkpoint is read and written.
             kwargs:
-                Options of the library, and fields of the configuration or of its `text_config`, such as
-                `output_router_logits` or `num_experts_per_tok`.
+                Options of the library, or fields of the configuration or of its `text_config`, such as
+                `output_router_logits` and `num_experts_per_tok`.
 
         Raises:
             TypeError: If a keyword argument is neither.
@@ -203,7 +203,7 @@ def _with_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[P
 
 @contextmanager
 def _named_argument() -> Iterator[None]:
-    """Says what an argument of loading may be where the library hands an unknown one to the model's `__init__`."""
+    """Names the argument of loading that the library does not know, and so passes to the model's `__init__`."""
     try:
         yield
     except TypeError as error:
