@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from .cache_name import is_paged
+from .routing import RoutingPlanner
+from .steering import initial_log_priors
+
+logger = logging.get_logger(__name__)
 
 
 def check_shapes(
@@ -54,6 +60,27 @@ def check_shapes(
         raise ValueError(
             f"`attention_mask` has shape {tuple(attention_mask.shape)}, but tokens and cache need {expected}: one "
             "value per token of every row, cached ones included."
+        )
+
+
+def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner) -> None:
+    """
+    For embedded tokens whose modalities nobody tells: warns once if the model treats modalities differently.
+
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+        planner ([`~routing.RoutingPlanner`]):
+            Its planner.
+    """
+    has_priors = config.learned_modality_priors or len(set(initial_log_priors(config))) > 1
+    if (planner.depends_on_modality or has_priors) and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "`inputs_embeds` came without `mm_token_type_ids`: every token counts as text, except for unmerged "
+            "placeholders, but this model treats modalities differently. If image features are merged into the "
+            "embeddings, as serving engines do, pass `mm_token_type_ids` (zeros for texts). Only models with joint "
+            "expert groups, equal numbers of experts per token, equal attention priors, no router biases and no expert "
+            "capacity are safe without."
         )
 
 

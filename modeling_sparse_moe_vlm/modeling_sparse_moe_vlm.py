@@ -30,7 +30,7 @@ from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts
 from .image_generation import SparseMoeVlmImageGeneration
-from .input_checks import check_encoder_outputs, check_shapes
+from .input_checks import check_encoder_outputs, check_shapes, warn_of_unknown_modalities
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
 from .normalization import SparseMoeVlmRMSNorm
@@ -306,8 +306,11 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         mm_token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
+        has_features: bool,
     ) -> TokenModalities:
         """What a forward pass knows of its tokens: made once by the outermost model, and handed down."""
+        if input_ids is None and mm_token_type_ids is None and not has_features:
+            warn_of_unknown_modalities(self.config.text_config, self.language_model.routing_planner)
         ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
         return TokenModalities.of(ids.shape, ids, attention_mask, self.config.text_config.modalities)
 
@@ -350,7 +353,10 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         check_encoder_outputs(mm_encoder_outputs)
         tokens = kwargs.pop("token_modalities", None)  # made by the model around this one, if there is any
         if tokens is None:
-            tokens = self.get_token_modalities(input_ids, inputs_embeds, mm_token_type_ids, attention_mask)
+            has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
+            tokens = self.get_token_modalities(
+                input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -542,7 +548,10 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
         check_tokens(input_ids, inputs_embeds)
-        tokens = self.model.get_token_modalities(input_ids, inputs_embeds, mm_token_type_ids, attention_mask)
+        has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
+        tokens = self.model.get_token_modalities(
+            input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features
+        )
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig, token_modalities
+from modeling_sparse_moe_vlm import (
+    SparseMoeVlmForCausalLM,
+    SparseMoeVlmTextConfig,
+    input_checks,
+    token_modalities,
+)
 from modeling_sparse_moe_vlm.routing import RoutingPlanner
 from modeling_sparse_moe_vlm.token_modalities import TokenModalities
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
@@ -195,3 +200,53 @@ def test_given_ids_of_embeddings_are_kept():
     model, ids = make_model(), torch.tensor([[0, 1, 1, 0]])
     embeds = model.get_input_embeddings()(torch.tensor([[IMAGE_TOKEN_ID, 4, 5, 6]]))
     assert torch.equal(model.model.get_mm_token_type_ids(None, embeds, ids), ids)
+
+
+WARNING = "`inputs_embeds` came without `mm_token_type_ids`"
+
+
+def warnings(caplog, call, **inputs) -> list[str]:
+    input_checks.logger.warning_once.cache_clear()
+    caplog.clear()
+    with torch.no_grad():
+        call(**inputs)
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith(WARNING)]
+
+
+@pytest.mark.parametrize(
+    ("text_config", "warns"),
+    [
+        ({"expert_groups": "joint"}, False),
+        ({"expert_groups": "joint", "alpha_init": 0.7}, True),
+        ({"expert_groups": "joint", "learned_modality_priors": True}, True),
+        ({"expert_groups": "joint", "num_experts_per_tok_by_modality": {"image": 1}}, True),
+        ({"expert_groups": "joint", "num_experts_per_tok_by_modality": {"image": 2}}, False),
+        ({"expert_groups": "joint", "router_bias_update_rate": 0.0}, True),
+        ({"expert_groups": "joint", "expert_capacity_factor": 2.0}, True),
+        ({"expert_groups": "isolated"}, True),
+        ({}, True),
+    ],
+)
+def test_merged_embeddings_without_ids_are_pointed_out(text_config, warns, caplog):
+    """As serving engines pass them; with the ids the outputs are those of the tokens and images."""
+    model, inputs = make_model(**text_config), make_inputs()
+    ids = inputs["mm_token_type_ids"]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        features = torch.cat(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+        merged = embeds.masked_scatter((ids == 1)[..., None], features)
+        right = model(**inputs).logits
+        same = model(inputs_embeds=merged, mm_token_type_ids=ids).logits
+        silent = model(inputs_embeds=merged).logits
+    torch.testing.assert_close(same, right)
+    if not warns:
+        torch.testing.assert_close(silent, right)
+    for call in (model, model.model):
+        assert len(warnings(caplog, call, inputs_embeds=merged)) == warns
+        assert not warnings(caplog, call, inputs_embeds=merged, mm_token_type_ids=ids)
+        assert not warnings(caplog, call, inputs_embeds=embeds, pixel_values=inputs["pixel_values"])
+        assert not warnings(caplog, call, **inputs)
+        text = make_inputs(images_per_row=0)["input_ids"]
+        assert not warnings(caplog, call, input_ids=text)
+    options = {"max_new_tokens": 2, "pad_token_id": 0}
+    assert len(warnings(caplog, model.generate, inputs_embeds=merged, **options)) == warns

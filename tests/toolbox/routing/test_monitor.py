@@ -1,9 +1,11 @@
 """`SparseMoeTrainer` counts routing, moves biases once per step, logs figures and warns of a collapse."""
 
+import peft
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from modeling_sparse_moe_vlm import routing
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.routing import (
     RoutingMonitor,
@@ -11,6 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.routing import (
     routing_statistics,
     update_router_bias,
 )
+from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from tests.integration.test_trainer import collate, make_rows
 from tests.support.models import QUIET_TRAINING, make_inputs, make_model
@@ -174,3 +177,96 @@ def test_modality_ids_may_be_left_out(tmp_path):
     )
     trainer.train()
     assert trainer.routing.statistics.metrics()["layer_0/joint/image/experts_per_token"] == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ any trainer
+
+
+def train_plainly(model, tmp_path, callbacks=(), **arguments) -> Trainer:
+    defaults = {"output_dir": str(tmp_path), **QUIET_TRAINING, "max_steps": 3, "logging_steps": 1}
+    defaults |= {"save_strategy": "no", "per_device_train_batch_size": 8, "learning_rate": 0.0}
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**defaults | arguments),
+        train_dataset=make_rows(),
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("returns_logits", [False, True])
+@pytest.mark.parametrize(("size", "accumulation", "checkpointing"), [(8, 1, False), (2, 4, True)])
+def test_bias_moves_with_any_trainer(tmp_path, size, accumulation, checkpointing, returns_logits):
+    """By the load of the whole step, whether or not the model returns router logits."""
+    fields = {"expert_groups": "joint", "router_bias_update_rate": 0.01}
+    by_hand = make_model(**fields)
+    for _ in range(3):
+        update_router_bias(by_hand, measure_routing(by_hand, [collate(make_rows())]))
+    model, monitor = make_model(output_router_logits=returns_logits, **fields), RoutingMonitor()
+    trainer = train_plainly(
+        model,
+        tmp_path,
+        [monitor],
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+    )
+    for bias, expected in zip(router_biases(model), router_biases(by_hand), strict=True):
+        assert (bias != 0).any()
+        torch.testing.assert_close(bias, expected)
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len([entry for entry in logs if "routing/joint/text/entropy" in entry]) == 3
+    tokens = sum(int(row["attention_mask"].sum()) for row in make_rows())
+    assert sum(row.num_tokens for row in monitor.statistics.rows) == 2 * tokens  # layers; one step, since the last log
+    (decoder,) = decoders(model)
+    assert not decoder._forward_hooks
+    assert not decoder._forward_pre_hooks
+
+
+def test_frozen_routers_keep_their_biases(tmp_path):
+    """With an adapter, whose checkpoint would not have them; a router that is trained as well moves its own."""
+    model = make_model(expert_groups="joint", router_bias_update_rate=0.01)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    first, second = (layer.mlp.gate for layer in model.model.language_model.layers)
+    second.weight.requires_grad_(True)
+    train_plainly(adapted, tmp_path, [RoutingMonitor()])
+    assert not first.e_score_correction_bias.any()
+    assert second.e_score_correction_bias.any()
+
+
+def resting_biases(caplog, call) -> list[str]:
+    routing.logger.warning_once.cache_clear()
+    caplog.clear()
+    call()
+    return [record.getMessage() for record in caplog.records if "do not move by themselves" in record.getMessage()]
+
+
+def test_biases_that_nobody_moves_are_pointed_out_once(tmp_path, caplog):
+    fields = {"expert_groups": "joint", "router_bias_update_rate": 0.01}
+    (message,) = resting_biases(caplog, lambda: train_plainly(make_model(**fields), tmp_path))
+    assert "from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor" in message
+    assert not resting_biases(caplog, lambda: train_plainly(make_model(**fields), tmp_path, [RoutingMonitor()]))
+    assert not resting_biases(caplog, lambda: train(make_model(output_router_logits=True, **fields), tmp_path))
+    assert not resting_biases(caplog, lambda: make_model(**fields)(**make_inputs()))
+    resting = make_model(**fields | {"router_bias_update_rate": 0.0})
+    assert not resting_biases(caplog, lambda: train_plainly(resting, tmp_path))
+    frozen = make_model(**fields)
+    for layer in frozen.model.language_model.layers:
+        layer.mlp.gate.weight.requires_grad_(False)
+    assert not resting_biases(caplog, lambda: train_plainly(frozen, tmp_path))
+
+
+def test_passes_without_gradient_are_not_counted(tmp_path):
+    """Such as those of a reference model that is the trained one without its adapter."""
+
+    class Peek(TrainerCallback):
+        @torch.no_grad()
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model(**make_inputs(seed=7))
+
+    monitor = RoutingMonitor()
+    train_plainly(make_model(output_router_logits=True), tmp_path, [monitor, Peek()], max_steps=1)
+    tokens = sum(int(row["attention_mask"].sum()) for row in make_rows())
+    assert sum(row.num_tokens for row in monitor.statistics.rows if row.group == "joint") == 2 * tokens
