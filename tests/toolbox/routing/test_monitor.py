@@ -270,3 +270,37 @@ def test_passes_without_gradient_are_not_counted(tmp_path):
     train_plainly(make_model(output_router_logits=True), tmp_path, [monitor, Peek()], max_steps=1)
     tokens = sum(int(row["attention_mask"].sum()) for row in make_rows())
     assert sum(row.num_tokens for row in monitor.statistics.rows if row.group == "joint") == 2 * tokens
+
+
+def test_logs_are_means_since_the_last_log(tmp_path):
+    """Of the router losses of two steps each, and of a modality only over the steps that have it."""
+
+    class Recorded(SparseMoeTrainer):
+        def compute_loss(self, *args, **kwargs):
+            kwargs["return_outputs"] = True
+            loss, outputs = super().compute_loss(*args, **kwargs)
+            steps.append(outputs)
+            return loss
+
+    steps: list = []
+    settings = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    trainer = Recorded(
+        model=make_model(output_router_logits=True, router_z_loss_coef=0.1),
+        args=TrainingArguments(output_dir=str(tmp_path), **QUIET_TRAINING, **settings, learning_rate=1e-3, seed=3),
+        train_dataset=make_rows(),
+        data_collator=collate,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2
+    assert len(steps) == 4
+    for log, outputs in zip(logs, (steps[:2], steps[2:]), strict=True):
+        for name in ("aux_loss", "z_loss"):
+            values = [output[name].item() for output in outputs]
+            assert log[name] == pytest.approx(sum(values) / 2, abs=1e-4)
+        for modality, name in enumerate(("aux_loss_text", "aux_loss_image")):
+            values = [output["aux_loss_by_modality"][modality].item() for output in outputs]
+            present = [value for value in values if value == value]
+            expected = sum(present) / len(present) if present else None
+            assert log.get(name) == (None if expected is None else pytest.approx(expected, abs=1e-4))
+    assert logs[0]["z_loss"] != logs[1]["z_loss"]

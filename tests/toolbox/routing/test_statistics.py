@@ -84,6 +84,11 @@ def test_rows_without_tokens_or_choices():
         ([31, 0, 0, 0], 31, False),  # too few tokens to tell
         ([32, 0, 0, 0], 32, True),
         ([0, 0, 0, 0], 0, False),
+        ([20, 20, 0, 0, 0], 40, False),  # a quarter of what can be used beyond one expert, exactly
+        ([21, 19, 0, 0, 0], 40, True),  # less than that
+        ([40, 40, 39, 1, 0, 0], 60, False),  # likewise beyond the two experts of a token
+        ([42, 40, 38, 0, 0, 0], 60, True),
+        ([20, 19, 0, 0, 0], 39, False),  # one choice too few to tell
     ],
 )
 def test_what_counts_as_collapsed(wanted, num_tokens, collapsed):
