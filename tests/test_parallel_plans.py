@@ -1,12 +1,22 @@
 """Parallel plans name modules that exist, and leave out no projection and no expert."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from modeling_sparse_moe_vlm.parallel_plans import is_one_of_several_processes, plan_by_group, prepare_plans
+from modeling_sparse_moe_vlm.parallel_plans import (
+    _skip_sentinels,
+    forget_plans_of_stacks,
+    is_one_of_several_processes,
+    mend_parallelism,
+    plan_by_group,
+    prepare_plans,
+)
 from tests.support.models import TEXT_CONFIG, make_config, make_model
 from tests.test_loading import OTHER_GROUPS
 
@@ -103,3 +113,202 @@ def test_no_model_is_sharded_twice(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"expert_parallel\.yaml"):
         prepare_plans(make_model(), DistributedConfig(fsdp_size=2))
+
+
+# ------------------------------------------------------------------------------------------------ every entry
+
+ATTENTION = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    "layers.*.self_attn.o_proj": "rowwise",
+}
+PRIORS = {"layers.*.self_attn.modality_log_priors": "colwise"}
+DENSE = {
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+
+def cut(place: str) -> dict[str, str]:
+    """A stack of experts under tensor parallelism."""
+    return {place: "moe_tp_experts", f"{place}.gate_up_proj": "packed_colwise", f"{place}.down_proj": "rowwise"}
+
+
+def sent(place: str) -> dict[str, str]:
+    """A stack of experts under expert parallelism."""
+    return {
+        place: "ep_dispatch_experts",
+        f"{place}.gate_up_proj": "grouped_gemm",
+        f"{place}.down_proj": "grouped_gemm",
+    }
+
+
+def always_on(group: str) -> dict[str, str]:
+    place = f"layers.*.mlp.shared_experts.{group}"
+    return {f"{place}.gate_proj": "colwise", f"{place}.up_proj": "colwise", f"{place}.down_proj": "rowwise"}
+
+
+OWN, POOL = "layers.*.mlp.experts", "expert_pools.*"
+# By fields: what lies in the layers or pools, and the always-on groups.
+PLANS = {
+    "hybrid": ({}, [OWN], ["text", "image"], {}),
+    "joint": ({"expert_groups": "joint"}, [OWN], [], {}),
+    "isolated": ({"expert_groups": "isolated"}, [f"{OWN}.text", f"{OWN}.image"], [], {}),
+    "groups": (
+        {"expert_groups": OTHER_GROUPS, "num_experts": None},
+        [f"{OWN}.words", f"{OWN}.pixels"],
+        ["helper"],
+        {},
+    ),
+    "pools": ({"expert_pool": [0, 0], "expert_groups": "joint"}, [OWN, POOL], [], {}),
+    "pools of groups": (
+        {"expert_pool": [0, None], "expert_groups": "isolated"},
+        [f"{place}.{group}" for place in (OWN, POOL) for group in ("text", "image")],
+        [],
+        {},
+    ),
+    "learned priors": ({"learned_modality_priors": True, "expert_groups": "joint"}, [OWN], [], PRIORS),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_entry_of_a_plan(kind):
+    fields, places, groups, priors = PLANS[kind]
+    config = make_config(**fields).text_config
+    expected = ATTENTION | priors | DENSE
+    for place in places:
+        expected |= cut(place)
+    for group in groups:
+        expected |= always_on(group)
+    assert plan_by_group(config.base_model_tp_plan, config) == expected
+    expected = {}
+    for place in places:
+        expected |= sent(place)
+    assert plan_by_group(config.base_model_ep_plan, config) == expected
+
+
+@pytest.mark.parametrize("sizes", [{"ep_size": 2, "fsdp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"fsdp_size": 2}])
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_entry_of_a_prepared_plan(kind, sizes):
+    """What the model does not have is left out: dense layers here, and experts of its own where all are pooled."""
+    fields, places, groups, priors = PLANS[kind]
+    fields = fields | ({"num_experts": 4} if kind not in ("groups",) else {})
+    if kind == "groups" and "ep_size" in sizes:
+        fields = fields | {"expert_groups": [group | {"num_experts": 2} for group in OTHER_GROUPS]}
+    model = make_model(**fields)
+    prepare_plans(model, DistributedConfig(**sizes))
+    present = [place for place in places if kind != "pools" or place != OWN]
+    expected = ATTENTION | priors
+    for place in present:
+        expected |= cut(place)
+    for group in groups:
+        expected |= always_on(group)
+    prefix = "model.language_model."
+
+    def own(plan):
+        return {name.removeprefix(prefix): style for name, style in plan.items() if name.startswith(prefix)}
+
+    tp_plan = own(model._tp_plan)
+    tp_plan.pop("embed_tokens", None)  # newer releases of the library add it by themselves
+    assert tp_plan == expected
+    expected = {}
+    for place in present:
+        expected |= sent(place)
+    assert own(model._ep_plan) == expected
+    fsdp_plan = own(model._fsdp_plan)
+    assert fsdp_plan["layers.*"] == "free_full_weight"
+    # Dispatched experts are wrapped on their own.
+    is_pooled = "expert_pool" in fields
+    assert fsdp_plan.get("expert_pools.*") == ("free_full_weight" if is_pooled and "ep_size" not in sizes else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes", "message"),
+    [
+        ({"num_attention_heads": 6, "head_dim": 8}, {"tp_size": 4}, r"`num_attention_heads` \(6\)"),
+        ({}, {"tp_size": 4}, r"`num_key_value_heads` \(2\)"),
+        ({"moe_intermediate_size": 23}, {"tp_size": 2}, r"of the group `joint` \(23\)"),
+        ({"moe_intermediate_size": 23}, {"tp_size": 2, "ep_size": 2}, None),  # experts are sent whole
+        ({"moe_intermediate_size": 23}, {"fsdp_size": 2}, None),
+        ({"moe_intermediate_size": 23}, {"tp_size": 2, "tp_plan": {}}, None),
+        (
+            {"expert_groups": [{"name": "on", "num_experts": 1, "always_on": True, "intermediate_size": 23}]},
+            {"tp_size": 2},
+            None,
+        ),
+        ({"num_experts": 6}, {"ep_size": 4, "fsdp_size": 4}, "the 6 experts of the group 'joint'"),
+        ({"num_experts": 6}, {"ep_size": 3, "fsdp_size": 3}, None),
+    ],
+)
+def test_what_is_checked(fields, sizes, message):
+    if isinstance(fields.get("expert_groups"), list):
+        fields = {"num_experts": None, "expert_groups": [{"name": "rest", "num_experts": 2}, *fields["expert_groups"]]}
+    model, sizes = make_model(**fields), SimpleNamespace(**{"tp_size": 1, "ep_size": 1, "tp_plan": None} | sizes)
+    if message is None:
+        prepare_plans(model, sizes)
+        return
+    with pytest.raises(ValueError, match=message):
+        prepare_plans(model, sizes)
+
+
+# ------------------------------------------------------------------------------------------------ sentinels
+
+
+def test_sentinels_are_not_sent():
+    """Slots with the sentinel id, or beyond, add nothing; the others come back to the tokens that sent them."""
+    experts, calls = nn.Module(), []
+
+    def exchange(hidden_states, top_k_index, top_k_weights):
+        calls.append((hidden_states, top_k_index, top_k_weights))
+        return (hidden_states * top_k_weights + top_k_index).double()
+
+    experts.forward = exchange
+    _skip_sentinels(experts, num_experts=3)
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    index = torch.tensor([[0, 3], [3, 3], [2, 1]])
+    weights = torch.tensor([[0.5, 9.0], [9.0, 9.0], [0.25, 2.0]])
+    output = experts(hidden, index, weights)
+    ((tokens, experts_of_tokens, weights_of_tokens),) = calls
+    assert tokens.tolist() == [[1.0, 2.0], [5.0, 6.0], [5.0, 6.0]]
+    assert experts_of_tokens.tolist() == [[0], [2], [1]]
+    assert weights_of_tokens.tolist() == [[0.5], [0.25], [2.0]]
+    assert output.dtype == torch.float32
+    assert output.tolist() == [[0.5, 1.0], [0.0, 0.0], [5 * 2.25 + 3, 6 * 2.25 + 3]]
+
+
+def test_only_receivers_of_sentinels_skip_them():
+    """And only where experts are shared out; gradients are summed where experts are not sharded further."""
+    summed = []
+    for sizes, expected in (
+        ({"ep_size": 2, "efsdp_size": 1}, [False]),
+        ({"ep_size": 2, "efsdp_size": 2}, []),
+        ({"ep_size": 1, "efsdp_size": 1}, []),
+    ):
+        model = nn.Module()
+        model.receiver, model.other = nn.Module(), nn.Module()
+        model._tp_plan = {}
+        model.other.set_force_sum_reduction_for_comms = summed.append
+        forwards = model.receiver.forward, model.other.forward
+        mend_parallelism(model, SimpleNamespace(**sizes), {model.receiver: 4})
+        assert (model.receiver.forward != forwards[0]) == (sizes["ep_size"] > 1)
+        assert model.other.forward == forwards[1]
+        assert summed == expected
+        summed.clear()
+
+
+def test_cut_stacks_are_forgotten_by_the_plan():
+    """PEFT would take them for linear layers. What is not cut, and what is no stack, stays."""
+    model = make_model(expert_groups="isolated")
+    before = dict(model._tp_plan)
+    forget_plans_of_stacks(model)
+    assert model._tp_plan == before
+    experts = model.model.language_model.layers[0].mlp.experts.text
+    experts.gate_up_proj.placements = ()
+    model.lm_head.weight.placements = ()
+    forget_plans_of_stacks(model)
+    assert before.keys() - model._tp_plan.keys() == {"model.language_model.layers.*.mlp.experts.text.gate_up_proj"}
+    assert model._tp_plan.items() <= before.items()
