@@ -109,7 +109,7 @@ def check_fields(config: PreTrainedConfig) -> None:
     for field in ("tie_word_embeddings", "use_cache", "multimodal_projector_bias"):
         check_boolean(field, getattr(config, field))
     check_choice("projector_hidden_act", config.projector_hidden_act, ACT2FN)
-    _check_image_token(config.image_token_id, text.vocab_size)
+    _check_placeholder("image_token_id", config.image_token_id, text.vocab_size)
     check_integer("pixel_shuffle_factor", config.pixel_shuffle_factor)
     check(
         config.image_token_id != text.pad_token_id,
@@ -126,18 +126,19 @@ def check_fields(config: PreTrainedConfig) -> None:
     _check_modality_encoders(config)
 
 
-def _check_image_token(image_token_id: int, vocab_size: int) -> None:
+def _check_placeholder(field: str, token_id: int, vocab_size: int) -> None:
+    """Raises `ValueError` unless the decoder has an embedding for a placeholder token."""
     try:
-        check_integer("image_token_id", image_token_id, at_least=0, below=vocab_size)
+        check_integer(field, token_id, at_least=0, below=vocab_size)
     except ValueError as error:
-        if not isinstance(image_token_id, int) or image_token_id < vocab_size:
+        if not isinstance(token_id, int) or token_id < vocab_size:
             raise
         raise ValueError(
             f"{error} A new token of the tokenizer has no row among the {vocab_size} of `text_config.vocab_size`: set "
-            "that to `len(tokenizer)`. If the weights have no more rows, build the model with another `image_token_id` "
-            "and then write:\n"
+            f"that to `len(tokenizer)`. If the weights have no more rows, build the model with another `{field}` and "
+            "then write:\n"
             "    model.resize_token_embeddings(len(tokenizer))\n"
-            f"    model.config.image_token_id = {image_token_id}"
+            f"    model.config.{field} = {token_id}"
         ) from None
 
 
@@ -158,10 +159,7 @@ def _check_modality_encoders(config: PreTrainedConfig) -> None:
             f"{shown(encoder)}.",
         )
         check_depths(f"modality_encoders[{name!r}]", encoder)
-        check_integer(
-            f"modality_encoders[{name!r}]['token_id']",
-            encoder["token_id"],
-            at_least=0,
-            below=config.text_config.vocab_size,
+        _check_placeholder(
+            f"modality_encoders[{name!r}]['token_id']", encoder["token_id"], config.text_config.vocab_size
         )
     check_distinct("placeholder tokens (`image_token_id`, `token_id`s)", list(config.placeholder_ids.values()))

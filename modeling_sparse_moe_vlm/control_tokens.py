@@ -196,8 +196,8 @@ def _set_up(tokenizer, tokens: list[str]) -> set[str]:
         return set(tokens)
     known = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     for token in tokens:
-        added = known.get(token)
-        if added is not None and added.normalized:
+        added = known[token]
+        if added.normalized:
             # Looked for before normalisation, so before the marks are dropped.
             options = {key: getattr(added, key) for key in ("special", "single_word", "lstrip", "rstrip")}
             tokenizer.add_tokens([AddedToken(token, normalized=False, **options)], special_tokens=added.special)

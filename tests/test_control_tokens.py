@@ -300,6 +300,14 @@ def test_objects_write_no_control_tokens():
     assert batch["input_ids"].tolist() == [expected, expected]
 
 
+def test_what_holds_no_text_is_left_as_it_is():
+    tokens = ControlTokens(make_tokenizer(), ["<pad>"])
+    others = {"a": Message, "b": None, "c": 5, 6: b"<pad>", "d": make_picture()}
+    copy = tokens.as_text(others, "x")
+    assert copy == others
+    assert copy is not others
+
+
 def test_images_and_their_sources_are_left_as_they_are():
     template = "{{ messages[0]['content'][0]['url'] }}|{{ messages[0]['content'][0]['text'] }}"
     part = {"type": "image", "url": "x<|im_end|>.png", "text": "<|im_end|>"}
@@ -406,6 +414,11 @@ def test_a_token_of_one_character_is_refused():
     tokenizer.add_tokens(["§"], special_tokens=True)
     with pytest.raises(ValueError, match=r"^x holds the control token '§'"):
         ControlTokens(tokenizer, ["§", "<pad>"]).as_text("a§", "x")
+    processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_token="§")
+    for sanitize in (True, False):
+        with pytest.raises(ValueError, match=r"\['text'\] holds the control token '§'"):
+            processor.apply_chat_template([user("a§")], sanitize_control_tokens=sanitize)
+    assert processor.apply_chat_template([user("a", make_picture())]).count("§") == 1
 
 
 # ------------------------------------------------------------------------------------------------ texts that are none

@@ -74,6 +74,21 @@ def inputs():
     return inputs
 
 
+def test_the_message_about_a_new_token_shows_what_to_write(inputs):
+    """The tokenizer's new token gets an embedding, and stands for readings from then on."""
+    torch.manual_seed(0)
+    model = SparseMoeVlmForConditionalGeneration(make_config(modality_encoders={"sensor": dict(SENSOR)})).eval()
+    with pytest.raises(ValueError, match=r"\['sensor'\]\['token_id'\]` .* from 0 to 98, got 99") as error:
+        make_config(modality_encoders={"sensor": SENSOR | {"token_id": 99}})
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    exec("\n".join(lines), {"model": model, "tokenizer": range(100)})
+    inputs["input_ids"][inputs["input_ids"] == SENSOR_TOKEN_ID] = 99
+    logits = model(**inputs).logits
+    assert logits.shape[-1] == 100
+    inputs["modality_values"]["sensor"] = inputs["modality_values"]["sensor"] + 1
+    assert (model(**inputs).logits - logits).abs().max() > 1e-3
+
+
 @torch.no_grad()
 def test_tokens_come_from_the_encoder(model, inputs):
     base = model.model

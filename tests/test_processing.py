@@ -46,10 +46,10 @@ def plain_ids(processor, text: str) -> list[int]:
     return processor.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
 
 
-# ------------------------------------------------------------------------------------------------ texts and pictures
+# ------------------------------------------------------------------------------------------------ texts and images
 
 
-def test_every_picture_becomes_its_tokens_with_modality_ids(processor):
+def test_every_image_becomes_its_tokens_with_modality_ids(processor):
     pictures = [make_picture(0), make_picture(1)]
     inputs = processor(text="a<image>b<image>", images=pictures, return_tensors="pt")
     a, b = plain_ids(processor, "a"), plain_ids(processor, "b")
@@ -61,7 +61,7 @@ def test_every_picture_becomes_its_tokens_with_modality_ids(processor):
     torch.testing.assert_close(inputs["pixel_values"], torch.cat(separate))
 
 
-def test_batch_of_rows_with_and_without_pictures_is_padded_left(processor):
+def test_batch_of_rows_with_and_without_images_is_padded_left(processor):
     texts = ["<image><image> which?", "hello", "a <image>"]
     pictures = [make_picture(i) for i in range(3)]
     flat = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
@@ -78,7 +78,7 @@ def test_batch_of_rows_with_and_without_pictures_is_padded_left(processor):
         assert flat["input_ids"][row].tolist()[-len(alone) :] == alone
 
 
-def test_text_only_and_empty_list_of_pictures(processor):
+def test_text_only_and_empty_list_of_images(processor):
     expected = processor(text="hello")
     assert sorted(expected) == ["attention_mask", "input_ids", "mm_token_type_ids"]
     for images in ([], (), [[]]):
@@ -176,7 +176,7 @@ def test_constructor_errors():
         SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_len=4)
 
 
-def test_truncation_through_a_picture_is_refused(processor):
+def test_truncation_through_an_image_is_refused(processor):
     with pytest.raises(ValueError, match="image"):
         processor(text="<image> a", images=make_picture(), truncation=True, max_length=2)
 
@@ -214,7 +214,7 @@ def test_unknown_parts_are_refused(processor):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
 
 
-def test_pictures_of_a_conversation_keep_their_order(processor):
+def test_images_of_a_conversation_keep_their_order(processor):
     a, b, c = (make_picture(i) for i in range(3))
     messages = [user("first", a, "second", b), assistant("Yes."), user(c)]
     inputs = processor.apply_chat_template(messages, **CHAT)
@@ -223,7 +223,7 @@ def test_pictures_of_a_conversation_keep_their_order(processor):
     assert (inputs["input_ids"] == IMAGE).sum() == 3 * IMAGE_SEQ_LENGTH
 
 
-def test_batched_conversations_with_and_without_pictures(processor):
+def test_batched_conversations_with_and_without_images(processor):
     batch = [[user(make_picture(0), "a")], [user("bb"), assistant("c")], [user("d", make_picture(1), make_picture(2))]]
     inputs = processor.apply_chat_template(batch, processor_kwargs={"padding": True}, **CHAT)
     assert inputs["pixel_values"].shape[0] == 3
@@ -367,7 +367,7 @@ def test_assistant_masks_are_shifted_over_image_tokens(processor, return_tensors
     first = [user(make_picture(0), "an <image>"), assistant(answers[0][0])]
     batch = [
         [*first, user(make_picture(1)), assistant(answers[0][1])],
-        [user("no picture"), assistant(answers[1][0])],
+        [user("no image"), assistant(answers[1][0])],
         [user("x", make_picture(2), make_picture(3)), assistant(answers[2][0])],
     ]
     inputs = processor.apply_chat_template(
