@@ -1,10 +1,12 @@
 """What a factored layer can beyond PEFT's: adapters by row, dropout, DoRA, ranks by expert, halves of the gate."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import (
@@ -162,6 +164,89 @@ def test_dropout_keeps_the_mean(implementation):
     assert draws.std(0).max() > 0.1
     error, update = (draws.mean(0) - exact).norm(), (exact - silent).norm()
     assert error < 0.15 * update
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria"])
+def test_dropout_is_of_the_update_only(name, implementation):
+    """With nothing left of the update's input, what W is multiplied with is still whole."""
+    model = make_model(name, num_hidden_layers=1)
+    model.set_experts_implementation(implementation)
+    adapted = factor_expert_lora(adapt(model))
+    inputs = make_inputs(model)
+    with adapted.disable_adapter():
+        expected = adapted(**inputs).logits
+    for layer in layers_of(adapted):
+        layer.lora_dropout["default"] = nn.Dropout(1.0)
+    assert_equal(adapted.train()(**inputs).logits, expected)
+    assert (adapted.eval()(**inputs).logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "aria"])
+def test_another_scaling_counts_at_once(name, grad):
+    """As in PEFT's layer: set, multiplied, divided; also between two steps of generation."""
+    plain, adapted = adapt(make_model(name)), factor_expert_lora(adapt(make_model(name)))
+    one_token = {key: value[:1, :1] for key, value in make_inputs(plain.get_base_model()).items()}
+    changes = [("set_scale", "default", 0.5), ("scale_layer", 3.0), ("unscale_layer", 4.0), ("unscale_layer", None)]
+    seen = []
+    with torch.set_grad_enabled(grad):
+        for method, *values in [("set_scale", "default", 1.0), *changes]:
+            for model in (plain, adapted):
+                for layer in model.modules():
+                    if isinstance(layer, ParamWrapper):
+                        getattr(layer, method)(*values)
+            expected = plain(**one_token).logits
+            assert_equal(adapted(**one_token).logits, expected, 2e-5)
+            assert_equal(adapted(**one_token).logits, expected, 2e-5)
+            seen.append(expected)
+    for first, second in pairwise(seen):
+        assert (first - second).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@torch.no_grad()
+def test_after_merging_and_unmerging_all_is_as_before(use_dora):
+    """The weights, the outputs, and what a second merge adds, also with another scaling in between."""
+    model = make_model("qwen3_moe")
+    stacks = {name: value.clone() for name, value in model.state_dict().items()}
+    adapted = randomise(get_peft_model(model, expert_config(model, use_dora=use_dora))).eval()
+    if use_dora:
+        for layer in layers_of(adapted):
+            layer.lora_magnitude_vector["default"].weight.abs_().add_(0.5)
+    inputs = make_inputs(model)
+    for scale in (1.0, 0.25):
+        for layer in layers_of(adapted):
+            layer.set_scale("default", scale)
+        expected = adapted(**inputs).logits
+        adapted.merge_adapter()
+        assert all(layer.merged_adapters == ["default"] for layer in layers_of(adapted))
+        assert_equal(adapted(**inputs).logits, expected, 3e-5)
+        assert_equal(adapted.get_base_model()(**inputs).logits, expected, 3e-5)
+        adapted.unmerge_adapter()
+        assert all(layer.merged_adapters == [] and not layer.merged for layer in layers_of(adapted))
+        assert_equal(adapted(**inputs).logits, expected, 3e-5)
+        for name, value in adapted.get_base_model().state_dict().items():
+            if "lora_" not in name:
+                torch.testing.assert_close(value, stacks[name.replace(".base_layer", "")], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_rows_beyond_the_rank_of_an_expert(is_random):
+    """Those of both factors are zero from the start, and the others are as they were made."""
+    ranks = [3, 0, 1, 2, 3, 3, 0, 1]
+    adapters = []
+    for config in ({"expert_ranks": {"experts.down_proj": ranks}}, {}):
+        model = make_model("qwen3_moe", num_hidden_layers=1)
+        torch.manual_seed(0)
+        values = {"init_lora_weights": not is_random} | config
+        adapted = get_peft_model(model, expert_config(model, ExpertLoraConfig, **values))
+        adapters.append({layer.parameter_name: layer for layer in layers_of(adapted)})
+    limited, whole = adapters
+    used = torch.tensor([[row < rank for row in range(3)] for rank in ranks])[:, :, None]
+    for stack in STACKS:
+        for got, made in zip(limited[stack].factors("default"), whole[stack].factors("default"), strict=True):
+            assert torch.equal(got, made * used if stack == "down_proj" else made)
 
 
 def literal_dora(layer, adapter: str = "default") -> torch.Tensor:

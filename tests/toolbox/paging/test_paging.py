@@ -354,6 +354,18 @@ def test_a_budget_in_bytes_is_shared(tmp_path):
         page_experts(model, 2)
 
 
+def test_a_budget_that_fits_exactly(monkeypatch):
+    """To the byte: for the experts of one token, and for one more."""
+    # Accelerate reads whole thousands of bytes only.
+    monkeypatch.setattr("modeling_sparse_moe_vlm.toolbox.paging.hook.convert_file_size_to_int", int)
+    model, expert = build("qwen3_moe"), 3 * 32 * 24 * 4
+    for budget, slots in ((4 * expert, [2, 2]), (5 * expert - 1, [2, 2]), (5 * expert, [2, 3]), (9**9, [12, 12])):
+        with page_experts(model, str(budget)) as pager:
+            assert sorted(pager.slots.values()) == slots
+    with pytest.raises(ValueError, match=f"but the experts of one token take {4 * expert} bytes in 2 modules"):
+        page_experts(model, str(4 * expert - 1))
+
+
 def test_what_cannot_be_paged():
     with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration has no experts to page"):
         page_experts(make_qwen3_vl())
