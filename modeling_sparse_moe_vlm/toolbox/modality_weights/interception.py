@@ -110,7 +110,7 @@ def _register(name: str) -> None:
             return own(module, *args, **kwargs)
         with stance_as_before():
             for interception in _here.get():
-                if interception.name == name and module in interception.modules and interception.is_here():
+                if module in interception.modules and interception.is_here():
                     return interception.attend(own, module, *args, **kwargs)
             return own(module, *args, **kwargs)
 

@@ -320,6 +320,11 @@ def test_ids_that_the_caller_knows():
     with modality_weights(model, modality_ids=ids) as by_context:
         model.generate(**embeds, **GREEDY, num_beams=2)
     torch.testing.assert_close(by_call.alpha, expected.alpha)
+    with modality_weights(model) as step_by_step:  # with the ids of the cached tokens, too
+        first = embeds | {"inputs_embeds": inputs_embeds[:, :11]}
+        cache = model(**first, mm_token_type_ids=ids[:, :11])[CACHE_NAME]
+        model(inputs_embeds=inputs_embeds[:, 11:], mm_token_type_ids=ids, past_key_values=cache)
+    torch.testing.assert_close(step_by_step.alpha, expected.alpha)
     torch.testing.assert_close(by_context.alpha[..., :14], expected.alpha.repeat_interleave(2, dim=1))
     assert by_context.steps[1].modality_ids.eq(0).all()
 
