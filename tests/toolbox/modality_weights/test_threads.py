@@ -134,7 +134,8 @@ def test_a_thread_may_be_given_the_context():
     assert torch.equal(streamed, tokens)
     assert torch.equal(weights.alpha, alpha)
     # The copy outlives the context, which does not hold any more.
-    (plain,) = run_at_once(lambda: context.run(model.generate, **inputs, **GREEDY))
+    with modality_weights(make_model("qwen3_vl")):  # nor while another one does
+        (plain,) = run_at_once(lambda: context.run(model.generate, **inputs, **GREEDY))
     assert torch.equal(plain, generate(model)[0])
     assert len(weights.steps) == 8
 
@@ -262,6 +263,9 @@ def test_the_stance_of_the_compiler_is_that_of_a_thread():
         with torch.compiler.set_stance("fail_on_recompile"):
             assert stance() == "fail_on_recompile"
         assert stance() == "force_eager"
+        with modality_weights(make_model("qwen3_vl")):
+            pass
+        assert stance() == "force_eager", "the outer one still holds"
     with torch.compiler.set_stance("force_eager"), modality_weights(model):
         assert (stance(), stance_elsewhere()) == ("force_eager", "force_eager")
         with stance_as_before():
