@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
     from .input_checks import check_shapes  # noqa: F401
     from .language_head import SparseMoeVlmLanguageHead  # noqa: F401
+    from .lora_targets import AdapterConfigs  # noqa: F401
     from .losses import router_losses  # noqa: F401
     from .modality_encoder import SparseMoeVlmModalityEncoder  # noqa: F401
     from .modeling_sparse_moe_vlm import SparseMoeVlmModel  # noqa: F401
