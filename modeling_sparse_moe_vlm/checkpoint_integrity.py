@@ -53,32 +53,6 @@ def named_damage(checkpoint: str | os.PathLike | None, subfolder: str = "") -> I
         raise
 
 
-@contextmanager
-def no_mixture(folder: str | os.PathLike) -> Iterator[None]:
-    """
-    Keeps a save that failed half-way from leaving new weights beside older ones, which would load as one checkpoint:
-    their index is removed. The files themselves are written in one piece or not at all.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Where a model is saved.
-    """
-    before = _weights(folder)
-    try:
-        yield
-    except BaseException:
-        if _weights(folder) != before:
-            for index in Path(folder).glob("*.safetensors.index*.json"):
-                index.unlink(missing_ok=True)
-        raise
-
-
-def _weights(folder: str | os.PathLike) -> dict[str, tuple[int, int]]:
-    """By name of a file with weights, what changes when it is written anew."""
-    files = {path.name: path.stat() for path in Path(folder).glob("*.safetensors")}
-    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in files.items()}
-
-
 def check_weights(files: Iterable[str | os.PathLike], weight_map: Mapping[str, str] | None = None) -> None:
     """
     Checks that files of weights are whole, and hold what their index says. Only their headers are read.

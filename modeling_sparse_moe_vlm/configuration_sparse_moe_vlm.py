@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .parallel_plans import plan_by_group  # noqa: F401
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
+    from .staged_saves import staged_folder  # noqa: F401
     from .steering import initial_log_priors  # noqa: F401
     from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401

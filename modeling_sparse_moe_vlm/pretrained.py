@@ -2,6 +2,8 @@
 
 import copy
 import difflib
+import inspect
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -26,13 +29,14 @@ from .checkpoint_conversion import (
     loading_conversions,
     saving_conversions,
 )
-from .checkpoint_integrity import check_names, check_weights, named_damage, no_mixture
+from .checkpoint_integrity import check_names, check_weights, named_damage
 from .checks import check
 from .code_revisions import warn_of_other_code
 from .configuration_sparse_moe_vlm import DECODER_FIELDS, SparseMoeVlmConfig
 from .experts import init_expert_weights
 from .lora_targets import AdapterConfigs
-from .parallel_plans import mend_parallelism, prepare_plans
+from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
+from .staged_saves import staged_folder
 from .steering import initial_log_priors
 
 logger = logging.get_logger(__name__)
@@ -177,16 +181,26 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
         """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
         return super().load_state_dict(convert_from_disk(self, state_dict), *args, **kwargs)
 
-    def save_pretrained(self, *args, **kwargs):
-        """See [`~transformers.PreTrainedModel.save_pretrained`]. Under FSDP2, too, the code that is saved is ours."""
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """
+        See [`~transformers.PreTrainedModel.save_pretrained`]. Also under FSDP2, the code that is saved is the model's.
+        An older model in the folder stays whole until the new one is: see [`~staged_saves.put_in_place`]. With
+        `push_to_hub` and `distributed_checkpoint`, files are written into the folder itself.
+        """
         # FSDP2 puts a class of torch over the model's, and the library takes the code from the file of the class.
         cls = type(self)
         own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
         names = cls.__module__, cls.__name__
         cls.__module__, cls.__name__ = own.__module__, own.__name__
         try:
-            with no_mixture(args[0] if args else kwargs["save_directory"]):
-                return super().save_pretrained(*args, **kwargs)
+            given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+            if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
+                super().save_pretrained(save_directory, *args, **kwargs)
+                return
+            with staged_folder(save_directory, exchange=not is_one_of_several_processes()) as stage:
+                super().save_pretrained(stage, *args, **kwargs)
+                if list(stage.glob("*.py")):
+                    custom_object_save(self, stage)  # again, as the configuration may have come with other code
         finally:
             cls.__module__, cls.__name__ = names
 

@@ -88,5 +88,7 @@ def write_model_card(
         results=results,
         recipe=recipe.to_yaml().strip() if recipe is not None else None,
     )
-    card.save(folder / "README.md")
+    stage = folder / ".README.md.saving"
+    card.save(stage)
+    stage.replace(folder / "README.md")  # in one step
     return card

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from datasets import disable_progress_bars
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
+
+from ...staged_saves import put_in_place
 
 
 def silence_others(arguments: TrainingArguments) -> None:
@@ -26,7 +29,8 @@ def silence_others(arguments: TrainingArguments) -> None:
 def save_and_part(trainer: Trainer, folder: Path) -> bool:
     """
     Saves the trained model whole, however it is spread over processes, and ends their group: the first can go on for
-    as long as it takes, and none waits for it. To be called by all.
+    as long as it takes, and none waits for it. To be called by all. The folder keeps an older model until the new one
+    is written, and then has all of the new one.
 
     Args:
         trainer (`Trainer`):
@@ -36,12 +40,17 @@ def save_and_part(trainer: Trainer, folder: Path) -> bool:
 
     Returns:
         `bool`: whether this process is the first. The others have nothing left to do. With several processes the
-        trainer's model may be but a part of the trained one, which can be read from the folder.
+        trainer's model may be only a part of the trained one, which can be read from the folder.
     """
-    trainer.save_model(str(folder))
+    stage = folder.parent / f".{folder.name}.saving"  # the same in all processes
+    if trainer.is_world_process_zero():
+        shutil.rmtree(stage, ignore_errors=True)  # of an interrupted save
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(stage))
     trainer.accelerator.wait_for_everyone()  # the end of the group would end what another process still receives
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return False
-    (folder / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
+    (stage / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
+    put_in_place(stage, folder, outdated=["README.md"])  # the card of an older model
     return True
