@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from .outputs import SparseMoeVlmModelOutputWithPast  # noqa: F401
     from .parallel_plans import plan_by_group  # noqa: F401
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
+    from .quantization import warn_of_unquantised_experts  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
     from .staged_saves import staged_folder  # noqa: F401
     from .steering import initial_log_priors  # noqa: F401

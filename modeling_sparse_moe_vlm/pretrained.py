@@ -36,6 +36,7 @@ from .configuration_sparse_moe_vlm import DECODER_FIELDS, SparseMoeVlmConfig
 from .experts import init_expert_weights
 from .lora_targets import AdapterConfigs
 from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
+from .quantization import warn_of_unquantised_experts
 from .staged_saves import staged_folder
 from .steering import initial_log_priors
 
@@ -128,6 +129,8 @@ class SparseMoeVlmPreTrainedModel(PreTrainedModel):
                 f"of this configuration ({len(info.mismatched_keys) - 1} more tensors differ). Load it with its own "
                 "configuration, or pass `ignore_mismatched_sizes=True` to initialise what differs."
             )
+        if expected_keys is None:
+            warn_of_unquantised_experts(model, load_config.hf_quantizer)
         return loaded
 
     @property

@@ -1,0 +1,44 @@
+"""What quantisers leave out: most of them only know linear layers, and experts lie in stacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .checkpoint_conversion import MATRICES, expert_stacks
+
+logger = logging.get_logger(__name__)
+
+
+def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
+    """
+    Warns where a model was loaded with a `quantization_config` that does not cover its routed experts.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, with its weights loaded.
+        quantizer (`HfQuantizer`, *optional*):
+            What quantised it.
+    """
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return
+    names = [f"{part}.{name}" for stack in expert_stacks(model) for part in stack.parts for name in MATRICES]
+    # Quantised ones are of another class, or in types of a byte.
+    left = [weight for weight in map(model.get_parameter, names) if _is_plain(weight)]
+    if not left:
+        return
+    size = sum(weight.numel() * weight.element_size() for weight in left)
+    share = sum(weight.numel() for weight in left) / sum(weight.numel() for weight in model.parameters())
+    logger.warning_once(
+        f"`quantization_config` leaves the routed experts as they are: {size / 1e6:,.1f} MB, {share:.0%} of the "
+        "model's parameters. Quantisers convert linear layers, and experts lie in stacks. torchao also quantises "
+        "stacks, with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig(), '_default': "
+        "Int8WeightOnlyConfig()}))` and `experts_implementation='eager'`."
+    )
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
