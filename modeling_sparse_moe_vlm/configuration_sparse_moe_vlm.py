@@ -70,6 +70,7 @@ _NOT_PREDICTIONS = [
     "aux_loss",
     "z_loss",
     "aux_loss_by_modality",
+    "router_loss",
     "image_outputs",
     "image_hidden_states",
     "modality_weights",

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils.import_utils import is_tracing
 
 from .cache_name import CACHE_NAME
 from .fused_head import takes_fused_head, with_own_router_losses
@@ -19,6 +20,16 @@ from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOu
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .steering import check_steering_arguments
 from .token_modalities import TokenModalities
+
+logger = logging.get_logger(__name__)
+
+_LOSSES_LEFT_OUT = (
+    "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training arguments "
+    "such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and `Trainer` leaves the "
+    "router losses out: use `SparseMoeTrainer` (`from modeling_sparse_moe_vlm.toolbox.training import "
+    "SparseMoeTrainer`), which adds them. In a training loop of your own, add `outputs.router_loss` to your loss; this "
+    "message can then be ignored."
+)
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -122,7 +133,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         text_config = self.config.get_text_config()
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
-        loss = losses = None
+        loss = losses = router_loss = None
         if labels is not None:
             check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
@@ -135,9 +146,12 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
                 tokens.is_real,
                 router_indices=outputs.router_indices,
             )
+            router_loss = losses.total(text_config)
             if labels is not None and loss is not None:
-                router_loss = losses.total(text_config).to(loss.device)
-                loss = loss + share_of_batch(labels, kwargs.get("num_items_in_batch")) * router_loss
+                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + share * router_loss.to(loss.device)
+            elif not wants_router_losses and torch.is_grad_enabled() and not is_tracing(logits):
+                logger.warning_once(_LOSSES_LEFT_OUT)
         return SparseMoeVlmCausalLMOutputWithPast(
             loss=loss,
             aux_loss=None if losses is None else losses.aux_loss,
@@ -152,5 +166,6 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             image_outputs=outputs.get("image_outputs"),
             modality_weights=outputs.modality_weights,
             count_free_modality_weights=outputs.count_free_modality_weights,
+            router_loss=router_loss,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )

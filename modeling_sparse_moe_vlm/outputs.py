@@ -106,6 +106,9 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
             Router z-loss, a scalar, next to the load-balancing `aux_loss`.
         aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`, *optional*, returned with the router logits):
             Load-balancing loss of each modality, detached; NaN where the batch has no token of the modality.
+        router_loss (`torch.Tensor`, *optional*, returned with the router logits):
+            All router losses with their coefficients, a scalar: what the model adds to its language loss, and what a
+            training loop with a loss of its own is to add.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
             See [`SparseMoeVlmModelOutputWithPast`].
         router_indices, router_dropped (`tuple[torch.Tensor]`, *optional*, returned with the router logits):
@@ -123,3 +126,4 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
     router_dropped: tuple[torch.Tensor, ...] | None = None
     modality_weights: tuple[torch.Tensor, ...] | None = None
     count_free_modality_weights: tuple[torch.Tensor, ...] | None = None
+    router_loss: torch.Tensor | None = None

@@ -101,7 +101,8 @@ def explain(
     queries = torch.tensor(list(words)) + inputs["input_ids"].shape[1] - 1
     attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., is_image]
     looked = attention.mean(dim=(0, 1, 2))
-    experts = torch.stack([logits[is_image].argmax(dim=-1) for logits in whole.router_logits])
+    # The best of the chosen ones: router logits lack the routers' biases.
+    experts = torch.stack([chosen[is_image, 0] for chosen in whole.router_indices])
     return Explanation(
         words=list(words.values()),
         alpha=alpha,

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
+from ...losses import share_of_batch
 from ..routing.monitor import RoutingMonitor
 from .training_settings import no_training_settings
+
+
+class _NextTokenSmoother(LabelSmoother):
+    """Compares logits with the labels of the next position, which `Trainer` does only for models that it knows."""
+
+    def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
+        return super().__call__(model_output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
+
+
+def _with_router_loss(function: Callable) -> Callable:
+    """A loss that is computed outside of the model, with what the model would have added to its own."""
+
+    def loss_with_router_loss(outputs, labels, *args, num_items_in_batch=None, **kwargs):
+        loss = function(outputs, labels, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        router_loss = outputs.get("router_loss")
+        if router_loss is None:
+            return loss
+        return loss + share_of_batch(labels, num_items_in_batch) * router_loss.to(loss.device)
+
+    return loss_with_router_loss
 
 
 class SparseMoeTrainer(Trainer):
@@ -22,6 +45,9 @@ class SparseMoeTrainer(Trainer):
       [`~toolbox.routing.RoutingStatistics`]; `trainer.routing.statistics` has the layers one by one), with a
       warning where one has collapsed.
 
+    Losses that are not the model's own (`compute_loss_func`, `label_smoothing_factor`) get the router losses added to
+    them, and label smoothing compares every logit with the label of the next position.
+
     With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
     return its router logits (`config.output_router_logits`), a setting of training that saved models do not have.
 
@@ -29,13 +55,25 @@ class SparseMoeTrainer(Trainer):
         ValueError: If the biases are to be moved, but the model does not return its router logits.
     """
 
+    label_smoother: Callable | None
+    compute_loss_func: Callable | None
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            self.label_smoother = _with_router_loss(_NextTokenSmoother(epsilon=self.args.label_smoothing_factor))
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = _with_router_loss(self.compute_loss_func)
         self._router_losses: dict[str, list[torch.Tensor]] = {}
         self.routing = RoutingMonitor()
         self.add_callback(self.routing)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        has_own_loss = self.label_smoother is not None or self.compute_loss_func is not None
+        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        if has_own_loss and getattr(config, "output_router_logits", False):
+            # At evaluation, a model without labels computes no router losses unless somebody asks for them.
+            inputs["output_router_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             unwrapped = self.accelerator.unwrap_model(model)
@@ -47,7 +85,6 @@ class SparseMoeTrainer(Trainer):
             for name, value in losses.items():
                 if value is not None:
                     self._router_losses.setdefault(name, []).append(value.detach())
-            config = unwrapped.config.get_text_config()
             if getattr(config, "router_bias_update_rate", None) and config.layers_by_experts:
                 check(
                     bool(outputs.get("router_logits")),

@@ -34,7 +34,7 @@ class Processor:
 
 
 class Model:
-    """Gives an answer and random weights, attentions and router logits."""
+    """Gives an answer and random weights and attentions; its routers choose others than the experts of most logit."""
 
     device = "cpu"
 
@@ -54,6 +54,7 @@ class Model:
         }
         self.attentions = [torch.rand(1, HEADS, length, length, generator=generator) for _ in range(LAYERS)]
         self.router_logits = [torch.rand(length, 5, generator=generator) for _ in range(LAYERS)]
+        self.router_indices = [logits.argsort(dim=-1)[:, 1:3] for logits in self.router_logits]
 
     def set_attn_implementation(self, name):
         self.config._attn_implementation = name
@@ -70,7 +71,9 @@ class Model:
         assert self.config._attn_implementation == "eager"
         assert options == {"output_attentions": True, "output_router_logits": True}
         assert torch.equal(input_ids, self.sequences)
-        return SimpleNamespace(attentions=self.attentions, router_logits=self.router_logits)
+        return SimpleNamespace(
+            attentions=self.attentions, router_logits=self.router_logits, router_indices=self.router_indices
+        )
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_every_figure_is_that_of_its_word(answer, steps):
                 looked += matrix[0, head, query, 2:6]
     torch.testing.assert_close(explanation.looked, (looked / looked.sum()).view(2, 2))
 
-    expected = [[logits[2 + token].argmax().item() for token in range(4)] for logits in model.router_logits]
+    expected = [[chosen[2 + token, 0].item() for token in range(4)] for chosen in model.router_indices]
     assert explanation.experts.tolist() == torch.tensor(expected).view(LAYERS, 2, 2).tolist()
     assert model.config._attn_implementation == "sdpa"
 
