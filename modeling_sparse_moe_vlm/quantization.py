@@ -35,8 +35,9 @@ def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
     logger.warning_once(
         f"`quantization_config` leaves the routed experts as they are: {size / 1e6:,.1f} MB, {share:.0%} of the "
         "model's parameters. Quantisers convert linear layers, and experts lie in stacks. torchao also quantises "
-        "stacks, with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig(), "
-        "'_default': Int8WeightOnlyConfig()}))` and `experts_implementation='eager'`."
+        "stacks, with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig()}))` and "
+        "`experts_implementation='eager'`; name the decoder's linear layers likewise, as "
+        r"`r're:.*language_model.*_proj\.weight'`."
     )
 
 
