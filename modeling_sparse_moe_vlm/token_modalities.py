@@ -109,7 +109,9 @@ def find_modalities(
     that is not the image placeholder, the tokens tell where its images are: callers that pad tokens on the left and ids
     on the right shift them against each other. (A placeholder that is said to be text is text: the model may have
     generated it.) And further modalities always are where their placeholders are, since processors know only of text
-    and images. Embedded tokens without given ids have the modality of the placeholder whose embedding they equal.
+    and images. Embedded tokens without given ids have the modality of the placeholder whose embedding they equal. With
+    given ids, images are where a row has as many such placeholders as the ids say; else, as when images are merged into
+    the embeddings, the ids hold.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
@@ -136,12 +138,9 @@ def find_modalities(
         check_shape(mm_token_type_ids, ids.shape)
         ids = mm_token_type_ids.to(tokens.device, torch.long)
         if input_ids is None:
-            return ids
+            return _unshifted(ids, tokens, placeholder_ids, embedding)
     for modality_id, token_id in placeholder_ids.items():
-        if input_ids is not None:
-            is_placeholder = input_ids == token_id
-        else:
-            is_placeholder = (tokens == embedding(torch.tensor(token_id, device=tokens.device))).all(dim=-1)
+        is_placeholder = input_ids == token_id if input_ids is not None else _embeds(tokens, token_id, embedding)
         if mm_token_type_ids is not None:
             is_said_to_be = ids == modality_id
             if modality_id == BUILTIN_MODALITIES.index("image"):
@@ -150,6 +149,23 @@ def find_modalities(
             ids = ids.masked_fill(is_said_to_be, 0)
         ids = ids.masked_fill(is_placeholder, modality_id)
     return ids
+
+
+def _embeds(embeds: torch.Tensor, token_id: int, embedding: nn.Module) -> torch.Tensor:
+    """Which of the embedded tokens `(B, T, D)` are a token's embedding, `(B, T)` of type bool."""
+    return (embeds == embedding(torch.tensor(token_id, device=embeds.device))).all(dim=-1)
+
+
+def _unshifted(
+    ids: torch.Tensor, embeds: torch.Tensor, placeholder_ids: Mapping[int, int], embedding: nn.Module
+) -> torch.Tensor:
+    """The given ids of embedded tokens, but images are where a row has as many placeholders as it has image ids."""
+    image = BUILTIN_MODALITIES.index("image")
+    is_image = ids == image
+    is_placeholder = _embeds(embeds, placeholder_ids[image], embedding)
+    # Merged images are no placeholders any more: then there is nothing to compare with.
+    is_shifted = is_placeholder.sum(dim=1, keepdim=True) == is_image.sum(dim=1, keepdim=True)
+    return torch.where(is_shifted, ids.masked_fill(is_image, 0).masked_fill(is_placeholder, image), ids)
 
 
 def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:

@@ -202,6 +202,23 @@ def test_given_ids_of_embeddings_are_kept():
     assert torch.equal(model.model.get_mm_token_type_ids(None, embeds, ids), ids)
 
 
+@pytest.mark.parametrize("by", [-2, 1, 5])
+def test_images_among_embeddings_go_where_their_placeholders_are(by):
+    model, inputs = make_model(), make_inputs()
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds, **inputs).logits
+        actual = model(inputs_embeds=embeds, **shifted(inputs, by)).logits
+    assert torch.equal(actual, expected)
+
+
+def test_only_rows_of_embeddings_with_as_many_placeholders_elsewhere_have_shifted_ids():
+    model, given = make_model(), torch.tensor([[0, 2, 1, 1, 0]] * 3)
+    tokens = torch.tensor([[3, 4, 3, 5, 6], [3, 3, 3, 5, 6], [8, 4, 3, 5, 6]])
+    found = model.model.get_mm_token_type_ids(None, model.get_input_embeddings()(tokens), given)
+    assert found.tolist() == [[1, 2, 1, 0, 0], [0, 2, 1, 1, 0], [0, 2, 1, 1, 0]]
+
+
 WARNING = "`inputs_embeds` came without `mm_token_type_ids`"
 
 
