@@ -13,6 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from ...checks import check
 from ...losses import share_of_batch
 from ..routing.monitor import RoutingMonitor
+from .checkpoints import last_whole_checkpoint
 from .training_settings import no_training_settings
 
 
@@ -48,6 +49,9 @@ class SparseMoeTrainer(Trainer):
     Losses that are not the model's own (`compute_loss_func`, `label_smoothing_factor`) get the router losses added to
     them, and label smoothing compares every logit with the label of the next position.
 
+    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and names newer ones that are
+    not.
+
     With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
     return its router logits (`config.output_router_logits`), a setting of training that saved models do not have.
 
@@ -67,6 +71,11 @@ class SparseMoeTrainer(Trainer):
         self._router_losses: dict[str, list[torch.Tensor]] = {}
         self.routing = RoutingMonitor()
         self.add_callback(self.routing)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         has_own_loss = self.label_smoother is not None or self.compute_loss_func is not None

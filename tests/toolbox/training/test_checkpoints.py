@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.distributed import checkpoint as distributed_checkpoint
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from modeling_sparse_moe_vlm.toolbox.training.checkpoints import last_whole_checkpoint
 from tests.integration.test_trainer import collate, make_rows
 from tests.support.models import QUIET_TRAINING, make_model
@@ -235,3 +236,27 @@ def test_the_training_goes_on(run):
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(arguments))
     assert trainer.state.global_step == 2
     assert last_whole_checkpoint(arguments) == str(run / "checkpoint-2")
+
+
+class Starts(TrainerCallback):
+    """Keeps the step from which a training goes on."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+
+@pytest.mark.parametrize(("resume", "step"), [(True, 1), (False, 0), (None, 0), ("checkpoint-1", 1)])
+def test_the_trainer_itself_goes_on_from_the_newest_whole_checkpoint(trained, tmp_path, resume, step):
+    run = shutil.copytree(trained["model"], tmp_path / "run")
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
+    starts = Starts()
+    trainer = SparseMoeTrainer(make_model(), make_arguments(run), collate, make_rows(4), callbacks=[starts])
+    trainer.train(str(run / resume) if isinstance(resume, str) else resume)
+    assert starts.step == step
+    assert trainer.state.global_step == 2
+
+
+def test_the_trainer_says_that_there_is_nothing_to_go_on_from(tmp_path):
+    trainer = SparseMoeTrainer(make_model(), make_arguments(tmp_path), collate, make_rows(4))
+    with pytest.raises(ValueError, match=r"There is no checkpoint in .* to go on from"):
+        trainer.train(resume_from_checkpoint=True)
