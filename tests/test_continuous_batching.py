@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
 from modeling_sparse_moe_vlm.cache_name import is_paged
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_model
 
+# By default the cache takes most of the memory that is free.
+SMALL_CACHE = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [40, 41]]
 
 
@@ -46,7 +48,7 @@ def test_texts_are_answered_as_by_generate(make, attention):
         model.generate(torch.tensor([prompt]), generation_config=greedy())[0, len(prompt) :].tolist()
         for prompt in PROMPTS
     ]
-    outputs = model.generate_batch(inputs=PROMPTS, generation_config=greedy())
+    outputs = model.generate_batch(PROMPTS, greedy(), SMALL_CACHE)
     assert [output.error for output in outputs.values()] == [None] * 3
     assert [output.generated_tokens for output in outputs.values()] == expected
 
@@ -54,8 +56,8 @@ def test_texts_are_answered_as_by_generate(make, attention):
 def test_prompts_with_images_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match=rf"prompt 1 has placeholder tokens \[{IMAGE_TOKEN_ID}\].*use `generate`"):
-        model.generate_batch(inputs=[[5, 6], [5, IMAGE_TOKEN_ID, 6]], generation_config=greedy())
-    manager = model.init_continuous_batching(generation_config=greedy())
+        model.generate_batch([[5, 6], [5, IMAGE_TOKEN_ID, 6]], greedy(), SMALL_CACHE)
+    manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=SMALL_CACHE)
     with pytest.raises(ValueError, match="continuous batching takes no images"):
         manager.add_request([IMAGE_TOKEN_ID])
 
