@@ -63,6 +63,16 @@ def check_shapes(
         )
 
 
+def check_only_tokens(unknown: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a language model is given images and the like, which would be passed on and lost."""
+    for name in ("pixel_values", "mm_encoder_outputs", "modality_values"):
+        if unknown.get(name) is not None:
+            raise ValueError(
+                f"a language model takes tokens only, but got `{name}`: load the whole model with "
+                "`AutoModelForImageTextToText`, or leave the argument out."
+            )
+
+
 def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner) -> None:
     """
     For embedded tokens whose modalities nobody tells: warns once if the model treats modalities differently.

@@ -30,7 +30,7 @@ from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts
 from .image_generation import SparseMoeVlmImageGeneration
-from .input_checks import check_encoder_outputs, check_shapes, warn_of_unknown_modalities
+from .input_checks import check_encoder_outputs, check_only_tokens, check_shapes, warn_of_unknown_modalities
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
 from .normalization import SparseMoeVlmRMSNorm
@@ -133,9 +133,10 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids`,
-                `attention_mask` or `position_ids` do not have the shape of the tokens.
+                `attention_mask` or `position_ids` do not have the shape of the tokens, or if images are given.
         """
         check_steering_arguments(kwargs)
+        check_only_tokens(kwargs)
         check_tokens(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)

@@ -5,6 +5,7 @@ import torch
 from transformers import BatchFeature, DynamicCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM
 from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 from modeling_sparse_moe_vlm.input_checks import keep_positions
 from tests.support.models import make_inputs, make_model
@@ -170,3 +171,16 @@ def test_labels_for_the_logits_that_are_kept(model):
     logits = model(**inputs).logits[:, 11:]
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 12:].flatten())
     torch.testing.assert_close(model(**inputs, labels=labels[:, 11:], logits_to_keep=3).loss, expected)
+
+
+# ------------------------------------------------------------------------------------------------ language models
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "mm_encoder_outputs", "modality_values"])
+@pytest.mark.parametrize("has_head", [True, False])
+def test_language_models_are_given_tokens_only(model, name, has_head):
+    language_model = SparseMoeVlmForCausalLM(model.config.text_config) if has_head else model.model.language_model
+    value = {"image": torch.zeros(1)} if name != "pixel_values" else torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=rf"a language model takes tokens only, but got `{name}`"):
+        language_model(**texts(), **{name: value})
+    assert language_model(**texts(), **{name: None})[0].shape[:2] == (B, T)
