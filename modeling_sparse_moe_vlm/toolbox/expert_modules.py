@@ -50,6 +50,12 @@ def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
 
 
+def parameters_by_expert(experts: Any) -> dict[str, nn.Parameter]:
+    """By name, the parameters of an experts module that hold something for every expert: matrices and biases."""
+    parameters = experts.named_parameters(recurse=False)
+    return {name: value for name, value in parameters if value.dim() and value.shape[0] == experts.num_experts}
+
+
 def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
     """The place (a layer's experts, or a pool) that an experts module is a part of, and the group it belongs to."""
     groups = getattr(config, "routed_group_names", [])

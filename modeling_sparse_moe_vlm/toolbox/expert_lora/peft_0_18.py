@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ...checks import check
-from ..expert_modules import is_experts, name_without_adapters, name_without_shard
+from ..expert_modules import experts_modules, name_without_adapters, name_without_shard
 from .adapter_files import read_adapter_files
 
 ORIENTED_SINCE = Version("0.19.0")
@@ -149,8 +149,8 @@ def _adapted_stacks(
     """The adapted stacks of shape `(E, out, in)`: before which names on disk, and the shape."""
     targets = config.get("target_parameters") or []
     modules: dict[str, list[Any]] = {}  # one, or its shards
-    for module_name, module in model.named_modules():
-        if is_experts(module) and not module.is_transposed:
+    for module_name, module in experts_modules(model).items():
+        if not module.is_transposed:
             modules.setdefault(name_without_shard(name_without_adapters(module_name)), []).append(module)
     for module_name, parts in modules.items():
         adapted = [

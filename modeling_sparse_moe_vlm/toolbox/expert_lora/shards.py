@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...checks import check
-from ..expert_modules import name_without_adapters, name_without_shard
+from ..expert_modules import experts_modules, name_without_adapters, name_without_shard
 from .peft_0_18 import read_adapter
 
 
@@ -178,11 +178,9 @@ def load_onto(
 def _sizes(model: nn.Module) -> dict[str, list[int]]:
     """Numbers of experts of the shards, by the stack's name in the state of an adapter."""
     sizes: dict[str, list[int]] = {}
-    for name, module in model.named_modules():
-        stack, is_shard, number = name.rpartition(".shards.")
-        if is_shard and number.isdigit():
-            while hasattr(module, "base_layer"):  # adapters around it
-                module = module.base_layer
+    for name, module in experts_modules(model).items():
+        stack, is_shard, _ = name.partition(".shards.")
+        if is_shard:
             sizes.setdefault(stack, []).append(module.num_experts)
     return sizes
 

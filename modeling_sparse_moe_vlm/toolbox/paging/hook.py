@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .. import expert_seam
-from ..expert_modules import base_model_of, uses_experts_interface
+from ..expert_modules import base_model_of, experts_modules, parameters_by_expert
 from .saved_stacks import save_experts_for_backward
 from .slots import ExpertSlots, MappedSlots
 from .sources import ExpertSource, FileSource, MemorySource, find_sources
@@ -131,7 +131,7 @@ def page_experts(
         OSError: If a file with experts is gone or truncated, now or while the model runs.
     """
     base: Any = base_model_of(model)
-    modules: dict[str, Any] = {name: module for name, module in base.named_modules() if _is_experts(module)}
+    modules: dict[str, Any] = experts_modules(base)
     if not modules:
         raise ValueError(
             f"{type(base).__name__} has no experts to page: no module of it uses Transformers' experts interface "
@@ -142,7 +142,9 @@ def page_experts(
     device = None if execution_device is None else _full(execution_device)
     devices = {name: device or _device(module) for name, module in modules.items()}
     apart = {
-        name for name, module in modules.items() if any(p.device != devices[name] for p in _stacks(module).values())
+        name
+        for name, module in modules.items()
+        if any(p.device != devices[name] for p in parameters_by_expert(module).values())
     }
     modules = {name: module for name, module in modules.items() if not apart or name in apart}
     num_slots = _share(expert_cache, modules, _experts_per_token(base))
@@ -379,17 +381,6 @@ def _check(files: Mapping[str, FileSource], *_: object) -> None:
         file.check()
 
 
-def _is_experts(module: nn.Module) -> bool:
-    """Whether the module holds experts itself: an adapter may wrap it."""
-    return uses_experts_interface(module) and bool(_stacks(module))
-
-
-def _stacks(module: Any) -> dict[str, nn.Parameter]:
-    """The parameters that hold something for every expert."""
-    parameters = module.named_parameters(recurse=False)
-    return {name: value for name, value in parameters if value.dim() and value.shape[0] == module.num_experts}
-
-
 def _device(module: Any) -> torch.device:
     """Where Accelerate, or whoever loaded the model, lets a module run."""
     hook = getattr(module, "_hf_hook", None)
@@ -421,7 +412,7 @@ def _full(device: str | int | torch.device) -> torch.device:
 
 def _sources(name: str, module: Any, pin: bool) -> dict[str, ExpertSource]:
     """Where the experts lie. Those on the execution device itself, where that is a GPU, go to host memory."""
-    stacks = _stacks(module)
+    stacks = parameters_by_expert(module)
     if all(stack.is_meta for stack in stacks.values()):
         hook = getattr(module, "_hf_hook", None)
         weights = getattr(hook, "weights_map", None)
@@ -456,7 +447,7 @@ def _share(expert_cache: str | int, modules: dict[str, Any], experts_per_token: 
             f'`expert_cache` must be a number of experts or bytes such as "2GiB" or "500MB", got {expert_cache!r}.'
         ) from error
     expert_bytes = {
-        name: sum(stack.dtype.itemsize * stack[0].numel() for stack in _stacks(module).values())
+        name: sum(stack.dtype.itemsize * stack[0].numel() for stack in parameters_by_expert(module).values())
         for name, module in modules.items()
     }
     needed = sum(least[name] * expert_bytes[name] for name in modules)

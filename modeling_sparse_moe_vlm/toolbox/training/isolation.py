@@ -9,6 +9,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..expert_modules import expert_banks, name_without_adapters
+
+# What text tokens do not use, apart from experts, and the routers, of which they use some rows.
+NOT_FOR_TEXT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|modality_encoders|mlp\.gate)\.")
+
 
 def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     """
@@ -48,13 +53,11 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
             "change in training: set it to 0 to keep the biases as they are, and balance by `router_aux_loss_coef`."
         )
 
-    others = "|".join(group["name"] for group in config.expert_groups if "text" not in group["modalities"])
-    may_learn = re.compile(
-        r"(^|\.)(vision_tower|multi_modal_projector|modality_encoders|mlp\.gate"
-        rf"|((shared_)?experts|expert_pools\.\d+)\.({others or '$'}))\."
-    )
+    without_text = {group["name"] for group in config.expert_groups if "text" not in group["modalities"]}
+    banks = [bank for bank in expert_banks(model) if bank.group in without_text]
+    experts = tuple(f"{name}." for bank in banks for name in bank.parts)
     for name, parameter in model.named_parameters():
-        if not may_learn.search(name):
+        if not (NOT_FOR_TEXT.search(name) or name_without_adapters(name).startswith(experts)):
             parameter.requires_grad_(False)
 
     kept = []  # the router, the rows of experts that serve text, and what they are to be
