@@ -47,7 +47,7 @@ import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
 import torch
-from tests import small_training
+from tests.support import small_training
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=5))
