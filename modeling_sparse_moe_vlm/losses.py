@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .experts_config import SparseMoeVlmExpertsConfig
 from .routing import chosen_experts
-from .token_modalities import real_tokens
+from .token_modalities import flat_tokens
 
 
 class RouterLosses(NamedTuple):
@@ -160,13 +160,8 @@ def router_losses(
         [`RouterLosses`]
     """
     device = router_logits[0].device
-    num_tokens = router_logits[0].shape[0]
-    real = real_tokens(attention_mask, num_tokens)
-    weight = torch.ones(num_tokens, device=device) if real is None else real.to(device, torch.float32)
-    ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
-    if mm_token_type_ids is not None:
-        ids = mm_token_type_ids.reshape(-1).to(device)
-
+    ids, real = flat_tokens(mm_token_type_ids, attention_mask, router_logits[0].shape[0], device)
+    weight = real.to(torch.float32)
     if router_indices is None:
         router_indices = chosen_experts(config, router_logits, ids, biases)
 

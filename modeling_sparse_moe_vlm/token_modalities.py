@@ -182,3 +182,30 @@ def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.T
         return None
     length = num_tokens // attention_mask.shape[0]
     return attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).bool()
+
+
+def flat_tokens(
+    mm_token_type_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, num_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The tokens of a forward pass in the order of its router logits.
+
+    Args:
+        mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Modality id of every token; all text when `None`.
+        attention_mask (`torch.Tensor`, *optional*):
+            See [`real_tokens`].
+        num_tokens (`int`):
+            Number of tokens, batch_size * sequence_length.
+        device (`torch.device`):
+            Where the result goes.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the modality ids, and which tokens are not padding, of type bool; both
+        `(num_tokens,)`.
+    """
+    ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
+    if mm_token_type_ids is not None:
+        ids = mm_token_type_ids.reshape(-1).to(device)
+    real = real_tokens(attention_mask, num_tokens)
+    return ids, torch.ones(num_tokens, dtype=torch.bool, device=device) if real is None else real.to(device)

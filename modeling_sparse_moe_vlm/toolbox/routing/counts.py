@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import LayerRouting, RoutingRule, chosen_experts, router_biases
-from ...token_modalities import TokenModalities, real_tokens
+from ...token_modalities import TokenModalities, flat_tokens
 from .watch import watch_routing
 
 
@@ -87,12 +87,8 @@ def count_routing(
     Returns:
         [`RoutingCounts`], on the device of the first logits.
     """
-    device, num_tokens = router_logits[0].device, router_logits[0].shape[0]
-    real = real_tokens(attention_mask, num_tokens)
-    real = torch.ones(num_tokens, dtype=torch.bool, device=device) if real is None else real.to(device)
-    ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
-    if mm_token_type_ids is not None:
-        ids = mm_token_type_ids.reshape(-1).to(device)
+    device = router_logits[0].device
+    ids, real = flat_tokens(mm_token_type_ids, attention_mask, router_logits[0].shape[0], device)
     if router_indices is None:
         router_indices = chosen_experts(config, router_logits, ids, biases)
         if config.expert_capacity_factor is not None:
