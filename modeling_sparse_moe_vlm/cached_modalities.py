@@ -1,4 +1,4 @@
-"""Modality ids of cached tokens: kept with the cache, whose keys do not tell them."""
+"""Modality ids of cached tokens: kept with the cache, since its keys do not show them."""
 
 from __future__ import annotations
 

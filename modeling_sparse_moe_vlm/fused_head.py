@@ -23,7 +23,7 @@ from .routing import RoutingRecord
 
 
 def takes_fused_head(forward: Any) -> bool:
-    """Whether a forward is TRL's: it alone has an argument `fused_lm_head`, written out in its own code."""
+    """Whether a forward is TRL's: only that one has an argument `fused_lm_head` in its own code."""
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 

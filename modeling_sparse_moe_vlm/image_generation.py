@@ -20,11 +20,11 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
     model: Any
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's; pictures that it does not pass on (to assistants, for one) are known to be missing."""
+        """As the library's. Images that it does not pass on, as to assistants, are known to be missing."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, mm_token_type_ids, **kwargs)
         if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
             if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
-                logger.warning_once("The prompt has image placeholders, but it is continued without any pictures.")
+                logger.warning_once("The prompt has image placeholders, but it is continued without any images.")
             model_inputs["mm_encoder_outputs"] = {}
         cache = model_inputs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() > 0:
@@ -32,7 +32,7 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
         return model_inputs
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As the library's, for texts alone: the manager refuses prompts with placeholders, which have no images."""
+        """As the library's, but only for text: the manager refuses prompts with placeholders, which have no images."""
         manager = super().init_continuous_batching(*args, **kwargs)
         add_request = type(manager).add_request
 
@@ -44,7 +44,7 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
         return manager
 
     def generate_batch(self, inputs, *args, **kwargs):
-        """See [`~transformers.ContinuousMixin.generate_batch`], for texts alone.
+        """See [`~transformers.ContinuousMixin.generate_batch`], but only for text.
 
         Raises:
             ValueError: If a prompt has placeholders of images or further modalities.
@@ -63,7 +63,7 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
                 )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """As the library's, which repeats tensors alone; values of further modalities are repeated with their rows."""
+        """As the library's, which repeats only tensors; values of further modalities are repeated with their rows."""
         values = model_kwargs.get("modality_values")
         if values and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")
