@@ -9,15 +9,13 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from transformers import TrainingArguments, set_seed
 
 from ..data import VisionLanguageCollator
 from ..demo import conversations
 from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
-from ..training.checkpoints import last_whole_checkpoint
 from ..training.models import from_checkpoint
-from ..training.processes import save_and_part, silence_others
+from ..training.processes import save_and_part, start_run
 from ..training.trainer import SparseMoeTrainer
 from ..training.training_settings import compute_router_losses
 from .config import num_adapter_parameters
@@ -47,16 +45,8 @@ class LoraRun:
 
     def __init__(self, recipe: LoraRecipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
-        self.arguments = TrainingArguments(
-            output_dir=str(output_dir / "checkpoints"),
-            remove_unused_columns=False,
-            label_names=["labels"],  # which an adapter hides from Trainer
-            **recipe.training,
-        )
-        self.checkpoint = last_whole_checkpoint(self.arguments) if resume else None
-        output_dir.mkdir(parents=True, exist_ok=True)
-        silence_others(self.arguments)
-        set_seed(self.arguments.seed)
+        hidden = {"label_names": ["labels"]}  # an adapter hides them from Trainer
+        self.arguments, self.checkpoint = start_run(output_dir, resume, **hidden, **recipe.training)
         self.data = load_new_style(**recipe.data)
         model, self.processor = from_checkpoint(recipe.model)
         compute_router_losses(model)

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from datasets import disable_progress_bars
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ...staged_saves import put_in_place
+from .checkpoints import last_whole_checkpoint
+
+
+def start_run(output_dir: Path, resume: bool, **training: Any) -> tuple[TrainingArguments, str | None]:
+    """
+    Starts a run in a folder: joins the processes, makes the folder and sets the seed.
+
+    Args:
+        output_dir (`Path`):
+            Where the run writes everything; its checkpoints go to `checkpoints` in it.
+        resume (`bool`):
+            Whether the run goes on from its last whole checkpoint.
+        training:
+            Arguments of [`~transformers.TrainingArguments`].
+
+    Returns:
+        `tuple[TrainingArguments, str | None]`: the arguments of the training, and the checkpoint to go on from.
+
+    Raises:
+        ValueError: If an argument is not possible, or there is no checkpoint to go on from.
+        OSError: If the folder cannot be made.
+    """
+    arguments = TrainingArguments(output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **training)
+    checkpoint = last_whole_checkpoint(arguments) if resume else None
+    output_dir.mkdir(parents=True, exist_ok=True)
+    silence_others(arguments)
+    set_seed(arguments.seed)
+    return arguments, checkpoint
 
 
 def silence_others(arguments: TrainingArguments) -> None:

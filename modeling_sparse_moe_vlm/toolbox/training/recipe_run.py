@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, set_seed
 
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ..data import VisionLanguageCollator
@@ -19,9 +18,8 @@ from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, s
 from ..hub import write_model_card
 from ..model_size import describe_size
 from ..routing import expert_load
-from .checkpoints import last_whole_checkpoint
 from .models import from_checkpoint, from_scratch
-from .processes import save_and_part, silence_others
+from .processes import save_and_part, start_run
 from .recipes import Recipe, find_model
 from .trainer import SparseMoeTrainer
 from .training_settings import compute_router_losses
@@ -52,13 +50,7 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
         model_path = find_model(recipe.model)
-        self.arguments = TrainingArguments(
-            output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **recipe.training
-        )
-        self.checkpoint = last_whole_checkpoint(self.arguments) if resume else None
-        output_dir.mkdir(parents=True, exist_ok=True)
-        silence_others(self.arguments)
-        set_seed(self.arguments.seed)
+        self.arguments, self.checkpoint = start_run(output_dir, resume, **recipe.training)
         self.data = load_scenes(**recipe.data)
         if model_path.endswith(".json"):
             self.model, self.processor = from_scratch(model_path, self.data["train"], **recipe.tokenizer)
