@@ -20,6 +20,17 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.xdist_group("processes"))
 
 
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """`Trainer` and the benchmarks set how much the library logs, and messages once logged are not logged again."""
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.warning_once.cache_clear()
+    yield
+    logging.set_verbosity(verbosity)
+
+
 @pytest.fixture(params=["hybrid", "joint", "isolated"])
 def arrangement(request) -> str:
     return request.param

@@ -17,7 +17,6 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmForCausalLM,
     SparseMoeVlmForConditionalGeneration,
     SparseMoeVlmTextConfig,
-    experts_validation,
 )
 from tests.support.models import TEXT_CONFIG, VISION_CONFIG, make_config
 from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS
@@ -196,7 +195,6 @@ def test_implementation_of_experts_is_for_the_decoder_alone():
 
 
 def test_router_that_could_not_learn_is_pointed_out(caplog):
-    experts_validation.logger.warning_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="modeling_sparse_moe_vlm"):
         make_config(num_experts_per_tok=1, num_experts=31)
     assert "norm_topk_prob=False" in caplog.text

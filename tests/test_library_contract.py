@@ -121,7 +121,6 @@ def test_image_hidden_states_are_a_field_or_deprecated_as_in_llava():
     llava, model, inputs = make_llava().eval(), make_model(), make_inputs()
     log = CaptureLogger(logging.get_logger("modeling_sparse_moe_vlm.outputs"))
     library_log = CaptureLogger(logging.get_logger("transformers.models.llava.modeling_llava"))
-    logging.warning_once.cache_clear()
     llava_output, output = llava(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}), model(**inputs)
     assert ("image_hidden_states" in output) == ("image_hidden_states" in llava_output) == (not HAS_IMAGE_OUTPUTS)
     with log, library_log:
