@@ -227,3 +227,20 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
         d.pop(_NUM_SHARDS, None)
+
+
+def experts_config_of(config: PreTrainedConfig) -> Any:
+    """
+    The configuration of the experts of a model.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of a model, or of its decoder.
+
+    Returns:
+        `SparseMoeVlmExpertsConfig`: `config.experts_config`, where a model holds one as a sub-configuration; else the
+        decoder's configuration, which inherits from it in models of this package (and has none of its fields in
+        other models).
+    """
+    own = getattr(config, SparseMoeVlmExpertsConfig.base_config_key, None)
+    return config.get_text_config() if own is None else own

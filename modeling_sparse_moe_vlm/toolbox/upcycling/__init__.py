@@ -1,0 +1,1 @@
+"""Upcycling: a sparse mixture of experts from a dense model, with the same outputs."""
