@@ -7,6 +7,8 @@ import copy
 import torch
 from transformers import PreTrainedConfig, initialization
 
+from .experts_config import SparseMoeVlmExpertsConfig
+
 
 def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]:
     """
@@ -35,15 +37,31 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
     model.tie_weights()
 
     total = model.num_parameters()
-    layers = [[layer] for layer in range(text_config.num_hidden_layers) if text_config.layer_pool(layer) is None]
-    idle = sum(_idle_experts(text_config, shared, modality) for shared in [*layers, *text_config.pools.values()])
+    idle = idle_experts(text_config, modality)
     if modality == "text" and text_config is not config:
         vision = (model.model.vision_tower, model.model.multi_modal_projector)
         idle += sum(parameter.numel() for module in vision for parameter in module.parameters())
     return total, total - idle
 
 
-def _idle_experts(config: PreTrainedConfig, layers: list[int], modality: str) -> int:
+def idle_experts(config: SparseMoeVlmExpertsConfig, modality: str) -> int:
+    """
+    Counts what a token leaves unused of the experts.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        modality (`str`):
+            The modality of the token.
+
+    Returns:
+        `int`: number of parameters of the experts, of all layers, that one token of the modality does not use.
+    """
+    layers = [[layer] for layer in range(config.num_hidden_layers) if config.layer_pool(layer) is None]
+    return sum(_idle_experts(config, shared, modality) for shared in [*layers, *config.pools.values()])
+
+
+def _idle_experts(config: SparseMoeVlmExpertsConfig, layers: list[int], modality: str) -> int:
     """Parameters of the experts of layers that share the routed ones which one token of the modality leaves unused."""
     per_unit = 3 * config.hidden_size  # gate, up and down weights per unit of an expert's width
     idle = 0

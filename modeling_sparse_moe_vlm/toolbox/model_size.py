@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from ..experts_config import SparseMoeVlmExpertsConfig, experts_config_of
+from ..parameters import idle_experts
 from .expert_modules import uses_experts_interface
 from .meta_model import model_on_meta_device
 
@@ -32,14 +34,14 @@ class ModelSize:
     active: dict[str, int]
 
 
-def model_size(config: PreTrainedConfig) -> ModelSize:
+def model_size(config: PreTrainedConfig | PreTrainedModel) -> ModelSize:
     """
     Counts the parameters of a model without making its weights.
 
     Args:
-        config (`PreTrainedConfig`):
-            Configuration of ours or of any Transformers model. Of a mixture of experts that Transformers' experts
-            interface does not run, what is active is not known.
+        config (`PreTrainedConfig` or `PreTrainedModel`):
+            Configuration of ours or of any Transformers model, or the model itself, which may be on the meta device.
+            Of a mixture of experts that Transformers' experts interface does not run, what is active is not known.
 
     Returns:
         [`ModelSize`]
@@ -47,25 +49,58 @@ def model_size(config: PreTrainedConfig) -> ModelSize:
     Raises:
         ValueError: If no auto class knows the configuration.
     """
-    if isinstance(config, SparseMoeVlmConfig | SparseMoeVlmTextConfig):
-        modalities = config.get_text_config().modalities if isinstance(config, SparseMoeVlmConfig) else ["text"]
-        return ModelSize(config.num_parameters(), {name: config.num_active_parameters(name) for name in modalities})
+    own = config.config if isinstance(config, PreTrainedModel) else config
+    if isinstance(own, SparseMoeVlmConfig | SparseMoeVlmTextConfig):
+        modalities = own.get_text_config().modalities if isinstance(own, SparseMoeVlmConfig) else ["text"]
+        return ModelSize(own.num_parameters(), {name: own.num_active_parameters(name) for name in modalities})
     model = model_on_meta_device(config)
     model.tie_weights()
-    total = _count([model])
-    idle = _idle_parameters(model)
-    if idle is None:
-        return ModelSize(total, {})
-    if model.get_encoder("image") is model:
-        return ModelSize(total, {"text": total - idle})
+    total, encoders = _count([model]), encoders_of(model)
+    active = {}
+    for modality, idle in idle_parameters(model).items():
+        if modality == "text" and encoders:
+            used = _count(text_modules(model))
+        else:
+            own = encoders.get("image" if modality == "video" else modality)
+            used = total - _count({encoder for encoder in encoders.values() if encoder is not own})
+        active[modality] = used - idle
+    return ModelSize(total, active)
+
+
+def encoders_of(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """By modality, the encoder of what is not text; video is encoded like images. Empty for a language model."""
+    encoders = {modality: model.get_encoder(modality) for modality in ("image", "audio")}
+    return {modality: encoder for modality, encoder in encoders.items() if encoder not in (None, model)}
+
+
+def text_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """What a text token passes through: the decoder, and the head where there is one."""
     head = model.get_output_embeddings()
-    reads_text = _count([model.get_decoder(), *([] if head is None else [head])])
-    return ModelSize(total, {"text": reads_text - idle, "image": total - idle})
+    return [model.get_decoder(), *([] if head is None else [head])]
+
+
+def idle_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """
+    Counts what tokens leave unused of a model's experts.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, which may be on the meta device.
+
+    Returns:
+        `dict[str, int]`: by modality that the model reads, the number of parameters of the experts that one token
+        leaves unused. Empty where that is not known.
+    """
+    config = experts_config_of(model.config)
+    if isinstance(config, SparseMoeVlmExpertsConfig):
+        return {modality: idle_experts(config, modality) for modality in config.modalities}
+    idle = _idle_parameters(model)
+    return {} if idle is None else dict.fromkeys(["text", *encoders_of(model)], idle)
 
 
 def describe_size(model: PreTrainedModel) -> str:
-    """The size of a model as a sentence; of models that are not ours only the total."""
-    if not isinstance(model.config, SparseMoeVlmConfig):
+    """The size of a model as a sentence; of models without expert groups only the total."""
+    if not isinstance(experts_config_of(model.config), SparseMoeVlmExpertsConfig):
         return f"{type(model).__name__} with {model.num_parameters():,} parameters."
     size = model_size(model.config)
     active = ", ".join(f"{number:,} active per {modality} token" for modality, number in size.active.items())

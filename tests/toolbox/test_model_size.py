@@ -3,6 +3,7 @@
 import pytest
 from transformers import (
     CLIPVisionConfig,
+    Gemma4Config,
     Gemma4TextConfig,
     JetMoeConfig,
     LlamaConfig,
@@ -12,6 +13,7 @@ from transformers import (
 )
 
 from modeling_sparse_moe_vlm.toolbox import model_size as module
+from modeling_sparse_moe_vlm.toolbox.meta_model import model_on_meta_device
 from modeling_sparse_moe_vlm.toolbox.model_size import ModelSize, describe_size, model_size, short
 from tests.support.models import make_config, make_model
 
@@ -121,3 +123,17 @@ def test_a_model_in_a_sentence():
 )
 def test_numbers_with_units(number, text):
     assert short(number) == text
+
+
+def test_an_encoder_of_another_modality_is_not_used():
+    """Tokens of images do not pass through the encoder of audio, nor those of audio through that of images."""
+    text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    model = model_on_meta_device(Gemma4Config(text_config=text, audio_config=audio, vision_config={"hidden_size": 16}))
+    size = model_size(model)
+    image, sound = (sum(p.numel() for p in model.get_encoder(name).parameters()) for name in ("image", "audio"))
+    assert image != sound
+    assert image and sound
+    assert size.active["image"] == size.total - sound
+    assert size.active["audio"] == size.total - image
+    assert size.active["text"] < min(size.total - image, size.total - sound)
