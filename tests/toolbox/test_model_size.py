@@ -133,7 +133,7 @@ def test_an_encoder_of_another_modality_is_not_used():
     size = model_size(model)
     image, sound = (sum(p.numel() for p in model.get_encoder(name).parameters()) for name in ("image", "audio"))
     assert image != sound
-    assert image and sound
+    assert min(image, sound) > 0
     assert size.active["image"] == size.total - sound
     assert size.active["audio"] == size.total - image
     assert size.active["text"] < min(size.total - image, size.total - sound)

@@ -83,7 +83,10 @@ def test_by_modality():
 def test_as_a_table():
     dense = Costs(1000, {"text": 900}, {"float32": 4000, "bfloat16": 2000}, {"text": 1800})
     sparse = Costs(
-        5_000_000, {"text": 950, "image": 1100}, {"float32": 20_000_000, "bfloat16": 10_000_000}, {"text": 2, "image": 3}
+        5_000_000,
+        {"text": 950, "image": 1100},
+        {"float32": 20_000_000, "bfloat16": 10_000_000},
+        {"text": 2, "image": 3},
     )
     assert costs_table({"dense": dense, "sparse": sparse}).splitlines() == [
         "|  | dense | sparse |",
