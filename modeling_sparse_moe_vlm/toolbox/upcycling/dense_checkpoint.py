@@ -1,0 +1,205 @@
+"""Reads the checkpoint of a dense model a few tensors at a time, each as the library would load it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, load_state_dict
+from transformers.utils import logging
+
+from ...checkpoint_integrity import check_weights
+from ..meta_model import model_on_meta_device
+from .errors import UpcyclingError
+
+
+class DenseCheckpoint:
+    """
+    A model on the meta device, and the files that hold its weights. Names, types and conversions are the library's,
+    which also loads what is asked for. Nothing that was read stays in memory.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, on the meta device.
+        files (`list[str]`):
+            Its files of weights: safetensors, or PyTorch's.
+        load_config (`LoadStateDictConfig`):
+            How the library would load them.
+
+    Attributes:
+        model (`PreTrainedModel`): The model; its `_weight_conversions` are those that the files need.
+        names (`list[str]`): Names of the model's tensors that the files hold, in their natural order.
+
+    Raises:
+        OSError: If a file is damaged or missing.
+        UpcyclingError: If the model is quantised, or its tensors are not those in the files; the message names them.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: list[str], load_config: LoadStateDictConfig) -> None:
+        if load_config.hf_quantizer is not None:
+            raise UpcyclingError("the model is quantised: upcycle its checkpoint in full precision.")
+        self.model = model
+        self._files = ExitStack()
+        check_weights(files, (load_config.sharded_metadata or {}).get("weight_map"))
+        tensors: dict[str, Any] = {}
+        for file in files:
+            if file.endswith(".safetensors"):
+                # Mapped into memory, the pages that were read would stay there.
+                opened = self._files.enter_context(safe_open(file, framework="pt", backend="pread"))
+                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            else:
+                tensors |= load_state_dict(file)
+        self._load_config = replace(load_config, sharded_metadata=None)
+        unknown = self._find_units(tensors)
+        self._check_names(unknown)
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, source: str | os.PathLike, model_class: type[PreTrainedModel], **options: Any
+    ) -> Iterator[DenseCheckpoint]:
+        """
+        Opens a checkpoint.
+
+        Args:
+            source (`str` or `os.PathLike`):
+                Folder, or name on the Hub.
+            model_class (`type[PreTrainedModel]`):
+                Class of the model.
+            options:
+                Further arguments of `from_pretrained`, such as `dtype` and `revision`.
+
+        Yields:
+            [`DenseCheckpoint`]: its files are closed afterwards.
+        """
+        found: dict[str, Any] = {}
+
+        class WithoutWeights(model_class):
+            @staticmethod
+            def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+                found.update(files=checkpoint_files, load_config=load_config)
+                return None, None
+
+            @staticmethod
+            def _finalize_model_loading(model, load_config, loading_info):
+                return loading_info
+
+        # The library has conversions and options by a class's name and module.
+        WithoutWeights.__name__, WithoutWeights.__module__ = model_class.__name__, model_class.__module__
+        model = WithoutWeights.from_pretrained(source, **options)
+        model.__class__ = model_class
+        checkpoint = cls(model, **found)
+        with checkpoint._files:
+            yield checkpoint
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """
+        Loads some tensors.
+
+        Args:
+            names (`Iterable[str]`):
+                Some of [`names`].
+
+        Returns:
+            `dict[str, torch.Tensor]`: by name in the model, those tensors, and others that the files have in one with
+            them.
+
+        Raises:
+            UpcyclingError: If a tensor has another shape in the files than in the model.
+        """
+        units = list(dict.fromkeys(self._unit_of[name] for name in names))
+        on_meta = self.model.state_dict(keep_vars=True)
+        state = {key: tensor for unit in units for key, tensor in self._units[unit].items()}
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, state, self._load_config)
+        self.model._weight_conversions = self._conversions
+        for name, found, expected in info.mismatched_keys:
+            raise UpcyclingError(
+                f"{name} has the shape {list(found)} in the checkpoint and {list(expected)} in a model of its "
+                "configuration."
+            )
+        loaded = {}
+        for name in sorted(set(on_meta) - info.missing_keys, key=dot_natural_key):
+            loaded[name] = self.model.get_parameter_or_buffer(name).detach()
+            module, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(module), leaf, on_meta[name])
+        return loaded
+
+    def _find_units(self, tensors: dict[str, Any]) -> set[str]:
+        """
+        Finds which of the model's tensors are made of which in the files, as the library does in loading. Returns what
+        the model does not know.
+        """
+        own = self.model.state_dict()
+        steps = self._load_config.weight_mapping or []
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        targets = {pattern: step.target_patterns for step in converters for pattern in step.source_patterns}
+        prefix = self.model.base_model_prefix
+        self._units: dict[str, dict[str, Any]] = {}  # by the first name in the model
+        self._unit_of: dict[str, str] = {}
+        unknown = set()
+        for key in sorted(tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, own)
+            if name not in own and key in own:
+                name, pattern = rename_source_key(key, [], [], prefix, own)
+            if name not in own:
+                unknown.add(name)
+                continue
+            # What is only renamed has its new name at once: some renamings depend on the keys that came before.
+            self._units.setdefault(name, {})[name if pattern is None else key] = tensors[key]
+            made = targets[pattern] if pattern is not None else [""]
+            self._unit_of |= {name.replace(made[0], target): name for target in made}
+        self.names = [name for name in sorted(own, key=dot_natural_key) if name in self._unit_of]
+        self._conversions = [step for step in steps if step.was_used()]
+        self.model._weight_conversions = self._conversions
+        return unknown
+
+    def _check_names(self, unknown: set[str]) -> None:
+        """Raises `UpcyclingError` where the files lack a tensor of the model, or have one that it does not know."""
+        info, _ = convert_and_load_state_dict_in_model(self.model, {}, self._load_config)
+        self.model._weight_conversions = self._conversions
+        present = set(self.names)
+        info.missing_keys, info.unexpected_keys = set(self.model.state_dict()) - present, unknown
+        self.model._adjust_missing_and_unexpected_keys(info)
+        for names in self.model.all_tied_weights_keys.items():
+            if present.intersection(names):
+                info.missing_keys -= set(names)
+        for fault, names in (("lacks", info.missing_keys), ("has no place for", info.unexpected_keys)):
+            if names:
+                listed = ", ".join(sorted(names, key=dot_natural_key)[:6])
+                more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+                raise UpcyclingError(
+                    f"{'the checkpoint' if fault == 'lacks' else type(self.model).__name__} {fault} {listed}{more}. "
+                    "See what `from_pretrained` says of it; where that is right, upcycle the model that it returns."
+                )
+
+
+def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a configuration names, else one for images and text where there is one."""
+    return type(model_on_meta_device(config))
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The library shows one for everything that it loads."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,114 @@
+"""Writes a checkpoint tensor by tensor, in any order: the files are those that `save_pretrained` writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+MAX_SHARD_SIZE = "50GB"  # as of `save_pretrained`
+
+# The format's names of types, in the order in which the library sorts tensors: the last first.
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+_RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
+
+
+class ShardFiles:
+    """
+    The files of a checkpoint whose tensors are known by name, shape and type, and written one at a time. Nothing stays
+    in memory.
+
+    Args:
+        folder (`Path`):
+            Where the files are made.
+        tensors (`Mapping[str, torch.Tensor]`):
+            What the checkpoint will hold, in order; tensors on the meta device.
+        num_parameters (`int`):
+            Number of parameters of the model, for the index.
+        max_shard_size (`int` or `str`, defaults to `"50GB"`):
+            Largest size of one file, as of `save_pretrained`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, torch.Tensor],
+        num_parameters: int,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+    ) -> None:
+        self.missing = dict(tensors)
+        self._places: dict[str, tuple[Path, int]] = {}
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+        for file, names in split.filename_to_tensors.items():
+            self._begin(folder / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            metadata = {"total_parameters": num_parameters, **split.metadata}
+            index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+            content = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(content, encoding="utf-8")
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """
+        Writes some of the tensors.
+
+        Args:
+            tensors (`Mapping[str, torch.Tensor]`):
+                By name.
+
+        Raises:
+            ValueError: If a tensor is not one that the checkpoint still lacks, or has another shape or type.
+        """
+        for name, tensor in tensors.items():
+            planned = self.missing.pop(name, None)
+            if planned is None or (planned.shape, planned.dtype) != (tensor.shape, tensor.dtype):
+                found = f"{list(tensor.shape)} of {tensor.dtype}"
+                expected = "nothing more" if planned is None else f"{list(planned.shape)} of {planned.dtype}"
+                raise ValueError(f"the checkpoint expects {expected} under the name {name!r}, got {found}.")
+            path, offset = self._places[name]
+            with path.open("r+b") as file:
+                file.seek(offset)
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _begin(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Makes a file with its header and room for its tensors: see [`~checkpoint_integrity.read_header`]."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        begin, offsets = 0, {}
+        for name in _sorted(tensors):
+            tensor = tensors[name]
+            offsets[name], end = begin, begin + tensor.element_size() * math.prod(tensor.shape)
+            header[name] = {
+                "dtype": _DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+            begin = end
+        content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        content += b" " * (-len(content) % 8)
+        data = 8 + len(content)
+        with path.open("wb") as file:
+            file.write(len(content).to_bytes(8, "little") + content)
+            file.truncate(data + begin)
+        self._places |= {name: (path, data + offset) for name, offset in offsets.items()}
+
+
+def _sorted(tensors: Mapping[str, torch.Tensor]) -> Iterable[str]:
+    return sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
