@@ -288,16 +288,21 @@ def route(
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: weights in the dtype of the logits and expert ids of type int64, both
-        `(T, top_k)`, best first. An unused slot has weight 0 and the sentinel id E, which experts skip.
+        `(T, top_k)`, best first (in half precision, equal ones in the order of their ids). An unused slot has weight 0
+        and the sentinel id E, which experts skip.
     """
-    if bias is None:
-        # The order of logits is that of their softmax and of their sigmoid, so the choice needs no probabilities.
-        chosen, index = torch.topk(logits, top_k, dim=-1)
-    else:
+    ranks = logits  # their order is that of their softmax and of their sigmoid: the choice needs no probabilities
+    if bias is not None:
         plain = logits.detach().float()
         affinity = torch.sigmoid(plain) if router == "sigmoid" else torch.softmax(plain, dim=-1)
-        index = torch.topk((affinity + bias).masked_fill(plain == -torch.inf, -torch.inf), top_k, dim=-1).indices
-        chosen = logits.gather(-1, index)
+        ranks = (affinity + bias).masked_fill(plain == -torch.inf, -torch.inf)
+    if torch.finfo(logits.dtype).bits > 16:
+        index = torch.topk(ranks, top_k, dim=-1).indices
+    else:
+        # In half precision experts often tie. `topk` takes any of them; the first ones are those of one copy where
+        # the parts of a dense block share a router row, and only together are they the dense block.
+        index = torch.sort(ranks, dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen = logits.gather(-1, index)
     scores = chosen.float()
     if router == "sigmoid":
         log_weights = F.logsigmoid(scores)

@@ -86,6 +86,17 @@ def test_top_p_takes_the_fewest_experts_that_reach_it():
         assert (index < EXPERTS).sum() == number, top_p
 
 
+@pytest.mark.parametrize("bias", [None, torch.zeros(1, 12)], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ties_in_half_precision_are_broken_by_the_order_of_experts(dtype, bias):
+    """The parts of a split dense block have one router row, and must not be mixed with those of another that ties."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 3, (500, 12), generator=generator).to(dtype)
+    _, index = route(logits, top_k=5, bias=bias)
+    expected = [sorted(range(12), key=lambda expert: -row[expert])[:5] for row in logits.tolist()]
+    assert index.tolist() == expected
+
+
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_p"])
 @pytest.mark.parametrize("offset", [-1e4, -100.0, 0.0, 100.0, 1e4])
 def test_weights_are_finite_for_any_logits(router, offset):
