@@ -1,0 +1,433 @@
+"""From what is asked of `upcycle` to the fields of the experts' configuration, and what cannot start exactly."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields as dataclass_fields
+from typing import Any, NamedTuple
+
+from ...checks import check_boolean, check_choice, check_integer, check_number
+from ...expert_groups import ExpertGroup, resolve_groups
+from ...experts_config import SparseMoeVlmExpertsConfig
+from .errors import UpcyclingError
+
+STARTS = ("copy", "split", "residual", "drop")
+POOL_STARTS = ("first", "mean")
+DROP_RATIO = 0.5  # the best one in the paper (arXiv 2502.19261)
+# The exact start of the arrangements that have a name.
+_DEFAULT_STARTS = {"hybrid": "residual", "joint": "copy", "isolated": "copy"}
+
+
+class Start(NamedTuple):
+    """How experts start from the dense block of their layer.
+
+    Args:
+        name (`str`):
+            - `"copy"`: every routed expert is the dense block.
+            - `"split"`: every routed expert is one of `granularity` parts of the dense block.
+            - `"residual"`: the always-on expert of each modality is the dense block, routed experts add nothing yet.
+            - `"drop"`: as `"copy"`, with a share of each expert's neurons drawn anew.
+        granularity (`int`, defaults to 1):
+            Number of parts that the dense block is cut into, with `"split"`.
+        drop_ratio (`float`, defaults to 0.0):
+            Share of the neurons that are drawn anew, with `"drop"`.
+        pool_start (`str`, *optional*):
+            What the experts of a pool start from, other than with `"residual"`: the dense block of the pool's
+            `"first"` layer, or the `"mean"` of all its layers' blocks.
+    """
+
+    name: str
+    granularity: int = 1
+    drop_ratio: float = 0.0
+    pool_start: str | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the sparse model computes what the dense one does."""
+        return self.drop_ratio == 0 and self.pool_start is None
+
+
+class _Request(NamedTuple):
+    """What was asked for, as the steps below need it."""
+
+    arrangement: str | list[dict[str, Any]]
+    num_experts: int | None
+    modalities: list[str]
+    widths: dict[int, int]  # of the dense block, by layer
+    num_hidden_layers: int
+    moe_intermediate_size: int | None
+    granularity: int | None
+
+
+def experts_fields(
+    *,
+    widths: Mapping[int, int],
+    num_hidden_layers: int,
+    hidden_size: int,
+    hidden_act: str,
+    modalities: Sequence[str],
+    expert_groups: str | Sequence[Mapping[str, Any]] = "hybrid",
+    num_experts: int | None = None,
+    num_experts_per_tok: int = 2,
+    start: str | None = None,
+    granularity: int | None = None,
+    drop_ratio: float | None = None,
+    pool_start: str | None = None,
+    **fields: Any,
+) -> tuple[Start, dict[str, Any]]:
+    r"""
+    The experts' configuration of a model that is to be upcycled.
+
+    Args:
+        widths (`Mapping[int, int]`):
+            Width of the dense block of every layer that becomes sparse; the other layers stay dense. Where widths
+            differ, groups whose width follows from the dense block's are made one by width, with the width in the name
+            (`"joint_2048"`).
+        num_hidden_layers (`int`):
+            Number of layers of the decoder, sparse and dense ones.
+        hidden_size (`int`):
+            Width of the residual stream.
+        hidden_act (`str`):
+            Activation of the dense blocks.
+        modalities (`Sequence[str]`):
+            Names of the modalities that the model takes, text first.
+        expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
+            Name of an arrangement, or the groups, as in [`SparseMoeVlmExpertsConfig`]. The width of a group that gives
+            none follows from the dense block and the start.
+        num_experts (`int`, *optional*, defaults to 8):
+            Number of routed experts of a layer of the sparse model. With a list of groups it follows from them.
+        num_experts_per_tok (`int`, defaults to 2):
+            Number of routed experts that a token goes to in the sparse model.
+        start (`str`, *optional*):
+            See [`Start`]. By default an exact one: `"residual"` for `"hybrid"`, and for groups of which each modality
+            has an always-on one that can hold the dense block; else `"split"` if there is a `granularity`, and
+            `"copy"` if not.
+        granularity (`int`, *optional*):
+            Makes routed experts finer: their width is that of the dense block divided by it. With `"split"`, both
+            `num_experts` (that of every routed group) and `num_experts_per_tok` are numbers of such finer experts and
+            must be multiples of it: E experts are E / granularity copies of the dense block, in as many parts each.
+            With `"split"` it is `num_experts_per_tok` by default, at which a token costs as much as in the
+            dense model.
+        drop_ratio (`float`, *optional*, defaults to 0.5):
+            See [`Start`], for `"drop"`.
+        pool_start (`str`, *optional*):
+            See [`Start`]. Giving it accepts that layers which share experts then do not start exactly.
+        fields:
+            Further fields of [`SparseMoeVlmExpertsConfig`], such as `router`, `expert_pool` and `initializer_range`.
+
+    Returns:
+        `tuple[Start, dict[str, Any]]`: how the experts start, and all fields of their configuration that follow from
+        the request, with every group spelled out.
+
+    Raises:
+        UpcyclingError: If the fields contradict each other, or the start would not be exact (`"drop"` never is).
+    """
+    with _named_errors():
+        _check_fields(fields)
+        _check_options(start, granularity, drop_ratio, pool_start)
+        check_integer("num_experts_per_tok", num_experts_per_tok)
+        _check_widths(widths, num_hidden_layers)
+        request = _Request(
+            arrangement=expert_groups if isinstance(expert_groups, str) else [dict(group) for group in expert_groups],
+            num_experts=num_experts,
+            modalities=list(modalities),
+            widths=dict(sorted(widths.items())),
+            num_hidden_layers=num_hidden_layers,
+            moe_intermediate_size=fields.pop("moe_intermediate_size", None),
+            granularity=granularity,
+        )
+        name = _default_start(request) if start is None else start
+        by_modality = fields.get("num_experts_per_tok_by_modality") or {}
+        if name == "split" and granularity is None:
+            request = request._replace(granularity=num_experts_per_tok)
+        chosen = Start(
+            name,
+            granularity=(request.granularity or 1) if name == "split" else 1,
+            drop_ratio=(DROP_RATIO if drop_ratio is None else drop_ratio) if name == "drop" else 0.0,
+            pool_start=pool_start,
+        )
+        _check_start(chosen, request, fields, drop_ratio)
+        slots = {modality: by_modality.get(modality, num_experts_per_tok) for modality in request.modalities}
+        groups = _groups(chosen, request)
+        _check_pools_fit(chosen, request, groups, fields.get("expert_pool"))
+        complete = {
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "hidden_act": hidden_act,
+            "modalities": request.modalities,
+            "mlp_only_layers": [layer for layer in range(num_hidden_layers) if layer not in widths],
+            "num_experts": num_experts,
+            "num_experts_per_tok": num_experts_per_tok,
+            "moe_intermediate_size": _routed_width(chosen, request, next(iter(request.widths.values()))),
+            "expert_groups": groups,
+            **fields,
+        }
+        config = SparseMoeVlmExpertsConfig(**complete)
+        complete |= {"expert_groups": config.expert_groups, "num_experts": config.num_experts}
+        _check_groups(chosen, request, config, slots)
+        _check_pools(chosen, config)
+        return chosen, complete
+
+
+def dense_carriers(groups: Sequence[ExpertGroup], modalities: Sequence[str], width: int) -> list[str] | None:
+    """
+    The always-on groups of a layer that start as its dense block with the start `"residual"`: such that every modality
+    is served by one and only one of them.
+
+    Args:
+        groups (`Sequence[ExpertGroup]`):
+            The groups of the layer; earlier ones are preferred.
+        modalities (`Sequence[str]`):
+            The modalities of the model.
+        width (`int`):
+            Width of the dense block: what the experts of a group must have together, at least.
+
+    Returns:
+        `list[str]`: names of the groups; `None` where there is no such choice.
+    """
+    able = [group for group in groups if group.always_on and group.num_experts * group.intermediate_size >= width]
+
+    def choose(left: list[str]) -> list[str] | None:
+        if not left:
+            return []
+        for group in able:
+            if group.serves(left[0]) and set(group.modalities) <= set(left):
+                rest = choose([modality for modality in left if not group.serves(modality)])
+                if rest is not None:
+                    return [group.name, *rest]
+        return None
+
+    return choose(list(modalities))
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """What the configuration refuses cannot be upcycled."""
+    try:
+        yield
+    except UpcyclingError:
+        raise
+    except ValueError as error:
+        raise UpcyclingError(str(error)) from error
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    known = [field.name for field in dataclass_fields(SparseMoeVlmExpertsConfig)]
+    for field in fields:
+        if field in ("decoder_sparse_step", "mlp_only_layers"):
+            raise UpcyclingError(f"`{field}` follows from the layers that are upcycled: choose them with `layers`.")
+        if field not in known:
+            close = difflib.get_close_matches(field, known, n=1)
+            raise UpcyclingError(
+                f"`{field}` is not a field of the experts' configuration"
+                + (f": did you mean `{close[0]}`?" if close else f", which has {known}.")
+            )
+
+
+def _check_options(start: Any, granularity: Any, drop_ratio: Any, pool_start: Any) -> None:
+    if start is not None:
+        check_choice("start", start, STARTS)
+    if granularity is not None:
+        check_integer("granularity", granularity)
+    if drop_ratio is not None:
+        check_number("drop_ratio", drop_ratio, at_most=1)
+    if pool_start is not None:
+        check_choice("pool_start", pool_start, POOL_STARTS)
+
+
+def _check_widths(widths: Mapping[int, int], num_hidden_layers: int) -> None:
+    if not widths:
+        raise UpcyclingError("no layer is to become sparse: choose at least one with `layers`.")
+    for layer, width in widths.items():
+        check_integer("layers", layer, at_least=0, below=num_hidden_layers)
+        check_integer(f"widths[{layer}]", width)
+
+
+def _default_start(request: _Request) -> str:
+    if isinstance(request.arrangement, str):
+        # An unknown name is refused where groups are resolved.
+        name = _DEFAULT_STARTS.get(request.arrangement, "copy")
+    else:
+        groups = [ExpertGroup.from_dict(group) for group in _groups(Start("residual"), request)]
+        can_hold = all(
+            dense_carriers(_of_layer(groups, layer), request.modalities, width) is not None
+            for layer, width in request.widths.items()
+        )
+        name = "residual" if can_hold else "copy"
+    return "split" if name == "copy" and (request.granularity or 1) > 1 else name
+
+
+def _of_layer(groups: Sequence[ExpertGroup], layer: int) -> list[ExpertGroup]:
+    return [group for group in groups if group.layers is None or layer in group.layers]
+
+
+def _routed_width(start: Start, request: _Request, width: int) -> int:
+    """Width of routed experts whose group gives none, in a layer whose dense block has this width."""
+    if start.name == "residual" and request.moe_intermediate_size is not None:
+        return request.moe_intermediate_size
+    return width // (request.granularity or 1)
+
+
+def _groups(start: Start, request: _Request) -> list[dict[str, Any]]:
+    """The groups with every key; one for each width that a group needs."""
+    arrangement = request.arrangement
+    resolved = resolve_groups(
+        arrangement,
+        modalities=request.modalities,
+        num_experts=request.num_experts,
+        intermediate_size=1,
+        num_hidden_layers=request.num_hidden_layers,
+    )
+    given = [] if isinstance(arrangement, str) else [g["name"] for g in arrangement if "intermediate_size" in g]
+    groups = []
+    for group in resolved:
+        layers = [layer for layer in request.widths if group["layers"] is None or layer in group["layers"]]
+        if group["name"] in given or not layers:  # a group of dense layers only is refused by the configuration
+            groups.append(group)
+            continue
+        layers_by_width: dict[int, list[int]] = {}
+        for layer in layers:
+            width = request.widths[layer]
+            if not (group["always_on"] and start.name == "residual"):
+                width = _routed_width(start, request, width)
+            layers_by_width.setdefault(width, []).append(layer)
+        for width, its_layers in layers_by_width.items():
+            sized = group | {"intermediate_size": width}
+            if len(layers_by_width) > 1:
+                sized |= {"name": f"{group['name']}_{width}", "layers": its_layers}
+            groups.append(sized)
+    return groups
+
+
+def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], drop_ratio: float | None) -> None:
+    """Raises `UpcyclingError` where start and fields do not go together."""
+    name = start.name
+    if drop_ratio is not None and name != "drop":
+        raise UpcyclingError(f'`drop_ratio` is for `start="drop"`, but the start is "{name}": leave it out.')
+    if name in ("copy", "drop") and (request.granularity or 1) > 1:
+        raise UpcyclingError(
+            f'`start="{name}"` makes experts as wide as the dense block, so `granularity` {request.granularity} does '
+            'not go with it: use `start="split"`, or `start="residual"`.'
+        )
+    if name == "residual" and request.granularity is not None and request.moe_intermediate_size is not None:
+        raise UpcyclingError(
+            "`granularity` and `moe_intermediate_size` both set the width of routed experts: give one of them."
+        )
+    for layer, width in request.widths.items():
+        if width % (request.granularity or 1):
+            raise UpcyclingError(
+                f"`granularity` {request.granularity} does not divide the width {width} of layer {layer}'s dense "
+                "block: choose a divisor of it."
+            )
+        needed = _routed_width(start, request, width)
+        if request.moe_intermediate_size not in (None, needed):
+            raise UpcyclingError(
+                f'`moe_intermediate_size` is {request.moe_intermediate_size}, but with `start="{name}"` experts of '
+                f'layer {layer} are {needed} wide: leave it out, set `granularity`, or use `start="residual"`.'
+            )
+    if name == "residual":
+        return
+    check_boolean("norm_topk_prob", fields.get("norm_topk_prob", True))
+    if not fields.get("norm_topk_prob", True):
+        raise UpcyclingError(
+            f'`start="{name}"` needs weights of the chosen experts that sum to 1, or they would scale what the dense '
+            'block puts out: leave `norm_topk_prob` True, or use `start="residual"`.'
+        )
+    if name == "split" and fields.get("router") == "top_p":
+        raise UpcyclingError(
+            '`router="top_p"` may choose only some parts of a dense block, so `start="split"` does not go with it: '
+            'use another router, `start="copy"` or `start="residual"`.'
+        )
+    if fields.get("expert_capacity_factor") is not None:
+        raise UpcyclingError(
+            f'`expert_capacity_factor` drops tokens, which `start="{name}"` cannot make up for: leave it out, or use '
+            '`start="residual"`.'
+        )
+
+
+def _check_groups(start: Start, request: _Request, config: SparseMoeVlmExpertsConfig, slots: Mapping[str, int]) -> None:
+    """Raises `UpcyclingError` where the groups of a layer cannot hold its dense block."""
+    for layer, width in request.widths.items():
+        if start.name == "residual":
+            if dense_carriers(config.layer_expert_groups(layer), request.modalities, width) is None:
+                raise UpcyclingError(_no_carriers(config, layer, width))
+            continue
+        needed = width // start.granularity
+        for group in config.layer_expert_groups(layer, always_on=False):
+            if group.intermediate_size != needed:
+                raise UpcyclingError(
+                    f'`start="{start.name}"` needs experts of width {needed} in layer {layer}, whose dense block is '
+                    f"{width} wide, but `expert_groups[{group.name!r}].intermediate_size` is "
+                    f'{group.intermediate_size}: leave it out, or use `start="residual"`.'
+                )
+            if group.num_experts % start.granularity:
+                raise UpcyclingError(
+                    f'`start="split"` cuts each copy of the dense block into {start.granularity} experts, but group '
+                    f"{group.name!r} has {group.num_experts}: choose a number of experts that is a multiple of "
+                    "`granularity`, or another `granularity`."
+                )
+    for modality, chosen in slots.items():
+        if chosen % start.granularity:
+            raise UpcyclingError(
+                f'`start="split"` needs all {start.granularity} parts of a dense block for a token, but a token of '
+                f"modality {modality!r} goes to {chosen} experts: choose `num_experts_per_tok` (or "
+                "`num_experts_per_tok_by_modality`) as a multiple of `granularity`, or another `granularity`."
+            )
+
+
+def _no_carriers(config: SparseMoeVlmExpertsConfig, layer: int, width: int) -> str:
+    """Why the dense block of a layer cannot be its always-on experts."""
+    always_on = config.layer_expert_groups(layer, always_on=True)
+    for modality in config.modalities:
+        sizes = {
+            group.name: group.num_experts * group.intermediate_size for group in always_on if group.serves(modality)
+        }
+        if not sizes:
+            return (
+                f'`start="residual"` needs an always-on expert for every modality, but layer {layer} has none for '
+                f'{modality!r}: use `expert_groups="hybrid"`, add a group with `"always_on": True`, or use '
+                '`start="copy"`.'
+            )
+        if max(sizes.values()) < width:
+            return (
+                f'`start="residual"` makes an always-on expert of the dense block, which is {width} wide in layer '
+                f"{layer}, but the always-on experts for {modality!r} have the widths {sizes}: leave their "
+                '`intermediate_size` out, or use `start="copy"`.'
+            )
+    return (
+        '`start="residual"` needs always-on groups of which exactly one serves each modality, but no choice of '
+        f"layer {layer}'s {[group.name for group in always_on]} with a width of at least {width} does: change their "
+        "`modalities`."
+    )
+
+
+def _check_pools_fit(start: Start, request: _Request, groups: list[dict[str, Any]], pools: Any) -> None:
+    """Raises `UpcyclingError` where the layers of a pool need experts of different widths."""
+    if not isinstance(pools, list | tuple) or len(pools) != request.num_hidden_layers:
+        return  # the configuration refuses it
+    routed = [ExpertGroup.from_dict(group) for group in groups if not group["always_on"]]
+    for pool in {pool for pool in pools if pool is not None}:
+        widths = {layer: request.widths[layer] for layer in request.widths if pools[layer] == pool}
+        names = {tuple(group.name for group in _of_layer(routed, layer)) for layer in widths}
+        if len(set(widths.values())) > 1 and len(names) > 1:
+            raise UpcyclingError(
+                f"`expert_pool` has layers {sorted(widths)} share pool {pool}, but their dense blocks have different "
+                f"widths {widths}: pool layers of one width"
+                + (", or set `moe_intermediate_size`." if start.name == "residual" else ".")
+            )
+
+
+def _check_pools(start: Start, config: SparseMoeVlmExpertsConfig) -> None:
+    shared = {pool: layers for pool, layers in config.pools.items() if len(layers) > 1}
+    if start.pool_start is not None and (start.name == "residual" or not shared):
+        reason = "routed experts start at zero" if start.name == "residual" else "no layers share their experts"
+        raise UpcyclingError(f"`pool_start` has no meaning here, since {reason}: leave it out.")
+    if shared and start.pool_start is None and start.name != "residual":
+        pool, layers = next(iter(shared.items()))
+        raise UpcyclingError(
+            f'`expert_pool` has layers {layers} share the experts of pool {pool}, and `start="{start.name}"` can make '
+            'them the dense block of only one of these layers: use `start="residual"` with an always-on expert for '
+            'every modality, which is exact, or accept another output with `pool_start="first"` or `"mean"`.'
+        )

@@ -1,0 +1,346 @@
+"""Router rows of an upcycled block: small random ones, or made of the dense block's inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ...expert_groups import ExpertGroup
+from ...experts_config import SparseMoeVlmExpertsConfig
+from .errors import UpcyclingError
+
+MAX_TOKENS = 2048
+_ITERATIONS = 50
+_SAME = 1e-6  # directions whose cosine is nearer to 1 are the same
+
+
+class BlockInputs(NamedTuple):
+    """A sample of what went into a dense block.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(N, D)`): The inputs, of N tokens.
+        modality_ids (`torch.Tensor` of shape `(N,)`): Their modality ids, of type int64.
+    """
+
+    hidden_states: torch.Tensor
+    modality_ids: torch.Tensor
+
+
+def router_std(config: SparseMoeVlmExpertsConfig) -> float:
+    """
+    Standard deviation of random router rows: the model's own, but at most 1/√D, at which the logits of inputs of unit
+    scale have unit scale.
+    """
+    return min(config.initializer_range, 1 / math.sqrt(config.hidden_size))
+
+
+def random_rows(
+    config: SparseMoeVlmExpertsConfig, groups: Sequence[ExpertGroup], granularity: int, generator: torch.Generator
+) -> torch.Tensor:
+    """
+    Small random router rows.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        groups (`Sequence[ExpertGroup]`):
+            The routed groups of the layer.
+        granularity (`int`):
+            How many experts in a row share theirs.
+        generator (`torch.Generator`):
+            What they are drawn with.
+
+    Returns:
+        `torch.Tensor` of shape `(E, D)`, in float32.
+    """
+    num_rows = sum(group.num_experts for group in groups) // granularity
+    rows = torch.randn(num_rows, config.hidden_size, generator=generator) * router_std(config)
+    return rows.repeat_interleave(granularity, dim=0)
+
+
+def data_rows(
+    config: SparseMoeVlmExpertsConfig,
+    groups: Sequence[ExpertGroup],
+    granularity: int,
+    inputs: BlockInputs,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """
+    Router rows from data: the centroids of spherical k-means over the inputs of the dense block (arXiv 2604.13508), for
+    each group over the tokens that it serves.
+
+    What all centroids of a layer have in common is taken off, which changes no choice and no normalised softmax weight.
+    All rows are then scaled by one number: such that the logits of a token differ by a standard deviation of 1 over
+    the experts that serve it, on average, or by less, since no row is longer than √D times [`router_std`].
+
+    Args:
+        config, groups, granularity, generator:
+            See [`random_rows`].
+        inputs ([`BlockInputs`]):
+            Inputs of the layer's dense block.
+
+    Returns:
+        `torch.Tensor` of shape `(E, D)`, in float32.
+
+    Raises:
+        UpcyclingError: If there are no tokens that a group serves, or inputs are not finite.
+    """
+    states, ids = inputs.hidden_states.float().cpu(), inputs.modality_ids.cpu()
+    if not states.isfinite().all():
+        raise UpcyclingError(
+            '`router_init` is "data", but the dense model\'s hidden states for `batch` are not finite.'
+        )
+    rows = []
+    for group in groups:
+        served = torch.tensor([config.modalities.index(modality) for modality in group.modalities])
+        tokens = states[torch.isin(ids, served)]
+        if len(tokens) == 0:
+            raise UpcyclingError(
+                f'`router_init` is "data", but `batch` has no tokens of {list(group.modalities)}, which the experts '
+                f'of group {group.name!r} serve: add examples with some, or use `router_init="random"`.'
+            )
+        rows.append(spherical_k_means(tokens, group.num_experts // granularity, generator))
+    return _scaled(torch.cat(rows), config, groups, granularity, states, ids).repeat_interleave(granularity, dim=0)
+
+
+def spherical_k_means(vectors: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
+    """
+    Clusters directions: every vector belongs to the centroid with which it has the largest cosine, and a centroid is
+    the mean of its vectors' directions, scaled to unit length. The first centroids are drawn as by k-means++. An
+    empty cluster takes the vector that is farthest from its own centroid. Where there are fewer different directions
+    than clusters, the last centroids are random ones.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(N, D)`):
+            What is clustered, in float32; zero vectors are left out.
+        num_clusters (`int`):
+            Number n of clusters.
+        generator (`torch.Generator`):
+            What is drawn is drawn with it.
+
+    Returns:
+        `torch.Tensor` of shape `(n, D)`: unit vectors.
+    """
+    lengths = vectors.norm(dim=1, keepdim=True)
+    directions = (vectors / lengths)[lengths[:, 0] > 0]
+    centroids = _first_centroids(directions, num_clusters, generator)
+    members = None
+    for _ in range(_ITERATIONS if len(centroids) else 0):
+        cosines, nearest = (directions @ centroids.T).max(dim=1)
+        if members is not None and torch.equal(nearest, members):
+            break
+        members = nearest
+        is_member = nn.functional.one_hot(members, len(centroids)).to(directions.dtype)
+        sums = is_member.T @ directions
+        norms = sums.norm(dim=1, keepdim=True)
+        centroids = torch.where(norms > _SAME, sums / norms.clamp_min(_SAME), centroids)
+        farthest = cosines.argsort(stable=True).tolist()
+        for cluster in (is_member.sum(dim=0) == 0).nonzero().flatten().tolist():
+            centroids[cluster] = directions[farthest.pop(0)]
+    missing = torch.randn(num_clusters - len(centroids), vectors.shape[1], generator=generator)
+    return torch.cat([centroids, nn.functional.normalize(missing, dim=1)])
+
+
+def _first_centroids(directions: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
+    """At most that many different directions, far ones preferred: each is drawn by its distance to those before."""
+    if len(directions) == 0:
+        return directions
+    chosen = [int(torch.randint(len(directions), (1,), generator=generator))]
+    nearest = directions @ directions[chosen[0]]
+    while len(chosen) < num_clusters:
+        distances = 1 - nearest
+        distances[distances < _SAME] = 0.0
+        if not distances.any():
+            break
+        chosen.append(int(torch.multinomial(distances, 1, generator=generator)))
+        nearest = torch.maximum(nearest, directions @ directions[chosen[-1]])
+    return directions[chosen]
+
+
+def _scaled(
+    centroids: torch.Tensor,
+    config: SparseMoeVlmExpertsConfig,
+    groups: Sequence[ExpertGroup],
+    granularity: int,
+    states: torch.Tensor,
+    ids: torch.Tensor,
+) -> torch.Tensor:
+    longest = router_std(config) * math.sqrt(config.hidden_size)
+    if len(centroids) == 1:
+        return centroids * longest
+    rows = centroids - centroids.mean(dim=0)
+    scale = longest / rows.norm(dim=1).max().clamp_min(_SAME)
+    spreads = []
+    for modality_id, modality in enumerate(config.modalities):
+        serves = [group.serves(modality) for group in groups for _ in range(group.num_experts // granularity)]
+        if sum(serves) > 1:
+            logits = states[ids == modality_id] @ rows[torch.tensor(serves)].T
+            spreads.append(logits.std(dim=1, correction=0))
+    if spreads:
+        scale = torch.minimum(scale, 1 / torch.cat(spreads).mean())
+    return rows * scale
+
+
+class _Block(Protocol):
+    """What [`collect_block_inputs`] asks of a dense block: its name in the model, and its layer."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layer(self) -> int: ...
+
+
+def collect_block_inputs(
+    model: PreTrainedModel,
+    batch: Mapping[str, Any] | Iterable[Mapping[str, Any]],
+    blocks: Iterable[_Block],
+    *,
+    modalities: Sequence[str],
+    placeholder_ids: Mapping[str, Sequence[int]] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+) -> dict[int, BlockInputs]:
+    """
+    Runs the dense model on examples and keeps a sample of what goes into its feed-forward blocks: the same tokens in
+    all layers, padding left out.
+
+    Args:
+        model (`PreTrainedModel`):
+            The dense model; it is run in evaluation mode, without gradients.
+        batch (`Mapping` or an iterable of such):
+            Inputs of the model, as its processor makes them.
+        blocks (`Iterable[GatedBlock]`):
+            The feed-forward blocks.
+        modalities (`Sequence[str]`):
+            Names of the modalities; the position is the modality id.
+        placeholder_ids (`Mapping[str, Sequence[int]]`, *optional*):
+            By modality, the ids of the tokens that stand for its features, where inputs have no `mm_token_type_ids`.
+        max_tokens (`int`, defaults to 2048):
+            How many tokens of each modality are kept, drawn at random.
+        seed (`int`, defaults to 0):
+            Seed of the draw.
+
+    Returns:
+        `dict[int, BlockInputs]`: the sample by layer, on the CPU.
+
+    Raises:
+        UpcyclingError: If there are no examples, or the tokens of a block are not those of the inputs.
+    """
+    blocks = list(blocks)
+    generator = torch.Generator().manual_seed(seed)
+    samples: dict[int, _Sample] = {block.layer: _Sample(len(modalities), max_tokens) for block in blocks}
+    for inputs in [batch] if isinstance(batch, Mapping) else batch:
+        inputs = {name: _on(model.device, value) for name, value in inputs.items() if name != "labels"}
+        ids, is_real = _tokens(inputs, modalities, placeholder_ids or {})
+        priorities = torch.rand(ids.shape, generator=generator)
+        seen: dict[int, torch.Tensor] = {}
+        with _evaluation(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
+            model(**inputs)
+        for block in blocks:
+            states = seen.get(block.layer)
+            if states is None or states[..., 0].numel() != len(ids):
+                saw = "nothing" if states is None else f"inputs of shape {tuple(states.shape)}"
+                raise UpcyclingError(
+                    f"block {block.name!r} saw {saw} "
+                    f'for {len(ids)} tokens of `batch`, so `router_init="data"` cannot tell their modalities: use '
+                    '`router_init="random"`.'
+                )
+            states = states.reshape(len(ids), -1)
+            samples[block.layer].add(states, ids, is_real, priorities)
+    if any(sample.is_empty for sample in samples.values()):
+        raise UpcyclingError('`router_init="data"` needs examples: `batch` has no tokens.')
+    return {layer: sample.inputs() for layer, sample in samples.items()}
+
+
+class _Sample:
+    """Of the tokens added so far, those of the smallest priorities, by modality."""
+
+    def __init__(self, num_modalities: int, max_tokens: int):
+        self.max_tokens = max_tokens
+        self.kept: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_modalities
+
+    def add(self, states: torch.Tensor, ids: torch.Tensor, is_real: torch.Tensor, priorities: torch.Tensor) -> None:
+        for modality_id, kept in enumerate(self.kept):
+            tokens = ((ids == modality_id) & is_real).nonzero().flatten()
+            if len(tokens) == 0:
+                continue
+            tokens = tokens[priorities[tokens].argsort(stable=True)[: self.max_tokens]]
+            new_priorities, new_states = priorities[tokens], states[tokens.to(states.device)].cpu()
+            if kept is not None:
+                new_priorities, new_states = torch.cat([kept[0], new_priorities]), torch.cat([kept[1], new_states])
+            order = new_priorities.argsort(stable=True)[: self.max_tokens]
+            self.kept[modality_id] = new_priorities[order], new_states[order]
+
+    @property
+    def is_empty(self) -> bool:
+        return all(kept is None for kept in self.kept)
+
+    def inputs(self) -> BlockInputs:
+        states, ids = [], []
+        for modality_id, kept in enumerate(self.kept):
+            if kept is not None:
+                states.append(kept[1])
+                ids.append(torch.full((len(kept[1]),), modality_id))
+        return BlockInputs(torch.cat(states), torch.cat(ids))
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if torch.is_tensor(value) else value
+
+
+def _tokens(
+    inputs: Mapping[str, Any], modalities: Sequence[str], placeholder_ids: Mapping[str, Sequence[int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Modality ids of the tokens of a call, and which are not padding: both `(B · T,)`, on the CPU."""
+    input_ids, given = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
+    if given is not None:
+        ids = given.long().cpu()
+    elif input_ids is not None:
+        ids = torch.zeros(input_ids.shape, dtype=torch.long)
+        for modality, tokens in placeholder_ids.items():
+            is_placeholder = torch.isin(input_ids.cpu(), torch.tensor(list(tokens)))
+            ids = ids.masked_fill(is_placeholder, list(modalities).index(modality))
+    else:
+        raise UpcyclingError('`router_init="data"` needs `input_ids` or `mm_token_type_ids` in `batch`.')
+    mask = inputs.get("attention_mask")
+    is_real = torch.ones_like(ids, dtype=torch.bool)
+    if torch.is_tensor(mask) and mask.shape == ids.shape:
+        is_real = mask.bool().cpu()
+    return ids.flatten(), is_real.flatten()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each module in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _hooks(model: nn.Module, blocks: Iterable[_Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Hands the inputs of the blocks over while the model runs."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        return lambda _, args, kwargs: take(layer, (args or tuple(kwargs.values()))[0].detach())
+
+    handles = [
+        model.get_submodule(block.name).register_forward_pre_hook(hook(block.layer), with_kwargs=True)
+        for block in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
