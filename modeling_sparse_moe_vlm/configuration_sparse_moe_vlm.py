@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .expert_groups import ExpertGroup  # noqa: F401
     from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
     from .experts import SparseMoeVlmExperts  # noqa: F401
+    from .experts_host import ExpertsHost  # noqa: F401
     from .experts_validation import check_expert_fields  # noqa: F401
     from .fused_head import takes_fused_head  # noqa: F401
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
@@ -402,6 +403,8 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 DECODER_FIELDS = {field.name for field in fields(SparseMoeVlmTextConfig)} - {
     field.name for field in fields(SparseMoeVlmConfig)
 }
+
+SparseMoeVlmTextConfig.fields_of_loading = SparseMoeVlmConfig.fields_of_loading = frozenset(DECODER_FIELDS)
 
 # `transformers serve` reads these tables when the configuration is imported, before any model file. They hold only
 # names, which are the same in every revision of this code.
