@@ -65,7 +65,8 @@ def whole_folder(output: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(output).free
         if free < size:
             raise UpcyclingError(
-                f"{output} is on a disk with {free / 1e9:.1f} GB of free space, but the model needs {size / 1e9:.1f} GB."
+                f"{output} is on a disk with {free / 1e9:.1f} GB of free space, but the model needs "
+                f"{size / 1e9:.1f} GB."
             )
         with staged_folder(output) as stage:
             yield stage

@@ -45,21 +45,25 @@ def test_gets_all_files_at_once(tmp_path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
 
 
+def write_and_fail(output, error):
+    with whole_folder(output, 3) as stage:
+        (stage / "config.json").write_text("new")
+        raise error("it failed")
+
+
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_nothing_is_left_where_writing_fails(error, tmp_path):
     (tmp_path / "there").mkdir()
     for output in ("a/b/c", "there", "there/new"):
-        with pytest.raises(error), whole_folder(tmp_path / output, 3) as stage:
-            (stage / "config.json").write_text("{}")
-            raise error
+        with pytest.raises(error, match="it failed"):
+            write_and_fail(tmp_path / output, error)
         assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_what_is_there_stays_where_writing_fails(tmp_path):
     (tmp_path / "config.json").write_text("old")
-    with pytest.raises(OSError), whole_folder(tmp_path, 3) as stage:
-        (stage / "config.json").write_text("new")
-        raise OSError
+    with pytest.raises(OSError, match="it failed"):
+        write_and_fail(tmp_path, OSError)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("config.json", "old")]
 
 
