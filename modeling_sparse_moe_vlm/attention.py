@@ -20,7 +20,8 @@ from .normalization import SparseMoeVlmRMSNorm
 
 
 class SparseMoeVlmAttention(nn.Module):
-    """Grouped-query self-attention (arXiv 2305.13245) with rotary positions and optional QK-norm.
+    """Grouped-query self-attention (arXiv 2305.13245) with rotary positions (but for
+    `config.nope_layers`) and optional QK-norm.
 
     `hidden_states (B, T, D)` → `(B, T, D)` and, from the eager implementation, the weights `(B, heads, T, keys)`.
     """
@@ -34,13 +35,15 @@ class SparseMoeVlmAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
+        self.is_rotary = layer_idx not in config.nope_layers
 
         query_size = config.num_attention_heads * self.head_dim
         key_value_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=out_bias)
         self.q_norm = (
             SparseMoeVlmRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         )
@@ -68,7 +71,8 @@ class SparseMoeVlmAttention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, heads, T, head_dim)
 
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.is_rotary:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, kwargs=kwargs)
 

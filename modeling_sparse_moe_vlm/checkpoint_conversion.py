@@ -148,7 +148,7 @@ def saving_conversions(model: PreTrainedModel) -> list[WeightTransform]:
     """
     The conversions that a model which was not loaded from a checkpoint is saved with, each in the direction of loading.
     """
-    of_library = get_model_conversion_mapping(model, add_legacy=False)
+    of_library = model.library_conversions()
     # A prefix is put back only where a checkpoint had it.
     of_library = [step for step in of_library if not isinstance(step, PrefixChange)]
     # The library goes through them backwards, and the first match counts.
@@ -264,7 +264,8 @@ def convert_from_disk(model: PreTrainedModel, state_dict: Mapping[str, torch.Ten
     own = model.state_dict()
     if all(name in own for name in state_dict) or any(tensor.is_meta for tensor in own.values()):
         return state_dict
-    of_library = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    found = model.library_conversions(get_model_conversion_mapping(model))
+    of_library = [step for step in found if isinstance(step, WeightRenaming)]
     renamings = [*of_library, *_own_renamings(model)]
     stacks = expert_stacks(model)
     names = {stack.name for stack in stacks}

@@ -13,6 +13,7 @@ from .checks import (
     check_choice,
     check_distinct,
     check_integer,
+    check_layers,
     check_number,
     check_sequence,
     shown,
@@ -44,6 +45,9 @@ def check_text_fields(config: PreTrainedConfig) -> None:
     check_number("rms_norm_eps", config.rms_norm_eps)
     for field in _FLAGS:
         check_boolean(field, getattr(config, field))
+    if config.attention_out_bias is not None:
+        check_boolean("attention_out_bias", config.attention_out_bias)
+    check_layers("nope_layers", config.nope_layers, config.num_hidden_layers)
     check_number("attention_dropout", config.attention_dropout, at_most=1)
     for field in ("alpha_init", "beta_init"):
         check_number(field, getattr(config, field))

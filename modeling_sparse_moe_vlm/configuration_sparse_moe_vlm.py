@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .expert_groups import ExpertGroup  # noqa: F401
     from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
     from .experts import SparseMoeVlmExperts  # noqa: F401
+    from .experts_host import ExpertsHost  # noqa: F401
     from .experts_validation import check_expert_fields  # noqa: F401
     from .fused_head import takes_fused_head  # noqa: F401
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
@@ -122,10 +123,15 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
             Rotary position embedding, in Transformers' form (`rope_type`, `rope_theta`, …).
         attention_bias (`bool`, defaults to `False`):
             Whether the attention projections have biases.
+        attention_out_bias (`bool`, *optional*):
+            Whether the output projection of the attention has a bias; as `attention_bias` says when `None`. Qwen2 has
+            biases in the other three only.
         attention_dropout (`float`, defaults to 0.0):
             Dropout on the attention weights.
         use_qk_norm (`bool`, defaults to `True`):
             Whether queries and keys are RMS-normalised per head, as in Qwen3.
+        nope_layers (`list[int]`, *optional*):
+            Layers whose attention has no rotary embedding (NoPE, arXiv 2305.19466), as some of SmolLM3's.
         alpha_init (`float`, defaults to 0.5):
             Prior of the image part in distributed attention, and of every other modality but text (α₀): how much more
             than its attention logits say a part weighs.
@@ -199,8 +205,10 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | Given = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
     attention_dropout: float = 0.0
     use_qk_norm: bool = True
+    nope_layers: list[int] | Given = None
     alpha_init: float = 0.5
     beta_init: float = 0.5
     learned_modality_priors: bool = False
@@ -218,7 +226,10 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         super()._complete()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if self.nope_layers is None:
+            self.nope_layers = []
         check_text_fields(self)
+        self.nope_layers = list(self.nope_layers)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         # A copy, since the library completes it in place.
@@ -402,6 +413,8 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 DECODER_FIELDS = {field.name for field in fields(SparseMoeVlmTextConfig)} - {
     field.name for field in fields(SparseMoeVlmConfig)
 }
+
+SparseMoeVlmTextConfig.fields_of_loading = SparseMoeVlmConfig.fields_of_loading = frozenset(DECODER_FIELDS)
 
 # `transformers serve` reads these tables when the configuration is imported, before any model file. They hold only
 # names, which are the same in every revision of this code.

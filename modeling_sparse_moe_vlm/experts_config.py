@@ -6,7 +6,7 @@ A decoder's configuration can inherit from it, or a model of any kind can hold o
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -98,6 +98,8 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
 
     model_type = "sparse_moe_vlm_experts"
     base_config_key = "experts_config"
+    # Fields that `from_pretrained` takes as keyword arguments.
+    fields_of_loading: ClassVar[frozenset[str]] = frozenset()
 
     hidden_size: int = 2048
     num_hidden_layers: int = 24

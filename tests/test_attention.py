@@ -13,6 +13,10 @@ OPTIONS = {
     "multi-head": {"num_key_value_heads": 4},
     "one key head": {"num_key_value_heads": 1},
     "biases": {"attention_bias": True},
+    "biases but for the output": {"attention_bias": True, "attention_out_bias": False},
+    "only a bias of the output": {"attention_out_bias": True},
+    "no rotary positions": {"nope_layers": [0]},
+    "rotary positions here": {"nope_layers": [1]},
     "no QK-norm": {"use_qk_norm": False},
     "narrow heads": {"head_dim": 6},
 }
@@ -64,7 +68,7 @@ def literal_attention(attention, config, hidden_states: torch.Tensor) -> tuple[t
             return vector
         if config.use_qk_norm:
             vector = rms_norm(vector, exact[f"{name}_norm.weight"], config.rms_norm_eps)
-        return rotate(vector, position, theta)
+        return vector if 0 in config.nope_layers else rotate(vector, position, theta)
 
     heads, shared_by = config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
     output = torch.zeros(BATCH, LENGTH, config.hidden_size, dtype=torch.float64)
@@ -137,5 +141,9 @@ def test_parameters_have_the_names_of_the_llama_and_qwen3_family():
     names = set(dict(make_attention(attention_bias=True)[0].named_parameters()))
     projections = {f"{name}_proj.{kind}" for name in "qkvo" for kind in ("weight", "bias")}
     assert names == projections | {"q_norm.weight", "k_norm.weight"}
+    qwen2 = set(dict(make_attention(attention_bias=True, attention_out_bias=False)[0].named_parameters()))
+    assert qwen2 == names - {"o_proj.bias"}
+    only_output = set(dict(make_attention(attention_out_bias=True)[0].named_parameters()))
+    assert only_output == names - {f"{name}_proj.bias" for name in "qkv"}
     plain = set(dict(make_attention(use_qk_norm=False)[0].named_parameters()))
     assert plain == {f"{name}_proj.weight" for name in "qkvo"}

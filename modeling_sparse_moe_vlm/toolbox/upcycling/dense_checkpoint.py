@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
@@ -105,6 +106,16 @@ class DenseCheckpoint:
         with checkpoint._files:
             yield checkpoint
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type that a tensor of the model has when it is loaded."""
+        plan = self._load_config.dtype_plan or {}
+        if plan:
+            pattern, by_group, _ = build_glob_alternation(list(plan))
+            found = pattern.search(name)
+            if found is not None and found.lastgroup is not None:
+                return plan[by_group[found.lastgroup]]
+        return self.model.get_parameter_or_buffer(name).dtype
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """
         Loads some tensors.
@@ -170,7 +181,8 @@ class DenseCheckpoint:
 
     def _check_names(self, unknown: set[str]) -> None:
         """Raises `UpcyclingError` where the files lack a tensor of the model, or have one that it does not know."""
-        info, _ = convert_and_load_state_dict_in_model(self.model, {}, self._load_config)
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, {}, self._load_config)
         self.model._weight_conversions = self._conversions
         present = set(self.names)
         info.missing_keys, info.unexpected_keys = set(self.model.state_dict()) - present, unknown

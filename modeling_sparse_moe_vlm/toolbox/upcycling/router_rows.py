@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ...expert_groups import ExpertGroup
 from ...experts_config import SparseMoeVlmExpertsConfig
+from ...token_modalities import check_range
 from .errors import UpcyclingError
 
 MAX_TOKENS = 2048
@@ -94,7 +95,7 @@ def data_rows(
     states, ids = inputs.hidden_states.float().cpu(), inputs.modality_ids.cpu()
     if not states.isfinite().all():
         raise UpcyclingError(
-            '`router_init` is "data", but the dense model\'s hidden states for `batch` are not finite.'
+            '`router_init` is "data", but the hidden states of the dense model for `batch` are not finite.'
         )
     rows = []
     for group in groups:
@@ -222,6 +223,7 @@ def collect_block_inputs(
             Names of the modalities; the position is the modality id.
         placeholder_ids (`Mapping[str, Sequence[int]]`, *optional*):
             By modality, the ids of the tokens that stand for its features, where inputs have no `mm_token_type_ids`.
+            All other tokens are text.
         max_tokens (`int`, defaults to 2048):
             How many tokens of each modality are kept, drawn at random.
         seed (`int`, defaults to 0):
@@ -232,17 +234,18 @@ def collect_block_inputs(
 
     Raises:
         UpcyclingError: If there are no examples, or the tokens of a block are not those of the inputs.
+        ValueError: If a modality id is not a position in `modalities`.
     """
     blocks = list(blocks)
     generator = torch.Generator().manual_seed(seed)
     samples: dict[int, _Sample] = {block.layer: _Sample(len(modalities), max_tokens) for block in blocks}
     for inputs in [batch] if isinstance(batch, Mapping) else batch:
-        inputs = {name: _on(model.device, value) for name, value in inputs.items() if name != "labels"}
+        inputs = {name: _send(value, model.device) for name, value in inputs.items() if name != "labels"}
         ids, is_real = _tokens(inputs, modalities, placeholder_ids or {})
         priorities = torch.rand(ids.shape, generator=generator)
         seen: dict[int, torch.Tensor] = {}
         with _evaluation(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
-            model(**inputs)
+            model(**inputs | {"use_cache": False})  # with a cache, some layers see the last token only
         for block in blocks:
             states = seen.get(block.layer)
             if states is None or states[..., 0].numel() != len(ids):
@@ -291,7 +294,9 @@ class _Sample:
         return BlockInputs(torch.cat(states), torch.cat(ids))
 
 
-def _on(device: torch.device, value: Any) -> Any:
+def _send(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(_send(item, device) for item in value)
     return value.to(device) if torch.is_tensor(value) else value
 
 
@@ -304,11 +309,12 @@ def _tokens(
         ids = given.long().cpu()
     elif input_ids is not None:
         ids = torch.zeros(input_ids.shape, dtype=torch.long)
-        for modality, tokens in placeholder_ids.items():
-            is_placeholder = torch.isin(input_ids.cpu(), torch.tensor(list(tokens)))
-            ids = ids.masked_fill(is_placeholder, list(modalities).index(modality))
+        for modality_id, modality in enumerate(modalities):
+            tokens = torch.tensor(list(placeholder_ids.get(modality, ())), dtype=torch.long)
+            ids = ids.masked_fill(torch.isin(input_ids.cpu(), tokens), modality_id)
     else:
         raise UpcyclingError('`router_init="data"` needs `input_ids` or `mm_token_type_ids` in `batch`.')
+    check_range(ids, modalities)
     mask = inputs.get("attention_mask")
     is_real = torch.ones_like(ids, dtype=torch.bool)
     if torch.is_tensor(mask) and mask.shape == ids.shape:

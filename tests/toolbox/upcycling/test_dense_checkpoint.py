@@ -53,7 +53,7 @@ def check_against_the_library(folder, model_class, **options):
     state = expected.state_dict()
     assert set(found) == set(checkpoint.names)
     for name, tensor in found.items():
-        assert tensor.dtype == state[name].dtype
+        assert tensor.dtype == state[name].dtype == checkpoint.dtype_of(name)
         assert torch.equal(tensor, state[name]), name
     return set(state) - set(found)
 

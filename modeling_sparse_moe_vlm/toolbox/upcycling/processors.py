@@ -1,0 +1,57 @@
+"""The processor of a dense model, which is the upcycled model's, too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, AutoTokenizer
+from transformers.utils import cached_file
+
+# Files by which a processor, or else a tokenizer, is found.
+_OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_processor(source: str | os.PathLike, gguf_file: str | None = None, **options: Any) -> Any | None:
+    """
+    The processor of a model, or its tokenizer where it has no processor.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder, or name on the Hub.
+        gguf_file (`str`, *optional*):
+            The GGUF file in it that the tokenizer is read from.
+        options:
+            Further arguments of `from_pretrained`, such as `revision`.
+
+    Returns:
+        `ProcessorMixin` or `PreTrainedTokenizerBase`: `None` where the source has neither.
+
+    Raises:
+        OSError, ValueError: If it is there, but cannot be read.
+    """
+    if gguf_file is not None:
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
+    for auto_class, names in ((AutoProcessor, _OF_PROCESSORS), (AutoTokenizer, _OF_TOKENIZERS)):
+        if any(_has(source, name, **options) for name in names):
+            return auto_class.from_pretrained(source, **options)
+    return None
+
+
+def save_processor(processor: Any | None, folder: Path) -> None:
+    """Saves a processor or tokenizer, with its chat template; without one, nothing."""
+    if processor is not None:
+        processor.save_pretrained(folder)
+
+
+def _has(source: str | os.PathLike, name: str, **options: Any) -> bool:
+    found = cached_file(
+        source,
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **options,
+    )
+    return found is not None

@@ -1,0 +1,479 @@
+"""Upcycled models as classes of Transformers: same outputs, plain checkpoints, and what no class can express."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modeling_sparse_moe_vlm.expert_groups import ExpertGroup
+from modeling_sparse_moe_vlm.expert_shards import SparseMoeVlmExpertShards
+from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts
+from modeling_sparse_moe_vlm.toolbox.upcycling import native
+from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
+from modeling_sparse_moe_vlm.toolbox.upcycling.native import to_native
+from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import TWINS
+from tests.support import in_tree_models
+from tests.toolbox.upcycling.native_models import (
+    BASES,
+    BIAS,
+    SHARED,
+    SIGMOID,
+    make_dense,
+    make_input_ids,
+    make_upcycled,
+)
+
+FIRST_DENSE, LAST_DENSE = {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}
+PLAIN = {"norm_topk_prob": False}
+WITH_SHARED = {"expert_groups": SHARED}
+NARROW_SHARED = {"expert_groups": [SHARED[0], SHARED[1] | {"intermediate_size": 16}]}
+# Base, fields of the experts' configuration, class of the twin.
+PAIRS = [
+    ("cohere2", {}, "Cohere2MoeForCausalLM"),
+    ("cohere2", WITH_SHARED, "Cohere2MoeForCausalLM"),
+    ("cohere2", SIGMOID, "Cohere2MoeForCausalLM"),
+    ("cohere2", SIGMOID | PLAIN | LAST_DENSE, "Cohere2MoeForCausalLM"),
+    ("ernie4_5", {}, "Ernie4_5_MoeForCausalLM"),
+    ("ernie4_5", WITH_SHARED | FIRST_DENSE, "Ernie4_5_MoeForCausalLM"),
+    ("ernie4_5", BIAS | LAST_DENSE, "Ernie4_5_MoeForCausalLM"),
+    ("exaone", {}, "MixtralForCausalLM"),
+    ("granite", {}, "GraniteMoeForCausalLM"),
+    ("granite", WITH_SHARED, "GraniteMoeSharedForCausalLM"),
+    ("granitemoehybrid", {}, "GraniteMoeHybridForCausalLM"),
+    ("granitemoehybrid", WITH_SHARED, "GraniteMoeHybridForCausalLM"),
+    ("helium", WITH_SHARED, "Ernie4_5_MoeForCausalLM"),
+    ("hunyuan", {}, "HunYuanMoEV1ForCausalLM"),
+    ("hunyuan", NARROW_SHARED, "HunYuanMoEV1ForCausalLM"),
+    ("internlm3", {}, "MixtralForCausalLM"),
+    ("iquestcoder", {}, "MixtralForCausalLM"),
+    ("lfm2", SIGMOID, "Lfm2MoeForCausalLM"),
+    ("lfm2", SIGMOID | BIAS | PLAIN | FIRST_DENSE, "Lfm2MoeForCausalLM"),
+    ("llama", {}, "MixtralForCausalLM"),
+    ("llama", {"num_experts_per_tok": 3}, "MixtralForCausalLM"),
+    ("llama", WITH_SHARED, "GraniteMoeSharedForCausalLM"),
+    ("llama", SIGMOID, "Glm4MoeForCausalLM"),
+    ("llama", SIGMOID | WITH_SHARED | BIAS | FIRST_DENSE, "Glm4MoeForCausalLM"),
+    ("llama_with_biases", {}, "GraniteMoeSharedForCausalLM"),
+    ("ministral", {}, "MixtralForCausalLM"),
+    ("mistral", {}, "MixtralForCausalLM"),
+    ("mistral_without_window", WITH_SHARED, "GraniteMoeSharedForCausalLM"),
+    ("olmo2", {}, "FlexOlmoForCausalLM"),
+    ("olmo2", PLAIN, "FlexOlmoForCausalLM"),
+    ("phi3", {}, "MixtralForCausalLM"),
+    ("phi3_without_window", WITH_SHARED, "GraniteMoeSharedForCausalLM"),
+    ("qwen2", {}, "Qwen2MoeForCausalLM"),
+    ("qwen2", WITH_SHARED | PLAIN | FIRST_DENSE, "Qwen2MoeForCausalLM"),
+    ("qwen2", SIGMOID | WITH_SHARED, "Glm4MoeForCausalLM"),
+    ("qwen2_with_windows", {}, "Qwen2MoeForCausalLM"),
+    ("qwen3", {}, "Qwen3MoeForCausalLM"),
+    ("qwen3", PLAIN | LAST_DENSE, "Qwen3MoeForCausalLM"),
+    ("qwen3", SIGMOID | WITH_SHARED | BIAS, "Glm4MoeForCausalLM"),
+    ("qwen3", SIGMOID | PLAIN | FIRST_DENSE, "Glm4MoeForCausalLM"),
+    ("qwen3_with_window", {}, "Qwen3MoeForCausalLM"),
+    ("qwen3_5", {}, "Qwen3_5MoeForCausalLM"),
+    ("qwen3_5", WITH_SHARED, "Qwen3_5MoeForCausalLM"),
+    ("seed_oss", {}, "Qwen2MoeForCausalLM"),
+    ("seed_oss", SIGMOID | WITH_SHARED, "Glm4MoeForCausalLM"),
+    ("youtu", SIGMOID, "DeepseekV3ForCausalLM"),
+    ("youtu", SIGMOID | WITH_SHARED | BIAS | FIRST_DENSE, "DeepseekV3ForCausalLM"),
+]
+GROUP = ExpertGroup("joint", 2, ("text", "image"), 24)
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def make(base: str, **fields):
+    if BASES[base][0] not in CONFIG_MAPPING:
+        pytest.skip(f"this release has no {base}")
+    return make_upcycled(make_dense(base), **fields)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("base", "fields", "twin_class"), PAIRS)
+@torch.no_grad()
+def test_twin_computes_the_same_and_is_a_plain_checkpoint(base, fields, twin_class, tmp_path):
+    model = make(base, **fields)
+    input_ids = make_input_ids()
+    expected, tokens = model(input_ids).logits, model.generate(input_ids, **GREEDY)
+
+    twin = to_native(model)
+    assert type(twin).__name__ == twin_class
+    assert type(twin).__module__.startswith("transformers.models.")
+    assert_close(twin(input_ids).logits, expected)
+    assert torch.equal(twin.generate(input_ids, **GREEDY), tokens)
+
+    twin.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["architectures"] == [twin_class]
+    assert not {"experts_config", "auto_map", "blocks"} & set(saved)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is type(twin)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert_close(loaded(input_ids).logits, expected)
+
+
+def test_every_base_is_tested():
+    tested = {BASES[base][0] for base, _, _ in PAIRS}
+    assert tested | {"qwen3_vl_text"} == set(TWINS)
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics3", "smolvlm", "qwen3_vl"])
+@torch.no_grad()
+def test_twin_of_a_model_with_images(name, tmp_path):
+    model = make_upcycled(in_tree_models.make_model(name))
+    inputs = in_tree_models.make_inputs(name)
+    expected, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+
+    twin = to_native(model)
+    if name == "qwen3_vl":
+        assert type(twin).__name__ == "Qwen3VLMoeForConditionalGeneration"
+        assert twin.config.text_config.model_type == "qwen3_vl_moe_text"
+    else:
+        assert type(twin).__name__ == type(in_tree_models.make_model(name)).__name__
+        assert twin.config.text_config.model_type == "mixtral"
+    assert_close(twin(**inputs).logits, expected)
+
+    twin.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not {"experts_config", "auto_map"} & {*saved, *saved["text_config"]}
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is type(twin)
+    assert_close(loaded(**inputs).logits, expected)
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), tokens)
+
+
+SPARSE_FIELDS = [
+    ("llama", {}, {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24, "head_dim": 12}),
+    (
+        "qwen3",
+        LAST_DENSE | PLAIN,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 48,
+            "mlp_only_layers": [1],
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": False,
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+        },
+    ),
+    (
+        "qwen2",
+        WITH_SHARED,
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+        },
+    ),
+    ("qwen2", {}, {"shared_expert_intermediate_size": 128}),
+    (
+        "llama",
+        WITH_SHARED,
+        {
+            "intermediate_size": 24,
+            "shared_intermediate_size": 40,
+            "attention_multiplier": 12**-0.5,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+        },
+    ),
+    (
+        "llama",
+        SIGMOID | WITH_SHARED | FIRST_DENSE,
+        {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "norm_topk_prob": True,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    ("llama", SIGMOID, {"n_shared_experts": 1, "first_k_dense_replace": 0, "use_qk_norm": False}),
+    (
+        "ernie4_5",
+        FIRST_DENSE,
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_num_shared_experts": 0,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+            "moe_layer_interval": 1,
+        },
+    ),
+    (
+        "cohere2",
+        SIGMOID | LAST_DENSE,
+        {
+            "intermediate_size": 24,
+            "prefix_dense_intermediate_size": 48,
+            "mlp_layer_types": ["sparse", "dense"],
+            "expert_selection_fn": "sigmoid",
+            "num_shared_experts": 0,
+            "rope_theta": 500.0,
+            "head_dim": 8,
+        },
+    ),
+    ("lfm2", SIGMOID | FIRST_DENSE, {"moe_intermediate_size": 24, "num_dense_layers": 1, "intermediate_size": 32}),
+]
+
+
+@pytest.mark.parametrize(("base", "fields", "expected"), SPARSE_FIELDS)
+def test_configuration_of_the_twin(base, fields, expected):
+    config = to_native(make(base, **fields)).config
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_shared_expert_of_qwen2_moe_is_doubled_behind_a_gate_of_one_half():
+    model = make("qwen2", expert_groups=SHARED)
+    block, shared = to_native(model).model.layers[1].mlp, model.model.layers[1].mlp.shared_experts["shared"]
+    assert torch.equal(block.shared_expert_gate.weight, torch.zeros(1, 32))
+    assert torch.equal(block.shared_expert.down_proj.weight, 2 * shared.down_proj.weight)
+    assert torch.equal(block.shared_expert.gate_proj.weight, shared.gate_proj.weight)
+    assert torch.equal(block.shared_expert.up_proj.weight, shared.up_proj.weight)
+
+
+def test_always_on_groups_lie_side_by_side():
+    groups = [SHARED[0], SHARED[1], {"name": "more", "num_experts": 2, "always_on": True, "intermediate_size": 4}]
+    model = make("qwen2", expert_groups=groups)
+    twin = to_native(model)
+    first, second = model.model.layers[0].mlp.shared_experts.values()
+    assert torch.equal(
+        twin.model.layers[0].mlp.shared_expert.up_proj.weight, torch.cat([first.up_proj.weight, second.up_proj.weight])
+    )
+    assert twin.config.shared_expert_intermediate_size == 48
+    input_ids = make_input_ids()
+    with torch.no_grad():
+        assert_close(twin(input_ids).logits, model(input_ids).logits)
+
+
+def test_always_on_experts_are_widened_with_zeros():
+    twin = to_native(make("llama", router="sigmoid", expert_groups=SHARED))
+    shared = twin.model.layers[0].mlp.shared_experts
+    assert shared.up_proj.weight.shape == (48, 32)
+    assert shared.gate_proj.weight[:40].all()
+    for weight in (shared.gate_proj.weight[40:], shared.up_proj.weight[40:], shared.down_proj.weight[:, 40:]):
+        assert torch.equal(weight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize(("width", "wider"), [(24, 24), (16, 80), (32, 96)])
+@torch.no_grad()
+def test_stacks_of_qwen3_vl_moe_lie_on_disk_as_on_the_hub(width, wider, tmp_path):
+    # Transposed, which other libraries rely on. Transformers tells by the shape: no stack may be square.
+    model = make_upcycled(in_tree_models.make_model("qwen3_vl"), moe_intermediate_size=width)
+    twin = to_native(model)
+    assert twin.config.text_config.moe_intermediate_size == wider
+    twin.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    experts = "model.language_model.layers.1.mlp.experts"
+    stacks = model.get_submodule(experts)
+    gate, up = saved[f"{experts}.gate_up_proj"].split(wider, dim=2)
+    assert torch.equal(torch.cat([gate[..., :width], up[..., :width]], dim=2), stacks.gate_up_proj.transpose(1, 2))
+    assert torch.equal(saved[f"{experts}.down_proj"][:, :width], stacks.down_proj.transpose(1, 2))
+    assert not gate[..., width:].any()
+    assert not up[..., width:].any()
+    assert not saved[f"{experts}.down_proj"][:, width:].any()
+    inputs = in_tree_models.make_inputs("qwen3_vl")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_queries_keys_and_values_of_phi3_become_three_matrices():
+    model = make("phi3")
+    fused = model.model.layers[0].self_attn.qkv_proj.weight
+    attention = to_native(model).model.layers[0].self_attn
+    assert torch.equal(attention.q_proj.weight, fused[:32])
+    assert torch.equal(attention.k_proj.weight, fused[32:48])
+    assert torch.equal(attention.v_proj.weight, fused[48:])
+
+
+@torch.no_grad()
+def test_base_model_without_a_head():
+    model = make("qwen3")
+    twin = to_native(model.model)
+    assert type(twin).__name__ == "Qwen3MoeModel"
+    input_ids = make_input_ids()
+    assert_close(twin(input_ids).last_hidden_state, model.model(input_ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_what_a_twin_takes_over(tmp_path):
+    model = make("mistral").to(torch.bfloat16).train()
+    model.set_attn_implementation("eager")
+    model.generation_config.repetition_penalty = 1.5
+    twin = to_native(model)
+    assert twin.training
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.bfloat16}
+    assert twin.config._attn_implementation == "eager"
+    assert twin.generation_config.repetition_penalty == 1.5
+    assert twin.generation_config is not model.generation_config
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    # No second copy of the weights.
+    experts = twin.model.layers[0].mlp.experts.gate_up_proj
+    assert experts.data_ptr() == model.model.layers[0].mlp.experts.gate_up_proj.data_ptr()
+    # Buffers that no checkpoint has are computed again: casting the model rounded its own.
+    assert torch.equal(twin.model.rotary_emb.inv_freq, make("mistral").model.rotary_emb.inv_freq)
+    assert not to_native(model.eval()).training
+    twin.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "generation_config.json").read_text())["repetition_penalty"] == 1.5
+
+
+@torch.no_grad()
+def test_experts_in_shards():
+    model = make("qwen3", num_experts=5)
+    whole = make("qwen3", num_experts=5)
+    for layer in model.model.layers:
+        experts = layer.mlp.experts
+        parts = [SparseMoeVlmExperts(model.config.experts_config, GROUP) for _ in range(2)]
+        for part, rows in zip(parts, (slice(0, 3), slice(3, 5)), strict=True):
+            part.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[rows])
+            part.down_proj = torch.nn.Parameter(experts.down_proj[rows])
+        layer.mlp.experts = SparseMoeVlmExpertShards(parts, [3, 2])
+    input_ids = make_input_ids()
+    assert_close(to_native(model)(input_ids).logits, whole(input_ids).logits)
+
+
+@torch.no_grad()
+def test_biases_that_a_twin_has_no_place_for():
+    model = make("qwen3", router_bias_update_rate=0.1)
+    with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias, and `router_bias_update_rate`"):
+        to_native(model)
+    for layer in model.model.layers:
+        layer.mlp.gate.e_score_correction_bias.zero_()
+    input_ids = make_input_ids()
+    assert_close(to_native(model)(input_ids).logits, model(input_ids).logits)
+
+
+def test_biases_that_differ_between_modalities():
+    model = make("ernie4_5", router_bias_update_rate=0.1)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[1, 2] += 0.25
+    with pytest.raises(UpcyclingError, match="biases of `router_bias_update_rate` differ between modalities"):
+        to_native(model)
+
+
+TWO_ROUTED = [{"name": "one", "num_experts": 2}, {"name": "two", "num_experts": 2}]
+BY_LAYER = [
+    {"name": "early", "num_experts": 4, "layers": [0]},
+    {"name": "late", "num_experts": 4, "layers": [1], "intermediate_size": 20},
+]
+REFUSED = {
+    "isolated": ("llama", {"expert_groups": "isolated"}, r"`expert_groups\['text'\]` serves text only"),
+    "hybrid": ("llama", {"expert_groups": "hybrid"}, r"`expert_groups\['text'\]` serves text only"),
+    "two groups": ("llama", {"expert_groups": TWO_ROUTED}, "`expert_groups` has 2 routed groups in layer 0"),
+    "widths": ("llama", {"expert_groups": BY_LAYER}, "`expert_groups` differs between layers"),
+    "pools": ("llama", {"expert_pool": [0, 0]}, "`expert_pool` is set"),
+    "top_p": ("llama", {"router": "top_p"}, '`router` is "top_p"'),
+    "capacity": ("llama", {"expert_capacity_factor": 1.5}, "`expert_capacity_factor` is set"),
+    "top_k": ("llama", {"num_experts_per_tok_by_modality": {"image": 1}}, "`num_experts_per_tok_by_modality` differs"),
+    "plain": ("llama", PLAIN, "mixtral: its weights of the chosen experts always sum to 1.*`norm_topk_prob` is False"),
+    "sigmoid": ("olmo2", SIGMOID, "flex_olmo: its router is softmax, the model's `router` is 'sigmoid'"),
+    "softmax": ("youtu", {}, "deepseek_v3: its router is sigmoid, the model's `router` is 'softmax'"),
+    "shared": ("qwen3", WITH_SHARED, "qwen3_moe: it has no always-on experts, and the model's `expert_groups`"),
+    "wide": ("hunyuan", WITH_SHARED, r"as wide as a routed one \(24, `moe_intermediate_size`\).*together \(40\)"),
+    "dense": ("llama", LAST_DENSE, r"mixtral: no layer can be dense in it, and the model's layers \[1\] are"),
+    "last dense": ("youtu", SIGMOID | LAST_DENSE, r"only the first layers can be dense in it, and .* layers \[1\] are"),
+    "window": ("mistral", WITH_SHARED, "granitemoeshared: its configuration has no `sliding_window`, which is 5"),
+    "bias": ("llama_with_biases", SIGMOID, "glm4_moe: it has no place for `.*o_proj.bias` and 1 more"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_field(name):
+    base, fields, message = REFUSED[name]
+    with pytest.raises(UpcyclingError, match=message):
+        to_native(make(base, **fields))
+
+
+def test_groups_by_layer_that_are_alike():
+    groups = [
+        {"name": "early", "num_experts": 4, "layers": [0]},
+        {"name": "late", "num_experts": 4, "layers": [1]},
+    ]
+    model = make("llama", expert_groups=groups)
+    input_ids = make_input_ids()
+    with torch.no_grad():
+        assert_close(to_native(model)(input_ids).logits, model(input_ids).logits)
+
+
+def test_layers_in_the_middle_can_be_dense_where_any_can():
+    dense = make_dense("qwen3")
+    config = dense.config
+    config.num_hidden_layers, config.layer_types = 3, ["full_attention"] * 3
+    model = make_upcycled(type(dense)(config), mlp_only_layers=[1])
+    assert to_native(model).config.mlp_only_layers == [1]
+    ernie = type(make_dense("ernie4_5").config)
+    config = ernie.from_dict(make_dense("ernie4_5").config.to_dict() | {"num_hidden_layers": 3})
+    model = make_upcycled(AutoModelForCausalLM.from_config(config), mlp_only_layers=[1])
+    with pytest.raises(UpcyclingError, match=r"only the first and last layers can be dense in it.*\[1\] are"):
+        to_native(model)
+
+
+def test_base_without_a_twin():
+    model = make_upcycled(in_tree_models.make_model("gemma3"))
+    with pytest.raises(UpcyclingError, match="no sparse twin of 'gemma3_text' decoders; those of cohere2, ernie4_5"):
+        to_native(model)
+
+
+def test_windows_of_some_layers_only():
+    dense = make_dense("qwen3_with_window")
+    config = dense.config
+    config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UpcyclingError, match="qwen3_moe: its configuration has no `layer_types`"):
+        to_native(make_upcycled(type(dense)(config)))
+
+
+def test_rotary_embeddings_of_phi3_that_a_twin_lacks():
+    config = make_dense("phi3").config
+    config.rope_parameters["partial_rotary_factor"] = 0.5
+    with pytest.raises(
+        UpcyclingError, match="mixtral: it has rotary embeddings of the usual kind, and `rope_parameters`"
+    ):
+        to_native(make_upcycled(AutoModelForCausalLM.from_config(config)))
+
+
+def test_models_that_cannot_be_exported_as_they_are():
+    with pytest.raises(UpcyclingError, match="Qwen3ForCausalLM is not an upcycled model"):
+        to_native(make_dense("qwen3"))
+    model = make("qwen3")
+    model.model.layers[0].self_attn.q_proj.to("meta")
+    with pytest.raises(UpcyclingError, match="Some weights are offloaded"):
+        to_native(model)
+    adapted = get_peft_model(make("qwen3"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UpcyclingError, match="The model has adapters: merge them first"):
+        to_native(adapted)
+    model = make("qwen3")
+    model._hf_peft_config_loaded = True  # as `add_adapter` of Transformers leaves it
+    with pytest.raises(UpcyclingError, match="The model has adapters: merge them first"):
+        to_native(model)
+    model = make("qwen3")
+    model.is_quantized = True
+    with pytest.raises(UpcyclingError, match="The model is quantized"):
+        to_native(model)
+
+
+def test_release_without_the_twin(monkeypatch):
+    model = make("qwen3")
+    monkeypatch.setattr(native, "CONFIG_MAPPING", {})
+    with pytest.raises(UpcyclingError, match=r"qwen3_moe: transformers [\d.]+ does not have it"):
+        to_native(model)
