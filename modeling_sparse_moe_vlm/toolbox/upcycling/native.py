@@ -240,7 +240,8 @@ def _build(
     config = _twin_config(base, twin, layers)
     twin_class = base_class if type(config) is type(base) else _twin_class(base_class, type(base), type(config))
     with init_empty_weights(include_buffers=False), initialization.no_init_weights():
-        native = twin_class(config)
+        native = twin_class._from_config(config, dtype=model.dtype, attn_implementation=_attention(model.config))
+    native.tie_weights()  # a head may have another shape before it is tied
     tensors = _twin_state(twin, layers, base.get_text_config(), state, blocks)
     _check_same_tensors(native, tensors)
     native.load_state_dict(tensors, assign=True)
@@ -252,7 +253,6 @@ def _build(
             setattr(native.get_submodule(parent), attribute, buffer.to(model.device))
     if getattr(model, "generation_config", None) is not None:
         native.generation_config = copy.deepcopy(model.generation_config)
-    native.set_attn_implementation(_attention(model.config))
     if twin.swaps_stacks:
         native._weight_conversions = _conversions_to_hub_format(native)
     return native.train(model.training)

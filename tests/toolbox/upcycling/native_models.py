@@ -3,11 +3,12 @@
 import re
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmSparseMoeBlock
 from modeling_sparse_moe_vlm.experts_config import SparseMoeVlmExpertsConfig
+from tests.support.in_tree_models import QWEN
 from tests.support.models import TINY_DECODER
 
 SHARED = [
@@ -119,6 +120,16 @@ def make_dense(name: str):
     model_type, settings = BASES[name]
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
+
+
+def make_qwen3_5_with_images():
+    """Layers of two kinds, and images as in Qwen3-VL."""
+    text_config = TINY_DECODER | _LINEAR | {"head_dim": 8, "tie_word_embeddings": True}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
+    vision = {name: value for name, value in QWEN["vision_config"].items() if name != "deepstack_visual_indexes"}
+    config = Qwen3_5Config(text_config=text_config | {"rope_parameters": rope}, **QWEN | {"vision_config": vision})
+    torch.manual_seed(0)
+    return Qwen3_5ForConditionalGeneration(config)
 
 
 def make_upcycled(dense, **fields):

@@ -6,7 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_sparse_moe_vlm.expert_groups import ExpertGroup
@@ -17,6 +22,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 from modeling_sparse_moe_vlm.toolbox.upcycling.native import to_native
 from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import TWINS
 from tests.support import in_tree_models
+from tests.support.models import TINY_DECODER, TINY_TOWER
 from tests.toolbox.upcycling.native_models import (
     BASES,
     BIAS,
@@ -24,6 +30,7 @@ from tests.toolbox.upcycling.native_models import (
     SIGMOID,
     make_dense,
     make_input_ids,
+    make_qwen3_5_with_images,
     make_upcycled,
 )
 
@@ -125,20 +132,27 @@ def test_every_base_is_tested():
     assert tested | {"qwen3_vl_text"} == set(TWINS)
 
 
-@pytest.mark.parametrize("name", ["llava", "idefics3", "smolvlm", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("name", "fields", "twin_class", "decoder"),
+    [
+        ("llava", {}, "LlavaForConditionalGeneration", "mixtral"),
+        ("llava", WITH_SHARED, "LlavaForConditionalGeneration", "granitemoeshared"),
+        ("idefics3", {}, "Idefics3ForConditionalGeneration", "mixtral"),
+        ("smolvlm", {}, "SmolVLMForConditionalGeneration", "mixtral"),
+        ("qwen3_vl", FIRST_DENSE, "Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
+        ("qwen3_5", WITH_SHARED, "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
+    ],
+)
 @torch.no_grad()
-def test_twin_of_a_model_with_images(name, tmp_path):
-    model = make_upcycled(in_tree_models.make_model(name))
+def test_twin_of_a_model_with_images(name, fields, twin_class, decoder, tmp_path):
+    dense = make_qwen3_5_with_images() if name == "qwen3_5" else in_tree_models.make_model(name)
+    model = make_upcycled(dense, **fields)
     inputs = in_tree_models.make_inputs(name)
     expected, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
 
     twin = to_native(model)
-    if name == "qwen3_vl":
-        assert type(twin).__name__ == "Qwen3VLMoeForConditionalGeneration"
-        assert twin.config.text_config.model_type == "qwen3_vl_moe_text"
-    else:
-        assert type(twin).__name__ == type(in_tree_models.make_model(name)).__name__
-        assert twin.config.text_config.model_type == "mixtral"
+    assert type(twin).__name__ == twin_class
+    assert twin.config.text_config.model_type == decoder
     assert_close(twin(**inputs).logits, expected)
 
     twin.save_pretrained(tmp_path)
@@ -304,6 +318,17 @@ def test_queries_keys_and_values_of_phi3_become_three_matrices():
     assert torch.equal(attention.q_proj.weight, fused[:32])
     assert torch.equal(attention.k_proj.weight, fused[32:48])
     assert torch.equal(attention.v_proj.weight, fused[48:])
+
+
+@torch.no_grad()
+def test_head_that_has_another_shape_until_it_is_tied():
+    vision_config = TINY_TOWER | {"vocab_size": 40, "hidden_stride": 1}
+    config = Ovis2Config(text_config=TINY_DECODER, vision_config=vision_config, hidden_size=32)
+    model = make_upcycled(Ovis2ForConditionalGeneration(config))
+    twin = to_native(model)
+    assert twin.lm_head.weight.shape == (99, 32)
+    input_ids = make_input_ids()
+    assert_close(twin(input_ids).logits, model(input_ids).logits)
 
 
 @torch.no_grad()
