@@ -34,6 +34,7 @@ from transformers.modeling_utils import load_state_dict
 
 from .expert_shards import SparseMoeVlmExpertShards
 from .experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock
+from .experts_config import experts_config_of
 
 # By stacked parameter, the matrices of an expert that it holds, one above the other.
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -78,7 +79,9 @@ class ExpertStack:
     @property
     def place(self) -> str:
         """The name within the decoder, without the layer: stacks that share it have the same experts and shards."""
-        return re.split(r"(?:^|\.)(?:layers\.\d+\.|(?=expert_pools\.))", self.name)[-1]
+        # After the last number that is not the block's own (`h.0.ffn.experts`, but `layers.0.ffn.1.experts`).
+        layer = r"(?!expert_pools\.)\w+\.\d+\.(?!experts(?:\.|$))"
+        return re.split(rf"(?<![^.])(?:{layer}|(?=expert_pools\.))", self.name)[-1]
 
     def names_on_disk(self, parameter: str) -> list[str]:
         """The names of the matrices that a stacked parameter is made of."""
@@ -156,9 +159,9 @@ def saving_conversions(model: PreTrainedModel) -> list[WeightTransform]:
 
 
 def _own_renamings(model: PreTrainedModel) -> list[WeightRenaming]:
-    if model.config.get_text_config() is not model.config:
+    if experts_config_of(model.config) is not model.config:
         return []
-    # The decoder by itself finds its weights in a checkpoint of the whole model, too.
+    # Our decoder by itself finds its weights in a checkpoint of the whole model, too.
     return [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
 
 

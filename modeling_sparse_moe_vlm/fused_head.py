@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .checks import check
-from .experts_config import SparseMoeVlmExpertsConfig
+from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .losses import router_losses
 from .routing import RoutingRecord
 
@@ -48,7 +48,7 @@ def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
     def forward_with_router_losses(self, *args, fused_lm_head: bool = False, **kwargs):
         if not fused_lm_head:
             return function(self, *args, **kwargs)
-        config = self.config.get_text_config()
+        config = experts_config_of(self.config)
         if self.training and torch.is_grad_enabled():
             _check_coefficients(config)
         is_wanted = kwargs.pop("output_router_logits", None)

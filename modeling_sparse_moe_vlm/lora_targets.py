@@ -11,8 +11,9 @@ from torch import nn
 
 from .experts import SparseMoeVlmExperts
 
-# The names that the matrices of an expert have where experts are modules of their own, as on disk.
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# The names that the matrices of an expert have where experts are modules of their own, as on disk, and those that the
+# matrices of dense feed-forward blocks have in models that were upcycled.
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
 
 class AdapterConfigs:

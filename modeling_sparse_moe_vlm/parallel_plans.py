@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -12,6 +13,22 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check
+from .experts_config import experts_config_of
+
+# Parallel styles of what lies in a sparse block, whatever model it is in.
+BLOCK_TP_PLAN = {
+    "experts.gate_up_proj": "packed_colwise",
+    "experts.down_proj": "rowwise",
+    "experts": "moe_tp_experts",
+    "shared_experts.*.gate_proj": "colwise",
+    "shared_experts.*.up_proj": "colwise",
+    "shared_experts.*.down_proj": "rowwise",
+}
+BLOCK_EP_PLAN = {
+    "experts.gate_up_proj": "grouped_gemm",
+    "experts.down_proj": "grouped_gemm",
+    "experts": "ep_dispatch_experts",
+}
 
 
 def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, str]:
@@ -21,9 +38,9 @@ def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, s
 
     Args:
         plan (`dict[str, str]`):
-            Parallel style by pattern; patterns name `mlp.experts` and `mlp.shared_experts.*`.
-        config (`SparseMoeVlmTextConfig`):
-            Configuration of the decoder.
+            Parallel style by pattern; patterns name `….experts`, `….shared_experts.*` and `expert_pools.*`.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts, or of our decoder.
 
     Returns:
         `dict[str, str]`: the plan, with group names as the model's modules have them.
@@ -37,15 +54,49 @@ def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, s
             continue
         if "modality_log_priors" in pattern and not config.learned_modality_priors:
             continue
-        if "mlp.shared_experts.*" in pattern:
+        place = re.search(r"(?<![^.])(experts|expert_pools\.\*)(?![^.])", pattern)
+        if "shared_experts.*" in pattern:
             patterns = [pattern.replace("shared_experts.*", f"shared_experts.{name}") for name in always_on]
-        elif len(routed) > 1 and ("mlp.experts" in pattern or "expert_pools.*" in pattern):
-            place = "mlp.experts" if "mlp.experts" in pattern else "expert_pools.*"
-            patterns = [pattern.replace(place, f"{place}.{name}") for name in routed]
+        elif len(routed) > 1 and place is not None:
+            before, after = pattern[: place.end()], pattern[place.end() :]
+            patterns = [f"{before}.{name}{after}" for name in routed]
         else:
             patterns = [pattern]
         spelled_out.update(dict.fromkeys(patterns, style))
     return spelled_out
+
+
+def plan_with_blocks(
+    plan: dict[str, str], styles: dict[str, str], blocks: Iterable[str], pools: str, config: PreTrainedConfig
+) -> dict[str, str]:
+    """
+    The parallel plan of a model in which sparse blocks stand in place of feed-forward blocks.
+
+    Args:
+        plan (`dict[str, str]`):
+            The plan of the model before. What it says of layers that are still dense stays.
+        styles (`dict[str, str]`):
+            `BLOCK_TP_PLAN` or `BLOCK_EP_PLAN`.
+        blocks (`Iterable[str]`):
+            Names of the blocks, as the patterns name modules.
+        pools (`str`):
+            Name of the module with the expert pools.
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+
+    Returns:
+        `dict[str, str]`: the plan, of which [`prepare_plans`] leaves out what the model does not have.
+    """
+    places = {_with_wildcards(block) for block in blocks}
+    own = {f"{place}.{name}": style for place in sorted(places) for name, style in styles.items()}
+    if config.pools:
+        own |= {
+            f"{pools}.*{name.removeprefix('experts')}": style
+            for name, style in styles.items()
+            if not name.startswith("shared_experts")
+        }
+    kept = {pattern: style for pattern, style in plan.items() if pattern not in places}
+    return kept | plan_by_group(own, config)
 
 
 def is_one_of_several_processes() -> bool:
@@ -75,8 +126,8 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
         "Accelerate's FSDP, which shards it afterwards: launch them without FSDP, as "
         "`configuration/accelerate/expert_parallel.yaml` does, or load the model without `distributed_config`.",
     )
-    config = model.config.get_text_config()
-    names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in chain(model.named_modules(), model.named_parameters())}
+    experts = experts_config_of(model.config)
+    names = {_with_wildcards(name) for name, _ in chain(model.named_modules(), model.named_parameters())}
     for plan_name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
         # The library complains about what a plan names in vain.
         plan = {name: style for name, style in getattr(model, plan_name).items() if name in names}
@@ -85,9 +136,9 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
             plan = {name: style for name, style in plan.items() if not name.endswith("expert_pools.*")}
         setattr(model, plan_name, plan)
     if sizes.tp_size > 1 and sizes.tp_plan != {}:
-        _check_tensor_parallelism(config, sizes)
+        _check_tensor_parallelism(model.config, sizes)
     if sizes.ep_size > 1:
-        for group in config.expert_groups:
+        for group in experts.expert_groups:
             check(
                 group["always_on"] or group["num_experts"] % sizes.ep_size == 0,
                 f"the {group['num_experts']} experts of the group {group['name']!r} cannot be shared out evenly among "
@@ -96,10 +147,12 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
 
 
 def _check_tensor_parallelism(config: PreTrainedConfig, sizes: Any) -> None:
-    numbers = {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    decoder = config.get_text_config()
+    heads = {name: getattr(decoder, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    numbers = {name: number for name, number in heads.items() if isinstance(number, int)}
     if sizes.ep_size == 1:
         # Stacks of fused experts are cut by width.
-        for group in config.expert_groups:
+        for group in experts_config_of(config).expert_groups:
             if not group["always_on"]:
                 numbers[f"intermediate_size` of the group `{group['name']}"] = group["intermediate_size"]
     for name, number in numbers.items():
@@ -152,13 +205,18 @@ def forget_plans_of_stacks(model: Any) -> None:
             The model, changed in place if several processes share it.
     """
     stacks = {
-        re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        _with_wildcards(name)
         for name, value in model.named_parameters()
         if value.dim() == 3 and hasattr(value, "placements")
     }
     if not stacks:
         return
     model._tp_plan = {name: style for name, style in model._tp_plan.items() if name not in stacks}
+
+
+def _with_wildcards(name: str) -> str:
+    """A name as the patterns of a plan have it, where `*` stands for a number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _skip_sentinels(experts: nn.Module, num_experts: int) -> None:

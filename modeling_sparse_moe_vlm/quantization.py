@@ -31,13 +31,14 @@ def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
     if not left:
         return
     size = sum(weight.numel() * weight.element_size() for weight in left)
+    decoder = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
     share = sum(weight.numel() for weight in left) / sum(weight.numel() for weight in model.parameters())
     logger.warning_once(
         f"`quantization_config` leaves the routed experts as they are: {size / 1e6:,.1f} MB, {share:.0%} of the "
         "model's parameters. Quantisers convert linear layers, and experts lie in stacks. torchao also quantises "
         "stacks, with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig()}))` and "
         "`experts_implementation='eager'`; name the decoder's linear layers likewise, as "
-        r"`r're:.*language_model.*_proj\.weight'`."
+        rf"`r're:.*{decoder.rpartition('.')[2]}.*_proj\.weight'`."
     )
 
 

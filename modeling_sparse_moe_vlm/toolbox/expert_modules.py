@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..experts_config import experts_config_of
+
 PROJECTIONS = ("gate", "up", "down")
 # What `use_experts_implementation` of Transformers gives a class; the last one is the class's own.
 MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
@@ -71,15 +73,15 @@ def is_pool(place: str) -> bool:
     return ".expert_pools." in f".{place}"
 
 
-def number_of(place: str) -> str:
-    """The number of the layer or pool that a place is."""
-    return next((piece for piece in place.split(".") if piece.isdigit()), "0")
+def first_number(name: str) -> int:
+    """The first number in the name of a module; 0 where there is none."""
+    return next((int(piece) for piece in name.split(".") if piece.isdigit()), 0)
 
 
 def places_of_layers(places: Iterable[str], config: Any) -> list[str]:
     """The place whose experts each sparse layer uses: layers of a pool have it in common."""
     places = list(places)
-    pools = {number_of(place): place for place in places if is_pool(place)}
+    pools = {place.rpartition(".")[2]: place for place in places if is_pool(place)}
     if not pools:
         return places
     own = iter(place for place in places if not is_pool(place))
@@ -128,8 +130,10 @@ class ExpertBank:
 
 def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     """The experts of a model by place and group, in the order of its modules."""
-    config = model.config.get_text_config()
+    config = experts_config_of(model.config)
     groups = {group["name"] for group in getattr(config, "expert_groups", [])}
+    layers = layers_of_modules(model)
+    of_ours = tuple(f"{name}." for name in sparse_blocks(model))
     banks: dict[str, ExpertBank] = {}
     for name, module in modules_of(model):
         parent, _, last = name.rpartition(".")
@@ -138,11 +142,13 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
             continue
         bank_name = name.rsplit(".shards.", 1)[0]
         if bank_name not in banks:
-            number = layer_of(name)
+            place, group = place_of(name, config)
+            if not is_pool(name) and not name.startswith(of_ours):
+                group = None  # experts that the model had before it was given groups
             banks[bank_name] = ExpertBank(
                 name=bank_name,
-                group=last if always_on else place_of(name, config)[1],
-                layers=tuple(config.pools[number]) if is_pool(name) else (number,),
+                group=last if always_on else group,
+                layers=tuple(config.pools[int(place.rpartition(".")[2])]) if is_pool(name) else (layers[name],),
                 always_on=always_on,
                 parts={},
             )
@@ -157,6 +163,59 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name_without_adapters(name), module
 
 
-def layer_of(name: str) -> int:
-    """The number of the layer or pool that a module lies in."""
-    return int(number_of(name))
+def our_experts_config(config: PreTrainedConfig) -> Any:
+    """The configuration of the experts of a model of ours or an upcycled one; `None` for other models."""
+    experts = experts_config_of(config)
+    # By attribute: a checkpoint that brings its code along has classes of its own.
+    return experts if hasattr(experts, "layers_by_experts") else None
+
+
+def sparse_blocks(model: nn.Module) -> dict[str, Any]:
+    """By name, the sparse blocks of our core, in whatever model they are."""
+    # By attribute, since the classes of a checkpoint that came with its code are others.
+    return {name: module for name, module in modules_of(model) if hasattr(module, "groups_key")}
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """The name of the decoder in a model, with or without adapters; empty where the model is the decoder."""
+    decoder = base_model_of(model).get_decoder()
+    return next((name for name, module in modules_of(model) if module is decoder), "")
+
+
+def layers_of_modules(model: PreTrainedModel) -> dict[str, int]:
+    """
+    By name, the number of the layer that a module lies in; 0 for what lies in none. Blocks and attention know theirs;
+    for other modules it is the first number in the name, after the name of the decoder.
+    """
+    prefix = f"{decoder_name(model)}."
+    layers: dict[str, int] = {}
+    known: dict[str, int] = {}  # from the module itself, or from one around it
+    for name, module in modules_of(model):
+        layer = getattr(module, "layer_idx", None)
+        if not isinstance(layer, int):
+            layer = known.get(name.rpartition(".")[0])
+        if layer is not None:
+            known[name] = layer
+        layers[name] = first_number(name.removeprefix(prefix)) if layer is None else layer
+    return layers
+
+def names_for_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """
+    The beginnings of the names, without adapters, of what text goes through: the decoder, and beside it the embeddings
+    and the head. Everything, where the model is the decoder.
+    """
+    base, decoder = base_model_of(model), decoder_name(model)
+    if not decoder:
+        return ("",)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [decoder, *(name for name, module in modules_of(model) if any(module is end for end in ends))]
+    starts = []
+    for name in names:
+        # A head may have several parts: what counts is the outermost module that the decoder does not lie in.
+        start, *rest = name.split(".")
+        for piece in rest:
+            if not f"{decoder}.".startswith(f"{start}."):
+                break
+            start = f"{start}.{piece}"
+        starts.append(f"{start}.")
+    return tuple(starts)

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
 
+    from ...experts_config import experts_config_of
     from ..data import VisionLanguageCollator
     from ..demo import conversations, drawings, scenes
     from ..routing import measure_routing, routing_statistics
@@ -54,11 +55,12 @@ def run(arguments: argparse.Namespace) -> None:
         counts = measure_routing(model, batches)
         if counts is None:
             raise ValueError(f"{arguments.model} has no routed experts, so there is no routing to report.")
-    statistics = routing_statistics(model.config.text_config, counts)
+    config = experts_config_of(model.config)
+    statistics = routing_statistics(config, counts)
     alarms = list(statistics.alarms().values())
     if arguments.output:
         with mistakes_in_one_line():
-            drawings.draw_expert_load(load_of_counts(model.config.text_config, counts), arguments.output)
+            drawings.draw_expert_load(load_of_counts(config, counts), arguments.output)
     if arguments.json:
         print(json.dumps({"rows": [_as_json(row) for row in statistics.rows], "alarms": alarms}))
     else:

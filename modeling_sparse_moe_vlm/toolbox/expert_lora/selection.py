@@ -16,7 +16,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...checks import check
-from ..expert_modules import PROJECTIONS, ExpertBank, base_model_of, expert_banks, layer_of, modules_of
+from ...experts_config import experts_config_of
+from ..expert_modules import (
+    PROJECTIONS,
+    ExpertBank,
+    base_model_of,
+    decoder_name,
+    expert_banks,
+    is_pool,
+    layers_of_modules,
+    modules_of,
+    sparse_blocks,
+)
 from ..placement.load import expert_counts
 from .adapted_layer import run_factored
 from .batch_rows import tell_token_rows
@@ -80,7 +91,7 @@ def expert_lora_config(
         ValueError: If something that is asked for is not there; the message says what there is.
     """
     model = base_model_of(model)
-    config = model.config.get_text_config()
+    config = experts_config_of(model.config)
     check(
         experts is None or expert_ranks is None,
         "`experts` and `expert_ranks` both choose experts: pass one; rank 0 is for an expert without adapter.",
@@ -145,7 +156,7 @@ def busiest_experts(
     check(0 < share <= 1, f"`share` must be greater than 0 and at most 1, got {share!r}.")
     model = base_model_of(model)
     sizes = {bank.name: sum(bank.sizes) for bank in expert_banks(model) if not bank.always_on}
-    counts = expert_counts(sizes, model.config.get_text_config(), routing)
+    counts = expert_counts(sizes, experts_config_of(model.config), routing)
     known = dict.fromkeys(name for of_modalities in counts.values() for name in of_modalities)
     check(
         modality is None or modality in known,
@@ -201,8 +212,9 @@ def _in_groups(
     unknown = [modality for modality in modalities if modality not in known]
     check(not unknown, f"`modalities` names {unknown}, but the model's are {known}.")
     served = {group["name"]: list(group["modalities"]) for group in config.expert_groups}
-    found = [bank for bank in banks if set(served[bank.group or ""]) <= set(modalities)]
-    there = "; ".join(f"{name}: {', '.join(served[name])}" for name in _group_names(banks))
+    # Experts of no group, which a model had before it was given some, serve every token.
+    found = [bank for bank in banks if set(served.get(bank.group or "", known)) <= set(modalities)]
+    there = "; ".join(f"{name}: {', '.join(served.get(name, known))}" for name in _group_names(banks))
     check(
         bool(found),
         f"no group of experts serves only {list(modalities)} ({there}): adapters on others would change other "
@@ -304,15 +316,15 @@ def _by_part(bank: ExpertBank, of_experts: list[int] | None) -> Iterator[tuple[s
 
 def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[str]:
     """The linear layers within the attention of the decoder."""
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    prefix = f"{prefix}." if prefix else ""
+    decoder = decoder_name(model)
+    prefix = f"{decoder}." if decoder else ""
+    layer_of = layers_of_modules(model)
     return [
         name
         for name, module in modules_of(model)
         if isinstance(module, nn.Linear)
         and name.startswith(prefix)
-        and (layers is None or layer_of(name) in layers)
+        and (layers is None or layer_of[name] in layers)
         and any("attn" in part or "attention" in part for part in name.removeprefix(prefix).split("."))
     ]
 
@@ -320,15 +332,14 @@ def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[s
 def _routers(model: PreTrainedModel, banks: list[ExpertBank]) -> list[str]:
     """The routers that send tokens to these experts: modules beside them, or in the layers of their pool."""
     routers = []
+    blocks = sparse_blocks(model)
     for name, module in modules_of(model):
         block, _, last = name.rpartition(".")
         if last not in ROUTER_NAMES or not any(parameter.dim() == 2 for parameter in module.parameters()):
             continue
-        if any(bank.name.startswith(f"{block}.") or _is_pooled(bank, block) for bank in banks):
+        pooled = [bank for bank in banks if is_pool(bank.name) and block in blocks]
+        in_pool = any(blocks[block].layer_idx in bank.layers for bank in pooled)
+        if in_pool or any(bank.name.startswith(f"{block}.") for bank in banks):
             routers.append(name)
     check(bool(routers), f"no router was found: no module beside the experts is called {' or '.join(ROUTER_NAMES)}.")
     return list(dict.fromkeys(routers))
-
-
-def _is_pooled(bank: ExpertBank, block: str) -> bool:
-    return ".expert_pools." in f".{bank.name}" and layer_of(block) in bank.layers

@@ -22,6 +22,7 @@ from accelerate.utils import convert_file_size_to_int
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ...experts_config import experts_config_of
 from .. import expert_seam
 from ..expert_modules import base_model_of, experts_modules, parameters_by_expert
 from .saved_stacks import save_experts_for_backward
@@ -426,7 +427,7 @@ def _sources(name: str, module: Any, pin: bool) -> dict[str, ExpertSource]:
 
 def _experts_per_token(model: Any) -> int:
     config = getattr(model, "config", None)
-    number = getattr(config.get_text_config(), "num_experts_per_tok", 1) if config is not None else 1
+    number = getattr(experts_config_of(config), "num_experts_per_tok", 1) if config is not None else 1
     return number if isinstance(number, int) else 1
 
 

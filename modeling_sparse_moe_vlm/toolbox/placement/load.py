@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..expert_modules import is_pool, number_of, place_of, places_of_layers
+from ..expert_modules import first_number, place_of, places_of_layers
 
 # By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
 Loads = dict[str, dict[str, float]]
@@ -157,10 +157,10 @@ def _rows(routing: Any) -> list[Mapping[str, Any]] | None:
 def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
     counts: Counts = {name: {} for name in sizes}
     modules: dict[tuple[str, str | None], list[str]] = {}
+    names_of_places = _names_of_places(sizes, config)
     for name in sizes:
         place, group = place_of(name, config)
-        kind = "pool" if is_pool(place) else "layer"
-        modules.setdefault((f"{kind}_{number_of(place)}", group), []).append(name)
+        modules.setdefault((names_of_places[place], group), []).append(name)
     lacking = dict(modules)
     for row in rows:
         names = modules.get((row["place"], row["group"]))
@@ -179,6 +179,17 @@ def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int],
     for place, group in lacking:
         raise ValueError(f"`routing` has no row for {place!r} with group {group!r}, which the model has.")
     return counts
+
+
+def _names_of_places(sizes: Mapping[str, int], config: Any) -> dict[str, str]:
+    """By place, what statistics call it: `"layer_3"` or `"pool_0"`."""
+    places = list(_members(sizes, config))
+    if not hasattr(config, "sparse_layers"):
+        return {place: f"layer_{first_number(place)}" for place in places}
+    # By the order of the layers: a model around the decoder may have numbers in its names, too.
+    numbered = zip(config.sparse_layers, places_of_layers(places, config))
+    pools = ((layer, place, config.layer_pool(layer)) for layer, place in numbered)
+    return {place: f"layer_{layer}" if pool is None else f"pool_{pool}" for layer, place, pool in pools}
 
 
 def _table(routing: Any, config: PreTrainedConfig) -> _Table:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..expert_modules import place_of
+from ...experts_config import experts_config_of
+from ..expert_modules import decoder_name, place_of, sparse_blocks
 from .budgets import Device
 from .load import Loads
 
@@ -57,7 +58,7 @@ def parts_of(model: PreTrainedModel, loads: Loads, is_measured: bool) -> list[Pa
         is_measured (`bool`):
             Whether the loads are measured: groups of a layer then are worth being told apart.
     """
-    config: Any = model.config.get_text_config()
+    config: Any = experts_config_of(model.config)
     layers = decoder_layers(model, list(loads))
     sizes = _sizes_of_prefixes(tensor_sizes(model))
     names = _part_names(model, loads, layers, sizes)
@@ -98,17 +99,14 @@ def tensor_sizes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def decoder_layers(model: nn.Module, experts: Sequence[str]) -> list[str]:
-    """Names of the decoder's layers: the list that the experts lie in, or that stands beside their pools."""
-    for name in experts:
-        pieces = name.split(".")
-        end = next((i for i, piece in enumerate(pieces) if piece.isdigit()), None)
-        if end is None:
-            continue
-        container = ".".join(pieces[:end])
-        if not isinstance(model.get_submodule(container), nn.ModuleList):
-            container = ".".join([*pieces[: end - 1], "layers"])
-        return [f"{container}.{child}" for child, _ in model.get_submodule(container).named_children()]
+def decoder_layers(model: PreTrainedModel, experts: Sequence[str]) -> list[str]:
+    """Names of the decoder's layers: the list that the blocks lie in, also those whose experts are pooled."""
+    around = prefixes(decoder_name(model))  # in which there may be other lists
+    for name in sparse_blocks(model) or experts:
+        for container in prefixes(name):
+            layers = model.get_submodule(container)
+            if isinstance(layers, nn.ModuleList) and container not in around:
+                return [f"{container}.{child}" for child, _ in layers.named_children()]
     raise ValueError(f"{type(model).__name__} has no list of layers with experts.")
 
 

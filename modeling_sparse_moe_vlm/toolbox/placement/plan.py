@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ...experts_config import experts_config_of
 from ..expert_modules import experts_modules
 from ..meta_model import model_on_meta_device
 from .budgets import Device, fast_devices, read_budgets, readable_size
@@ -150,4 +151,4 @@ def describe_placement(
 
 def _loads(model: PreTrainedModel, routing: Any) -> Loads:
     sizes = {name: experts.num_experts for name, experts in experts_modules(model).items()}
-    return expert_loads(sizes, model.config.get_text_config(), routing)
+    return expert_loads(sizes, experts_config_of(model.config), routing)

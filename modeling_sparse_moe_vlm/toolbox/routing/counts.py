@@ -11,7 +11,7 @@ from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ...experts_config import SparseMoeVlmExpertsConfig
+from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import LayerRouting, RoutingRule, chosen_experts, router_biases
 from ...token_modalities import TokenModalities, flat_tokens
@@ -222,7 +222,7 @@ def count_batch(
         readers = [module for module in model.modules() if hasattr(module, "get_mm_token_type_ids")]
         if readers:
             ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)
-    config = model.config.get_text_config()
+    config = experts_config_of(model.config)
     return count_routing(
         config,
         router_logits,

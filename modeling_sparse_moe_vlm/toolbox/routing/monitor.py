@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
 
-from ...experts_config import SparseMoeVlmExpertsConfig
+from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import LayerRouting
 from ...token_modalities import TokenModalities
@@ -97,7 +97,7 @@ class RoutingMonitor(TrainerCallback):
         """
         counts = count_batch(model, inputs, router_logits, router_indices, router_dropped) if decoders(model) else None
         if counts is not None:
-            self._add(model.config.get_text_config(), counts)
+            self._add(experts_config_of(model.config), counts)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Called by `Trainer` after the optimizer's step."""
@@ -138,4 +138,5 @@ class RoutingMonitor(TrainerCallback):
 def _is_counted(decoder: Any) -> bool:
     """Whether the next forward pass is one of training: not an evaluation, generation or reference model's."""
     is_training = decoder.training and torch.is_grad_enabled()
-    return is_training and bool(decoder.config.output_router_logits or decoder.config.router_bias_update_rate)
+    config = experts_config_of(decoder.config)
+    return is_training and bool(config.output_router_logits or config.router_bias_update_rate)

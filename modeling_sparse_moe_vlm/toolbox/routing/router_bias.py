@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from ...experts_config import experts_config_of
 from ...routing import routers_with_bias
 from .counts import RoutingCounts
 
@@ -58,7 +59,7 @@ def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: floa
         raise ValueError(
             "The model's routers have no bias: set `router_bias_update_rate` in its configuration when it is made."
         )
-    config = model.config.get_text_config()
+    config = experts_config_of(model.config)
     rate = config.router_bias_update_rate if rate is None else rate
     chosen = counts.over_processes().wanted
     for layers in config.layers_by_experts:

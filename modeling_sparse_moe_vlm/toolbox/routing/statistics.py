@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ...experts_config import SparseMoeVlmExpertsConfig
+from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .counts import RoutingCounts, measure_routing
 
 # What is told of every place, group and modality; properties of [`GroupRouting`].
@@ -239,7 +239,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
         expert, or one that does not serve the modality. Empty for a model without sparse layers.
     """
     counts = measure_routing(model, batches)
-    return {} if counts is None else load_of_counts(model.config.get_text_config(), counts)
+    return {} if counts is None else load_of_counts(experts_config_of(model.config), counts)
 
 
 def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> dict[str, torch.Tensor]:
@@ -248,7 +248,7 @@ def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> 
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
-            Configuration of the decoder.
+            Configuration of the experts.
         counts ([`RoutingCounts`]):
             Counts of any number of batches.
 

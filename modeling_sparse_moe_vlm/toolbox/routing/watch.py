@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ...experts_config import SparseMoeVlmExpertsConfig
+from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ...routing import LayerRouting, RoutingRecord
 from ...token_modalities import TokenModalities
 
@@ -48,7 +48,7 @@ def watch_routing(
     def after(decoder: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         record = kwargs.get("routing_record")
         if record is not None and record.layers() and when(decoder):
-            listener(decoder.config, record.tokens, record.layers())
+            listener(experts_config_of(decoder.config), record.tokens, record.layers())
 
     handles = []
     for decoder in decoders(model):

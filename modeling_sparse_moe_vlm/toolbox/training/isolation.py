@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..expert_modules import expert_banks, name_without_adapters
-
-# What text tokens do not use, apart from experts, and the routers, of which they use some rows.
-NOT_FOR_TEXT = re.compile(r"(^|\.)(vision_tower|multi_modal_projector|modality_encoders|mlp\.gate)\.")
+from ...experts_config import experts_config_of
+from ..expert_modules import expert_banks, name_without_adapters, names_for_text, sparse_blocks
 
 
 def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     """
-    Freezes everything that text tokens use. What is left to train is the vision tower with its connector (and encoders
-    of further modalities), the expert groups that do not serve text, and the routers' weights for them. A text-only
-    output is then bit-identical before and after training.
+    Freezes everything that text tokens use: the decoder, the embeddings and the head. What is left to train is what
+    lies beside them (a vision tower with its connector, encoders of further modalities), the expert groups that do not
+    serve text, and the routers' weights for them. A text-only output is then bit-identical before and after training.
 
     A router has one weight for all experts, of which the rows of experts that serve text are put back after every step
     of any of torch's optimizers: weight decay would move them even without a gradient.
 
     Args:
         model (`PreTrainedModel`):
-            A model whose expert groups serve either text or other modalities, as those of `expert_groups="isolated"`.
+            A model of ours or an upcycled one, whose expert groups serve either text or other modalities, as those of
+            `expert_groups="isolated"`.
             Its routers' weights must not be sharded (FSDP, ZeRO-3).
 
     Returns:
@@ -36,7 +33,7 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
         ValueError: If a group serves text and other modalities, which could then not learn; or if the routers' biases
             for text would move.
     """
-    config = model.config.get_text_config()
+    config = experts_config_of(model.config)
     shared = {
         group["name"]: group["modalities"]
         for group in config.expert_groups
@@ -55,19 +52,22 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
 
     without_text = {group["name"] for group in config.expert_groups if "text" not in group["modalities"]}
     banks = [bank for bank in expert_banks(model) if bank.group in without_text]
-    experts = tuple(f"{name}." for bank in banks for name in bank.parts)
+    blocks = sparse_blocks(model)
+    routers = [f"{name}.gate" for name in blocks]  # of which text uses some rows
+    left = tuple(f"{name}." for name in (*(name for bank in banks for name in bank.parts), *routers))
+    for_text = names_for_text(model)
     for name, parameter in model.named_parameters():
-        if not (NOT_FOR_TEXT.search(name) or name_without_adapters(name).startswith(experts)):
+        name = name_without_adapters(name)
+        if name.startswith(for_text) and not name.startswith(left):
             parameter.requires_grad_(False)
 
     kept = []  # the router, the rows of experts that serve text, and what they are to be
-    for name, module in model.named_modules():
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.mlp\.gate$", name)
-        if layer is not None:
-            groups = config.layer_expert_groups(int(layer[1]), always_on=False)
-            serves = torch.tensor([group.serves("text") for group in groups for _ in range(group.num_experts)])
-            rows = serves.nonzero().squeeze(1)
-            kept.append((module, rows, module.weight.detach()[rows.to(module.weight.device)].clone()))
+    for block in blocks.values():
+        router = block.gate
+        groups = config.layer_expert_groups(block.layer_idx, always_on=False)
+        serves = torch.tensor([group.serves("text") for group in groups for _ in range(group.num_experts)])
+        rows = serves.nonzero().squeeze(1)
+        kept.append((router, rows, router.weight.detach()[rows.to(router.weight.device)].clone()))
 
     @torch.no_grad()
     def put_back(*_) -> None:

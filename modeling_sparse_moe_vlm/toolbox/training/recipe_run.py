@@ -15,6 +15,7 @@ from ..data import VisionLanguageCollator
 from ..demo import conversations, drawings, load_scenes
 from ..evaluation import generate_answers
 from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, score_table
+from ..expert_modules import our_experts_config
 from ..hub import write_model_card
 from ..model_size import describe_size
 from ..routing import expert_load
@@ -127,7 +128,8 @@ class TrainingRun:
         drawings.draw_answers([test[i] for i in shown], [answers[i] for i in shown], self.output_dir / "answers.png")
         rows = conversations(test.select(range(min(NUM_ROUTED_ROWS, len(test)))))
         batches = DataLoader(rows, batch_size=ROUTED_BATCH, collate_fn=self.collator)
-        load = expert_load(self.model.eval(), batches) if self.is_ours else {}
+        has_groups = our_experts_config(self.model.config) is not None
+        load = expert_load(self.model.eval(), batches) if has_groups else {}
         if load:
             drawings.draw_expert_load(load, self.output_dir / "expert_load.png")
         else:

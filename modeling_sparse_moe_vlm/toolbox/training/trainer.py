@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
+from ...experts_config import experts_config_of
 from ...losses import share_of_batch
 from ..routing.monitor import RoutingMonitor
 from .checkpoints import last_whole_checkpoint
@@ -79,7 +80,7 @@ class SparseMoeTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         has_own_loss = self.label_smoother is not None or self.compute_loss_func is not None
-        config = self.accelerator.unwrap_model(model).config.get_text_config()
+        config = experts_config_of(self.accelerator.unwrap_model(model).config)
         if has_own_loss and getattr(config, "output_router_logits", False):
             # At evaluation, a model without labels computes no router losses unless somebody asks for them.
             inputs["output_router_logits"] = True
@@ -89,7 +90,7 @@ class SparseMoeTrainer(Trainer):
             losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
             by_modality = outputs.get("aux_loss_by_modality")
             if by_modality is not None:
-                modalities = unwrapped.config.get_text_config().modalities
+                modalities = config.modalities
                 losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
             for name, value in losses.items():
                 if value is not None:

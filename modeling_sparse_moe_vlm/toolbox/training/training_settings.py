@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...configuration_sparse_moe_vlm import SparseMoeVlmTextConfig
+from ..expert_modules import our_experts_config
 
 
 def compute_router_losses(model: PreTrainedModel) -> None:
@@ -30,6 +30,5 @@ def no_training_settings(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _configs_of_ours(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    config = model.config.get_text_config()
-    # Not `isinstance`: a checkpoint that brings its code along has classes of its own.
-    return [config] if config.model_type == SparseMoeVlmTextConfig.model_type else []
+    config = our_experts_config(model.config)
+    return [] if config is None else [config]
