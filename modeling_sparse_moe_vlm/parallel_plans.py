@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -14,21 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .checks import check
 from .experts_config import experts_config_of
-
-# Parallel styles of what lies in a sparse block, whatever model it is in.
-BLOCK_TP_PLAN = {
-    "experts.gate_up_proj": "packed_colwise",
-    "experts.down_proj": "rowwise",
-    "experts": "moe_tp_experts",
-    "shared_experts.*.gate_proj": "colwise",
-    "shared_experts.*.up_proj": "colwise",
-    "shared_experts.*.down_proj": "rowwise",
-}
-BLOCK_EP_PLAN = {
-    "experts.gate_up_proj": "grouped_gemm",
-    "experts.down_proj": "grouped_gemm",
-    "experts": "ep_dispatch_experts",
-}
 
 
 def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, str]:
@@ -64,39 +48,6 @@ def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, s
             patterns = [pattern]
         spelled_out.update(dict.fromkeys(patterns, style))
     return spelled_out
-
-
-def plan_with_blocks(
-    plan: dict[str, str], styles: dict[str, str], blocks: Iterable[str], pools: str, config: PreTrainedConfig
-) -> dict[str, str]:
-    """
-    The parallel plan of a model in which sparse blocks stand in place of feed-forward blocks.
-
-    Args:
-        plan (`dict[str, str]`):
-            The plan of the model before. What it says of layers that are still dense stays.
-        styles (`dict[str, str]`):
-            `BLOCK_TP_PLAN` or `BLOCK_EP_PLAN`.
-        blocks (`Iterable[str]`):
-            Names of the blocks, as the patterns name modules.
-        pools (`str`):
-            Name of the module with the expert pools.
-        config (`SparseMoeVlmExpertsConfig`):
-            Configuration of the experts.
-
-    Returns:
-        `dict[str, str]`: the plan, of which [`prepare_plans`] leaves out what the model does not have.
-    """
-    places = {_with_wildcards(block) for block in blocks}
-    own = {f"{place}.{name}": style for place in sorted(places) for name, style in styles.items()}
-    if config.pools:
-        own |= {
-            f"{pools}.*{name.removeprefix('experts')}": style
-            for name, style in styles.items()
-            if not name.startswith("shared_experts")
-        }
-    kept = {pattern: style for pattern, style in plan.items() if pattern not in places}
-    return kept | plan_by_group(own, config)
 
 
 def is_one_of_several_processes() -> bool:

@@ -199,6 +199,7 @@ def layers_of_modules(model: PreTrainedModel) -> dict[str, int]:
         layers[name] = first_number(name.removeprefix(prefix)) if layer is None else layer
     return layers
 
+
 def names_for_text(model: PreTrainedModel) -> tuple[str, ...]:
     """
     The beginnings of the names, without adapters, of what text goes through: the decoder, and beside it the embeddings

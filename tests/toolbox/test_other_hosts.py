@@ -6,7 +6,7 @@ from peft import get_peft_model
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm.checkpoint_conversion import convert_from_disk, expert_stacks, saving_conversions
-from modeling_sparse_moe_vlm.parallel_plans import BLOCK_EP_PLAN, BLOCK_TP_PLAN, plan_with_blocks, prepare_plans
+from modeling_sparse_moe_vlm.parallel_plans import plan_by_group, prepare_plans
 from modeling_sparse_moe_vlm.toolbox.expert_lora import busiest_experts, expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.expert_modules import (
     decoder_name,
@@ -220,66 +220,6 @@ def test_experts_lie_one_by_one_on_disk(shards):
 
 
 @pytest.mark.parametrize(
-    ("fields", "tensor_parallel", "expert_parallel"),
-    [
-        (
-            {"expert_groups": "hybrid"},
-            {
-                "parts.1.h.*.ffn.experts": "moe_tp_experts",
-                "parts.1.h.*.ffn.experts.gate_up_proj": "packed_colwise",
-                "parts.1.h.*.ffn.experts.down_proj": "rowwise",
-                "parts.1.h.*.ffn.shared_experts.text.gate_proj": "colwise",
-                "parts.1.h.*.ffn.shared_experts.text.up_proj": "colwise",
-                "parts.1.h.*.ffn.shared_experts.text.down_proj": "rowwise",
-                "parts.1.h.*.ffn.shared_experts.image.gate_proj": "colwise",
-                "parts.1.h.*.ffn.shared_experts.image.up_proj": "colwise",
-                "parts.1.h.*.ffn.shared_experts.image.down_proj": "rowwise",
-            },
-            {
-                "parts.1.h.*.ffn.experts": "ep_dispatch_experts",
-                "parts.1.h.*.ffn.experts.gate_up_proj": "grouped_gemm",
-                "parts.1.h.*.ffn.experts.down_proj": "grouped_gemm",
-            },
-        ),
-        (
-            {"expert_groups": "isolated", "expert_pool": [None, 5, 5]},
-            {
-                "parts.1.expert_pools.*.text": "moe_tp_experts",
-                "parts.1.expert_pools.*.text.gate_up_proj": "packed_colwise",
-                "parts.1.expert_pools.*.text.down_proj": "rowwise",
-                "parts.1.expert_pools.*.image": "moe_tp_experts",
-                "parts.1.expert_pools.*.image.gate_up_proj": "packed_colwise",
-                "parts.1.expert_pools.*.image.down_proj": "rowwise",
-            },
-            {
-                "parts.1.expert_pools.*.text": "ep_dispatch_experts",
-                "parts.1.expert_pools.*.text.gate_up_proj": "grouped_gemm",
-                "parts.1.expert_pools.*.text.down_proj": "grouped_gemm",
-                "parts.1.expert_pools.*.image": "ep_dispatch_experts",
-                "parts.1.expert_pools.*.image.gate_up_proj": "grouped_gemm",
-                "parts.1.expert_pools.*.image.down_proj": "grouped_gemm",
-            },
-        ),
-    ],
-    ids=["layers", "pools"],
-)
-def test_parallel_plans(fields, tensor_parallel, expert_parallel):
-    """What named the block itself goes, what names a matrix of dense layers stays."""
-    model = make_other_host(**fields)
-    config = model.config.experts_config
-    dense = {"parts.*.h.*.ffn": "rowwise", "words": "embedding_rowwise"}
-    prefix = {"parts.*.h.*.attention.q": "colwise"}
-    names = {key.replace("parts.1.", "parts.*."): style for key, style in tensor_parallel.items()}
-    plan = plan_with_blocks(dense | prefix, BLOCK_TP_PLAN, BLOCKS, "parts.*.expert_pools", config)
-    model._tp_plan = plan
-    model._ep_plan = plan_with_blocks({}, BLOCK_EP_PLAN, BLOCKS, "parts.*.expert_pools", config)
-    model._fsdp_plan = {}
-    prepare_plans(model, DistributedConfig(tp_size=2))
-    assert model._tp_plan == names | prefix | {"words": "embedding_rowwise"}
-    assert model._ep_plan == {key.replace("parts.1.", "parts.*."): style for key, style in expert_parallel.items()}
-
-
-@pytest.mark.parametrize(
     ("fields", "sizes", "message"),
     [
         ({}, {"tp_size": 3}, r"`num_attention_heads` \(4\)"),
@@ -290,3 +230,16 @@ def test_parallel_plans(fields, tensor_parallel, expert_parallel):
 def test_sizes_that_do_not_fit_are_refused(fields, sizes, message):
     with pytest.raises(ValueError, match=message):
         prepare_plans(make_other_host(**fields), DistributedConfig(**sizes))
+
+
+def test_plans_name_groups_wherever_blocks_are():
+    plan = {"h.*.ffn.experts": "a", "h.*.ffn.experts.down_proj": "b", "h.*.my_experts.x": "c", "experts": "d"}
+    assert plan_by_group(plan, make_other_host().config.experts_config) == {
+        "h.*.ffn.experts.text": "a",
+        "h.*.ffn.experts.image": "a",
+        "h.*.ffn.experts.text.down_proj": "b",
+        "h.*.ffn.experts.image.down_proj": "b",
+        "h.*.my_experts.x": "c",
+        "experts.text": "d",
+        "experts.image": "d",
+    }

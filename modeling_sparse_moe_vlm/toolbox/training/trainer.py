@@ -86,12 +86,11 @@ class SparseMoeTrainer(Trainer):
             inputs["output_router_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
-            unwrapped = self.accelerator.unwrap_model(model)
             losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
             by_modality = outputs.get("aux_loss_by_modality")
             if by_modality is not None:
-                modalities = config.modalities
-                losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
+                named = zip(config.modalities, by_modality, strict=True)
+                losses |= {f"aux_loss_{name}": value for name, value in named}
             for name, value in losses.items():
                 if value is not None:
                     self._router_losses.setdefault(name, []).append(value.detach())
