@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import CausalLMOutput
 
-from modeling_sparse_moe_vlm.experts import SparseMoeVlmSparseMoeBlock, init_expert_weights, make_experts
+from modeling_sparse_moe_vlm.experts import SparseMoeVlmSparseMoeBlock, make_experts
 from modeling_sparse_moe_vlm.experts_config import SparseMoeVlmExpertsConfig
+from modeling_sparse_moe_vlm.experts_host import ExpertsHost
 from modeling_sparse_moe_vlm.routing import RoutingPlanner
 from modeling_sparse_moe_vlm.token_modalities import TokenModalities
 from tests.support.models import IMAGE_TOKEN_ID
@@ -60,7 +61,7 @@ class Decoder(nn.Module):
         return states
 
 
-class OtherHost(PreTrainedModel):
+class OtherHost(ExpertsHost):
     """
     `parts.0` is a connector of images, `parts.1` the decoder, `words` the embedding and `head` the language head, which
     has two modules.
@@ -75,10 +76,6 @@ class OtherHost(PreTrainedModel):
         self.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, VOCABULARY))
         self.planner = RoutingPlanner(config.experts_config)
         self.post_init()
-
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        init_expert_weights(module, std=0.2)
 
     def get_decoder(self):
         return self.parts[1]
@@ -104,7 +101,7 @@ def make_other_host(num_expert_shards: int = 1, **experts) -> OtherHost:
     """A model of three layers, of which the first is dense unless `mlp_only_layers` says otherwise."""
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "moe_intermediate_size": 24, "num_experts": 4}
     fields = sizes | {"mlp_only_layers": [0], "expert_groups": "isolated"} | experts
-    config = OtherConfig(experts_config=SparseMoeVlmExpertsConfig(**fields))
+    config = OtherConfig(experts_config=SparseMoeVlmExpertsConfig(**fields, initializer_range=0.2))
     config.experts_config.num_expert_shards = num_expert_shards
     torch.manual_seed(0)
     return OtherHost(config).eval()
