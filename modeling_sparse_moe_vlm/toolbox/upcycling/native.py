@@ -29,7 +29,6 @@ from transformers import (
     initialization,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...experts_config import SparseMoeVlmExpertsConfig
@@ -96,7 +95,7 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
     base = _base_config(model.config)
     decoder = base.get_text_config()
     state = model.state_dict()
-    blocks = _names_of_blocks(model, experts)
+    blocks = _names_of_blocks(model, experts, state)
     layers = _sparse_layers(experts, state, blocks)
 
     reasons = []
@@ -152,10 +151,14 @@ def _base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return cls.from_dict(values)
 
 
-def _names_of_blocks(model: PreTrainedModel, experts: Any) -> list[str]:
+def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Names of the sparse blocks in the model's state, by layer."""
     prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    return [f"{prefix}.{block}" if prefix else block for block in experts.blocks]
+    blocks = [f"{prefix}.{block}" if prefix else block for block in experts.blocks]
+    missing = [block for block in blocks if f"{block}.gate.weight" not in state]
+    if missing:
+        raise UpcyclingError(f"{type(model).__name__} has no {_some(missing)}: give the whole upcycled model.")
+    return blocks
 
 
 def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[str]) -> SparseLayers:
@@ -429,4 +432,4 @@ def _conversions_to_hub_format(native: PreTrainedModel) -> list[Any]:
         for operation in getattr(conversion, "operations", []):
             if getattr(operation, "check_dims", False):
                 operation.check_dims = False
-    return [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    return conversions

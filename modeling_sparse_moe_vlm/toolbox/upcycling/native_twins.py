@@ -166,7 +166,10 @@ def _qwen_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _qwen2_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
-    return _qwen_moe(layers, base) | {"shared_expert_intermediate_size": layers.shared_width, "qkv_bias": True}
+    return _qwen_moe(layers, base) | {
+        "shared_expert_intermediate_size": layers.shared_width,
+        "qkv_bias": _has_qkv_bias(base),
+    }
 
 
 def _qwen3_vl_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
@@ -223,7 +226,7 @@ def _glm4_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _glm4_moe_with_biases(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
-    return _glm4_moe(layers, base) | {"attention_bias": True}
+    return _glm4_moe(layers, base) | {"attention_bias": _has_qkv_bias(base)}
 
 
 def _glm4_moe_with_norms(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]:
@@ -293,6 +296,10 @@ def _rope_of_phi3(base: PreTrainedConfig) -> dict[str, Any]:
     if rope["rope_type"] != "default" or rope["partial_rotary_factor"] != 1.0:
         raise UpcyclingError("it has rotary embeddings of the usual kind, and `rope_parameters` say otherwise")
     return {name: rope[name] for name in ("rope_type", "rope_theta")}
+
+
+def _has_qkv_bias(config: PreTrainedConfig) -> bool:
+    return getattr(config, "attention_bias", True)  # Qwen2 always has it
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

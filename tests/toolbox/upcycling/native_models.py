@@ -111,6 +111,7 @@ BASES = {
     ),
     "qwen3_5": ("qwen3_5_text", TINY_DECODER | _LINEAR | {"head_dim": 8}),
     "seed_oss": ("seed_oss", _HEADS),
+    "seed_oss_without_biases": ("seed_oss", _HEADS | {"attention_bias": False}),
     "youtu": ("youtu", TINY_DECODER | _MLA),
 }
 

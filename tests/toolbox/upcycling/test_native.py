@@ -55,6 +55,7 @@ PAIRS = [
     ("helium", WITH_SHARED, "Ernie4_5_MoeForCausalLM"),
     ("hunyuan", {}, "HunYuanMoEV1ForCausalLM"),
     ("hunyuan", NARROW_SHARED, "HunYuanMoEV1ForCausalLM"),
+    ("hunyuan", {"expert_groups": [SHARED[0], SHARED[1] | {"intermediate_size": 24}]}, "HunYuanMoEV1ForCausalLM"),
     ("internlm3", {}, "MixtralForCausalLM"),
     ("iquestcoder", {}, "MixtralForCausalLM"),
     ("lfm2", SIGMOID, "Lfm2MoeForCausalLM"),
@@ -85,6 +86,7 @@ PAIRS = [
     ("qwen3_5", WITH_SHARED, "Qwen3_5MoeForCausalLM"),
     ("seed_oss", {}, "Qwen2MoeForCausalLM"),
     ("seed_oss", SIGMOID | WITH_SHARED, "Glm4MoeForCausalLM"),
+    ("seed_oss_without_biases", {}, "Qwen2MoeForCausalLM"),
     ("youtu", SIGMOID, "DeepseekV3ForCausalLM"),
     ("youtu", SIGMOID | WITH_SHARED | BIAS | FIRST_DENSE, "DeepseekV3ForCausalLM"),
 ]
@@ -220,6 +222,11 @@ SPARSE_FIELDS = [
             "norm_topk_prob": True,
             "num_nextn_predict_layers": 0,
         },
+    ),
+    (
+        "llama",
+        SIGMOID | {"expert_groups": [SHARED[0], SHARED[1] | {"intermediate_size": 48}]},
+        {"n_shared_experts": 2, "first_k_dense_replace": 0},
     ),
     ("llama", SIGMOID, {"n_shared_experts": 1, "first_k_dense_replace": 0, "use_qk_norm": False}),
     (
@@ -384,8 +391,11 @@ def test_biases_that_a_twin_has_no_place_for():
     model = make("qwen3", router_bias_update_rate=0.1)
     with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias, and `router_bias_update_rate`"):
         to_native(model)
-    for layer in model.model.layers:
-        layer.mlp.gate.e_score_correction_bias.zero_()
+    first, last = (layer.mlp.gate.e_score_correction_bias for layer in model.model.layers)
+    first.zero_()
+    with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias"):
+        to_native(model)
+    last.zero_()
     input_ids = make_input_ids()
     assert_close(to_native(model)(input_ids).logits, model(input_ids).logits)
 
@@ -495,6 +505,32 @@ def test_models_that_cannot_be_exported_as_they_are():
     model.is_quantized = True
     with pytest.raises(UpcyclingError, match="The model is quantized"):
         to_native(model)
+
+
+def test_part_of_a_model():
+    model = make_upcycled(in_tree_models.make_model("llava"))
+    decoder = model.model.language_model
+    decoder.config.experts_config = model.config.experts_config
+    with pytest.raises(UpcyclingError, match=r"LlamaModel has no `language_model\.layers\.0\.mlp` and 1 more"):
+        to_native(decoder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors | {"more": torch.zeros(1)}, "it has no place for `more`"),
+        (lambda tensors: dict(list(tensors.items())[1:]), r"the model lacks its `model.embed_tokens.weight`"),
+        (
+            lambda tensors: tensors | {"model.norm.weight": torch.zeros(1)},
+            "of another shape in it are `model.norm.weight`",
+        ),
+    ],
+)
+def test_twin_with_other_tensors(change, message, monkeypatch):
+    own = native._twin_state
+    monkeypatch.setattr(native, "_twin_state", lambda *arguments: change(own(*arguments)))
+    with pytest.raises(UpcyclingError, match=message):
+        to_native(make("llama"))
 
 
 def test_release_without_the_twin(monkeypatch):
