@@ -188,13 +188,22 @@ def _check_model(model: PreTrainedModel) -> None:
         hint = " Merge its adapters first: `model.merge_and_unload()`." if hasattr(model, "merge_and_unload") else ""
         raise UpcyclingError(f"`model` must be a model of Transformers, got {type(model).__name__}.{hint}")
     name = type(model).__name__
-    if (
-        getattr(model, "hf_quantizer", None) is not None
-        or getattr(model.config, "quantization_config", None) is not None
-    ):
+    if _is_quantised(model):
         raise UpcyclingError(f"{name} is quantised: load it unquantised, and quantise the result.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise UpcyclingError(f"{name} has adapters: merge them into its weights first, or load it without them.")
+
+
+def _is_quantised(model: PreTrainedModel) -> bool:
+    """Not where weights were unpacked when they were loaded, as those of GGUF files, though the method is noted."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(model.config, "quantization_config", None) or getattr(quantizer, "quantization_config", quantizer)
+    if method is None:
+        return False
+    is_unpacked = getattr(method, "dequantize", False) or getattr(method, "quant_method", None) == "gguf"
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    is_plain = all(type(linear) is nn.Linear and linear.weight.is_floating_point() for linear in linears)
+    return not (is_unpacked and is_plain)
 
 
 def _check_experts(

@@ -1,6 +1,7 @@
 """The dense blocks of models that Transformers has, and why others have none."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Mxfp4Config,
     initialization,
 )
 
@@ -280,4 +282,21 @@ def test_quantised_models():
     assert refusal(model) == "LlamaForCausalLM is quantised: load it unquantised, and quantise the result."
     del model.config.quantization_config
     model.hf_quantizer = object()
+    assert "is quantised" in refusal(model)
+
+
+def test_weights_that_were_unpacked_are_not_quantised():
+    model = llama()
+    expected = find_blocks(model)
+    model.config.quantization_config = Mxfp4Config(dequantize=True)
+    assert find_blocks(model) == expected
+    del model.config.quantization_config
+    gguf = SimpleNamespace(quant_method="gguf", dequantize=False)
+    model.hf_quantizer = SimpleNamespace(quantization_config=gguf)
+    assert find_blocks(model) == expected
+    head = model.lm_head
+    model.lm_head = type("GgufLinear", (nn.Linear,), {})(32, 99)
+    assert "is quantised" in refusal(model)
+    model.lm_head = head
+    head.weight = nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
     assert "is quantised" in refusal(model)

@@ -1,0 +1,230 @@
+"""Whether our decoder computes what a dense one does, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .errors import UpcyclingError
+from .parts_weights import BuiltModel, decoder_of
+
+FeedForward = Callable[[torch.Tensor], torch.Tensor]
+
+TOLERANCE = 1e-5
+_NUM_TOKENS = 16
+
+
+class _States(NamedTuple):
+    """Embedded tokens and what each layer makes of them `(B, T, D)`, and logits `(B, T, V)`."""
+
+    hidden_states: list[torch.Tensor]
+    logits: torch.Tensor
+
+
+@torch.no_grad()
+def check_decoder(
+    dense: PreTrainedModel,
+    dense_layers: Sequence[nn.Module],
+    model: BuiltModel,
+    *,
+    is_centred: bool = False,
+    is_rounded: bool = False,
+    feed_forward: Mapping[int, FeedForward] | None = None,
+    seed: int = 0,
+) -> float:
+    """
+    Compares the two on random text, at the first positions and at positions up to the last that the model is meant for;
+    the sparse one for the tokens of every modality, whose experts must all start alike.
+
+    Both run in float32, whatever their type, one module at a time, so that this takes little memory. Where weights of a
+    smaller type had to be rounded, the outputs may differ by the rounding of that type, or by twice as much as those of
+    the dense model in its own type differ from its outputs in float32.
+
+    Args:
+        dense (`PreTrainedModel`):
+            The dense language model.
+        dense_layers (`Sequence[nn.Module]`):
+            Its layers.
+        model (`SparseMoeVlmForCausalLM` or `SparseMoeVlmForConditionalGeneration`):
+            The sparse model.
+        is_centred (`bool`, defaults to `False`):
+            Whether the sparse model's hidden states are the dense model's less their mean.
+        is_rounded (`bool`, defaults to `False`):
+            Whether weights of the sparse model are other ones than the dense model's, rounded to their type.
+        feed_forward (`Mapping[int, Callable]`, *optional*):
+            By layer, what is run in place of its experts, for starts that are not exact.
+        seed (`int`, defaults to 0):
+            Seed of the random text.
+
+    Returns:
+        `float`: the largest difference of logits, relative to the largest logit.
+
+    Raises:
+        UpcyclingError: If they differ; the message says where they first do.
+    """
+    config = model.config.get_text_config()
+    decoder = decoder_of(model)
+    layers: list[Any] = list(decoder.layers)
+    num_ids = min(dense.get_input_embeddings().weight.shape[0], dense.get_output_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(num_ids, (1, _NUM_TOKENS), generator=generator).to(dense.device)
+    modalities = config.modalities
+    ids = torch.arange(len(modalities), device=dense.device)[:, None].expand(-1, _NUM_TOKENS)
+
+    def run_dense(position_ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(input_ids)
+        return dense(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+
+    def run_sparse(position_ids: torch.Tensor) -> torch.Tensor:
+        hidden_states = decoder(
+            input_ids=input_ids.expand_as(ids),
+            attention_mask=torch.ones_like(ids),
+            position_ids=position_ids.expand_as(ids),
+            mm_token_type_ids=ids,
+            use_cache=False,
+        ).last_hidden_state
+        return model.lm_head(hidden_states)
+
+    first = torch.arange(_NUM_TOKENS, device=dense.device)
+    last = torch.linspace(0, config.max_position_embeddings - 1, _NUM_TOKENS, device=dense.device).long()
+    largest = 0.0
+    with _evaluation(dense), _evaluation(model), _replaced(layers, feed_forward or {}):
+        for positions in (first[None], last[None]):
+            with in_float32(dense):
+                expected = _states(dense_layers, run_dense, positions)
+            own = _states(dense_layers, run_dense, positions) if is_rounded else expected
+            with in_float32(model):
+                actual = _states(layers, run_sparse, positions)
+            largest = max(largest, _compare(dense, modalities, own, expected, actual, is_centred))
+    return largest
+
+
+def _compare(
+    dense: PreTrainedModel,
+    modalities: Sequence[str],
+    own: _States,
+    expected: _States,
+    actual: _States,
+    is_centred: bool,
+) -> float:
+    """The difference of logits; raises `UpcyclingError` at the first difference that is too large."""
+    name = type(dense).__name__
+    floor = TOLERANCE if own is expected else max(TOLERANCE, torch.finfo(dense.dtype).eps)
+    num_layers = len(expected.hidden_states) - 1
+    places = ["in the embedded tokens", *(f"after layer {layer}" for layer in range(num_layers))]
+    rows = zip(places, own.hidden_states, expected.hidden_states, actual.hidden_states, strict=True)
+    centre = _centred if is_centred else _same
+    compared = [(place, centre(a), centre(b), c) for place, a, b, c in rows]
+    num_ids = expected.logits.shape[-1]
+    compared.append(
+        ("in the logits, after the same hidden states", own.logits, expected.logits, actual.logits[..., :num_ids])
+    )
+    for place, rounded, exact, found in compared:
+        bound = max(floor, 2 * difference(rounded, exact))
+        differences = [difference(row, exact[0]) for row in found]
+        worst = max(range(len(differences)), key=lambda row: differences[row])
+        if not differences[worst] <= bound:
+            raise UpcyclingError(
+                f"our decoder with the weights of {name} differs from it by {differences[worst]:.1e} {place}, for "
+                f"tokens of {modalities[worst]!r}, and may by {bound:.1e} (of the largest value). So {name} computes "
+                "something that our decoder does not have. `upcycle` keeps the model's own decoder."
+            )
+    return max(differences)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected value; NaN where not all values are finite."""
+    largest = expected.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return ((actual.float() - expected.float()).abs().max() / largest).item()
+
+
+def _same(states: torch.Tensor) -> torch.Tensor:
+    return states
+
+
+def _centred(states: torch.Tensor) -> torch.Tensor:
+    return states.float() - states.float().mean(dim=-1, keepdim=True)
+
+
+def _states(
+    layers: Sequence[nn.Module], run: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor
+) -> _States:
+    """Runs a model at these positions, and notes what goes into its layers and comes out of the last one."""
+    states: list[torch.Tensor] = []
+
+    def note_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    def note_output(module: nn.Module, args: tuple, output: Any) -> None:
+        states.append(output if isinstance(output, torch.Tensor) else output[0])
+
+    handles = [layer.register_forward_pre_hook(note_input, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(note_output))
+    try:
+        return _States(states, run(positions))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """
+    Has a model compute in float32: every module's own weights are converted while it runs, and are what they were again
+    afterwards.
+    """
+    usual: dict[nn.Parameter, torch.Tensor] = {}
+
+    def convert(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                usual[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in usual:
+                parameter.data = usual.pop(parameter)
+
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(convert))
+        handles.append(module.register_forward_hook(restore, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, data in usual.items():
+            parameter.data = data
+
+
+@contextmanager
+def _replaced(layers: Sequence[Any], feed_forward: Mapping[int, FeedForward]) -> Iterator[None]:
+    """Has the layers' feed-forward blocks return what others return."""
+    handles = [
+        layers[layer].mlp.register_forward_hook(lambda _, args, output, block=block: block(args[0]))
+        for layer, block in feed_forward.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and each module in its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

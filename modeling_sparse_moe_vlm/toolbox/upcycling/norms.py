@@ -1,0 +1,90 @@
+"""What the norms of a dense decoder compute, found by their formula."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .errors import UpcyclingError
+
+# At the small scale, the epsilon matters.
+_SCALES = (1.0, 1e-3)
+# Rounding in float32 stays below it.
+_TOLERANCE = 1e-5
+_NAMES_OF_EPSILON = ("variance_epsilon", "eps", "norm_eps", "epsilon")
+# Of norms that have none of these, such as OLMo's.
+_USUAL_EPSILONS = (1e-5, 1e-6, 1e-8)
+
+
+class Norm(NamedTuple):
+    """
+    A norm of a dense decoder.
+
+    Args:
+        weight (`torch.Tensor` of shape `(D,)`): What it scales by.
+        eps (`float`): Its epsilon.
+        is_centred (`bool`): Whether it subtracts the mean first (LayerNorm).
+        adds_one (`bool`): Whether it scales by 1 more than its parameter (Gemma).
+    """
+
+    weight: torch.Tensor
+    eps: float
+    is_centred: bool
+    adds_one: bool
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def read_norm(name: str, module: nn.Module, width: int) -> Norm:
+    """
+    Compares a norm with the formulas that an RMS norm can take over, in float32.
+
+    Args:
+        name (`str`):
+            Its name, for messages.
+        module (`nn.Module`):
+            Any module.
+        width (`int`):
+            Width D of its input.
+
+    Returns:
+        [`Norm`]: of an RMS norm that scales by its weight, or by 1 + its weight as Gemma's; or of a LayerNorm without
+        a bias. The weight is the module's own tensor where it is what the norm scales by.
+
+    Raises:
+        UpcyclingError: If the module computes anything else.
+    """
+    what = f"`{name}` ({type(module).__name__})"
+    parameters = dict(module.named_parameters())
+    others = sorted(set(parameters) - {"weight"})
+    if others:
+        raise UpcyclingError(f"{what} has parameters that the RMS norms of our decoder do not have: {others}.")
+    given = [getattr(module, field) for field in _NAMES_OF_EPSILON if isinstance(getattr(module, field, None), float)]
+    weight = parameters["weight"].detach() if parameters else torch.ones(width)
+    if weight.shape != (width,):
+        raise UpcyclingError(
+            f"{what} has a weight of the shape {tuple(weight.shape)}, where our decoder has a norm of {width} features."
+        )
+    exact = copy.deepcopy(module).float()
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)) + 0.5
+    flags = (False, True)
+    for adds_one, eps, is_centred in itertools.product(flags, given or _USUAL_EPSILONS, flags):
+        scaled_by = 1.0 + weight.float() if adds_one else weight
+        norm = Norm(scaled_by.float(), eps, is_centred, adds_one)
+        if all(_gives(exact, norm, (x * scale).to(weight.device)) for scale in _SCALES):
+            return norm._replace(weight=scaled_by)
+    raise UpcyclingError(f"{what} is neither an RMS norm nor a LayerNorm without a bias.")
+
+
+@torch.no_grad()
+def _gives(module: nn.Module, norm: Norm, x: torch.Tensor) -> bool:
+    expected = norm(x)
+    return bool((module(x) - expected).abs().max() <= _TOLERANCE * expected.abs().max())
