@@ -40,12 +40,11 @@ def hidden_states(seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Te
 
 
 def dense(states: torch.Tensor, weights: GatedWeights, act=F.silu) -> torch.Tensor:
-    """The dense block, token by token and neuron by neuron, in float64."""
+    """The dense block, neuron by neuron, in float64."""
+    states = states.double()
     gate, up, down = (weight.double() for weight in weights)
-    outputs = []
-    for x in states.double().reshape(-1, states.shape[-1]):
-        outputs.append(sum(act(g @ x) * (u @ x) * d for g, u, d in zip(gate, up, down.T, strict=True)))
-    return torch.stack(outputs).reshape(states.shape)
+    neurons = zip(gate, up, down.T, strict=True)
+    return sum((act(states @ g) * (states @ u))[..., None] * d for g, u, d in neurons)
 
 
 def arrange(widths: dict[int, int] | None = None, **request: Any) -> tuple[Start, SparseMoeVlmExpertsConfig]:
