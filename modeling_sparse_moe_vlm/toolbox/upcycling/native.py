@@ -42,7 +42,6 @@ _MODELS_OF_TRANSFORMERS = "transformers.models."
 # Fields of a base's configuration that a twin may lack, whatever they say: they change no output, are about dense
 # blocks that are gone, or say which parameters there are, and those are compared.
 _INERT_FIELDS = {
-    "architectures",
     "attention_bias",
     "attention_dropout",
     "attention_out_bias",
@@ -298,6 +297,9 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
     config_class = CONFIG_MAPPING[twin.model_type]
     declared = {field.name for field in fields(config_class)}
     changed = twin.fields(layers, base)
+    causal_lms = AutoModelForCausalLM._model_mapping
+    # By this name, serving engines choose the class of a decoder within a model.
+    changed["architectures"] = [causal_lms[config_class].__name__] if config_class in causal_lms else None
     carried = {}
     for name in (field.name for field in fields(type(base))):
         value = getattr(base, name)
@@ -310,7 +312,7 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
     config = config_class(**carried | changed)
     for name, value in (carried | changed).items():
         kept = getattr(config, name, None)
-        if kept != value and (kept or value) and name not in ("architectures", "transformers_version"):
+        if kept != value and (kept or value) and name != "transformers_version":
             raise UpcyclingError(f"its configuration makes `{name}` {kept!r}, which is {value!r} in the base's")
     return config
 

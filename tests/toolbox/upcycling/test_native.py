@@ -264,6 +264,38 @@ def test_configuration_of_the_twin(base, fields, expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+@pytest.mark.parametrize(("name", "decoder"), [("llava", ["MixtralForCausalLM"]), ("qwen3_vl", None)])
+def test_name_of_the_decoder_within_a_model(name, decoder, tmp_path):
+    dense = in_tree_models.make_model(name)
+    dense.config.text_config.architectures = ["LlamaForCausalLM"]
+    to_native(make_upcycled(dense)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["text_config"].get("architectures") == decoder
+
+
+# By twin, what experts are called in its checkpoints on the Hub.
+ON_DISK = {
+    "cohere2": "mlp.experts.0.gate_proj.weight",
+    "ernie4_5": "mlp.experts.0.gate_proj.weight",
+    "granite": "block_sparse_moe.input_linear.weight",
+    "hunyuan": "mlp.experts.0.gate_proj.weight",
+    "lfm2": "feed_forward.experts.0.w1.weight",
+    "llama": "block_sparse_moe.experts.0.w1.weight",
+    "olmo2": "mlp.experts.0.gate_proj.weight",
+    "qwen2": "mlp.experts.0.gate_proj.weight",
+    "qwen3": "mlp.experts.0.gate_proj.weight",
+    "qwen3_5": "mlp.experts.0.gate_proj.weight",
+    "youtu": "mlp.experts.0.gate_proj.weight",
+}
+
+
+@pytest.mark.parametrize("base", ON_DISK)
+def test_experts_lie_on_disk_as_on_the_hub(base, tmp_path):
+    router = SIGMOID if base in ("lfm2", "youtu") else {}
+    to_native(make(base, **router)).save_pretrained(tmp_path)
+    assert f"model.layers.1.{ON_DISK[base]}" in load_file(tmp_path / "model.safetensors")
+
+
 def test_shared_expert_of_qwen2_moe_is_doubled_behind_a_gate_of_one_half():
     model = make("qwen2", expert_groups=SHARED)
     block, shared = to_native(model).model.layers[1].mlp, model.model.layers[1].mlp.shared_experts["shared"]
