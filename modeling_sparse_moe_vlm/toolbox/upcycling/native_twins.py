@@ -339,6 +339,7 @@ _GRANITE_MOE_SHARED = replace(
     shared="{layer}.shared_mlp",
     shared_is_fused=True,
 )
+_GRANITE_MOE_SWA = replace(_GRANITE_MOE_SHARED, model_type="granitemoe_swa")
 _GRANITE_MOE_HYBRID = replace(_GRANITE_MOE_SHARED, model_type="granitemoehybrid", needs_shared=True)
 _DEEPSEEK_V3 = Twin(
     "deepseek_v3",
@@ -390,6 +391,7 @@ TWINS: dict[str, tuple[Twin, ...]] = {
     "ernie4_5": (_ERNIE4_5_MOE,),
     "exaone": _LLAMA_TWINS,
     "granite": (_GRANITE_MOE, _GRANITE_MOE_SHARED),
+    "granite_swa": (_GRANITE_MOE_SWA,),
     "granitemoehybrid": (_GRANITE_MOE_HYBRID,),
     "helium": (_ERNIE4_5_MOE,),
     "hunyuan_v1_dense": (_HUNYUAN_V1_MOE,),

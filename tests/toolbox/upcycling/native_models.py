@@ -56,6 +56,17 @@ BASES = {
             "attention_bias": True,
         },
     ),
+    "granite_swa": (
+        "granite_swa",
+        TINY_DECODER
+        | {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_rope_theta": [500.0, 0],
+            "sliding_window": 5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.5,
+        },
+    ),
     "granitemoehybrid": (
         "granitemoehybrid",
         TINY_DECODER

@@ -50,6 +50,8 @@ PAIRS = [
     ("exaone", {}, "MixtralForCausalLM"),
     ("granite", {}, "GraniteMoeForCausalLM"),
     ("granite", WITH_SHARED, "GraniteMoeSharedForCausalLM"),
+    ("granite_swa", {}, "GraniteMoeSWAForCausalLM"),
+    ("granite_swa", WITH_SHARED, "GraniteMoeSWAForCausalLM"),
     ("granitemoehybrid", {}, "GraniteMoeHybridForCausalLM"),
     ("granitemoehybrid", WITH_SHARED, "GraniteMoeHybridForCausalLM"),
     ("helium", WITH_SHARED, "Ernie4_5_MoeForCausalLM"),
