@@ -245,7 +245,7 @@ def collect_block_inputs(
         priorities = torch.rand(ids.shape, generator=generator)
         seen: dict[int, torch.Tensor] = {}
         with _evaluation(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
-            model(**inputs | {"use_cache": False})  # with a cache, some layers see the last token only
+            model(**inputs | {"use_cache": False})  # a cache would only take memory
         for block in blocks:
             states = seen.get(block.layer)
             if states is None or states[..., 0].numel() != len(ids):
