@@ -175,7 +175,7 @@ def seeded_generator(seed: int, *what: str | int) -> torch.Generator:
     is drawn, in which order, or on which device.
     """
     digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def _check_shapes(weights: GatedWeights, config: SparseMoeVlmExpertsConfig, what: str) -> None:
@@ -219,8 +219,7 @@ def _part(weights: GatedWeights, part: int, granularity: int) -> GatedWeights:
     size = weights.width // granularity
     neurons = slice(part * size, (part + 1) * size)
     scale = math.sqrt(granularity)
-    up, down = weights.up[neurons].float() * scale, weights.down[:, neurons].float() * scale
-    return GatedWeights(weights.gate[neurons], up, down)
+    return GatedWeights(weights.gate[neurons], weights.up[neurons] * scale, weights.down[:, neurons] * scale)
 
 
 def _redrawn(weights: GatedWeights, ratio: float, generator: torch.Generator) -> GatedWeights:

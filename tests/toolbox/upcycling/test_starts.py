@@ -511,9 +511,11 @@ def test_router_rows_do_not_change_what_experts_draw():
 def test_seeds_stay_what_they_are():
     """Pinned: a model that is upcycled again with the same seed must not change."""
     assert seeded_generator(0, "router", 3).initial_seed() == 8670820804917938130
-    start, config = arrange()
+    start, config = arrange(start="copy")
     block = upcycled_block(config, dense_weights(), start)
     assert torch.allclose(block.gate.weight[1, :3], torch.tensor([0.063785, 0.257408, -0.119941]), atol=1e-6)
+    always_on = block.shared_experts["text"].gate_proj.weight
+    assert torch.allclose(always_on[0, :3], torch.tensor([0.510308, 0.135884, -0.153811]), atol=1e-6)
 
 
 def test_half_precision_draws_the_rounded_values_of_full_precision():
