@@ -117,9 +117,9 @@ def placeholder_ids(config: PreTrainedConfig) -> dict[str, list[int]]:
 
 
 def _decoder_root(model: PreTrainedModel) -> nn.Module:
+    """What the library takes for the decoder; the whole model where that is a language head, as in ModernBERT."""
     decoder = model.get_decoder()
-    inside = isinstance(decoder, nn.Module) and any(module is decoder for module in model.modules())
-    return decoder if inside else model
+    return decoder if any(isinstance(module, nn.ModuleList) for module in decoder.modules()) else model
 
 
 def _belongs_to(root: nn.Module, owner: nn.Module, config: PreTrainedConfig) -> bool:

@@ -46,6 +46,12 @@ def test_decoders_that_are_the_model_itself():
     assert found.config is model.config
 
 
+def test_decoders_that_the_library_takes_for_something_else():
+    model = build(AutoConfig.for_model("modernbert-decoder", **TEXT))
+    assert model.get_decoder() is model.decoder  # the language head
+    assert decoder_layers(model).path == "model.layers"
+
+
 def test_a_tower_as_deep_as_the_decoder_and_larger():
     text = TEXT | {"num_hidden_layers": 2}
     vision = VISION | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "hidden_size": 64}

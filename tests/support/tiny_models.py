@@ -1,0 +1,149 @@
+"""A tiny random model of every type that Transformers has, from its default configuration."""
+
+import re
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
+
+VOCABULARY = 128
+FIRST_TOKEN = 3  # ids of placeholders and other special tokens start here, and end before TEXT_TOKENS
+TEXT_TOKENS = range(64, VOCABULARY)
+HEADS, HEAD_DIM = 4, 8
+
+# What whole numbers become, by the name of their field; the first pattern that fits counts.
+SIZES = {
+    r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length": 256,
+    r"(.*_)?vocab_size(_.*)?|n_words|.*codebook_size": VOCABULARY,
+    r"first_k_dense_replace": 1,
+    r"num_hidden_layers|n_layers?|depth|(.*_)?layers|num_blocks": 2,
+    r"num_key_value_heads|num_kv_heads|num_global_key_value_heads": 2,
+    r"(.*_)?num_heads|(.*_)?attention_heads|n_heads?": HEADS,
+    r"(.*_)?head_dim(_.*)?|.*head_size|kv_channels|d_head|dim_head": HEAD_DIM,
+    r".*_rank": 8,
+    r"moe_.*intermediate_size|.*expert.*intermediate_size": 24,
+    r"(.*_)?intermediate_size|(.*_)?ffn_dim|n_inner|d_ff|d_inner|ffn_hidden_size|dim_ff|mlp_dim|ff_dim": 48,
+    r"(.*_)?hidden_size|d_model|n_embd|(.*_)?dim|embedding_size|width": 32,
+    r"image_size|img_size|resolution": 16,
+    r"(.*_)?patch_size": 4,
+    r"(.*_)?num_experts|n_routed_experts|num_local_experts": 4,
+    r"num_experts_per_tok|top_k|(moe_)?top_?k": 2,
+    r"base_channels|latent_channels": 32,
+    r"channel_multiplier": (1, 1),
+    r"(.*_)?sliding_window|attention_window.*|chunk_size|.*window_size": 8,
+}
+SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+ROTARY_SECTIONS = {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}}
+LATENT_ATTENTION = {"num_key_value_heads": HEADS}
+LINEAR_ATTENTION = {"layer_types": ["linear_attention", "full_attention"]}
+VOCABULARY_MAP = {"vocabulary_map": {"<image>": 8} | {f"IMGIMG{letter}Z": 100 + i for i, letter in enumerate("ABCD")}}
+TOWER = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+GEMMA3N = {
+    "num_hidden_layers": 4,
+    "intermediate_size": [48] * 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+}
+FIXED_HEADS = {"head_dim": HEAD_DIM}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+# What a type needs besides, by the `model_type` of the configuration or sub-configuration.
+FIXES: dict[str, dict] = {
+    "glm4v_text": ROTARY_SECTIONS,
+    "glm_ocr_text": ROTARY_SECTIONS,
+    "paddleocr_vl_text": ROTARY_SECTIONS,
+    "qwen2_5_omni_text": ROTARY_SECTIONS,
+    "qwen2_5_vl_text": ROTARY_SECTIONS,
+    "qwen2_vl_text": ROTARY_SECTIONS,
+    "hunyuan_vl_text": FIXED_HEADS | {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "hunyuan_v1_dense": FIXED_HEADS,
+    "ministral": FIXED_HEADS,
+    "nemotron": FIXED_HEADS,
+    "deepseek_v3": LATENT_ATTENTION,
+    "deepseek_v32": LATENT_ATTENTION,
+    "glm_moe_dsa": LATENT_ATTENTION,
+    "minicpm3": LATENT_ATTENTION,
+    "youtu": LATENT_ATTENTION,
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen4_exp_text": LINEAR_ATTENTION,
+    "bailing_hybrid": LINEAR_ATTENTION,
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"]},
+    "chameleon": VOCABULARY_MAP,
+    "emu3": VOCABULARY_MAP,
+    "emu3_vqgan": {"hidden_size": 32, "base_channels": 32, "embed_dim": 4, "latent_channels": 4},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "hunyuan_v1_moe": FIXED_HEADS,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "step3p5": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3n_text": GEMMA3N,
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    "glm5_next_text": LATENT_ATTENTION,
+    "dots3_note_text": LATENT_ATTENTION,
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
+    "reformer": {"is_decoder": True},
+    "granite4_vision": {
+        "deepstack_layer_map": [(-1, 0)],
+        "downsample_rate": "1/2",
+        "vision_config": TOWER | {"hidden_size": 64},
+    },
+    "blip_2_qformer": {"cross_attention_frequency": 1},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
+    "fast_vlm": {"vision_config": TOWER},
+    "gemma3n": {"vision_config": TOWER},
+    "perception_lm": {"vision_config": TOWER | {"model_args": {"embed_dim": 32}}},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "idefics": {"cross_layer_interval": 1},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 10, "vision_end_token_id": 11},
+    "hunyuan_vl_vision": {"max_image_size": 64, "min_image_size": 16},
+}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The default configuration of a type, with small sizes; every token of [`TEXT_TOKENS`] is a word."""
+    return _shrunk(AutoConfig.for_model(model_type))
+
+
+def tiny_model(model_type: str, auto_class, device: str = "cpu") -> PreTrainedModel:
+    """A random model of a type, of the class that an Auto class has for it."""
+    config = tiny_config(model_type)
+    model_class = auto_class._model_mapping[type(config)]
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    for part in vars(config).values():
+        if isinstance(part, model_class.config_class):
+            config = part  # a model of text that the library also lists under the type of a larger model
+    if device == "meta":
+        with torch.device("meta"), initialization.no_init_weights():
+            return model_class(config)
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    token_ids = iter(range(FIRST_TOKEN, TEXT_TOKENS.start))
+    fields = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            fields[name] = _shrunk(value)
+        elif type(value) is not int and name != "channel_multiplier":
+            continue
+        elif re.fullmatch(r".*(_id|token_index)", name):
+            fields[name] = SPECIAL_TOKENS[name] if name in SPECIAL_TOKENS else next(token_ids)
+        elif sizes := [size for pattern, size in SIZES.items() if re.fullmatch(pattern, name)]:
+            fields[name] = min(value, sizes[0])
+    if "initializer_range" in vars(config):
+        fields["initializer_range"] = 0.2
+    return type(config)(**fields | FIXES.get(config.model_type, {}))
