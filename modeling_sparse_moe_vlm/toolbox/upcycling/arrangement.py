@@ -329,8 +329,9 @@ def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], dro
             )
     if name == "residual":
         return
-    check_boolean("norm_topk_prob", fields.get("norm_topk_prob", True))
-    if not fields.get("norm_topk_prob", True):
+    normalises = fields.get("norm_topk_prob", True)
+    check_boolean("norm_topk_prob", normalises)
+    if not normalises:
         raise UpcyclingError(
             f'`start="{name}"` needs weights of the chosen experts that sum to 1, or they would scale what the dense '
             'block puts out: leave `norm_topk_prob` True, or use `start="residual"`.'

@@ -243,8 +243,8 @@ def _silent(weights: GatedWeights, width: int, generator: torch.Generator) -> Ga
         gate, up = gate[neurons], up[neurons]
     elif width > weights.width:
         new = width - weights.width
-        gate = torch.cat([gate.float(), _alike(gate, generator, rows=new)])
-        up = torch.cat([up.float(), _alike(up, generator, rows=new)])
+        gate = torch.cat([gate, _alike(gate, generator, rows=new)])
+        up = torch.cat([up, _alike(up, generator, rows=new)])
     return GatedWeights(gate, up, weights.down.new_zeros(weights.down.shape[0], width))
 
 

@@ -489,6 +489,7 @@ def test_pools_differ_by_number_and_seed():
     assert torch.equal(experts[0], experts[3])
     assert not torch.equal(experts[0], experts[1])
     assert not torch.equal(experts[0], experts[2])
+    assert torch.equal(experts[0], tensors(upcycled_pool(config, 7, [weights], start))["down_proj"])
 
 
 def test_starting_leaves_the_global_random_state_alone():
