@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...expert_groups import ExpertGroup
+from ...expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...token_modalities import check_range
 from .errors import UpcyclingError
@@ -223,7 +223,7 @@ def collect_block_inputs(
             Names of the modalities; the position is the modality id.
         placeholder_ids (`Mapping[str, Sequence[int]]`, *optional*):
             By modality, the ids of the tokens that stand for its features, where inputs have no `mm_token_type_ids`.
-            All other tokens are text.
+            All other tokens are text. Video counts as images if `modalities` does not list it.
         max_tokens (`int`, defaults to 2048):
             How many tokens of each modality are kept, drawn at random.
         seed (`int`, defaults to 0):
@@ -234,7 +234,7 @@ def collect_block_inputs(
 
     Raises:
         UpcyclingError: If there are no examples, or the tokens of a block are not those of the inputs.
-        ValueError: If a modality id is not a position in `modalities`.
+        ValueError: If a modality id is unknown.
     """
     blocks = list(blocks)
     generator = torch.Generator().manual_seed(seed)
@@ -307,11 +307,13 @@ def _tokens(
     input_ids, given = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     if given is not None:
         ids = given.long().cpu()
+        for modality_id, modality in enumerate(BUILTIN_MODALITIES[len(modalities) :], start=len(modalities)):
+            ids = ids.masked_fill(ids == modality_id, _served_as(modality, modalities))
     elif input_ids is not None:
         ids = torch.zeros(input_ids.shape, dtype=torch.long)
-        for modality_id, modality in enumerate(modalities):
-            tokens = torch.tensor(list(placeholder_ids.get(modality, ())), dtype=torch.long)
-            ids = ids.masked_fill(torch.isin(input_ids.cpu(), tokens), modality_id)
+        for modality, tokens in placeholder_ids.items():
+            is_placeholder = torch.isin(input_ids.cpu(), torch.tensor(list(tokens), dtype=torch.long))
+            ids = ids.masked_fill(is_placeholder, _served_as(modality, modalities))
     else:
         raise UpcyclingError('`router_init="data"` needs `input_ids` or `mm_token_type_ids` in `batch`.')
     check_range(ids, modalities)
@@ -320,6 +322,13 @@ def _tokens(
     if torch.is_tensor(mask) and mask.shape == ids.shape:
         is_real = mask.bool().cpu()
     return ids.flatten(), is_real.flatten()
+
+
+def _served_as(modality: str, modalities: Sequence[str]) -> int:
+    """The id of a modality. As in an upcycled model, video that is not listed is served as images are, else as text."""
+    if modality not in modalities:
+        modality = "image" if modality == "video" and "image" in modalities else "text"
+    return list(modalities).index(modality)
 
 
 @contextmanager

@@ -286,7 +286,7 @@ def model():
 def llava_batch(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
     """Rows of two text tokens, an image of four, and text; the second row is padded on the left."""
     g = generator(seed)
-    input_ids = torch.randint(7, 99, (rows, 10), generator=g)
+    input_ids = torch.randint(7, 90, (rows, 10), generator=g)
     input_ids[:, 2:6] = 3
     mask = torch.ones_like(input_ids)
     mask[1:, 0] = 0
@@ -335,6 +335,15 @@ def test_several_batches_are_put_together(model):
     assert (found[1].modality_ids == 0).sum() == 11 + 16
 
 
+def modality_ids_of(model, batch, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS) -> list[int]:
+    """How many tokens of each modality are found."""
+    forward = model.forward
+    model.forward = lambda mm_token_type_ids=None, **inputs: forward(**inputs)
+    found = collect_block_inputs(model, batch, LAYERS, modalities=modalities, placeholder_ids=placeholder_ids)
+    model.forward = forward
+    return torch.bincount(found[0].modality_ids, minlength=len(modalities)).tolist()
+
+
 def test_given_modality_ids_hold(model):
     batch = llava_batch()
     ids = torch.zeros_like(batch["input_ids"])
@@ -345,6 +354,21 @@ def test_given_modality_ids_hold(model):
     model.forward = lambda mm_token_type_ids, **inputs: forward(**inputs)
     found = collect_block_inputs(model, batch, LAYERS, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS)
     assert torch.equal(found[0].hidden_states[found[0].modality_ids == 1], expected[None])
+
+
+def test_modalities_that_are_not_listed_count_as_in_the_sparse_model(model):
+    """Video as images, if there are such experts, and all else as text."""
+    batch = llava_batch()
+    batch["input_ids"][0, 7:9] = 98
+    batch["input_ids"][0, 9] = 97
+    placeholders = PLACEHOLDERS | {"audio": [97]}
+    assert modality_ids_of(model, batch, placeholder_ids=placeholders) == [9, 10]
+    assert modality_ids_of(model, batch, ["text", "image", "video"], placeholders) == [9, 8, 2]
+    assert modality_ids_of(model, batch, ["text"], placeholders) == [19]
+    given = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 2, 2, 3]] * 2)
+    assert modality_ids_of(model, batch | {"mm_token_type_ids": given}) == [7, 12]
+    assert modality_ids_of(model, batch | {"mm_token_type_ids": given}, ["text", "image", "video"]) == [7, 8, 4]
+    assert modality_ids_of(model, batch | {"mm_token_type_ids": given}, ["text"]) == [19]
 
 
 def test_sample_is_bounded_seeded_and_the_same_in_every_layer(model):
