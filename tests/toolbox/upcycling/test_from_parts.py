@@ -464,7 +464,7 @@ REFUSED = {
     ),
     "another rotation": (
         lambda: make_dense("helium"),
-        r"our decoder with the weights of HeliumForCausalLM differs from it by \S+ after layer 0, for tokens of 'text'",
+        r"weights of HeliumForCausalLM computes something else after layer 0, for tokens of 'text'",
     ),
     "part of each head": (
         lambda: make_dense("phi3", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
@@ -505,7 +505,7 @@ def test_a_difference_at_late_positions_is_found():
         "llama_4_scaling_beta": 0.1,
     }
     dense = make_dense("ministral3", rope_parameters=rope)
-    with pytest.raises(UpcyclingError, match=r"differs from it by .* after layer 0"):
+    with pytest.raises(UpcyclingError, match="something else after layer 0"):
         upcycle_from_parts(dense)
     assert_same_logits(upcycle_from_parts(dense, max_position_embeddings=64), dense)
 
@@ -519,7 +519,7 @@ def test_a_wrong_start_is_refused_and_its_layer_named(monkeypatch):
             model.model.layers[1].mlp.shared_experts["image"].down_proj.weight[3, 4] += 0.1
 
     monkeypatch.setattr(from_parts, "start_experts", wrong)
-    with pytest.raises(UpcyclingError, match=r"differs from it by .* after layer 1, for tokens of 'image'"):
+    with pytest.raises(UpcyclingError, match="something else after layer 1, for tokens of 'image'"):
         upcycle_from_parts(make_dense(), modalities=["text", "image"])
 
 
