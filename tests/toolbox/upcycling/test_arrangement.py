@@ -438,6 +438,18 @@ REFUSED = {
         {**BY_LAYER, "expert_pool": [5, 5, None, 6]},
         "{0: 48, 1: 24}: pool layers of one width, or set `moe_intermediate_size`.",
     ),
+    "pools of different groups": (
+        {
+            "start": "copy",
+            "pool_start": "first",
+            "expert_pool": [5, 5, None, None],
+            "expert_groups": [
+                {"name": "a", "num_experts": 4, "layers": [0]},
+                {"name": "b", "num_experts": 4, "layers": [1, 3]},
+            ],
+        },
+        "`expert_pool` has layers [0, 1] share pool 5, but `expert_groups` give them different routed groups",
+    ),
     "pool of a dense layer": ({"expert_pool": [5, 5, 5, None]}, "`expert_pool[2]` is 5, but layer 2 is dense"),
     "pools of another model": ({"expert_pool": [5, 5]}, "`expert_pool` must be a list with a pool or None for each"),
     "too many chosen": ({"num_experts": 2, "num_experts_per_tok": 3}, "`num_experts_per_tok` is 3 for modality 'text'"),
