@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForImageTextToText,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -463,6 +465,11 @@ REFUSED = {
     "dense": ("llama", LAST_DENSE, r"mixtral: no layer can be dense in it, and the model's layers \[1\] are"),
     "last dense": ("youtu", SIGMOID | LAST_DENSE, r"only the first layers can be dense in it, and .* layers \[1\] are"),
     "window": ("mistral", WITH_SHARED, "granitemoeshared: its configuration has no `sliding_window`, which is 5"),
+    "no window": (
+        "qwen3_with_window",
+        SIGMOID,
+        "glm4_moe: its configuration has no `use_sliding_window`, which is True",
+    ),
     "bias": ("llama_with_biases", SIGMOID, "glm4_moe: it has no place for `.*o_proj.bias` and 1 more"),
 }
 
@@ -539,6 +546,29 @@ def test_models_that_cannot_be_exported_as_they_are():
     model.is_quantized = True
     with pytest.raises(UpcyclingError, match="The model is quantized"):
         to_native(model)
+    model = make("qwen3")
+    model.lm_head.weight.full_tensor = model.lm_head.weight.clone  # as a `DTensor` has it
+    with pytest.raises(UpcyclingError, match="The weights are sharded over processes"):
+        to_native(model)
+
+
+class CustomModel(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+
+def test_base_with_code_of_its_own():
+    config = PreTrainedConfig()
+    config.experts_config = make("qwen3").config.experts_config
+    with pytest.raises(UpcyclingError, match="The base of CustomModel is not a class of Transformers"):
+        to_native(CustomModel(config))
+
+
+def test_attention_of_the_parts_of_a_model():
+    model = make_upcycled(in_tree_models.make_model("llava"))
+    model.set_attn_implementation({"text_config": "eager"})
+    config = to_native(model).config
+    assert config.text_config._attn_implementation == "eager"
+    assert config.vision_config._attn_implementation == "sdpa"
 
 
 def test_part_of_a_model():
