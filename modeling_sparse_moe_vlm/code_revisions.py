@@ -11,8 +11,6 @@ from transformers.utils import cached_file, logging
 
 logger = logging.get_logger(__name__)
 
-_ENTRY = "modeling_sparse_moe_vlm.py"
-
 
 def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revision: str | None = None) -> None:
     """
@@ -27,9 +25,10 @@ def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revisio
         revision (`str`, *optional*):
             Revision on the Hub.
     """
+    own_entry = Path(str(sys.modules[model_class.__module__].__file__))
     entry = cached_file(
         os.fspath(checkpoint),
-        _ENTRY,
+        own_entry.name,
         revision=revision,
         local_files_only=True,
         _raise_exceptions_for_missing_entries=False,
@@ -38,7 +37,7 @@ def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revisio
     )
     if entry is None:
         return
-    own = Path(str(sys.modules[model_class.__module__].__file__)).parent
+    own = own_entry.parent
     others = {Path(path) for path in [entry, *get_relative_import_files(entry)]}
     different = sorted(path.name for path in others if _differ(path, own / path.name))
     if different:
@@ -47,7 +46,7 @@ def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revisio
             "since it was imported first: the auto classes prefer an imported package to the code that a checkpoint "
             "brings. To run the checkpoint's own code, load it in a process that does not import the package, or with "
             "`transformers.dynamic_module_utils.get_class_from_dynamic_module("
-            f"'{Path(_ENTRY).stem}.{model_class.__name__}', '{checkpoint}').from_pretrained('{checkpoint}')`."
+            f"'{own_entry.stem}.{model_class.__name__}', '{checkpoint}').from_pretrained('{checkpoint}')`."
         )
 
 

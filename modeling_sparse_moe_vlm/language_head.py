@@ -9,27 +9,17 @@ import torch
 from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs, logging
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.import_utils import is_tracing
 
 from .cache_name import CACHE_NAME
 from .fused_head import takes_fused_head, with_own_router_losses
 from .input_checks import check_labels, keep_positions
-from .losses import router_losses, share_of_batch
+from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_losses
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .steering import check_steering_arguments
 from .token_modalities import TokenModalities
-
-logger = logging.get_logger(__name__)
-
-_LOSSES_LEFT_OUT = (
-    "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training arguments "
-    "such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and `Trainer` leaves the "
-    "router losses out: use `SparseMoeTrainer` (`from modeling_sparse_moe_vlm.toolbox.training import "
-    "SparseMoeTrainer`), which adds them. In a training loop of your own, add `outputs.router_loss` to your loss; this "
-    "message can then be ignored."
-)
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -133,30 +123,21 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         text_config = self.config.get_text_config()
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
-        loss = losses = router_loss = None
+        loss = None
         if labels is not None:
             check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        losses: dict[str, torch.Tensor] = {}
         # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
         if outputs.router_logits and (wants_router_losses or labels is not None or self.training):
-            losses = router_losses(
-                text_config,
-                outputs.router_logits,
-                tokens.ids,
-                tokens.is_real,
-                router_indices=outputs.router_indices,
-            )
-            router_loss = losses.total(text_config)
+            losses = router_loss_outputs(text_config, outputs.router_logits, outputs.router_indices, tokens)
             if labels is not None and loss is not None:
                 share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                loss = loss + share * router_loss.to(loss.device)
+                loss = loss + share * losses["router_loss"].to(loss.device)
             elif not wants_router_losses and torch.is_grad_enabled() and not is_tracing(logits):
-                logger.warning_once(_LOSSES_LEFT_OUT)
+                warn_of_lost_router_losses()
         return SparseMoeVlmCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=None if losses is None else losses.aux_loss,
-            z_loss=None if losses is None else losses.z_loss,
-            aux_loss_by_modality=None if losses is None else losses.aux_loss_by_modality,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -166,6 +147,6 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             image_outputs=outputs.get("image_outputs"),
             modality_weights=outputs.modality_weights,
             count_free_modality_weights=outputs.count_free_modality_weights,
-            router_loss=router_loss,
+            **losses,
             **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )

@@ -8,10 +8,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import logging
 
 from .experts_config import SparseMoeVlmExpertsConfig
 from .routing import chosen_experts
-from .token_modalities import flat_tokens
+from .token_modalities import TokenModalities, flat_tokens
+
+logger = logging.get_logger(__name__)
 
 
 class RouterLosses(NamedTuple):
@@ -218,6 +221,47 @@ def _entropy_losses(
     return (
         of_modality(config.router_local_entropy_coef, 0.0) * local_loss
         + of_modality(config.router_global_entropy_coef, 0.0) * global_loss
+    )
+
+
+def router_loss_outputs(
+    config: SparseMoeVlmExpertsConfig,
+    router_logits: Sequence[torch.Tensor],
+    router_indices: Sequence[torch.Tensor] | None,
+    tokens: TokenModalities,
+) -> dict[str, torch.Tensor]:
+    """
+    The router losses of a forward pass by name of a model's output.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        router_logits, router_indices (`Sequence[torch.Tensor]`):
+            See [`router_losses`].
+        tokens ([`~token_modalities.TokenModalities`]):
+            The tokens of the pass.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `aux_loss`, `z_loss`, `aux_loss_by_modality`, and `router_loss`, which is to be added
+        to the language loss.
+    """
+    losses = router_losses(config, router_logits, tokens.ids, tokens.is_real, router_indices=router_indices)
+    return {
+        "aux_loss": losses.aux_loss,
+        "z_loss": losses.z_loss,
+        "aux_loss_by_modality": losses.aux_loss_by_modality,
+        "router_loss": losses.total(config),
+    }
+
+
+def warn_of_lost_router_losses() -> None:
+    """For a forward pass in training without `labels`, which has no loss to add the router losses to."""
+    logger.warning_once(
+        "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training "
+        "arguments such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and "
+        "`Trainer` leaves the router losses out: use `SparseMoeTrainer` (`from "
+        "modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer`), which adds them. In a training loop of "
+        "your own, add `outputs.router_loss` to your loss; this message can then be ignored."
     )
 
 

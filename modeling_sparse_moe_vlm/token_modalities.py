@@ -98,7 +98,7 @@ def find_modalities(
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     mm_token_type_ids: torch.Tensor | None,
-    placeholder_ids: Mapping[int, int],
+    placeholder_ids: Mapping[int, int | Sequence[int]],
     embedding: nn.Module,
 ) -> torch.Tensor:
     """
@@ -120,8 +120,8 @@ def find_modalities(
             Embedded tokens, where there are no token ids.
         mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
             The given modality ids.
-        placeholder_ids (`Mapping[int, int]`):
-            By modality id, the id of its placeholder token.
+        placeholder_ids (`Mapping[int, int | Sequence[int]]`):
+            By modality id, the id of its placeholder token, or of several.
         embedding (`nn.Module`):
             Embeds token ids.
 
@@ -140,7 +140,7 @@ def find_modalities(
         if input_ids is None:
             return _unshifted(ids, tokens, placeholder_ids, embedding)
     for modality_id, token_id in placeholder_ids.items():
-        is_placeholder = input_ids == token_id if input_ids is not None else _embeds(tokens, token_id, embedding)
+        is_placeholder = _is_placeholder(tokens, token_id, embedding)
         if mm_token_type_ids is not None:
             is_said_to_be = ids == modality_id
             if modality_id == BUILTIN_MODALITIES.index("image"):
@@ -151,18 +151,29 @@ def find_modalities(
     return ids
 
 
-def _embeds(embeds: torch.Tensor, token_id: int, embedding: nn.Module) -> torch.Tensor:
-    """Which of the embedded tokens `(B, T, D)` are a token's embedding, `(B, T)` of type bool."""
-    return (embeds == embedding(torch.tensor(token_id, device=embeds.device))).all(dim=-1)
+def _is_placeholder(tokens: torch.Tensor, token_ids: int | Sequence[int], embedding: nn.Module) -> torch.Tensor:
+    """Which of the tokens `(B, T)`, or embedded tokens `(B, T, D)`, are among the given ones: `(B, T)` of type bool."""
+    found = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
+        if tokens.dim() == 2:
+            found = found | (tokens == token_id)
+        elif token_id < getattr(embedding, "num_embeddings", token_id + 1):  # else the base embeds another in its place
+            found = found | (tokens == embedding(torch.tensor(token_id, device=tokens.device))).all(dim=-1)
+    return found
 
 
 def _unshifted(
-    ids: torch.Tensor, embeds: torch.Tensor, placeholder_ids: Mapping[int, int], embedding: nn.Module
+    ids: torch.Tensor,
+    embeds: torch.Tensor,
+    placeholder_ids: Mapping[int, int | Sequence[int]],
+    embedding: nn.Module,
 ) -> torch.Tensor:
     """The given ids of embedded tokens, but images are where a row has as many placeholders as it has image ids."""
     image = BUILTIN_MODALITIES.index("image")
+    if image not in placeholder_ids:
+        return ids
     is_image = ids == image
-    is_placeholder = _embeds(embeds, placeholder_ids[image], embedding)
+    is_placeholder = _is_placeholder(embeds, placeholder_ids[image], embedding)
     # Merged images are no placeholders any more: then there is nothing to compare with.
     is_shifted = is_placeholder.sum(dim=1, keepdim=True) == is_image.sum(dim=1, keepdim=True)
     return torch.where(is_shifted, ids.masked_fill(is_image, 0).masked_fill(is_placeholder, image), ids)

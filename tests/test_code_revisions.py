@@ -22,6 +22,8 @@ from tests.support.processors import make_processor, make_speaking_model
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 # Files that only the processor needs: they come with it.
 OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
+# Files that only upcycled models need.
+OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
 
 # Loads the checkpoints in the order given, then uses and saves each. `factors.json` says what the code of each
 # multiplies the logits by.
@@ -213,8 +215,17 @@ def test_configurations_come_with_all_files_of_the_model(start):
     """The files by which Transformers tells revisions apart: of both entry files the same, or classes are shared."""
     entry = PACKAGE / f"{start}_sparse_moe_vlm.py"
     files = {Path(path).stem for path in get_relative_import_files(entry)}
-    others = {"__init__", "fusion", *OF_THE_PROCESSOR}
+    others = {"__init__", "fusion", *OF_THE_PROCESSOR, *OF_UPCYCLED}
     assert files == {path.stem for path in PACKAGE.glob("*.py")} - others
+
+
+def test_upcycled_models_bring_no_architecture_of_ours():
+    of_model, of_config = (
+        {Path(path).stem for path in get_relative_import_files(PACKAGE / f"{start}_upcycled.py")}
+        for start in ("modeling", "configuration")
+    )
+    assert of_model == of_config >= OF_UPCYCLED | {"experts", "routing", "losses"}
+    assert not of_model & {"configuration_sparse_moe_vlm", "modeling_sparse_moe_vlm", "attention", "decoder_layer"}
 
 
 def check_saved(saved: Path, number: int, code: dict[str, str]) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, language_head
+from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, losses
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from tests.integration.test_trainer import collate, make_rows
 from tests.support.models import QUIET_TRAINING, make_model
@@ -80,7 +80,7 @@ def test_the_router_loss_of_the_outputs_is_what_the_model_adds():
 @pytest.mark.parametrize("text_only", [False, True])
 def test_other_trainers_say_that_router_losses_are_left_out(tmp_path, monkeypatch, text_only):
     messages = []
-    monkeypatch.setattr(language_head.logger, "warning_once", messages.append)
+    monkeypatch.setattr(losses.logger, "warning_once", messages.append)
 
     def warnings_of(call):
         messages.clear()

@@ -1,0 +1,266 @@
+"""Configurations of upcycled models: those of Transformers' own models, with a sub-configuration for the experts.
+
+The class of a base's configuration is made when it is first asked for, from its name: `UpcycledLlavaConfig` from
+`LlavaConfig`. So `auto_map` can name it, and pickles of it load in a new process.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import transformers
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto import modeling_auto
+
+from .checks import check, check_distinct, check_sequence
+from .experts_config import Given, SparseMoeVlmExpertsConfig
+
+if TYPE_CHECKING:
+    # Never run. Loading an upcycled model's configuration checks and copies these files, too.
+    from .modeling_upcycled import UpcycledMixin  # noqa: F401
+
+PREFIX = "Upcycled"
+_MODELING = "modeling_upcycled"
+# By auto class, the library's table of its models by type.
+_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+}
+# What trainers ask a decoder's configuration for. In an upcycled model it is the experts' configuration that has them.
+_OF_EXPERTS = ("output_router_logits", "router_aux_loss_coef")
+
+
+class UpcycledExpertsConfig(SparseMoeVlmExpertsConfig):
+    r"""
+    The experts' configuration of an upcycled model.
+
+    Args:
+        blocks (`list[str]`, *optional*):
+            For each sparse layer, the path of its block within the base model, such as `"language_model.layers.0.mlp"`.
+        placeholder_ids (`dict[str, list[int]]`, *optional*):
+            By modality, the ids of the tokens that stand for it in a text, as the base's configuration declares them.
+        start (`dict`, *optional*):
+            How the experts started: see [`~toolbox.upcycling.upcycle`]. It is kept for the record.
+
+    The other arguments are those of [`SparseMoeVlmExpertsConfig`].
+    """
+
+    model_type = "upcycled_experts"
+
+    blocks: list[str] | Given = None
+    placeholder_ids: dict[str, list[int]] | Given = None
+    start: dict[str, Any] | Given = None
+
+    def _complete(self) -> None:
+        super()._complete()
+        self.blocks = list(self.blocks or [])
+        check_sequence("blocks", self.blocks, str)
+        check_distinct("blocks", self.blocks)
+        check(
+            len(self.blocks) in (0, len(self.sparse_layers)),
+            f"`blocks` names {len(self.blocks)} blocks, but the sparse layers are {self.sparse_layers}: list the "
+            "others in `mlp_only_layers`.",
+        )
+        self.placeholder_ids = {name: list(ids) for name, ids in (self.placeholder_ids or {}).items()}
+        self.start = dict(self.start or {})
+
+    @property
+    def placeholders(self) -> dict[int, list[int]]:
+        """By modality id, the ids of its placeholder tokens. See [`modality_id`] for modalities that are not listed."""
+        placeholders: dict[int, list[int]] = {}
+        for modality, ids in self.placeholder_ids.items():
+            placeholders.setdefault(self.modality_id(modality), []).extend(ids)
+        return {modality_id: ids for modality_id, ids in placeholders.items() if modality_id and ids}
+
+    def modality_id(self, modality: str) -> int:
+        """
+        The id of a modality. What `modalities` does not list is served as images are if it is video, else as text is.
+        """
+        if modality in self.modalities:
+            return self.modalities.index(modality)
+        return self.modalities.index("image") if modality == "video" and "image" in self.modalities else 0
+
+
+# Fields of the experts' configuration that `from_pretrained` takes, but for those that describe the base model.
+EXPERT_FIELDS = frozenset(
+    {field.name for field in fields(SparseMoeVlmExpertsConfig)}
+    - {field.name for field in fields(PreTrainedConfig)}
+    - {"hidden_size", "num_hidden_layers", "hidden_act", "initializer_range"}
+)
+
+
+class UpcycledConfigMixin:
+    """What the configurations of upcycled models have in common, beside the fields of their base."""
+
+    fields_of_loading: ClassVar[frozenset[str]] = EXPERT_FIELDS
+    experts_config: Any
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.link_experts()
+
+    def link_experts(self) -> None:
+        """Lets the decoder's configuration answer for what the experts' configuration has."""
+        self.auto_map = auto_map_of(type(self))
+        text_config = self.get_text_config()  # type: ignore[attr-defined]
+        if text_config is not self:
+            text_config.__class__ = _text_config_class(type(text_config))
+            text_config.__dict__["_experts_config"] = self.experts_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As the library's; keyword arguments that are fields of the experts change `experts_config`."""
+        given = {name: kwargs.pop(name) for name in EXPERT_FIELDS & kwargs.keys()}
+        if given:
+            experts = config_dict.get("experts_config") or {}
+            if isinstance(experts, PreTrainedConfig):
+                experts = experts.to_dict()
+            config_dict = config_dict | {"experts_config": experts | given}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @property
+    def num_expert_shards(self) -> int:
+        """See [`SparseMoeVlmExpertsConfig.num_expert_shards`]."""
+        return self.experts_config.num_expert_shards
+
+    @num_expert_shards.setter
+    def num_expert_shards(self, value: int) -> None:
+        self.experts_config.num_expert_shards = value
+
+    # The experts, which only know their own configuration, run by the implementation that is set for the model.
+    @property
+    def _experts_implementation_internal(self):
+        experts_config = self.__dict__.get("experts_config")
+        return getattr(experts_config, "_experts_implementation_internal", None)
+
+    @_experts_implementation_internal.setter
+    def _experts_implementation_internal(self, value: str | None):
+        experts_config = self.__dict__.get("experts_config")
+        if isinstance(experts_config, PreTrainedConfig):
+            experts_config._experts_implementation_internal = value
+
+    @property
+    def _experts_implementation(self):
+        return self._experts_implementation_internal
+
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict | None):
+        """As the library's, but the base's own modules, which have no experts, are left out."""
+        current = self._experts_implementation_internal
+        of_experts = value.get("experts_config", value.get("", current)) if isinstance(value, dict) else value
+        self._experts_implementation_internal = of_experts
+
+
+def _delegate(name: str) -> property:
+    def get(config):
+        experts = config.__dict__.get("experts_config", config.__dict__.get("_experts_config"))
+        if experts is None:
+            raise AttributeError(f"{type(config).__name__!r} object has no attribute {name!r}")
+        return getattr(experts, name)
+
+    def put(config, value):
+        experts = config.__dict__.get("experts_config", config.__dict__.get("_experts_config"))
+        setattr(experts, name, value)
+
+    return property(get, put)
+
+
+def _delegates_of(base: type) -> dict[str, property]:
+    """The properties that a configuration class gets, where it has no field of the name."""
+    return {name: _delegate(name) for name in _OF_EXPERTS if not hasattr(base, name)}
+
+
+class _TextConfigMixin:
+    """Of the decoder's configuration in an upcycled model: a link to the experts' configuration, which is not saved."""
+
+    @property
+    def experts_config(self):
+        return self.__dict__.get("_experts_config")
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        d.pop("_experts_config", None)
+        super()._remove_keys_not_serialized(d)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol):
+        base = next(base for base in type(self).__mro__[1:] if base is not _TextConfigMixin)
+        return _rebuild_text_config, (base,), self.__dict__.copy()
+
+
+_text_config_classes: dict[type, type] = {}
+
+
+def _text_config_class(base: type) -> type:
+    """A subclass under the same name, by which the auto classes find the base's model."""
+    if issubclass(base, _TextConfigMixin):
+        return base
+    if base not in _text_config_classes:
+        namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__init__": base.__init__}
+        _text_config_classes[base] = type(base.__name__, (_TextConfigMixin, base), namespace | _delegates_of(base))
+    return _text_config_classes[base]
+
+
+def _rebuild_text_config(base: type) -> Any:
+    return object.__new__(_text_config_class(base))
+
+
+def upcycled_config_class(base: type[PreTrainedConfig]) -> Any:
+    """
+    The configuration class of upcycled models of a base.
+
+    Args:
+        base (`type[PreTrainedConfig]`):
+            The base's configuration class, which Transformers exports.
+
+    Returns:
+        `type`: a subclass of [`UpcycledConfigMixin`] and of the base, the same for every call.
+    """
+    return getattr(sys.modules[__name__], PREFIX + base.__name__)
+
+
+def auto_map_of(config_class: Any) -> dict[str, str]:
+    """By auto class, the name of a class for upcycled models of this configuration."""
+    base_type = config_class.base_model_type
+    names = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{config_class.__name__}"}
+    for auto_class, table in _TABLES.items():
+        name = getattr(modeling_auto, table).get(base_type)
+        if isinstance(name, str):
+            names[auto_class] = f"{_MODELING}.{PREFIX}{name}"
+    return names
+
+
+def _make_config_class(name: str, base: Any) -> type:
+    spec = SubConfigSpec(config_class=UpcycledExpertsConfig)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"Configuration of upcycled models of the base [`~transformers.{base.__name__}`].",
+        "__annotations__": {"experts_config": Any},
+        "model_type": f"upcycled_{base.model_type}",
+        "base_model_type": base.model_type,
+        "sub_configs_defaults": {**base.sub_configs_defaults, "experts_config": spec},
+        "experts_config": None,
+    }
+    if "__init__" in base.__dict__ and not hasattr(base.__init__, "__wrapped__"):
+        namespace["__init__"] = base.__init__  # one of the base's own, which a generated one would hide
+    made: Any = type(name, (UpcycledConfigMixin, base), namespace | _delegates_of(base))
+    made.register_for_auto_class()
+    for table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+        # `transformers serve` looks for the type there. The tables hold only names.
+        of_base = getattr(modeling_auto, table).get(base.model_type)
+        if isinstance(of_base, str):
+            getattr(modeling_auto, table)[made.model_type] = PREFIX + of_base
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not (isinstance(base, type) and issubclass(base, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = globals()[name] = _make_config_class(name, base)
+    return made
+
+
+__all__ = ["UpcycledConfigMixin", "UpcycledExpertsConfig", "upcycled_config_class"]

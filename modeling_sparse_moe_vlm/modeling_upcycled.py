@@ -1,0 +1,451 @@
+"""Upcycled models: models of Transformers whose dense feed-forward blocks are sparse mixtures of experts.
+
+The class of a base's model is made when it is first asked for, from its name: `UpcycledLlavaForConditionalGeneration`
+from `LlavaForConditionalGeneration`. So `auto_map` can name it, and pickles of it load in a new process. Everything but
+the blocks is the base's own: modules, names, generation, images, processor.
+"""
+
+import functools
+import inspect
+import sys
+from dataclasses import field, make_dataclass
+from typing import Any, get_args, get_type_hints
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.utils import ModelOutput, logging
+from transformers.utils.import_utils import is_tracing
+
+from .cache_name import is_paged
+from .configuration_upcycled import PREFIX, upcycled_config_class
+from .experts import make_experts
+from .experts_config import SparseMoeVlmExpertsConfig
+from .experts_host import ExpertsHost
+from .fused_head import takes_fused_head, with_own_router_losses
+from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_losses
+from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
+from .token_modalities import TokenModalities, find_modalities
+from .upcycled_layers import ExpertPools, TokenPlan, UpcycledBlock, current_plan, token_plan, upcycled_layer_class
+from .upcycled_plans import experts_plans
+
+logger = logging.get_logger(__name__)
+
+# How the arguments are called that bring images and the like, or what encoders have made of them.
+_FEATURES = ("pixel_", "image", "video", "audio", "input_features", "mm_encoder_outputs")
+_ROUTING_FIELDS = ("router_logits", "router_indices", "router_dropped")
+_LOSS_FIELDS = ("aux_loss", "z_loss", "aux_loss_by_modality", "router_loss")
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+class UpcycledMixin(ExpertsHost):
+    """
+    What upcycled models add to their base. Every part of one that contains all of its sparse layers (the model with a
+    head, the model without, the decoder) is of such a class; the outermost that is called knows the tokens.
+
+    `forward` takes two more arguments than the base's:
+
+    Args:
+        mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+            Modality id of every token, as Transformers' processors make them (0 text, 1 image, 2 video, 3 audio). By
+            default the placeholder tokens tell, which `config.experts_config.placeholder_ids` lists; once the cache is
+            filled, a call without images is text.
+        output_router_logits (`bool`, *optional*, defaults to `config.experts_config.output_router_logits`):
+            Whether to return `router_logits`, `router_indices` (and `router_dropped`) and, from a model with a head,
+            the router losses, which are added to `loss` where there are `labels`: see
+            [`SparseMoeVlmCausalLMOutputWithPast`].
+    """
+
+    experts_config: SparseMoeVlmExpertsConfig
+    routing_planner: RoutingPlanner
+    # Whether this is the innermost part that contains all sparse layers: it holds what they share.
+    holds_pools: bool = False
+
+    def __init__(self, config, *args, **kwargs):
+        experts_config = config.experts_config
+        if experts_config is None or not experts_config.blocks:
+            raise ValueError(
+                f"`experts_config` of {type(config).__name__} must say which blocks are sparse: make an upcycled model "
+                "from a dense one with `upcycle(model)` of `modeling_sparse_moe_vlm.toolbox.upcycling`."
+            )
+        experts_config.validate_architecture()
+        # Not for the parts that the base makes, which have no experts yet, and refuse an implementation for them.
+        implementation, config._experts_implementation_internal = config._experts_implementation_internal, None
+        super().__init__(config, *args, **kwargs)
+        config._experts_implementation_internal = implementation
+        put_experts_in(self)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> Any:
+        """As the library's, but none is chosen before there are experts."""
+        if "experts_config" not in self.__dict__ and requested_experts is None:
+            return None
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's; TRL's trainers, which assign a forward of their own, train with our router losses."""
+        if name == "forward" and takes_fused_head(value):
+            value = with_own_router_losses(self, value)
+        super().__setattr__(name, value)
+
+    def library_conversions(self, found=None):
+        """See [`ExpertsHost.library_conversions`]. The library knows those of the base, whose names all else keeps."""
+        with torch.device("meta"), no_init_weights():
+            base = _base_of(type(self))(_dense_config(self.config))
+        of_base = get_model_conversion_mapping(base, add_legacy=False)
+        own = {_signature(step) for step in get_model_conversion_mapping(self, add_legacy=False)}
+        legacy = {_signature(step) for step in get_model_conversion_mapping(base, add_legacy=True)[len(of_base) :]}
+        others = [step for step in found or [] if _signature(step) not in own]
+        asked_for = [step for step in others if _signature(step) not in legacy]
+        return [*asked_for, *of_base, *(step for step in others if _signature(step) in legacy)]
+
+    def init_parallel_plans(self) -> None:
+        """As the library's, with plans for the experts, of which the base knows nothing."""
+        super().init_parallel_plans()
+        experts_config = self.__dict__.get("experts_config")
+        if experts_config is not None and self.holds_pools:
+            for name, plan in experts_plans(self).items():
+                getattr(self, name).update(plan)
+
+    # -------------------------------------------------------------------------------------------- forward
+
+    def _run(self, base_forward: Any, takes: frozenset[str], arguments: dict[str, Any]) -> Any:
+        """Runs the base's forward with the tokens known to the sparse layers, and adds the routing to its output."""
+        config = self.experts_config
+        wants_routing = arguments.pop("output_router_logits", None)
+        record = arguments.pop("routing_record", None)  # of somebody who wants to know
+        plan = current_plan()
+        if plan is not None and plan.owner is config:  # the model around this one has made it
+            with token_plan(self._with_pools(plan)):
+                return base_forward(self, **arguments)
+        returns_routing = config.output_router_logits if wants_routing is None else bool(wants_routing)
+        if record is None:
+            record = RoutingRecord() if returns_routing else None
+        plan = self._with_pools(self._plan(arguments, record))
+        if "mm_token_type_ids" in arguments and "mm_token_type_ids" not in takes:
+            arguments.pop("mm_token_type_ids")
+        if not returns_routing:
+            with token_plan(plan):
+                return base_forward(self, **arguments)
+
+        return_dict = arguments.get("return_dict")
+        returns_dict = self.config.return_dict if return_dict is None else return_dict
+        with token_plan(plan):
+            outputs = base_forward(self, **arguments | ({} if returns_dict else {"return_dict": True}))
+        outputs = self._with_routing(outputs, record, arguments, bool(wants_routing))
+        return outputs if returns_dict else outputs.to_tuple()
+
+    def _plan(self, arguments: dict[str, Any], record: RoutingRecord | None) -> TokenPlan:
+        planner = self.routing_planner
+        if record is None and planner.has_bias and self.training and torch.is_grad_enabled():
+            _warn_of_resting_biases(self)
+        tokens = self._tokens(arguments, planner, record)
+        device = self.device if tokens.ids is None else tokens.ids.device
+        return TokenPlan(
+            owner=self.experts_config,
+            routing=planner.plan(tokens, device, record),
+            num_tokens=None if tokens.ids is None else tokens.ids.numel(),
+            pools=None,
+        )
+
+    def _with_pools(self, plan: TokenPlan) -> TokenPlan:
+        pools = getattr(self, "expert_pools", None) if self.holds_pools else None
+        return plan if pools is None else plan._replace(pools=ExpertPools(pools))
+
+    def _tokens(
+        self, arguments: dict[str, Any], planner: RoutingPlanner, record: RoutingRecord | None
+    ) -> TokenModalities:
+        """The tokens of a call. Their modalities are only worked out where somebody asks for them."""
+        input_ids, inputs_embeds, ids = (
+            arguments.get(name) for name in ("input_ids", "inputs_embeds", "mm_token_type_ids")
+        )
+        tokens = inputs_embeds if input_ids is None else input_ids
+        if tokens is None or tokens.dim() < 2:
+            return TokenModalities(None, None)
+        shape = tokens.shape[:2]
+        modalities = self.experts_config.modalities
+        if not planner.depends_on_modality and record is None:
+            return TokenModalities(None, None)
+        if ids is None and self._is_continued(arguments, tokens):
+            return TokenModalities.of(shape, None, arguments.get("attention_mask"), modalities)
+        if ids is not None:
+            # `generate` hands the ids of the whole text on in some releases and decoding modes.
+            ids = _own_ids(ids[:, -shape[1] :] if ids.shape[1] > shape[1] else ids, self.experts_config)
+        elif input_ids is None and not self._has_features(arguments) and planner.depends_on_modality:
+            _warn_of_unknown_modalities()
+        ids = find_modalities(
+            input_ids, inputs_embeds, ids, self.experts_config.placeholders, self.get_input_embeddings()
+        )
+        return TokenModalities.of(shape, ids, arguments.get("attention_mask"), modalities)
+
+    def _is_continued(self, arguments: dict[str, Any], tokens: torch.Tensor) -> bool:
+        """Whether the tokens continue a text, and bring no images and the like: placeholders then are mere text."""
+        cache = arguments.get("cache", arguments.get("past_key_values"))
+        if cache is None or self._has_features(arguments):
+            return False
+        if is_paged(cache):
+            return True
+        # What a static cache holds is on the device, and not known to a graph.
+        return tokens.shape[1] == 1 if is_tracing(tokens) else bool(cache.get_seq_length() > 0)
+
+    @staticmethod
+    def _has_features(arguments: dict[str, Any]) -> bool:
+        return any(value is not None and name.startswith(_FEATURES) for name, value in arguments.items())
+
+    def _with_routing(self, outputs: Any, record: RoutingRecord, arguments: dict[str, Any], wants_losses: bool) -> Any:
+        routing: dict[str, Any] = dict(record.outputs())
+        labels = arguments.get("labels")
+        has_head = self.get_output_embeddings() is not None
+        # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
+        if has_head and routing["router_logits"] and (wants_losses or labels is not None or self.training):
+            assert record.tokens is not None
+            losses = router_loss_outputs(
+                self.experts_config, routing["router_logits"], routing["router_indices"], record.tokens
+            )
+            if labels is not None and outputs.get("loss") is not None:
+                share = share_of_batch(labels, arguments.get("num_items_in_batch"))
+                outputs["loss"] = outputs["loss"] + share * losses["router_loss"].to(outputs["loss"].device)
+            elif not wants_losses and torch.is_grad_enabled() and not is_tracing(routing["router_logits"][0]):
+                warn_of_lost_router_losses()
+            routing = routing | losses
+        return output_class(type(outputs))(**{**outputs, **routing})
+
+
+def _warn_of_resting_biases(model: UpcycledMixin) -> None:
+    if not torch.compiler.is_compiling():
+        warn_of_resting_biases(model)
+
+
+def _warn_of_unknown_modalities() -> None:
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "`inputs_embeds` came without `mm_token_type_ids`: every token counts as text, except for unmerged "
+            "placeholders, but this model's experts treat modalities differently. If image features are merged into "
+            "the embeddings, as serving engines do, pass `mm_token_type_ids` (zeros for texts). Only joint experts are "
+            "safe without."
+        )
+
+
+def _own_ids(ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """Modality ids as Transformers numbers them, as positions in the configuration's modalities."""
+    for modality_id, name in enumerate(("text", "image", "video", "audio")):
+        if modality_id >= len(config.modalities):
+            ids = ids.masked_fill(ids == modality_id, config.modality_id(name))
+    return ids
+
+
+def _signature(step: Any) -> tuple:
+    patterns = (tuple(step.source_patterns), tuple(step.target_patterns))
+    return type(step).__name__, *patterns, getattr(step, "scope_prefix", None)
+
+
+# ------------------------------------------------------------------------------------------------ sparse blocks
+
+
+def put_experts_in(model: Any) -> None:
+    """
+    Replaces the dense blocks that `model.config.experts_config` names by sparse ones, and makes every part of the model
+    that contains them an upcycled one. The new weights are initialised as the model's are, at random if at all.
+
+    Args:
+        model (`PreTrainedModel`):
+            A model of the base, or of the class made from it; changed in place.
+    """
+    config = model.config.experts_config
+    paths = {layer: full_path(model, path) for layer, path in zip(config.sparse_layers, config.blocks, strict=True)}
+    parts = _parts_around(model, list(paths.values()))
+    planner = RoutingPlanner(config)
+    for layer, path in paths.items():
+        parent, _, name = path.rpartition(".")
+        weight = next(model.get_submodule(path).parameters())
+        block = _made_like(weight, functools.partial(UpcycledBlock, config, layer))
+        setattr(model.get_submodule(parent), name, block)
+        decoder_layer = model.get_submodule(_layer_path(model, path))
+        decoder_layer.__class__ = upcycled_layer_class(type(decoder_layer))
+    for part in parts:
+        part.__class__ = upcycled_model_class(type(part))
+        # Plain attributes, which replicas of the model have as well.
+        part.__dict__ |= {"experts_config": config, "routing_planner": planner}
+    decoder = parts[-1]
+    decoder.__dict__["holds_pools"] = True
+    if config.pools:
+        decoder.expert_pools = nn.ModuleDict()
+        for pool, layers in config.pools.items():
+            groups = config.layer_expert_groups(layers[0], always_on=False)
+            decoder.expert_pools[str(pool)] = _made_like(weight, functools.partial(make_experts, config, groups))
+    config._experts_implementation_internal = model.get_correct_experts_implementation(
+        config._experts_implementation_internal
+    )
+    for part in reversed(parts):
+        part.post_init()
+
+
+def full_path(model: nn.Module, path: str) -> str:
+    """The path in a model of what lies at `path` in its base model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    head = path.partition(".")[0]
+    if prefix and hasattr(model, prefix) and not (hasattr(model, head) and head != prefix):
+        return f"{prefix}.{path}"
+    return path
+
+
+def _made_like(weight: torch.Tensor, make: Any) -> Any:
+    """Makes a module on the device and in the type of a weight, with memory of any content."""
+    with torch.device("meta"):
+        module = make().to(weight.dtype)
+    return module if weight.is_meta else module.to_empty(device=weight.device)
+
+
+def _parts_around(model: Any, paths: list[str]) -> list[Any]:
+    """The models that contain all of the paths, from the outermost to the innermost."""
+    parts = [model]
+    pieces = paths[0].split(".")
+    for number in range(1, len(pieces)):
+        prefix = ".".join(pieces[:number])
+        module = model.get_submodule(prefix)
+        if isinstance(module, PreTrainedModel) and all(path.startswith(f"{prefix}.") for path in paths):
+            parts.append(module)
+    return parts
+
+
+def _layer_path(model: nn.Module, path: str) -> str:
+    """The path of the decoder layer that a block lies in: the last item of a list on the way to it."""
+    pieces = path.split(".")
+    for number in range(len(pieces) - 1, 0, -1):
+        if pieces[number - 1].isdigit():
+            return ".".join(pieces[:number])
+    raise ValueError(f"the block {path!r} of {type(model).__name__} does not lie in one of a list of layers.")
+
+
+# ------------------------------------------------------------------------------------------------ classes
+
+
+def upcycled_model_class(base: type[PreTrainedModel]) -> Any:
+    """
+    The class of upcycled models of a base.
+
+    Args:
+        base (`type[PreTrainedModel]`):
+            A model class of Transformers.
+
+    Returns:
+        `type`: a subclass of [`UpcycledMixin`] and of the base, the same for every call.
+    """
+    if issubclass(base, UpcycledMixin):
+        return base
+    made = globals().get(PREFIX + base.__name__)
+    if made is None:
+        made = globals()[PREFIX + base.__name__] = _make_model_class(base)
+    return made
+
+
+def output_class(base: type[ModelOutput]) -> Any:
+    """The class of a base's outputs with fields for the routing; the same for every call."""
+    if base not in _output_classes:
+        names = [name for name in (*_ROUTING_FIELDS, *_LOSS_FIELDS) if name not in base.__dataclass_fields__]
+        extra = [(name, Any, field(default=None)) for name in names]
+        made = make_dataclass(f"{PREFIX}{base.__name__}", extra, bases=(base,)) if extra else base
+        made.__module__ = __name__
+        globals().setdefault(made.__name__, made)
+        _output_classes[base] = made
+    return _output_classes[base]
+
+
+_output_classes: dict[type, Any] = {}
+
+
+def _make_model_class(base: Any) -> type:
+    config_class = upcycled_config_class(base.config_class)
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"[`~transformers.{base.__name__}`] with experts: see [`UpcycledMixin`].",
+        "config_class": config_class,
+        "forward": _forward_of(base),
+    }
+    made: Any = type(PREFIX + base.__name__, (UpcycledMixin, base), namespace)
+    auto_class = _auto_class_of(base)
+    if auto_class is not None:
+        made.register_for_auto_class(auto_class)
+    for kind in get_args(get_type_hints(base.forward).get("return", None)):
+        if isinstance(kind, type) and issubclass(kind, ModelOutput):
+            output_class(kind)  # so that a traced forward pass need not make it
+    return made
+
+
+def _forward_of(base: Any) -> Any:
+    base_forward = base.forward
+    signature = inspect.signature(base_forward)
+    names = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ][1:]
+    takes = frozenset(signature.parameters)
+
+    @functools.wraps(base_forward)
+    def forward(self, *args, **kwargs):
+        return self._run(base_forward, takes, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    # `generate` and `Trainer` look up which arguments a model takes.
+    own = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+        for name in ("mm_token_type_ids", "output_router_logits")
+        if name not in takes
+    ]
+    parameters = list(signature.parameters.values())
+    variadic = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    forward.__signature__ = signature.replace(parameters=[*named, *own, *variadic])  # type: ignore[attr-defined]
+    return forward
+
+
+def _auto_class_of(base: Any) -> str | None:
+    """The auto class that `auto_map` names a model for when it is saved, if there is one."""
+    for auto_class, table in (
+        ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+        ("AutoModelForMultimodalLM", modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+    ):
+        if table.get(base.config_class.model_type) == base.__name__:
+            return auto_class
+    return None
+
+
+def _base_of(model_class: type) -> Any:
+    """The class of Transformers that an upcycled class, or torch's version of one, is made from."""
+    mro = model_class.__mro__
+    return mro[mro.index(ExpertsHost) + 1]
+
+
+def _dense_config(config: Any) -> Any:
+    """The base's configuration within that of an upcycled model, as a new object."""
+    base: Any = next(kind for kind in type(config).__mro__ if kind.__module__.startswith("transformers."))
+    values = config.to_dict()
+    for name in ("experts_config", "auto_map", "model_type", "architectures"):
+        values.pop(name, None)
+    return base.from_dict(values)
+
+
+def __getattr__(name: str) -> Any:
+    base = _find_base(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return upcycled_model_class(base)
+
+
+def _find_base(name: str) -> Any:
+    """A model class of Transformers by name: one that the library exports, or that is imported with another."""
+    modules = [transformers, *(module for key, module in sys.modules.items() if ".modeling_" in key)]
+    for module in modules:
+        base = getattr(module, name, None) if module is transformers else vars(module).get(name)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel) and base.__module__.startswith("transformers."):
+            return base
+    return None
+
+
+__all__ = ["UpcycledMixin", "upcycled_model_class"]

@@ -1,0 +1,150 @@
+"""Parity receipts: how far the logits of an upcycled model are from those of the dense model that it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from ...token_modalities import TokenModalities
+from ...upcycled_layers import TokenPlan, token_plan
+from .errors import UpcyclingError
+from .starts import seeded_generator
+
+ROWS, LENGTH = 2, 16
+# Relative to the dense model's logits: in full precision what the order of sums may cost; in half precision some steps
+# of the type, since the dense model itself is that far from its own results in full precision.
+FULL_PRECISION_BOUND = 1e-5
+STEPS_OF_HALF_PRECISION = 4
+
+
+@dataclass(frozen=True)
+class ParityReceipt:
+    """
+    How far an upcycled model is from its dense model on one batch, in evaluation mode.
+
+    Args:
+        relative_difference (`float`): ‖sparse − dense‖ / ‖dense‖ over all logits (hidden states, without a head).
+        max_difference (`float`): The largest difference of two logits.
+        same_tokens (`float`): Share of the positions at which both find the same token the most probable.
+        bound (`float`, *optional*): What `relative_difference` had to stay within; `None` where the start is not exact.
+        dtype (`str`): Type of the weights.
+        num_tokens (`int`): Number of tokens of the batch, without padding.
+        batch (`str`): `"given"`, or `"made"` for random tokens of every modality.
+        transformers_version (`str`): Release that computed it.
+    """
+
+    relative_difference: float
+    max_difference: float
+    same_tokens: float
+    bound: float | None
+    dtype: str
+    num_tokens: int
+    batch: str
+    transformers_version: str = transformers_version
+
+    @property
+    def holds(self) -> bool:
+        return self.bound is None or self.relative_difference <= self.bound
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        bound = "not exact by design" if self.bound is None else f"bound {self.bound:.1e}"
+        return (
+            f"parity on {self.num_tokens} tokens ({self.batch} batch, {self.dtype}): relative difference "
+            f"{self.relative_difference:.1e} ({bound}), largest {self.max_difference:.1e}, the same token at "
+            f"{self.same_tokens:.1%} of the positions"
+        )
+
+
+def default_bound(dtype: torch.dtype) -> float:
+    """What the relative difference of an exact start must stay within."""
+    eps = torch.finfo(dtype).eps
+    return FULL_PRECISION_BOUND if eps <= torch.finfo(torch.float32).eps else STEPS_OF_HALF_PRECISION * eps
+
+
+@torch.no_grad()
+def dense_outputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The logits `(B, T, V)` of a model in evaluation mode, or its hidden states if it has no head, on the CPU."""
+    was_training = model.training
+    model.eval()
+    try:
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        model.train(was_training)
+    found = outputs.get("logits")
+    return (outputs.last_hidden_state if found is None else found).float().cpu()
+
+
+def made_batch(model: PreTrainedModel, placeholders: set[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens for a model, `(2, 16)`, none of which stands for an image or the like."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    allowed = torch.tensor([token for token in range(min(vocabulary, 4096)) if token not in placeholders])
+    chosen = torch.randint(len(allowed), (ROWS, LENGTH), generator=seeded_generator(seed, "parity batch"))
+    input_ids = allowed[chosen].to(model.device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+
+
+def parity(
+    dense: torch.Tensor, model: Any, batch: Mapping[str, Any], *, is_given: bool, bound: float | None
+) -> ParityReceipt:
+    """
+    Compares an upcycled model with the outputs of its dense model. In a batch that was made, the tokens of a row are
+    of every modality in turn, which makes no difference to the dense model: so the experts of all modalities run.
+
+    Args:
+        dense (`torch.Tensor` of shape `(B, T, V)`):
+            What [`dense_outputs`] of the dense model are.
+        model (`PreTrainedModel`):
+            The upcycled model.
+        batch (`Mapping[str, Any]`):
+            Inputs of both.
+        is_given (`bool`):
+            Whether the user gave the batch.
+        bound (`float`, *optional*):
+            See [`ParityReceipt`].
+    """
+    if is_given:
+        sparse = dense_outputs(model, batch)
+    else:
+        with token_plan(_plan_of_all_modalities(model, batch["input_ids"])):
+            sparse = dense_outputs(model, batch)
+    mask = batch.get("attention_mask")
+    is_real = torch.ones(dense.shape[:2], dtype=torch.bool)
+    if torch.is_tensor(mask) and mask.shape == dense.shape[:2]:
+        is_real = mask.bool().cpu()
+    dense, sparse = dense[is_real], sparse[is_real]
+    difference = (sparse - dense).double()
+    relative = (difference.norm() / dense.double().norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+    return ParityReceipt(
+        relative_difference=relative if math.isfinite(relative) else math.inf,
+        max_difference=difference.abs().max().item(),
+        same_tokens=(sparse.argmax(-1) == dense.argmax(-1)).float().mean().item(),
+        bound=bound,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_tokens=int(is_real.sum()),
+        batch="given" if is_given else "made",
+    )
+
+
+def _plan_of_all_modalities(model: Any, input_ids: torch.Tensor) -> TokenPlan:
+    config = model.experts_config
+    ids = (torch.arange(input_ids.numel(), device=input_ids.device) % len(config.modalities)).view(input_ids.shape)
+    routing = model.routing_planner.plan(TokenModalities(ids, None), input_ids.device)
+    return TokenPlan(config, routing, ids.numel(), pools=None)
+
+
+def check_receipt(receipt: ParityReceipt) -> None:
+    """Raises `UpcyclingError` if the upcycled model does not do what the dense one does."""
+    if not receipt.holds:
+        raise UpcyclingError(
+            f"the upcycled model's outputs are not those of the dense model: {receipt}. It was not returned. Pass "
+            "`parity_bound=float('inf')` to have it nevertheless, or another bound."
+        )

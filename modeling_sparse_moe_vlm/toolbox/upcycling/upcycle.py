@@ -1,0 +1,284 @@
+"""`upcycle`: a sparse mixture of experts from a dense model of Transformers, with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from ...configuration_upcycled import UpcycledExpertsConfig, upcycled_config_class
+from ...modeling_upcycled import put_experts_in
+from .arrangement import Start, experts_fields
+from .blocks import DenseBlocks, block_weights, find_blocks, placeholder_ids, takes_images_by_cross_attention
+from .errors import UpcyclingError
+from .receipt import ParityReceipt, check_receipt, default_bound, dense_outputs, made_batch, parity
+from .router_rows import BlockInputs, collect_block_inputs
+from .starts import start_block, start_pool
+
+logger = logging.get_logger(__name__)
+
+ROUTER_INITS = ("random", "data")
+
+
+def upcycle(
+    model: PreTrainedModel,
+    expert_groups: str | Sequence[Mapping[str, Any]] = "hybrid",
+    num_experts: int | None = None,
+    num_experts_per_tok: int = 2,
+    *,
+    start: str | None = None,
+    layers: Collection[int] | None = None,
+    router_init: str = "random",
+    batch: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+    seed: int = 0,
+    modalities: Sequence[str] | None = None,
+    placeholders: Mapping[str, Sequence[int]] | None = None,
+    include_dense_layers_of_moe: bool = False,
+    parity_bound: float | None = None,
+    **fields: Any,
+) -> Any:
+    r"""
+    Makes a sparse mixture of experts of a dense model: its feed-forward blocks become experts, and it starts with the
+    same outputs. All else is the base model's own, so its processor and chat template are used with it as before.
+
+    Args:
+        model (`PreTrainedModel`):
+            A loaded vision-language model or language model of Transformers whose decoder has gated feed-forward
+            blocks. It stays as it is; the sparse model shares no weights with it.
+        expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
+            `"hybrid"`, `"joint"`, `"isolated"`, or a list of groups: see [`SparseMoeVlmExpertsConfig`].
+        num_experts (`int`, *optional*, defaults to 8):
+            Number of routed experts of a layer; with a list of groups it follows from them.
+        num_experts_per_tok (`int`, defaults to 2):
+            Number of routed experts that a token goes to.
+        start (`str`, *optional*):
+            `"copy"`, `"split"`, `"residual"` or `"drop"`: see [`Start`]. By default an exact one: `"residual"` for
+            hybrid, `"copy"` for joint and isolated experts (`"split"` with a `granularity`).
+        layers (`Collection[int]`, *optional*):
+            The decoder layers that become sparse; by default all that have a gated feed-forward block.
+        router_init (`str`, defaults to `"random"`):
+            `"random"` for small random router rows, or `"data"` for the centroids of the dense blocks' inputs on
+            `batch`, per modality (spherical k-means, arXiv 2604.13508).
+        batch (`dict` or iterable of such, *optional*):
+            Inputs as the base's processor makes them: what the parity receipt is measured on (the first, if there are
+            several), and `router_init="data"` is computed from. By default the receipt is measured on random tokens,
+            which experts of every modality serve.
+        seed (`int`, defaults to 0):
+            Seed of all that is drawn. PyTorch's own random state is not touched.
+        modalities (`list[str]`, *optional*):
+            Names of the token modalities; by default text for a language model, else text and image (with video as
+            images). `["text", "image", "video"]` makes video one of its own.
+        placeholders (`dict[str, list[int]]`, *optional*):
+            By modality, the ids of the tokens that stand for it in a text; by default those that the base's
+            configuration declares.
+        include_dense_layers_of_moe (`bool`, defaults to `False`):
+            Whether the dense layers of a model that is a mixture of experts already may be upcycled.
+        parity_bound (`float`, *optional*):
+            What the relative difference of the outputs must stay within; by default 1e-5 in float32 and the rounding
+            of the type in half precision, and none for starts that are not exact. `float("inf")` accepts everything.
+        fields:
+            `granularity` (with `"split"`), `drop_ratio` (with `"drop"`), `pool_start` (with pools), and further fields
+            of [`SparseMoeVlmExpertsConfig`], such as `router` and `router_aux_loss_coef`.
+
+    Returns:
+        `PreTrainedModel`: the sparse model, of a class made from the base's own, such as
+        `UpcycledLlavaForConditionalGeneration`. `config.experts_config` describes its experts, and
+        `config.experts_config.start["parity"]` is the parity receipt.
+
+    Raises:
+        UpcyclingError: If the model cannot be upcycled, what is asked for contradicts itself, or the outputs of the
+            sparse model are not those of the dense one; the message says why.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForImageTextToText
+    >>> from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
+
+    >>> dense = AutoModelForImageTextToText.from_pretrained("HuggingFaceTB/SmolVLM-256M-Instruct")
+    >>> sparse = upcycle(dense, "isolated", num_experts=4)
+    >>> sparse.save_pretrained("smolvlm-moe")
+    ```
+    """
+    check_base(model)
+    if router_init not in ROUTER_INITS:
+        raise UpcyclingError(f"`router_init` must be one of {ROUTER_INITS}, got {router_init!r}.")
+    batches = _as_list(batch)
+    if router_init == "data" and not batches:
+        raise UpcyclingError('`router_init="data"` needs a `batch`: inputs as the base\'s processor makes them.')
+    found = find_blocks(model, layers, include_dense_layers_of_moe)
+    chosen, config = experts_config(
+        model,
+        found,
+        seed=seed,
+        router_init=router_init,
+        modalities=modalities,
+        placeholders=placeholders,
+        start=start,
+        expert_groups=expert_groups,
+        num_experts=num_experts,
+        num_experts_per_tok=num_experts_per_tok,
+        **fields,
+    )
+    inputs: dict[int, BlockInputs] = {}
+    if router_init == "data":
+        inputs = collect_block_inputs(
+            model,
+            batches,
+            found.blocks,
+            modalities=config.modalities,
+            placeholder_ids=config.placeholder_ids,
+            seed=seed,
+        )
+    sparse = _with_sparse_blocks(model, found, config)
+    _fill(sparse, model, found, config, chosen, inputs, seed)
+
+    bound = (default_bound(model.dtype) if chosen.is_exact else None) if parity_bound is None else parity_bound
+    receipt = _receipt(model, sparse, batches, bound, seed)
+    check_receipt(receipt)
+    config.start["parity"] = receipt.to_dict()
+    logger.info(str(receipt))
+    return sparse
+
+
+def check_base(model: Any) -> None:
+    """Raises `UpcyclingError` unless a model is one of Transformers' own, whose class others can find by its name."""
+    name = type(model).__name__
+    if getattr(getattr(model, "config", None), "experts_config", None) is not None:
+        raise UpcyclingError(f"{name} is upcycled already.")
+    if not isinstance(model, PreTrainedModel):
+        raise UpcyclingError(
+            f"`upcycle` takes a model of Transformers, got {name}."
+            + (" Merge its adapters first: `model.merge_and_unload()`." if hasattr(model, "merge_and_unload") else "")
+        )
+    for kind in (type(model), type(model.config)):
+        if getattr(transformers, kind.__name__, None) is not kind:
+            raise UpcyclingError(
+                f"{kind.__name__} is not a class that Transformers exports, so an upcycled model of it could not be "
+                "loaded elsewhere. Models with code of their own are not supported."
+            )
+
+
+def experts_config(
+    model: PreTrainedModel,
+    found: DenseBlocks,
+    *,
+    seed: int,
+    router_init: str,
+    modalities: Sequence[str] | None,
+    placeholders: Mapping[str, Sequence[int]] | None,
+    **request: Any,
+) -> tuple[Start, UpcycledExpertsConfig]:
+    """How experts start, and their configuration, from a dense model and what was asked for: see [`upcycle`]."""
+    placeholders = placeholder_ids(model.config) if placeholders is None else placeholders
+    takes_images = bool(placeholders) or takes_images_by_cross_attention(model) or "image" in _input_modalities(model)
+    if modalities is None:
+        modalities = ["text", "image"] if takes_images else ["text"]
+    if takes_images_by_cross_attention(model) and len(modalities) > 1:
+        if request.get("expert_groups") == "isolated":
+            raise UpcyclingError(
+                f'`expert_groups="isolated"` makes no sense for {type(model).__name__}: its images enter by '
+                "cross-attention or an encoder, so every token of the decoder is text, and experts of images would get "
+                'none. Use `expert_groups="joint"`.'
+            )
+        modalities = ["text"]
+    text_config = model.config.get_text_config(decoder=True)
+    chosen, fields = experts_fields(
+        widths={block.layer: block.intermediate_size for block in found.blocks},
+        num_hidden_layers=found.num_layers,
+        hidden_size=found.hidden_size,
+        hidden_act=found.hidden_act,
+        modalities=list(modalities),
+        initializer_range=request.pop("initializer_range", getattr(text_config, "initializer_range", 0.02)),
+        **request,
+    )
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix or " ") else ""
+    config = UpcycledExpertsConfig(
+        **fields,
+        blocks=[block.name.removeprefix(prefix) for block in found.blocks],
+        placeholder_ids={name: list(ids) for name, ids in placeholders.items()},
+        start={
+            **{name: value for name, value in chosen._asdict().items() if value},
+            "seed": seed,
+            "router_init": router_init,
+            "base_model": model.name_or_path,
+        },
+    )
+    return chosen, config
+
+
+def _input_modalities(model: PreTrainedModel) -> Sequence[str]:
+    found = getattr(model, "input_modalities", "text")
+    return (found,) if isinstance(found, str) else found
+
+
+def _as_list(batch: Any) -> list[Mapping[str, Any]]:
+    if batch is None:
+        return []
+    return [batch] if isinstance(batch, Mapping) else list(batch)
+
+
+def _with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:
+    """A copy of the model with empty sparse blocks in the place of its dense ones, which are not copied."""
+    blocks = [model.get_submodule(block.name) for block in found.blocks]
+    shared: dict[int, nn.Module] = {id(block): block for block in blocks}
+    sparse: Any = copy.deepcopy(model, shared)
+    own_config = sparse.config
+    own_config.__class__ = upcycled_config_class(type(model.config))
+    own_config.__dict__.pop("_experts_implementation_internal", None)
+    own_config.experts_config = config
+    own_config.link_experts()
+    with no_init_weights():
+        put_experts_in(sparse)
+    return sparse.train(model.training)
+
+
+def _fill(
+    sparse: Any,
+    model: PreTrainedModel,
+    found: DenseBlocks,
+    config: UpcycledExpertsConfig,
+    start: Start,
+    inputs: Mapping[int, BlockInputs],
+    seed: int,
+) -> None:
+    weights = {block.layer: (model.get_submodule(block.name), block) for block in found.blocks}
+    for layer, (dense, block) in weights.items():
+        start_block(
+            sparse.get_submodule(block.name),
+            config,
+            block_weights(dense, block),
+            start,
+            seed=seed,
+            inputs=inputs.get(layer),
+        )
+    for pool, layers in config.pools.items():
+        of_layers = (block_weights(*weights[layer]) for layer in layers)
+        start_pool(_pools(sparse)[str(pool)], config, pool, of_layers, start, seed=seed)
+
+
+def _pools(sparse: Any) -> nn.ModuleDict:
+    return next(module.expert_pools for module in sparse.modules() if getattr(module, "holds_pools", False))
+
+
+def _receipt(
+    model: PreTrainedModel, sparse: Any, batches: Sequence[Mapping[str, Any]], bound: float | None, seed: int
+) -> ParityReceipt:
+    placeholders = {token for ids in sparse.experts_config.placeholder_ids.values() for token in ids}
+    batch = batches[0] if batches else made_batch(model, placeholders, seed)
+    try:
+        dense = dense_outputs(model, batch)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if batches:
+            raise
+        raise UpcyclingError(
+            f"{type(model).__name__} does not run on text only ({error}), so its outputs cannot be compared: pass a "
+            "`batch` as its processor makes it."
+        ) from error
+    return parity(dense, sparse, batch, is_given=bool(batches), bound=bound)
