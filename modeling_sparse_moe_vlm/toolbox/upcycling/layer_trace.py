@@ -114,7 +114,8 @@ def _read_layer(
             f"a layer of our decoder {_OUR_ORDER}. `upcycle` keeps the model's own decoder."
         )
     input_norm, attention, feed_forward_norm, feed_forward = parts
-    inside = [(name, module) for name, module in ran if name.startswith(f"{attention[0]}.")]
+    within = f"{attention[0]}."
+    inside = [(name, module) for name, module in ran if name.startswith(within) and not any(module.children())]
     projections = [module for _, module in inside if isinstance(module, nn.Linear)]
     others = [(name, module) for name, module in inside if not isinstance(module, nn.Linear)]
     if len(projections) not in (2, 4) or len(others) not in (0, 2):
