@@ -32,6 +32,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...experts_config import SparseMoeVlmExpertsConfig
+from ...modeling_upcycled import full_path
 from .errors import UpcyclingError
 from .native_twins import COMPOSITE_TWINS, TWINS, SparseLayers, Twin
 
@@ -152,8 +153,7 @@ def _base_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torch.Tensor]) -> list[str]:
     """Names of the sparse blocks in the model's state, by layer."""
-    prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    blocks = [f"{prefix}.{block}" if prefix else block for block in experts.blocks]
+    blocks = [full_path(model, block) for block in experts.blocks]
     missing = [block for block in blocks if f"{block}.gate.weight" not in state]
     if missing:
         raise UpcyclingError(f"{type(model).__name__} has no {_some(missing)}: give the whole upcycled model.")

@@ -1,13 +1,12 @@
 """Small upcycled models of every base that has a sparse twin in Transformers, with random weights everywhere."""
 
-import re
-
 import torch
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modeling_sparse_moe_vlm.experts import SparseMoeVlmSparseMoeBlock
-from modeling_sparse_moe_vlm.experts_config import SparseMoeVlmExpertsConfig
+from modeling_sparse_moe_vlm.configuration_upcycled import UpcycledExpertsConfig, upcycled_config_class
+from modeling_sparse_moe_vlm.modeling_upcycled import upcycled_model_class
+from modeling_sparse_moe_vlm.toolbox.upcycling.blocks import find_blocks
 from tests.support.in_tree_models import QWEN
 from tests.support.models import TINY_DECODER
 
@@ -121,8 +120,8 @@ BASES = {
         _HEADS | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0},
     ),
     "qwen3_5": ("qwen3_5_text", TINY_DECODER | _LINEAR | {"head_dim": 8}),
-    "seed_oss": ("seed_oss", _HEADS),
-    "seed_oss_without_biases": ("seed_oss", _HEADS | {"attention_bias": False}),
+    "seed_oss": ("seed_oss", _HEADS | {"residual_dropout": 0.0}),
+    "seed_oss_without_biases": ("seed_oss", _HEADS | {"attention_bias": False, "residual_dropout": 0.0}),
     "youtu": ("youtu", TINY_DECODER | _MLA),
 }
 
@@ -145,29 +144,24 @@ def make_qwen3_5_with_images():
 
 
 def make_upcycled(dense, **fields):
-    """`dense` with experts, whose weights, and all others, are random: like a model after training."""
-    text_config = dense.config.get_text_config()
+    """The upcycled model of a base, whose weights are all random: like one after training."""
+    found = find_blocks(dense)
     defaults = {
-        "hidden_size": text_config.hidden_size,
-        "num_hidden_layers": text_config.num_hidden_layers,
-        "hidden_act": getattr(text_config, "hidden_act", "silu"),
+        "hidden_size": found.hidden_size,
+        "num_hidden_layers": found.num_layers,
+        "hidden_act": found.hidden_act,
         "num_experts": 4,
         "moe_intermediate_size": 24,
         "expert_groups": "joint",
     }
-    experts = SparseMoeVlmExpertsConfig(**defaults | fields)
-    base = dense.base_model
-    blocks = {
-        int(match[1]): name
-        for name, _ in base.named_modules()
-        if (match := re.search(r"(?<!visual\.)\blayers\.(\d+)\.(mlp|feed_forward|shared_mlp)$", name))
-        and "vision" not in name
-    }
-    experts.blocks = [blocks[layer] for layer in experts.sparse_layers]
-    for layer, name in zip(experts.sparse_layers, experts.blocks, strict=True):
-        base.set_submodule(name, SparseMoeVlmSparseMoeBlock(experts, layer))
-    dense.config.experts_config = experts
-    return randomize(dense)
+    dense_layers = fields.get("mlp_only_layers", [])
+    prefix = f"{dense.base_model_prefix}."
+    blocks = [block.name.removeprefix(prefix) for block in found.blocks if block.layer not in dense_layers]
+    experts = UpcycledExpertsConfig(blocks=blocks, **defaults | fields)
+    values = dense.config.to_dict() | {"experts_config": experts}
+    del values["model_type"]
+    config = upcycled_config_class(type(dense.config)).from_dict(values)
+    return randomize(upcycled_model_class(type(dense))._from_config(config))
 
 
 def randomize(model):

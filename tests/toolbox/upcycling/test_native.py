@@ -16,12 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modeling_sparse_moe_vlm.expert_groups import ExpertGroup
-from modeling_sparse_moe_vlm.expert_shards import SparseMoeVlmExpertShards
-from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts
-from modeling_sparse_moe_vlm.toolbox.upcycling import native
-from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
-from modeling_sparse_moe_vlm.toolbox.upcycling.native import to_native
+from modeling_sparse_moe_vlm.toolbox.upcycling import UpcyclingError, native, to_native, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import TWINS
 from tests.support import in_tree_models
 from tests.support.models import TINY_DECODER, TINY_TOWER
@@ -34,6 +29,7 @@ from tests.toolbox.upcycling.native_models import (
     make_input_ids,
     make_qwen3_5_with_images,
     make_upcycled,
+    randomize,
 )
 
 FIRST_DENSE, LAST_DENSE = {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}
@@ -94,7 +90,6 @@ PAIRS = [
     ("youtu", SIGMOID, "DeepseekV3ForCausalLM"),
     ("youtu", SIGMOID | WITH_SHARED | BIAS | FIRST_DENSE, "DeepseekV3ForCausalLM"),
 ]
-GROUP = ExpertGroup("joint", 2, ("text", "image"), 24)
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -408,18 +403,45 @@ def test_what_a_twin_takes_over(tmp_path):
 
 
 @torch.no_grad()
-def test_experts_in_shards():
-    model = make("qwen3", num_experts=5)
-    whole = make("qwen3", num_experts=5)
-    for layer in model.model.layers:
-        experts = layer.mlp.experts
-        parts = [SparseMoeVlmExperts(model.config.experts_config, GROUP) for _ in range(2)]
-        for part, rows in zip(parts, (slice(0, 3), slice(3, 5)), strict=True):
-            part.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[rows])
-            part.down_proj = torch.nn.Parameter(experts.down_proj[rows])
-        layer.mlp.experts = SparseMoeVlmExpertShards(parts, [3, 2])
+def test_models_from_dense_ones_and_from_folders(tmp_path):
+    # Always-on experts of all modalities: of a language model, those of text.
+    dense = make_dense("qwen2").eval()
     input_ids = make_input_ids()
-    assert_close(to_native(model)(input_ids).logits, whole(input_ids).logits)
+    fresh = to_native(upcycle(dense, num_experts=5))
+    assert type(fresh).__name__ == "Qwen2MoeForCausalLM"
+    assert fresh.config.shared_expert_intermediate_size == 48
+    assert_close(fresh(input_ids).logits, dense(input_ids).logits)
+
+    trained = randomize(upcycle(dense, num_experts=5))
+    expected = trained(input_ids).logits
+    assert (expected - dense(input_ids).logits).abs().max() > 1e-2
+    trained.save_pretrained(tmp_path)
+    # The code that came with the checkpoint, and experts in modules of 2, 2 and 1.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, num_expert_shards=3)
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    assert loaded.model.layers[0].mlp.experts.sizes == (2, 2, 1)
+    assert_close(to_native(loaded)(input_ids).logits, expected)
+
+
+@torch.no_grad()
+def test_parts_of_a_dense_block_stay_together():
+    dense = make_dense("qwen3").eval()
+    input_ids = make_input_ids()
+    twin = to_native(upcycle(dense, "joint", num_experts=6, num_experts_per_tok=3, granularity=3))
+    assert (twin.config.num_experts_per_tok, twin.config.moe_intermediate_size) == (3, 16)
+    assert_close(twin(input_ids).logits, dense(input_ids).logits)
+
+
+@torch.no_grad()
+def test_always_on_experts_of_every_modality_together():
+    dense = in_tree_models.make_model("llava")
+    inputs = in_tree_models.make_inputs("llava")
+    groups = [{"name": "joint", "num_experts": 4}, {"name": "shared", "num_experts": 1, "always_on": True}]
+    twin = to_native(upcycle(dense, groups))
+    assert twin.config.text_config.model_type == "granitemoeshared"
+    assert_close(twin(**inputs).logits, dense(**inputs).logits)
+    with pytest.raises(UpcyclingError, match=r"`expert_groups\['text'\]` serves text only"):
+        to_native(upcycle(dense))
 
 
 @torch.no_grad()
@@ -574,8 +596,7 @@ def test_attention_of_the_parts_of_a_model():
 def test_part_of_a_model():
     model = make_upcycled(in_tree_models.make_model("llava"))
     decoder = model.model.language_model
-    decoder.config.experts_config = model.config.experts_config
-    with pytest.raises(UpcyclingError, match=r"LlamaModel has no `language_model\.layers\.0\.mlp` and 1 more"):
+    with pytest.raises(UpcyclingError, match=r"UpcycledLlamaModel has no `language_model\.layers\.0\.mlp` and 1 more"):
         to_native(decoder)
 
 
