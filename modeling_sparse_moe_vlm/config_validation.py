@@ -56,6 +56,7 @@ def check_text_fields(config: PreTrainedConfig) -> None:
         isinstance(config.rope_parameters, dict | None),
         f"`rope_parameters` must be a dict, got {shown(config.rope_parameters)}.",
     )
+    check(isinstance(config.start, dict | None), f"`start` must be a dict, got {shown(config.start)}.")
     for field in ("pad_token_id", "bos_token_id"):
         if getattr(config, field) is not None:
             check_integer(field, getattr(config, field), at_least=0, below=config.vocab_size)

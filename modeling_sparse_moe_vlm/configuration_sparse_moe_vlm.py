@@ -140,6 +140,9 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         learned_modality_priors (`bool`, defaults to `False`):
             Whether every head learns its own priors, from `alpha_init` and `beta_init` on, or they stay what they are
             (fixed, as in Vidi, arXiv 2504.15681).
+        start (`dict`, *optional*):
+            How a model that was made of a dense one started: see [`~toolbox.upcycling.upcycle_from_parts`]. It is kept
+            for the record.
 
     The fields of the experts (`num_experts`, `expert_groups`, `router`, …) are those of [`SparseMoeVlmExpertsConfig`].
 
@@ -212,6 +215,7 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
     alpha_init: float = 0.5
     beta_init: float = 0.5
     learned_modality_priors: bool = False
+    start: dict[str, Any] | Given = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -232,6 +236,7 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         self.nope_layers = list(self.nope_layers)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        self.start = dict(self.start or {})
         # A copy, since the library completes it in place.
         self.rope_parameters = dict(self.rope_parameters or {})
 

@@ -267,6 +267,7 @@ WRONG = [
     ({"nope_layers": 3}, r"`nope_layers` must be a list of int, got 3"),
     ({"nope_layers": [24]}, r"`nope_layers` names layers \[24\], but the model has layers 0 to 23"),
     ({"nope_layers": [3, 3]}, r"`nope_layers` repeats a value: \[3, 3\]"),
+    ({"start": "copy"}, r"`start` must be a dict, got 'copy'"),
     ({"norm_topk_prob": None}, r"`norm_topk_prob` must be True or False"),
     ({"output_router_logits": 1}, r"`output_router_logits` must be True or False"),
     ({"pad_token_id": 32000}, r"`pad_token_id` must be an integer from 0 to 31999"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .errors import UpcyclingError
 from .parts_weights import BuiltModel, decoder_of
+from .receipt import ParityReceipt
 
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,7 +39,7 @@ def check_decoder(
     is_rounded: bool = False,
     feed_forward: Mapping[int, FeedForward] | None = None,
     seed: int = 0,
-) -> float:
+) -> ParityReceipt:
     """
     Compares the two on random text, at the first positions and at positions up to the last that the model is meant for;
     the sparse one for the tokens of every modality, whose experts must all start alike.
@@ -66,7 +67,7 @@ def check_decoder(
             Seed of the random text.
 
     Returns:
-        `float`: the largest difference of logits, relative to the largest logit.
+        [`ParityReceipt`]: of the logits at the first positions, with the experts of the tokens' modality.
 
     Raises:
         UpcyclingError: If they differ; the message says where they first do.
@@ -97,17 +98,20 @@ def check_decoder(
     first = torch.arange(_NUM_TOKENS, device=dense.device)
     last = torch.linspace(0, config.max_position_embeddings - 1, _NUM_TOKENS, device=dense.device).long()
     floor = max(TOLERANCE, torch.finfo(dense.dtype).eps) if is_rounded else TOLERANCE
-    largest = 0.0
-    with _evaluation(dense), _evaluation(model), _replaced(layers, feed_forward or {}):
-        for positions in (first[None], last[None]):
+    with _evaluation(dense), _evaluation(model):
+        for positions in (last[None], first[None]):
             with in_type(dense, torch.float32):
                 expected = _states(dense_layers, run_dense, positions)
             with nullcontext() if is_rounded else in_type(dense, torch.float64):
                 other = _states(dense_layers, run_dense, positions)
-            with in_type(model, torch.float32):
+            with in_type(model, torch.float32), _replaced(layers, feed_forward or {}):
                 actual = _states(layers, run_sparse, positions)
-            largest = max(largest, _compare(dense, modalities, other, expected, actual, floor, is_centred))
-    return largest
+            bound = _compare(dense, modalities, other, expected, actual, floor, is_centred)
+        logits = actual.logits
+        if feed_forward:
+            with in_type(model, torch.float32):
+                logits = run_sparse(first[None])
+    return _receipt(logits[..., :num_ids], expected.logits, None if feed_forward else bound, dense.dtype)
 
 
 def _compare(
@@ -120,8 +124,8 @@ def _compare(
     is_centred: bool,
 ) -> float:
     """
-    The difference of logits; raises `UpcyclingError` at the first difference that is too large. `other` is the dense
-    model in another type.
+    The bound on differences of logits; raises `UpcyclingError` at the first difference that is too large. `other` is
+    the dense model in another type.
     """
     name = type(dense).__name__
     num_layers = len(expected.hidden_states) - 1
@@ -143,7 +147,21 @@ def _compare(
                 f"{modalities[worst]!r}: the relative difference is {differences[worst]:.1e}, and at most {bound:.1e} "
                 "is rounding. `upcycle` keeps the model's own decoder."
             )
-    return max(differences)
+    return bound
+
+
+def _receipt(actual: torch.Tensor, expected: torch.Tensor, bound: float | None, dtype: torch.dtype) -> ParityReceipt:
+    """Of the logits `(M, T, V)` for tokens of M modalities, and the dense model's `(1, T, V)`."""
+    deviation = (actual - expected).double()
+    return ParityReceipt(
+        relative_difference=(deviation.norm() / expected.expand_as(actual).double().norm()).item(),
+        max_difference=deviation.abs().max().item(),
+        same_tokens=(actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        bound=bound,
+        dtype=str(dtype).removeprefix("torch."),
+        num_tokens=actual.shape[0] * actual.shape[1],
+        batch="made",
+    )
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AddedToken, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from ...experts_config import SparseMoeVlmExpertsConfig
@@ -22,6 +23,8 @@ from .decoders import decoder_layers
 from .errors import UpcyclingError
 from .parts_weights import copy_decoder, copy_tower, empty_model, initialize_rest, start_experts
 from .router_rows import collect_block_inputs
+
+logger = logging.get_logger(__name__)
 
 
 def _names(config_class: type) -> set[str]:
@@ -81,8 +84,8 @@ def upcycle_from_parts(
     and SmolLM3, Granite, Gemma, OLMo, Phi-3, …): that is read from its configuration and from what it runs. The result
     is then compared with it layer by layer, and is refused where they differ.
 
-    Both parts stay what they are: their weights are copied, in the language model's dtype and to its device. The memory
-    that this takes is that of the result, and of one expert beside.
+    Both parts stay what they are: their weights are copied, in the language model's dtype and to its device. Beside the
+    parts, this takes the memory of the result and, while outputs are compared, of its largest module in float64.
 
     Args:
         language_model (`PreTrainedModel`):
@@ -114,7 +117,7 @@ def upcycle_from_parts(
     Returns:
         `SparseMoeVlmForConditionalGeneration`, or without a vision encoder `SparseMoeVlmForCausalLM` (whose only
         modality is text unless `modalities` says otherwise): in evaluation mode. [`processor_from_parts`] makes the
-        processor.
+        processor. `start["parity"]` of the decoder's configuration is the [`~receipt.ParityReceipt`].
 
     Raises:
         UpcyclingError: If the language model has a layout that our decoder does not have, or computes something else;
@@ -180,7 +183,7 @@ def upcycle_from_parts(
     _set_generation(model, language_model)
     model.eval()
     place = decoder_layers(language_model)
-    check_decoder(
+    receipt = check_decoder(
         language_model,
         list(place.layers),
         model,
@@ -189,6 +192,15 @@ def upcycle_from_parts(
         feed_forward={} if how.is_exact else {layer: layout.dense_block(layer) for layer in widths},
         seed=seed,
     )
+    model.config.get_text_config().start = {
+        **{name: value for name, value in how._asdict().items() if value},
+        "seed": seed,
+        "router_init": router_init,
+        "base_model": language_model.name_or_path,
+        **({} if vision_encoder is None else {"vision_encoder": vision_encoder.name_or_path}),
+        "parity": receipt.to_dict(),
+    }
+    logger.info(str(receipt))
     return model
 
 

@@ -284,6 +284,32 @@ def test_generation_settings_and_token_ids_are_carried_over():
     assert dense.generation_config.suppress_tokens == [9]
 
 
+def test_the_configuration_has_the_receipt(tmp_path):
+    dense, tower = make_dense(), make_tower()
+    dense.name_or_path, tower.name_or_path = "some/language-model", "some/encoder"
+    exact = upcycle_from_parts(dense, tower, image_token_id=3, expert_groups="joint", start="split", seed=4)
+    start = exact.config.text_config.start
+    parity = start.pop("parity")
+    assert start == {
+        "name": "split",
+        "granularity": 2,
+        "seed": 4,
+        "router_init": "random",
+        "base_model": "some/language-model",
+        "vision_encoder": "some/encoder",
+    }
+    assert parity["relative_difference"] < 1e-6
+    assert (parity["bound"], parity["same_tokens"], parity["num_tokens"]) == (1e-5, 1.0, 32)
+    start["parity"] = parity
+    exact.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).text_config.start == start
+    drop = upcycle_from_parts(dense, expert_groups="joint", start="drop").config.start
+    assert (drop["name"], drop["drop_ratio"], drop["parity"]["bound"]) == ("drop", 0.5, None)
+    assert drop["parity"]["relative_difference"] > 1e-2
+    assert drop["parity"]["num_tokens"] == 16
+    assert "vision_encoder" not in drop
+
+
 # ---------------------------------------------------------------- vision encoders
 
 

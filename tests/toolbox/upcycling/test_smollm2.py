@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle_from_parts
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle, upcycle_from_parts
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +43,7 @@ STARTS = {
     "split": {"expert_groups": "joint", "start": "split", "num_experts": 4, "granularity": 2},
     "residual": {"expert_groups": "hybrid", "start": "residual", "num_experts": 4},
 }
+NUM_PARAMETERS = {"copy": 373_462_848, "split": 214_210_368, "residual": 453_089_088}
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,10 @@ def test_the_dense_model_answers(dense_and_inputs):
     assert len({tuple(row.tolist()) for row in expected}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("make", [upcycle, upcycle_from_parts])
 @pytest.mark.parametrize("start", STARTS)
-def test_a_model_from_parts_answers_like_the_dense_one(start, dense_and_inputs):
+def test_a_sparse_model_answers_like_the_dense_one(start, make, dense_and_inputs):
     dense, inputs, expected, _ = dense_and_inputs
-    model = upcycle_from_parts(dense, **STARTS[start])
-    assert model.num_parameters() > 2 * dense.num_parameters()
+    model = make(dense, **STARTS[start])
+    assert model.num_parameters() == NUM_PARAMETERS[start]
     assert torch.equal(answers(model, inputs), expected)
