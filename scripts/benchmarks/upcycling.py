@@ -280,7 +280,7 @@ def flops_per_token(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """FLOPs of the matrix products of a training step, per token that is not padding."""
     # In plain matrix products: the counter knows no fused ones of the CPU.
     counted = copy.deepcopy(model).train()
-    counted.set_attn_implementation("eager")
+    counted.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
     counted.set_experts_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         counted(**batch).loss.backward()
