@@ -207,7 +207,7 @@ def main() -> None:
         train({DENSE: dense}, data, sizes.pretraining_steps, sizes.learning_rate)
         models = {DENSE: dense}
         for arm, fields in ARMS.items():
-            models[arm] = upcycle(copy.deepcopy(dense), seed=seed, **ROUTING, **fields)
+            models[arm] = upcycle(dense, seed=seed, **ROUTING, **fields)
             starts[arm].append(start_difference(models[arm], dense, held_out["knowledge"]["name"][0]))
         data = batches(shares | {further: sizes.num_relations}, collator, sizes.steps, f"further/{seed}")
         by_seed.append(train(models, data, sizes.steps, sizes.learning_rate, held_out, sizes.evaluations))
