@@ -1,0 +1,83 @@
+"""Tiny upcycled models whose experts differ, and inputs for them: a LLaVA, a Qwen3-VL and a Llama."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_sparse_moe_vlm.toolbox.upcycling.upcycle import upcycle
+from tests.support import in_tree_models
+from tests.support.in_tree_models import IMAGE, TEXT
+
+KINDS = ["llava", "qwen3_vl", "llama"]
+
+
+def make_dense(kind: str = "llava", **text):
+    """The dense model, in evaluation mode; it generates to the end."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        return in_tree_models.prepare(LlamaForCausalLM(LlamaConfig(**TEXT | text)))
+    if kind == "llava" and text:
+        return in_tree_models.prepare(in_tree_models.make_llava(LlamaConfig(**TEXT | text)))
+    return in_tree_models.make_model(kind)
+
+
+def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", seed: int = 0, dense=None, **fields):
+    """
+    An upcycled model after what training does: experts that differ, and routers that have preferences. A Llama has
+    images, too, where `mm_token_type_ids` say so.
+    """
+    fields = {"num_experts": 8, "num_experts_per_tok": 2, "modalities": ["text", "image"]} | fields
+    model = upcycle(make_dense(kind) if dense is None else dense, expert_groups, **fields)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name or name.endswith("gate.weight"):
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def make_inputs(kind: str = "llava", padded: bool = True, images: bool = True) -> dict[str, torch.Tensor]:
+    """Two rows of 14 tokens, with an image of 4 tokens each if there are images; the second one may be padded left."""
+    inputs = in_tree_models.make_inputs("llava" if kind == "llama" else kind, padded)
+    if images and kind != "llama":
+        return inputs
+    input_ids = inputs["input_ids"].clone()
+    is_image = input_ids == IMAGE
+    input_ids[is_image] = 50
+    inputs = {"input_ids": input_ids, "attention_mask": inputs["attention_mask"]}
+    return inputs | ({"mm_token_type_ids": is_image.long()} if images else {})
+
+
+def make_rows(kind: str = "llava", number: int = 8) -> list[dict[str, torch.Tensor]]:
+    """Rows of unequal length, every other one with an image; the first half of a row is no target."""
+    rows = []
+    for seed in range(number):
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(7, 99, (9 + seed,), generator=generator)
+        ids = torch.zeros_like(input_ids)
+        row = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        if seed % 2:
+            ids[2:6] = 1
+            if kind != "llama":
+                input_ids[2:6] = IMAGE
+            pixel_values = torch.randn(1, 3, 16, 16, generator=generator)
+            if kind == "llava":
+                row["pixel_values"] = pixel_values
+            elif kind == "qwen3_vl":
+                row |= {"pixel_values": pixel_values.view(16, 48), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        row["mm_token_type_ids"] = ids
+        row["labels"] = input_ids.clone()
+        row["labels"][: 7 + seed // 3] = -100
+        rows.append(row)
+    return rows
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pads on the right."""
+    batch = {
+        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=padding)
+        for key, padding in {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}.items()
+    }
+    for key in ("pixel_values", "image_grid_thw"):
+        of_rows = [row[key] for row in rows if key in row]
+        batch |= {key: torch.cat(of_rows)} if of_rows else {}
+    return batch

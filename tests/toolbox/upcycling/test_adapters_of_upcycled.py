@@ -1,0 +1,128 @@
+"""LoRA on the experts of upcycled models: chosen by modality, factored, saved, loaded, and beside paging."""
+
+import warnings
+
+import peft
+import pytest
+import torch
+
+from modeling_sparse_moe_vlm.toolbox.expert_lora import (
+    busiest_experts,
+    expert_lora_config,
+    factor_expert_lora,
+    load_expert_lora,
+)
+from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer
+from modeling_sparse_moe_vlm.toolbox.paging import page_experts
+from modeling_sparse_moe_vlm.toolbox.routing import measure_routing
+from tests.support.upcycled import KINDS, collate, make_inputs, make_rows, make_upcycled
+
+
+@torch.no_grad()
+def read(model, kind, images: bool = True) -> torch.Tensor:
+    return model.eval()(**make_inputs(kind, images=images)).logits
+
+
+def train(model, kind, steps: int = 3) -> None:
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.5)
+    batch = collate(make_rows(kind))
+    model.train()
+    for _ in range(steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("groups", ["isolated", "hybrid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_images_leave_text_alone(kind, groups, tmp_path):
+    """Factored adapters learn, are PEFT's on disk, and load again with the same outputs."""
+    model = make_upcycled(kind, groups)
+    text, images = read(model, kind, images=False), read(model, kind)
+    config = expert_lora_config(model, modalities=["image"], r=4, lora_alpha=8)
+    expected = ".experts.image" if groups == "isolated" else ".shared_experts.image"
+    names = [*(config.target_parameters or []), *(config.target_modules or [])]
+    assert names and all(expected in name for name in names)
+    adapted = peft.get_peft_model(model, config)
+    if groups == "isolated":
+        layers = [module for module in adapted.modules() if isinstance(module, FactoredExpertsLayer)]
+        assert len(layers) == 4  # two stacks in each of two layers
+    assert torch.equal(read(adapted, kind), images)
+    train(adapted, kind)
+    assert torch.equal(read(adapted, kind, images=False), text)
+    trained = read(adapted, kind)
+    assert (trained - images).abs().max() > 1e-2
+    adapted.save_pretrained(tmp_path)
+
+    if groups == "isolated":
+        loaded = load_expert_lora(make_upcycled(kind, groups), tmp_path)
+    else:  # dense networks, which PEFT runs by itself
+        loaded = peft.PeftModel.from_pretrained(make_upcycled(kind, groups), tmp_path)
+    torch.testing.assert_close(read(loaded, kind), trained)
+    plain = peft.PeftModel.from_pretrained(make_upcycled(kind, groups), tmp_path)
+    torch.testing.assert_close(read(plain, kind), trained, atol=1e-4, rtol=1e-4)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(read(merged, kind), trained, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_factored_adapters_are_those_of_peft(kind):
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    plain = peft.get_peft_model(
+        make_upcycled(kind, "joint"), peft.LoraConfig(target_parameters=targets, target_modules=[], r=4)
+    )
+    torch.manual_seed(0)
+    for name, parameter in plain.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    expected = read(plain, kind)
+    assert (expected - read(make_upcycled(kind, "joint"), kind)).abs().max() > 0.1
+    factored = factor_expert_lora(plain)
+    torch.testing.assert_close(read(factored, kind), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_busiest_experts_of_a_modality(kind):
+    model = make_upcycled(kind, "joint")
+    counts = measure_routing(model, [make_inputs(kind)])
+    busiest = busiest_experts(model, counts, share=0.25, modality="image")
+    decoder = "model.layers" if kind == "llama" else "model.language_model.layers"
+    assert list(busiest) == [f"{decoder}.{layer}.mlp.experts" for layer in range(2)]
+    for layer, chosen in enumerate(busiest.values()):
+        of_images = counts.wanted[layer, 1].tolist()
+        assert sorted((of_images[expert] for expert in chosen), reverse=True) == sorted(of_images)[:-3:-1]
+    of_layer = {name: experts for name, experts in busiest.items() if ".1." in name}
+    config = expert_lora_config(model, experts=of_layer, layers=[1], routers=True, attention=True, r=2)
+    assert set(config.target_parameters) == {f"{decoder}.1.mlp.experts.{n}" for n in ("gate_up_proj", "down_proj")}
+    assert config.modules_to_save == [f"{decoder}.1.mlp.gate"]
+    assert config.target_modules == {f"{decoder}.1.self_attn.{name}_proj" for name in "qkvo"}
+
+
+@pytest.mark.parametrize(("targets", "warns"), [(["gate_proj", "q_proj"], True), (["q_proj", "v_proj"], False)])
+def test_adapters_that_miss_the_routed_experts_are_told(targets, warns):
+    """In `hybrid` the names of the dense blocks reach the always-on experts only."""
+    model = make_upcycled("llava", "hybrid")
+    config = peft.LoraConfig(target_modules=targets, r=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.get_peft_model(model, config)
+    assert any("no routed expert gets an adapter" in str(warning.message) for warning in caught) == warns
+
+
+@pytest.mark.parametrize("groups", ["isolated", "hybrid"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_paged_experts_with_adapters(kind, groups):
+    """A budget of the experts of one token gives the outputs of the resident model, with adapters and without."""
+    model = make_upcycled(kind, groups)
+    resident = read(model, kind)
+    answer = model.generate(**make_inputs(kind), max_new_tokens=4, do_sample=False)
+    with page_experts(model, expert_cache=2) as paged:
+        assert set(paged.slots.values()) == {2}
+        torch.testing.assert_close(read(model, kind), resident)
+        assert torch.equal(model.generate(**make_inputs(kind), max_new_tokens=4, do_sample=False), answer)
+        assert paged.total("decode").misses > 0
+    adapted = peft.get_peft_model(model, expert_lora_config(model, r=2, init_lora_weights=False))
+    expected = read(adapted, kind)
+    assert (expected - resident).abs().max() > 1e-2
+    with page_experts(adapted, expert_cache=2):
+        torch.testing.assert_close(read(adapted, kind), expected, atol=1e-5, rtol=1e-4)
