@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -19,7 +18,7 @@ from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_los
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .steering import check_steering_arguments
-from .token_modalities import TokenModalities
+from .token_modalities import TokenModalities, ids_of_step
 
 # The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
@@ -105,10 +104,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         if mm_token_type_ids is not None:
             prompt = model_inputs.get("inputs_embeds")
             tokens = model_inputs["input_ids"] if prompt is None else prompt
-            # Candidates of assisted decoding have no ids yet; what follows the prompt is text.
-            num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
-            mm_token_type_ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
-            model_inputs["mm_token_type_ids"] = mm_token_type_ids.to(tokens.device).contiguous()
+            model_inputs["mm_token_type_ids"] = ids_of_step(mm_token_type_ids, input_ids, tokens)
         return model_inputs
 
     def _head(

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.generation import GenerationMixin
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -29,7 +30,7 @@ from .experts_host import ExpertsHost
 from .fused_head import takes_fused_head, with_own_router_losses
 from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_losses
 from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
-from .token_modalities import TokenModalities, find_modalities
+from .token_modalities import TokenModalities, find_modalities, ids_of_step
 from .upcycled_layers import ExpertPools, TokenPlan, UpcycledBlock, current_plan, token_plan, upcycled_layer_class
 from .upcycled_plans import experts_plans
 
@@ -173,14 +174,27 @@ class UpcycledMixin(ExpertsHost):
         if ids is None and self._is_continued(arguments, tokens):
             return TokenModalities.of(shape, None, arguments.get("attention_mask"), modalities)
         if ids is not None:
-            # `generate` hands the ids of the whole text on in some releases and decoding modes.
-            ids = _own_ids(ids[:, -shape[1] :] if ids.shape[1] > shape[1] else ids, self.experts_config)
+            # Some releases hand the ids of the whole text to the decoder.
+            ids = ids[:, -shape[1] :] if ids.shape[1] > shape[1] else ids
         elif input_ids is None and not self._has_features(arguments) and planner.depends_on_modality:
             _warn_of_unknown_modalities()
-        ids = find_modalities(
-            input_ids, inputs_embeds, ids, self.experts_config.placeholders, self.get_input_embeddings()
-        )
+        ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, ids)
         return TokenModalities.of(shape, ids, arguments.get("attention_mask"), modalities)
+
+    def get_mm_token_type_ids(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Modality ids `(B, T)` of the tokens of a call, as positions in the experts' `modalities`: see
+        [`~token_modalities.find_modalities`].
+        """
+        if mm_token_type_ids is not None:
+            mm_token_type_ids = _own_ids(mm_token_type_ids, self.experts_config)
+        placeholders = self.experts_config.placeholders
+        return find_modalities(input_ids, inputs_embeds, mm_token_type_ids, placeholders, self.get_input_embeddings())
 
     def _is_continued(self, arguments: dict[str, Any], tokens: torch.Tensor) -> bool:
         """Whether the tokens continue a text, and bring no images and the like: placeholders then are mere text."""
@@ -366,6 +380,8 @@ def _make_model_class(base: Any) -> type:
         "config_class": config_class,
         "forward": _forward_of(base),
     }
+    if issubclass(base, GenerationMixin):
+        namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
     made: Any = type(PREFIX + base.__name__, (UpcycledMixin, base), namespace)
     auto_class = _auto_class_of(base)
     if auto_class is not None:
@@ -401,6 +417,22 @@ def _forward_of(base: Any) -> Any:
     named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=[*named, *own, *variadic])  # type: ignore[attr-defined]
     return forward
+
+
+def _prepare_inputs_of(base: Any) -> Any:
+    prepare = base.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def prepare_inputs_for_generation(self, input_ids, *args, mm_token_type_ids=None, **kwargs):
+        if mm_token_type_ids is None:
+            return prepare(self, input_ids, *args, **kwargs)
+        model_inputs = prepare(self, input_ids, *args, mm_token_type_ids=mm_token_type_ids, **kwargs)
+        prompt = model_inputs.get("inputs_embeds")
+        tokens = model_inputs["input_ids"] if prompt is None else prompt
+        model_inputs["mm_token_type_ids"] = ids_of_step(mm_token_type_ids, input_ids, tokens)
+        return model_inputs
+
+    return prepare_inputs_for_generation
 
 
 def _auto_class_of(base: Any) -> str | None:

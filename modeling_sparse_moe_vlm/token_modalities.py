@@ -67,6 +67,27 @@ class TokenModalities(NamedTuple):
         return cls(mm_token_type_ids, is_real)
 
 
+def ids_of_step(mm_token_type_ids: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """
+    The modality ids of the tokens that a step of `generate` runs. What follows the prompt is text, also candidates of
+    assisted decoding, which have no ids yet.
+
+    Args:
+        mm_token_type_ids (`torch.Tensor` of shape `(B, S)`):
+            Modality ids of the text so far, or at least of the prompt.
+        input_ids (`torch.Tensor` of shape `(B, S')`):
+            The text so far, with candidates.
+        tokens (`torch.Tensor` of shape `(B, T)` or `(B, T, D)`):
+            Its last tokens, which this step runs.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`.
+    """
+    num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
+    ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
+    return ids.to(tokens.device).contiguous()
+
+
 def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
     """The tokens `(B, T)` or `(B, T, D)` of a call; raises `ValueError` unless it gives exactly one of the two."""
     if (input_ids is None) == (inputs_embeds is None):

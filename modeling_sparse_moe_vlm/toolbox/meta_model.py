@@ -15,6 +15,8 @@ from transformers import (
     initialization,
 )
 
+from .installed_code import register
+
 
 def model_on_meta_device(
     config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | str | None = None
@@ -42,6 +44,7 @@ def model_on_meta_device(
         dtype = getattr(torch, dtype, dtype)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ValueError(f'`dtype` must be a type of weights such as "bfloat16" or "float32", got {dtype!r}.')
+    register(type(config_or_model))
     options = {} if dtype is None else {"dtype": dtype}
     architectures = getattr(config_or_model, "architectures", None)
     models = []

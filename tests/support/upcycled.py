@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modeling_sparse_moe_vlm.toolbox.upcycling.upcycle import upcycle
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.support import in_tree_models
 from tests.support.in_tree_models import IMAGE, TEXT
 

@@ -30,7 +30,7 @@ from ...checks import check
 from ...distributed_attention import Merged, attend_by_channels, count_free
 from ...steering import check_guidance, given_log_priors
 from ...visible_keys import visible_counts
-from ..expert_modules import base_model_of
+from ..expert_modules import base_model_of, our_experts_config
 from .interception import AttentionFunction, Interception, intercept_attention
 
 # Ids as in `ProcessorMixin.create_mm_token_type_ids`.
@@ -362,7 +362,13 @@ def _fill(weights: torch.Tensor, length: int) -> torch.Tensor:
 
 def _placeholders(config: PreTrainedConfig) -> dict[int, int]:
     """Modality id by token id."""
-    placeholders = {}
+    of_experts = getattr(our_experts_config(config), "placeholder_ids", {})
+    placeholders = {
+        token_id: MODALITIES.index(modality)
+        for modality, token_ids in of_experts.items()
+        if modality in MODALITIES
+        for token_id in token_ids
+    }
     for modality_id, modality in enumerate(MODALITIES):
         for name in (f"{modality}_token_id", f"{modality}_token_index"):
             token_id = getattr(config, name, None)

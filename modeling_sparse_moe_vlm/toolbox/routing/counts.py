@@ -217,12 +217,12 @@ def count_batch(
     if not router_logits:
         return None
     ids = inputs.get("mm_token_type_ids")
-    if ids is None or getattr(model.config, "modality_encoders", None):
-        # Wherever it is: the model may be wrapped, or a decoder alone, which reads nothing but text.
+    config = experts_config_of(model.config)
+    if ids is None or getattr(model.config, "modality_encoders", None) or hasattr(config, "placeholders"):
+        # Wherever it is: the model may be wrapped, or our decoder alone, which reads nothing but text.
         readers = [module for module in model.modules() if hasattr(module, "get_mm_token_type_ids")]
         if readers:
             ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)
-    config = experts_config_of(model.config)
     return count_routing(
         config,
         router_logits,

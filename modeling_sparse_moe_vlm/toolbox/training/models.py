@@ -19,6 +19,7 @@ from ...image_reading import read_images
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
+from ..installed_code import use_installed_code
 from .recipes import find_model
 
 # About as many images tell the mean and the spread of their pixels.
@@ -87,6 +88,7 @@ def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
     Returns:
         `tuple[PreTrainedModel, ProcessorMixin]`
     """
+    use_installed_code(path)
     model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
     return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
 
@@ -127,4 +129,6 @@ def load_config(name: str) -> PreTrainedConfig:
         FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
         ValueError: If a file does not say what type of model it is of.
     """
-    return AutoConfig.from_pretrained(find_model(name))
+    path = find_model(name)
+    use_installed_code(path)
+    return AutoConfig.from_pretrained(path)

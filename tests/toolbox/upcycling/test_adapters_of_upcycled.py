@@ -42,7 +42,8 @@ def test_adapters_of_images_leave_text_alone(kind, groups, tmp_path):
     config = expert_lora_config(model, modalities=["image"], r=4, lora_alpha=8)
     expected = ".experts.image" if groups == "isolated" else ".shared_experts.image"
     names = [*(config.target_parameters or []), *(config.target_modules or [])]
-    assert names and all(expected in name for name in names)
+    assert names
+    assert all(expected in name for name in names)
     adapted = peft.get_peft_model(model, config)
     if groups == "isolated":
         layers = [module for module in adapted.modules() if isinstance(module, FactoredExpertsLayer)]

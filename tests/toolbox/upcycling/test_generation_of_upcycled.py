@@ -1,4 +1,4 @@
-"""Generation with upcycled models in every way that their bases know, and the weights of attention read out and steered."""
+"""Generation with upcycled models in every way that their bases know, and attention read out and steered."""
 
 import contextvars
 from threading import Thread
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm.toolbox.modality_weights import modality_weights
-from modeling_sparse_moe_vlm.toolbox.upcycling.upcycle import upcycle
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.support.upcycled import KINDS, make_dense, make_inputs, make_upcycled
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

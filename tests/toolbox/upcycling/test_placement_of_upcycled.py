@@ -58,7 +58,8 @@ def test_planned_from_the_configuration_and_loaded_with_experts_on_disk(kind, tm
     config.num_expert_shards = 2
     device_map = plan_expert_placement(config, {"cpu": int(0.9 * size), "disk": "1GB"})
     on_disk = [name for name, device in device_map.items() if device == "disk"]
-    assert on_disk and all(".shards." in name for name in on_disk)
+    assert on_disk
+    assert all(".shards." in name for name in on_disk)
     loaded = type(model).from_pretrained(
         tmp_path / "model", num_expert_shards=2, device_map=device_map, offload_folder=str(tmp_path / "offload")
     )

@@ -152,7 +152,7 @@ def test_biases_move_once_per_step(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_capacity_drops_what_is_over_it(kind):
-    """With a factor of one half, an expert of 8 has 2 places for 16 text tokens that go to 2 each, and 1 for 8 images'."""
+    """With a factor of one half, each of 8 experts takes 2 of 16 text tokens that go to 2 each, and 1 of 8 images'."""
     model, inputs = make_upcycled(kind, "hybrid", expert_capacity_factor=0.5), make_inputs(kind)
     wanted = torch.tensor(counted_by_hand(model, inputs))
     counts = measure_routing(model, [inputs])

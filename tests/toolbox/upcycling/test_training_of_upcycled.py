@@ -99,7 +99,7 @@ def test_gradients_of_accumulated_batches(kind, checkpointing, tmp_path):
     else:
         sum(loss_by_hand(by_hand, part, num_targets) for part in parts).backward()
     model = make_upcycled(kind, "hybrid", **LOSSES)
-    trainer, gradients = train(
+    _, gradients = train(
         model,
         tmp_path,
         kind,
@@ -113,7 +113,9 @@ def test_gradients_of_accumulated_batches(kind, checkpointing, tmp_path):
     assert step.keys() == expected.keys()
     assert any(name.endswith("gate.weight") for name in step)
     for name, gradient in step.items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_checkpoints_of_training_have_no_settings_of_training(tmp_path):
@@ -162,7 +164,9 @@ def test_own_losses_get_the_router_losses(tmp_path):
     expected = 2.0 + model(**batch).router_loss.item()
     trainer = SparseMoeTrainer(
         model=model,
-        args=TrainingArguments(output_dir=str(tmp_path), **QUIET_TRAINING, max_steps=1, logging_steps=1, learning_rate=0.0),
+        args=TrainingArguments(
+            output_dir=str(tmp_path), **QUIET_TRAINING, max_steps=1, logging_steps=1, learning_rate=0.0
+        ),
         train_dataset=make_rows("llava"),
         data_collator=collate,
         compute_loss_func=own_loss,

@@ -1,0 +1,41 @@
+"""Upcycled models run the code of this package where it is installed, and not what a checkpoint brings, as ours do."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .. import modeling_upcycled
+from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
+
+# What the model types of upcycled models begin with.
+TYPE_PREFIX = f"{PREFIX.lower()}_"
+
+
+def use_installed_code(checkpoint: str | os.PathLike) -> None:
+    """
+    Lets the auto classes run this package's code for a checkpoint of an upcycled model. Other checkpoints are left
+    alone: our own model types are registered when the package is imported.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            Folder of the checkpoint, its configuration file, or its name on the Hub.
+    """
+    model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type", "")
+    if model_type.startswith(TYPE_PREFIX):
+        register(upcycled_config_class(CONFIG_MAPPING[model_type.removeprefix(TYPE_PREFIX)]))
+
+
+def register(config_class: Any) -> None:
+    """Registers a configuration class with the auto classes, if it is one of this package's upcycled models."""
+    if not issubclass(config_class, UpcycledConfigMixin):
+        return
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, name in auto_map_of(config_class).items():
+        if auto_class != AutoConfig.__name__:
+            model_class = getattr(modeling_upcycled, name.rpartition(".")[2])
+            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
