@@ -13,6 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.commands.mistakes import mistakes_in_one_li
 from tests.scripts.conftest import SCRIPTS
 
 SCRIPTS_OF_VERBS = {
+    "upcycle": "upcycle.py",
     "train": "train.py",
     "lora": "finetune_lora.py",
     "generate": "generate.py",
@@ -29,7 +30,8 @@ EXAMPLES = [
 
 
 def test_verbs():
-    assert list(VERBS) == ["train", "evaluate", "generate", "explain", "lora", "place", "routing-report", "info"]
+    of_models = ["upcycle", "train", "evaluate", "generate", "explain", "lora"]
+    assert list(VERBS) == [*of_models, "place", "routing-report", "info"]
     assert {verb for verb, _ in EXAMPLES} == set(VERBS), "every verb has an example"
 
 
@@ -73,7 +75,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["upcycle"], "invalid choice: 'upcycle'"),
+        (["recycle"], "invalid choice: 'recycle'"),
         (["train", "--steps", "3"], "unrecognized arguments: --steps 3"),
         (["generate", "--model", "m"], "required: --question"),
         (["place", "tiny"], "required: --max-memory"),

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ... import __version__
-from . import evaluate, explain, generate, info, lora, place, routing_report, train
+from . import evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
 
 COMMAND = "sparse-moe-vlm"
 # Each has a docstring with an example, `add_arguments` and `run`.
 VERBS: dict[str, ModuleType] = {
+    "upcycle": upcycle,
     "train": train,
     "evaluate": evaluate,
     "generate": generate,

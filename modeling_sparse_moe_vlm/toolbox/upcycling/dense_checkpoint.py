@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -53,25 +54,23 @@ class DenseCheckpoint:
         if load_config.hf_quantizer is not None:
             raise UpcyclingError("the model is quantised: upcycle its checkpoint in full precision.")
         self.model = model
-        self._files = ExitStack()
+        self._load_config = replace(load_config, sharded_metadata=None)
         check_weights(files, (load_config.sharded_metadata or {}).get("weight_map"))
         tensors: dict[str, Any] = {}
-        for file in files:
-            if file.endswith(".safetensors"):
-                # Mapped into memory, the pages that were read would stay there.
-                opened = self._files.enter_context(safe_open(file, framework="pt", backend="pread"))
-                tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            else:
-                tensors |= load_state_dict(file)
-        self._load_config = replace(load_config, sharded_metadata=None)
-        unknown = self._find_units(tensors)
-        self._check_names(unknown)
+        with ExitStack() as opened:
+            for file in files:
+                if file.endswith(".safetensors"):
+                    # Mapped into memory, the pages that were read would stay there.
+                    pointer = opened.enter_context(safe_open(file, framework="pt", backend="pread"))
+                    tensors |= {name: pointer.get_slice(name) for name in pointer.keys()}  # noqa: SIM118
+                else:
+                    tensors |= load_state_dict(file)
+            unknown = self._find_units(tensors)
+            self._check_names(unknown)
+            self._files = opened.pop_all()
 
     @classmethod
-    @contextmanager
-    def open(
-        cls, source: str | os.PathLike, model_class: type[PreTrainedModel], **options: Any
-    ) -> Iterator[DenseCheckpoint]:
+    def open(cls, source: str | os.PathLike, model_class: type[PreTrainedModel], **options: Any) -> DenseCheckpoint:
         """
         Opens a checkpoint.
 
@@ -83,8 +82,8 @@ class DenseCheckpoint:
             options:
                 Further arguments of `from_pretrained`, such as `dtype` and `revision`.
 
-        Yields:
-            [`DenseCheckpoint`]: its files are closed afterwards.
+        Returns:
+            [`DenseCheckpoint`]: a context manager, which closes the files.
         """
         found: dict[str, Any] = {}
 
@@ -102,9 +101,17 @@ class DenseCheckpoint:
         WithoutWeights.__name__, WithoutWeights.__module__ = model_class.__name__, model_class.__module__
         model = WithoutWeights.from_pretrained(source, **options)
         model.__class__ = model_class
-        checkpoint = cls(model, **found)
-        with checkpoint._files:
-            yield checkpoint
+        return cls(model, **found)
+
+    def __enter__(self) -> DenseCheckpoint:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._files.close()
+
+    def on_meta(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        return self.model
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The type that a tensor of the model has when it is loaded."""
@@ -198,6 +205,58 @@ class DenseCheckpoint:
                     f"{'the checkpoint' if fault == 'lacks' else type(self.model).__name__} {fault} {listed}{more}. "
                     "See what `from_pretrained` says of it; where that is right, upcycle the model that it returns."
                 )
+
+
+class LoadedModel:
+    """
+    As [`DenseCheckpoint`], for a model that is in memory.
+
+    Args:
+        model (`PreTrainedModel`):
+            The dense model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._state = model.state_dict()
+        self.names = sorted(self._state, key=dot_natural_key)
+
+    def on_meta(self) -> PreTrainedModel:
+        """A model of the same class and configuration on the meta device."""
+        model = model_on_meta_device(self.model, self.model.dtype)
+        model.generation_config = copy.deepcopy(self.model.generation_config)
+        return model
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """See [`DenseCheckpoint.dtype_of`]."""
+        return self._state[name].dtype
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """See [`DenseCheckpoint.read`]."""
+        return {name: self._state[name] for name in names}
+
+
+def load_gguf(
+    source: str | os.PathLike, gguf_file: str, model_class: type[PreTrainedModel], **options: Any
+) -> PreTrainedModel:
+    """
+    Loads a model from a GGUF file, in full precision.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            Folder, or name on the Hub.
+        gguf_file (`str`):
+            The file in it.
+        model_class (`type[PreTrainedModel]`):
+            Class of the model.
+        options:
+            Further arguments of `from_pretrained`, such as `dtype` and `revision`.
+
+    Returns:
+        `PreTrainedModel`: without a trace of the quantisation.
+    """
+    in_full = GgufConfig(dequantize=True)
+    return model_class.from_pretrained(source, gguf_file=gguf_file, quantization_config=in_full, **options)
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.utils import cached_file
+
+from ..data.rows import apply_chat_template, with_images
+from .errors import UpcyclingError
 
 # Files by which a processor, or else a tokenizer, is found.
 _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -38,6 +42,28 @@ def load_processor(source: str | os.PathLike, gguf_file: str | None = None, **op
         if any(_has(source, name, **options) for name in names):
             return auto_class.from_pretrained(source, **options)
     return None
+
+
+def batches_of(processor: Any | None, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """
+    Inputs of a model, one conversation each.
+
+    Args:
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*):
+            The model's processor or tokenizer, with a chat template.
+        rows (`Sequence[dict]`):
+            Conversations, as [`~toolbox.data.VisionLanguageCollator`] takes them.
+
+    Raises:
+        UpcyclingError: If there are rows, but no processor.
+        ValueError: If a row is wrong, or cannot be processed; the message names it.
+    """
+    if rows and processor is None:
+        raise UpcyclingError("the source has no processor and no tokenizer, which make inputs of examples.")
+    return [
+        apply_chat_template(processor, {number: with_images(row, number)}, padding_side="right")
+        for number, row in enumerate(rows)
+    ]
 
 
 def save_processor(processor: Any | None, folder: Path) -> None:

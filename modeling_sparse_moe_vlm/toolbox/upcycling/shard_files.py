@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from huggingface_hub import split_state_dict_into_shards_factory
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 MAX_SHARD_SIZE = "50GB"  # as of `save_pretrained`
 
@@ -57,7 +57,14 @@ class ShardFiles:
     ) -> None:
         self.missing = dict(tensors)
         self._places: dict[str, tuple[Path, int]] = {}
-        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+        # Views of one tensor lie in one file, as when they share memory.
+        split = split_state_dict_into_shards_factory(
+            dict(tensors),
+            get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+            get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
+            filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
+            max_shard_size=max_shard_size,
+        )
         for file, names in split.filename_to_tensors.items():
             self._begin(folder / file, {name: tensors[name] for name in names})
         if split.is_sharded:

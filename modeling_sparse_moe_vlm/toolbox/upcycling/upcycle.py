@@ -136,7 +136,7 @@ def upcycle(
             placeholder_ids=config.placeholder_ids,
             seed=seed,
         )
-    sparse = _with_sparse_blocks(model, found, config)
+    sparse = with_sparse_blocks(model, found, config)
     _fill(sparse, model, found, config, chosen, inputs, seed)
 
     bound = (default_bound(model.dtype) if chosen.is_exact else None) if parity_bound is None else parity_bound
@@ -224,19 +224,24 @@ def _as_list(batch: Any) -> list[Mapping[str, Any]]:
     return [batch] if isinstance(batch, Mapping) else list(batch)
 
 
-def _with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:
+def with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:
     """A copy of the model with empty sparse blocks in the place of its dense ones, which are not copied."""
     blocks = [model.get_submodule(block.name) for block in found.blocks]
     shared: dict[int, nn.Module] = {id(block): block for block in blocks}
     sparse: Any = copy.deepcopy(model, shared)
-    own_config = sparse.config
-    own_config.__class__ = upcycled_config_class(type(model.config))
+    make_sparse(sparse, config)
+    return sparse.train(model.training)
+
+
+def make_sparse(model: Any, config: UpcycledExpertsConfig) -> None:
+    """Puts empty sparse blocks in the place of a model's dense ones, on their devices, and changes its class."""
+    own_config = model.config
+    own_config.__class__ = upcycled_config_class(type(own_config))
     own_config.__dict__.pop("_experts_implementation_internal", None)
     own_config.experts_config = config
     own_config.link_experts()
     with no_init_weights():
-        put_experts_in(sparse)
-    return sparse.train(model.training)
+        put_experts_in(model)
 
 
 def _fill(

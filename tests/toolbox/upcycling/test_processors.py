@@ -6,7 +6,10 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTraine
 from modeling_sparse_moe_vlm.toolbox.upcycling.processors import load_processor, save_processor
 from tests.support.processors import make_image_processor, make_picture, make_tokenizer, user
 
-TEMPLATE = "{% for message in messages %}{{ message['role'] }}:<image>{{ message['content'] | length }}{% endfor %}"
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endfor %}"
+)
 
 
 def make_llava_processor():

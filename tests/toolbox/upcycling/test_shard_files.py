@@ -1,8 +1,11 @@
 """Checkpoints that are written tensor by tensor are, byte for byte, those that the libraries write."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
 from transformers.core_model_loading import revert_weight_conversion
 
 from modeling_sparse_moe_vlm.toolbox.upcycling.shard_files import _DTYPES, ShardFiles
@@ -44,6 +47,24 @@ def test_of_a_model(size, tmp_path):
     assert len(expected) == 1 or size != "50GB"
     for name in expected:
         assert (tmp_path / "written" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("size", [1000, 2000, 4000])
+def test_views_of_one_tensor_lie_in_one_file(size, tmp_path):
+    """As the experts of a stack, when they are saved one by one."""
+
+    def make(device):
+        stack, other = torch.arange(600.0).view(3, 20, 10).to(device), torch.ones(100, device=device)
+        return {"a": stack[0], "b": other, "c": stack[1], "d": stack[2], "e": other + 1}
+
+    expected = split_torch_state_dict_into_shards(make("cpu"), max_shard_size=size)
+    files = ShardFiles(tmp_path, make("meta"), 800, size)
+    files.write(make("cpu"))
+    found = {name: path.name for path in tmp_path.glob("*.safetensors") for name in load_file(path)}
+    assert found == expected.tensor_to_filename
+    assert found["a"] == found["c"] == found["d"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text()) if expected.is_sharded else {}
+    assert index.get("metadata", {}).get("total_size", 3200) == 3200 == expected.metadata["total_size"]
 
 
 def test_of_what_it_lacks(tmp_path):

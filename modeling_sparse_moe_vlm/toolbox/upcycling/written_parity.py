@@ -1,0 +1,123 @@
+"""The parity receipt of a model that was written to files, read back with one sparse block in memory at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ...checkpoint_conversion import loading_conversions
+from ...experts_config import experts_config_of
+from .blocks import DenseBlocks
+from .dense_checkpoint import DenseCheckpoint
+from .errors import UpcyclingError
+from .receipt import ParityReceipt, dense_outputs, made_batch, parity
+from .upcycle import make_sparse
+
+
+def written_parity(
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    found: DenseBlocks,
+    folder: Path,
+    *,
+    batch: Mapping[str, Any] | None = None,
+    bound: float | None = None,
+    seed: int = 0,
+) -> ParityReceipt:
+    """
+    Compares the files of an upcycled model with the dense model. In memory are what both have in common, and the dense
+    blocks or one sparse one.
+
+    Args:
+        dense (`PreTrainedModel`):
+            The dense model, loaded. It is the sparse one afterwards, without the weights of its blocks.
+        sparse (`PreTrainedModel`):
+            The upcycled model, on the meta device.
+        found ([`DenseBlocks`]):
+            The blocks that became sparse.
+        folder (`Path`):
+            Where the upcycled model's files of weights are.
+        batch (`Mapping[str, Any]`, *optional*):
+            Inputs of both; random tokens by default.
+        bound (`float`, *optional*):
+            See [`ParityReceipt`].
+        seed (`int`, defaults to 0):
+            What the random tokens are drawn with.
+
+    Raises:
+        UpcyclingError: If what both have in common differs; or if the dense model does not run on text only, and there
+            is no `batch`.
+    """
+    config = experts_config_of(sparse.config)
+    placeholders = {token for ids in config.placeholder_ids.values() for token in ids}
+    inputs = made_batch(dense, placeholders, seed) if batch is None else batch
+    try:
+        outputs = dense_outputs(dense, inputs)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        if batch is not None:
+            raise
+        raise UpcyclingError(
+            f"{type(dense).__name__} does not run on text only ({error}), so its outputs cannot be compared: give "
+            "examples, or leave the comparison out."
+        ) from error
+    with _open_written(sparse, folder) as written:
+        _check_rest(dense, written, found)
+        for block in found.blocks:
+            dense.get_submodule(block.name).to("meta")
+        make_sparse(dense, config)
+        for name, module in _sparse_modules(dense, found).items():
+            _read_when_called(name, module, written)
+        return parity(outputs, dense, inputs, is_given=batch is not None, bound=bound)
+
+
+def _check_rest(dense: PreTrainedModel, written: DenseCheckpoint, found: DenseBlocks) -> None:
+    """Raises `UpcyclingError` unless the files hold what the models have in common."""
+    state = dense.state_dict()
+    shared = [name for name in written.names if name in state]
+    while shared:
+        for name, tensor in written.read(shared[:1]).items():
+            shared.remove(name)
+            if not torch.equal(tensor, state[name].cpu()):
+                raise UpcyclingError(f"the files hold another tensor than the dense model under the name {name}.")
+
+
+def _sparse_modules(model: Any, found: DenseBlocks) -> dict[str, nn.Module]:
+    """By name, the sparse blocks and the experts of pools."""
+    blocks = {block.name: model.get_submodule(block.name) for block in found.blocks}
+    pools = f"{found.decoder}.expert_pools".removeprefix(".")
+    numbers = experts_config_of(model.config).pools
+    return blocks | {f"{pools}.{number}": model.get_submodule(f"{pools}.{number}") for number in numbers}
+
+
+def _open_written(sparse: PreTrainedModel, folder: Path) -> DenseCheckpoint:
+    model = copy.deepcopy(sparse)
+    of_library = model.library_conversions(get_model_conversion_mapping(model))
+    load_config = LoadStateDictConfig(
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=loading_conversions(model, of_library),
+    )
+    return DenseCheckpoint(model, [str(path) for path in sorted(folder.glob("*.safetensors"))], load_config)
+
+
+def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint) -> None:
+    """Lets a module that is on the meta device read its weights when it is called, and forget them afterwards."""
+    names = {f"{name}.{key}": key for key in module.state_dict()}
+
+    def read(*_: Any) -> None:
+        loaded = written.read(names)
+        module.load_state_dict({key: loaded[full] for full, key in names.items()}, assign=True)
+
+    def forget(*_: Any) -> None:
+        module.to("meta")
+
+    module.register_forward_pre_hook(read)
+    module.register_forward_hook(forget)

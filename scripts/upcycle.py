@@ -1,0 +1,6 @@
+"""`sparse-moe-vlm upcycle`, from a clone: `python scripts/upcycle.py --help`."""
+
+from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
+
+if __name__ == "__main__":
+    run_script("upcycle")
