@@ -102,8 +102,8 @@ def copy_tower(model: SparseMoeVlmForConditionalGeneration, vision_encoder: PreT
             _keep(tensor for name, tensor in tower.named_parameters() if name in state)
             return
     raise UpcyclingError(
-        f"{type(vision_encoder).__name__} does not have the weights of a {type(tower).__name__}, which its "
-        f"configuration stands for: {', '.join(unlike[:3])} and {max(len(unlike) - 3, 0)} more differ."
+        f"the weights of {type(vision_encoder).__name__} are not those of the {type(tower).__name__} that its "
+        f"configuration describes: {', '.join(unlike[:3])} and {max(len(unlike) - 3, 0)} more differ."
     )
 
 

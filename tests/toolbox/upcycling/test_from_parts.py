@@ -193,6 +193,14 @@ def test_the_language_model_stays_in_its_mode():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in dense.modules())
 
 
+def test_dropout_of_a_model_in_training_does_not_matter():
+    dense = make_dense("smollm3", attention_dropout=0.5)
+    model = upcycle_from_parts(dense.train())
+    assert model.config.nope_layers == [1]
+    assert model.config.attention_dropout == 0.5
+    assert_same_logits(model, dense.eval())
+
+
 @pytest.mark.parametrize("arrangement", ["joint", "isolated", "hybrid"])
 def test_experts_of_every_modality_start_as_the_dense_block(arrangement):
     dense = make_dense("smollm3")
@@ -265,6 +273,12 @@ def test_router_rows_come_from_data():
     assert rows.shape == random.shape == (8, 32)
     assert (rows - random).abs().max() > 0.01
     assert_same_logits(model, dense)
+    one = upcycle_from_parts(dense, router_init="data", batch=batch, layers=[1], modalities=["text", "image"])
+    assert torch.equal(one.model.layers[1].mlp.gate.weight, rows)
+    with pytest.raises(UpcyclingError, match=r"`batch` has no tokens of \['image'\]"):
+        upcycle_from_parts(
+            dense, make_tower(), image_token_id=3, router_init="data", batch=batch, expert_groups="isolated"
+        )
 
 
 def test_generation_settings_and_token_ids_are_carried_over():
@@ -410,6 +424,9 @@ def test_a_spare_row_is_used():
     model = upcycle_from_parts(dense, make_tower(), tokenizer=tokenizer)
     assert model.config.image_token_id == len(tokenizer) - 1
     assert model.config.text_config.vocab_size == len(tokenizer) + 6
+    tied = upcycle_from_parts(make_dense("llama, tied"), make_tower(), image_token_id=99)
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert tied.lm_head.weight.shape == (100, 32)
 
 
 def test_a_token_that_is_there_is_used():
@@ -418,6 +435,7 @@ def test_a_token_that_is_there_is_used():
     model = upcycle_from_parts(dense, make_tower(), tokenizer=tokenizer, image_token="<picture>")
     assert model.config.image_token_id == 3
     assert model.config.text_config.vocab_size == len(tokenizer) == dense.config.vocab_size
+    assert upcycle_from_parts(make_dense(), tokenizer=make_tokenizer()).config.vocab_size == 99  # a model of text
     by_id = upcycle_from_parts(dense, make_tower(), image_token_id=dense.config.vocab_size + 1)
     assert by_id.config.text_config.vocab_size == dense.config.vocab_size + 2
 
@@ -581,6 +599,10 @@ def test_wrong_requests_about_images_are_refused():
     swin = AutoModel.from_config(SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[1], num_heads=[1]))
     with pytest.raises(UpcyclingError, match=r"SwinModel cannot be the vision encoder: .*merges patches"):
         upcycle_from_parts(dense, swin, image_token_id=3)
+    other = make_tower()
+    other.config.num_hidden_layers = 2
+    with pytest.raises(UpcyclingError, match=r"weights of CLIPVisionModel are not those of .*layers.1.*13 more differ"):
+        upcycle_from_parts(dense, other, image_token_id=3)
     with pytest.raises(UpcyclingError, match="LlamaModel cannot be the vision encoder"):
         upcycle_from_parts(dense, dense.model, image_token_id=3)
     assert isinstance(dense.model, LlamaModel)
