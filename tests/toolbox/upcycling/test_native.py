@@ -9,17 +9,21 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaProcessor,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from modeling_sparse_moe_vlm.toolbox.upcycling import UpcyclingError, native, to_native, upcycle
-from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import TWINS
+from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import COMPOSITE_TWINS, TWINS
 from tests.support import in_tree_models
 from tests.support.models import TINY_DECODER, TINY_TOWER
+from tests.support.processors import make_image_processor, make_picture, make_tokenizer
 from tests.toolbox.upcycling.native_models import (
     BASES,
     BIAS,
@@ -356,6 +360,35 @@ def test_queries_keys_and_values_of_phi3_become_three_matrices():
     assert torch.equal(attention.q_proj.weight, fused[:32])
     assert torch.equal(attention.k_proj.weight, fused[32:48])
     assert torch.equal(attention.v_proj.weight, fused[48:])
+
+
+@torch.no_grad()
+def test_processor_of_the_base_goes_along(tmp_path):
+    processor = LlavaProcessor(
+        make_image_processor(),
+        make_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    dense = in_tree_models.make_model("llava")
+    dense.resize_token_embeddings(len(processor.tokenizer))
+    dense.config.image_token_id = processor.image_token_id
+    model = make_upcycled(dense)
+    to_native(model).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is LlavaProcessor
+    inputs = loaded(images=make_picture(), text="<image> the cat", return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+    twin = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert_close(twin(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(("base", "twin"), COMPOSITE_TWINS.items())
+def test_types_whose_decoder_is_their_own_have_one_processor(base, twin):
+    assert PROCESSOR_MAPPING_NAMES[twin] == PROCESSOR_MAPPING_NAMES[base]
 
 
 @torch.no_grad()
