@@ -20,7 +20,7 @@ from .dense_checkpoint import DenseCheckpoint, LoadedModel, load_gguf
 from .errors import UpcyclingError
 from .native import to_native
 from .outcome import UpcycledCheckpoint, class_name
-from .output_folder import check_output, whole_folder
+from .output_folder import check_dtype, check_output, whole_folder
 from .processors import batches_of, load_processor, save_processor
 from .receipt import check_receipt, default_bound
 from .router_rows import BlockInputs, collect_block_inputs
@@ -141,6 +141,7 @@ def upcycle_checkpoint(
         ValueError: If a value is wrong.
     """
     output = Path(output)
+    check_dtype(dtype)
     check_output(output, source, overwrite)
     on_meta, options = _on_meta(source, revision, gguf_file), _given(revision=revision)
     _plan(on_meta, router_init, seed, request)  # so that what cannot be is said before anything is read

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ...staged_saves import staged_folder
 from .errors import UpcyclingError
 
@@ -37,8 +39,15 @@ def check_output(output: Path, source: str | os.PathLike | None = None, overwrit
     found = sorted(path.name for pattern in _OF_MODELS for path in output.glob(pattern))
     if found and not overwrite:
         raise UpcyclingError(
-            f"{output} holds a model already ({found[0]}): choose another folder, or replace the model (`overwrite`)."
+            f"{output} holds a model already ({found[0]}): choose another folder, or replace the model (`overwrite=True`, --overwrite)."
         )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `UpcyclingError` unless weights can be of a type, or of that of their source (`"auto"`)."""
+    found = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
+        raise UpcyclingError(f'`dtype` must be "auto" or a type of weights such as "bfloat16", got {dtype!r}.')
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from ...checkpoint_conversion import saving_conversions
 from ...experts import make_experts
 from ...experts_config import experts_config_of
 from .arrangement import Start
@@ -87,6 +88,8 @@ class _Run:
         self.blocks = {block.layer: block for block in dense_blocks.blocks}
         self.pools = f"{dense_blocks.decoder}.expert_pools".removeprefix(".")
         self.errors: dict[int, float] = {}
+        # Looked up once for all tensors: for that the library's base model is made each time.
+        sparse._weight_conversions = saving_conversions(sparse)
         sparse.tie_weights()
         self.state = remove_tied_weights_from_state_dict(self._planned_state(), sparse)
         on_disk = revert_weight_conversion(sparse, dict(self.state))

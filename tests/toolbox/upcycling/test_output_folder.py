@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 
 from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
-from modeling_sparse_moe_vlm.toolbox.upcycling.output_folder import check_output, whole_folder
+from modeling_sparse_moe_vlm.toolbox.upcycling.output_folder import check_dtype, check_output, whole_folder
 
 
 @pytest.mark.parametrize("file", ["config.json", "a.safetensors", "model.safetensors.index.json", "m.bin", "m.gguf"])
@@ -34,6 +34,17 @@ def test_never_the_dense_model(tmp_path):
     with pytest.raises(UpcyclingError, match="is the folder of the dense model"):
         check_output(tmp_path / "dense" / ".." / "dense", tmp_path / "dense", overwrite=True)
     check_output(tmp_path / "dense", "dense")  # a name on the Hub
+
+
+@pytest.mark.parametrize("dtype", ["float99", "int8", "float8_e4m3fn", "nn", ""])
+def test_types_that_are_not_those_of_weights(dtype):
+    with pytest.raises(UpcyclingError, match=f"got '{dtype}'"):
+        check_dtype(dtype)
+
+
+def test_types_of_weights():
+    for dtype in ("auto", "float32", "bfloat16", "float16"):
+        check_dtype(dtype)
 
 
 def test_gets_all_files_at_once(tmp_path):

@@ -1,0 +1,159 @@
+"""`sparse-moe-vlm upcycle`: what it prints and writes, and which mistakes it tells."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.toolbox.commands.main import main
+from modeling_sparse_moe_vlm.toolbox.upcycling.checkpoints import plan_checkpoint
+from tests.support.in_tree_models import make_llava
+from tests.support.models import TINY_DECODER, TINY_TOWER
+from tests.support.processors import VOCAB_SIZE, assistant, make_image_processor, make_picture, make_tokenizer, user
+from tests.toolbox.upcycling.test_processors import make_llava_processor
+
+LLAMA = TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    make_llava(LlamaConfig(**LLAMA)).save_pretrained(folder)
+    make_llava_processor().save_pretrained(folder)
+    return folder
+
+
+def experts_of(folder):
+    return json.loads((folder / "config.json").read_text())["experts_config"]
+
+
+def test_writes_a_model_and_prints_what_it_is(dense, tmp_path, run_verb):
+    printed = run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
+    made = json.loads(printed)
+    assert made["output"] == str(tmp_path / "sparse")
+    assert made["start"] == experts_of(tmp_path / "sparse")["start"]
+    assert made["start"]["parity"]["relative_difference"] < 1e-5
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "sparse", trust_remote_code=True)
+    assert made["sparse"]["total"] == model.num_parameters()
+    assert type(model).__name__ == made["model_class"] == "UpcycledLlavaForConditionalGeneration"
+
+
+def test_a_dry_run_writes_nothing(dense, tmp_path, monkeypatch, run_here):
+    monkeypatch.chdir(tmp_path)
+    printed = run_here("upcycle.py", dense, "--dry-run", "--num-experts", "4", "--output", "sparse")
+    assert printed == f"{plan_checkpoint(dense, num_experts=4)}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_the_experts(dense, tmp_path, run_verb):
+    groups = [{"name": "joint", "num_experts": 4}, {"name": "image", "num_experts": 2, "modalities": ["image"]}]
+    run_verb(
+        *("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", json.dumps(groups)),
+        *("--num-experts-per-tok", 2, "--start", "split", "--granularity", 2, "--layers", "1", "--seed", 5),
+        *("--set", "router_aux_loss_coef=1e-2", "--set", 'router_local_entropy_coef={"image": 0.5}'),
+        *("--no-comparison", "--dtype", "bfloat16", "--max-shard-size", "60KB"),
+    )
+    experts = experts_of(tmp_path / "sparse")
+    assert [(group["name"], group["num_experts"]) for group in experts["expert_groups"]] == [("joint", 4), ("image", 2)]
+    assert (experts["num_experts_per_tok"], experts["mlp_only_layers"]) == (2, [0])
+    assert (experts["router_aux_loss_coef"], experts["router_local_entropy_coef"]) == (0.01, {"image": 0.5})
+    start = experts["start"]
+    assert (start["name"], start["granularity"], start["seed"]) == ("split", 2, 5)
+    assert "parity" not in start
+    assert json.loads((tmp_path / "sparse/config.json").read_text())["dtype"] == "bfloat16"
+    assert len(list((tmp_path / "sparse").glob("*.safetensors"))) > 1
+
+
+def test_drop(dense, tmp_path, run_verb):
+    run_verb(
+        *("upcycle", dense, "--output", tmp_path / "sparse", "--expert-groups", "joint", "--num-experts", 2),
+        *("--start", "drop", "--drop-ratio", 0.25, "--set", "router=sigmoid"),
+    )
+    experts = experts_of(tmp_path / "sparse")
+    assert (experts["start"]["name"], experts["start"]["drop_ratio"]) == ("drop", 0.25)
+    assert (experts["num_experts"], experts["router"]) == (2, "sigmoid")
+    assert experts["start"]["parity"]["bound"] is None
+    assert experts["start"]["parity"]["relative_difference"] > 1e-3
+
+
+def test_router_rows_from_data(dense, tmp_path, run_verb):
+    make_picture().save(tmp_path / "a.png")
+    messages = [user("What is it?"), assistant("the cat")]
+    messages[0]["content"].insert(0, {"type": "image"})
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": [str(tmp_path / "a.png")]}))
+    options = ["--router-init", "data", "--data", tmp_path / "rows.jsonl", "--num-experts", 2]
+    start = json.loads(run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", *options))["start"]
+    assert start["router_init"] == "data"
+    assert start["parity"]["batch"] == "given"
+
+
+def test_of_parts(tmp_path, run_verb):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "text")
+    make_tokenizer().save_pretrained(tmp_path / "text")
+    SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER, vision_use_head=False)).save_pretrained(tmp_path / "vision")
+    make_image_processor().save_pretrained(tmp_path / "vision")
+    parts = ["--text", tmp_path / "text", "--vision", tmp_path / "vision"]
+    made = json.loads(run_verb("upcycle", *parts, "--output", tmp_path / "sparse", "--json", "--num-experts", 4))
+    assert (made["model_class"], made["processor"]) == (
+        SparseMoeVlmForConditionalGeneration.__name__,
+        "SparseMoeVlmProcessor",
+    )
+    assert made["source"] == f"{tmp_path / 'text'} + {tmp_path / 'vision'}"
+    model = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path / "sparse")
+    assert model.config.text_config.num_experts == 4
+    assert made["sparse"]["total"] == model.num_parameters()
+    assert (tmp_path / "sparse/processor_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a source, or --text (and --vision) in its place."),
+        (["dense", "--text", "text"], "give either a source, or --text"),
+        (["--vision", "vision"], "--vision needs --text, a language model."),
+        (["dense"], "--output is needed: a folder for the sparse model (or --dry-run)."),
+        (["--text", "text", "--output", "new", "--native"], "--native does not go with --text."),
+        (["--text", "text", "--dry-run"], "--dry-run does not go with --text."),
+        (["--text", "text", "--output", "new", "--gguf-file", "a"], "--gguf-file does not go with --text."),
+        (["dense", "--output", "new", "--router-init", "data"], "--router-init data needs --data"),
+        (["dense", "--output", "new", "--set", "router"], "--set: 'router' is not of the form FIELD=VALUE."),
+        (["dense", "--output", "new", "--set", "layers=[1]"], "--set layers=…: there is an option for it, --layers."),
+        (["dense", "--output", "new", "--set", "routers=1"], "`routers` is not a field of the experts' configuration"),
+        (["dense", "--output", "new", "--layers", "0-a"], "--layers: '0-a' is not a layer or a range of layers"),
+        (["dense", "--output", "new", "--layers", "3-1"], "--layers: '3-1' holds no layer: write 1-3."),
+        (["dense", "--output", "new", "--layers", "2,3"], "`layers` must be decoder layers, 0 to 1, got [2, 3]."),
+        (["dense", "--output", "new", "--expert-groups", "[1"], "--expert-groups is not JSON: "),
+        (["dense", "--output", "new", "--expert-groups", "{}"], "--expert-groups must be the name of an arrangement"),
+        (["dense", "--output", "new", "--expert-groups", "mixed"], "must be one of hybrid, joint, isolated"),
+        (["dense", "--output", "new", "--start", "clone"], "`start` must be one of"),
+        (["dense", "--output", "dense", "--overwrite"], "dense is the folder of the dense model"),
+        (["dense", "--output", "other"], "other holds a model already (config.json)"),
+        (["dense", "--output", "other/config.json"], "other/config.json is a file"),
+        (["other", "--output", "new"], "is not gated"),
+        (["dense", "--output", "new", "--dtype", "float99"], "such as \"bfloat16\", got 'float99'"),
+    ],
+)
+def test_mistakes(arguments, message, dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense").symlink_to(dense)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1}')
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["upcycle", *arguments])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
