@@ -84,6 +84,25 @@ class ExpertsHost(PreTrainedModel):
         with _named_argument(cls.config_class):
             return super()._from_config(config, **kwargs)
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """
+        As the library's, which takes `grouped_mm` by default if this raises nothing: torch's kernels want rows of whole
+        16 bytes, which here are those of the hidden states and of the experts, in any dtype that the model may get.
+        """
+        config = experts_config_of(self.config)
+        widths = {"hidden_size": config.hidden_size} | {
+            f"expert_groups[{group['name']!r}].intermediate_size": group["intermediate_size"]
+            for group in config.expert_groups
+            if not group["always_on"]
+        }
+        odd = {name: width for name, width in widths.items() if width % 8}
+        check(
+            not odd,
+            f'`experts_implementation="grouped_mm"` needs widths that are multiples of 8, which {odd} are not: use '
+            '"eager" (the default then) or "batched_mm".',
+        )
+        return super()._grouped_mm_can_dispatch()
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """

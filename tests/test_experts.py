@@ -1,11 +1,13 @@
 """Every implementation of the experts equals the literal sum over experts, in forward and in every gradient."""
 
 import copy
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts, SparseMoeVlmSharedExperts
 from modeling_sparse_moe_vlm.routing import RoutingPlanner
 from tests.support.models import make_config, make_model
@@ -276,3 +278,34 @@ def test_implementation_is_a_plain_string_for_the_whole_model():
     for implementation in IMPLEMENTATIONS:
         model = AutoModelForCausalLM.from_config(config, experts_implementation=implementation)
         assert model.config.text_config._experts_implementation == implementation
+
+
+# ---------------------------------------------------------------- widths that kernels cannot take
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [37, 12])
+def test_experts_of_any_width_run_by_default(width, dtype):
+    """Kernels of grouped products want rows of whole 16 bytes, so such experts run one by one."""
+    model = make_model(moe_intermediate_size=width).to(dtype)
+    assert model.config.text_config._experts_implementation == "eager"
+    input_ids = torch.arange(4, 12)[None]
+    assert model(input_ids=input_ids).logits.isfinite().all()
+    assert make_model().config.text_config._experts_implementation == "grouped_mm"
+
+
+def test_grouped_products_of_odd_widths_are_refused():
+    groups = [
+        {"name": "joint", "num_experts": 4},
+        {"name": "text", "num_experts": 2, "intermediate_size": 20},
+        {"name": "everyone", "num_experts": 1, "intermediate_size": 9, "always_on": True},
+    ]
+    model = make_model(expert_groups=groups, num_experts=None)
+    message = 'which {"expert_groups[\'text\'].intermediate_size": 20} are not: use "eager"'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation("batched_mm")
+    config = make_config(hidden_size=36, num_attention_heads=2)
+    config._experts_implementation = "grouped_mm"
+    with pytest.raises(ValueError, match=re.escape("{'hidden_size': 36}")):
+        SparseMoeVlmForConditionalGeneration(config)
