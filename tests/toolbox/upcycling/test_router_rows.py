@@ -218,9 +218,10 @@ def test_tokens_with_one_expert_have_no_say_in_the_scale():
 
 
 def test_single_experts_have_rows_too():
-    _, config = arrange(expert_groups="joint", num_experts=1, num_experts_per_tok=1)
+    _, config = arrange(expert_groups="joint", num_experts=1, num_experts_per_tok=1, initializer_range=0.05)
     rows = data_rows(config, routed(config), 1, INPUTS, generator())
-    assert torch.allclose(rows[0], mean_direction(INPUTS.hidden_states), atol=1e-5)
+    length = 0.05 * math.sqrt(HIDDEN_SIZE)
+    assert torch.allclose(rows[0], length * mean_direction(INPUTS.hidden_states), atol=1e-5)
     _, config = arrange(expert_groups="isolated", num_experts=2, num_experts_per_tok=1)
     same = inputs_of(torch.ones(3, HIDDEN_SIZE), torch.ones(3, HIDDEN_SIZE))
     assert not data_rows(config, routed(config), 1, same, generator()).any()

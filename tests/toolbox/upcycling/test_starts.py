@@ -453,6 +453,19 @@ def test_pool_takes_the_block_of_every_layer():
         upcycled_pool(config, 7, [OWN_BLOCKS[0], OWN_BLOCKS[1]], start)
 
 
+@pytest.mark.parametrize(
+    "request_", [{}, {"start": "copy", "pool_start": "first"}, {"start": "copy", "pool_start": "mean"}]
+)
+def test_weights_of_another_model_are_refused_in_pools(request_):
+    start, config = arrange(**POOLED, **request_)
+    wrong = GatedWeights(*(torch.zeros(size) for size in ((WIDTH, 8), (WIDTH, 8), (8, WIDTH))))
+    with pytest.raises(ValueError, match="the dense block of layer 0 has weights of the shapes"):
+        upcycled_pool(config, 7, [wrong] * 3, start)
+    if start.pool_start != "first":
+        with pytest.raises(ValueError, match="the dense block of layer 3 has weights of the shapes"):
+            upcycled_pool(config, 7, [OWN_BLOCKS[0], OWN_BLOCKS[1], wrong], start)
+
+
 # ---------------------------------------------------------------- seeds
 
 
