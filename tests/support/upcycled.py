@@ -1,11 +1,11 @@
 """Tiny upcycled models whose experts differ, and inputs for them: a LLaVA, a Qwen3-VL and a Llama."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.support import in_tree_models
-from tests.support.in_tree_models import IMAGE, TEXT
+from tests.support.in_tree_models import IMAGE, QWEN, QWEN_TEXT, TEXT
 
 KINDS = ["llava", "qwen3_vl", "llama"]
 
@@ -15,9 +15,10 @@ def make_dense(kind: str = "llava", **text):
     torch.manual_seed(0)
     if kind == "llama":
         return in_tree_models.prepare(LlamaForCausalLM(LlamaConfig(**TEXT | text)))
-    if kind == "llava" and text:
+    if kind == "llava":
         return in_tree_models.prepare(in_tree_models.make_llava(LlamaConfig(**TEXT | text)))
-    return in_tree_models.make_model(kind)
+    config = Qwen3VLConfig(text_config=QWEN_TEXT | text, **QWEN)
+    return in_tree_models.prepare(Qwen3VLForConditionalGeneration(config))
 
 
 def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", seed: int = 0, dense=None, **fields):
