@@ -9,6 +9,7 @@ from transformers import QuantoConfig
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, quantization
 from modeling_sparse_moe_vlm.quantization import warn_of_unquantised_experts
 from tests.support.models import make_model
+from tests.support.upcycled import make_upcycled
 
 # The tests' models have two layers of four experts of 3 x 24 x 32 weights in float32.
 NUM_WEIGHTS = 2 * 4 * 3 * 24 * 32
@@ -58,3 +59,9 @@ def test_what_is_quantised_is_not_counted(warnings):
         experts.gate_up_proj = in_bytes(experts.gate_up_proj)
     warn_of_unquantised_experts(model, quantizer(dequantize=False))
     assert warnings == []
+
+
+@pytest.mark.parametrize(("make", "name"), [(make_model, "language_model"), (lambda: make_upcycled("llama"), "model")])
+def test_the_linear_layers_are_named_as_the_model_has_them(make, name, warnings):
+    warn_of_unquantised_experts(make(), quantizer())
+    assert rf"as `r're:.*{name}.*_proj\.weight'`" in warnings.pop()

@@ -11,6 +11,7 @@ from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
 from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
 from tests.support.processors import make_picture, make_processor, make_speaking_model
+from tests.support.upcycled import make_speaking
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,26 @@ def test_of_held_out_scenes_in_batches(model_folder, run_verb, monkeypatch, tmp_
         assert row["effective_experts"] == pytest.approx(expected.effective_experts, rel=0.1)
         assert row["entropy"] == pytest.approx(expected.entropy, rel=1e-4)
     assert len(report["alarms"]) == len(alarms)
+
+
+def test_of_an_upcycled_model(run_verb, tmp_path):
+    """Image tokens are told from text, and layers have their own numbers."""
+    make_speaking("llava", "isolated", layers=[1]).save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    make_picture().save(tmp_path / "image.png")
+    asked = [{"type": "image"}, {"type": "text", "text": "Can you see the cat?"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]}
+    row["images"] = [str(tmp_path / "image.png")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    printed = run_verb("routing-report", "--model", tmp_path / "model", "--rows", tmp_path / "rows.jsonl", "--json")
+    rows = json.loads(printed)["rows"]
+    assert [(row["place"], row["group"], row["modality"]) for row in rows] == [
+        ("layer_1", "text", "text"),
+        ("layer_1", "image", "image"),
+    ]
+    assert rows[1]["num_tokens"] == 4
+    assert sum(rows[1]["wanted"]) == 8
+    assert rows[0]["num_tokens"] > 4
 
 
 def test_of_rows_of_a_file_and_as_input_of_a_plan(model_folder, run_verb, tmp_path):

@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, Qwen3VLFo
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.support import in_tree_models
 from tests.support.in_tree_models import IMAGE, QWEN, QWEN_TEXT, TEXT
+from tests.support.processors import VOCAB_SIZE
 
 KINDS = ["llava", "qwen3_vl", "llama"]
 
@@ -34,6 +35,11 @@ def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", s
             if "experts" in name or name.endswith("gate.weight"):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def make_speaking(kind: str = "llava", expert_groups: str = "hybrid", **fields):
+    """An upcycled LLaVA or Llama whose vocabulary is that of [`~tests.support.processors.make_tokenizer`]."""
+    return make_upcycled(kind, expert_groups, dense=make_dense(kind, vocab_size=VOCAB_SIZE), **fields)
 
 
 def make_inputs(kind: str = "llava", padded: bool = True, images: bool = True) -> dict[str, torch.Tensor]:

@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     from ..demo import conversations, drawings, scenes
     from ..routing import measure_routing, routing_statistics
     from ..routing.statistics import load_of_counts
-    from ..training.models import from_our_checkpoint
+    from ..training.models import from_checkpoint_with_experts
 
     with mistakes_in_one_line():
-        model, processor = from_our_checkpoint(trained_model(arguments.model))
+        model, processor = from_checkpoint_with_experts(trained_model(arguments.model))
         if arguments.rows is None:
             rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
         else:

@@ -14,11 +14,13 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+from ...checks import check
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ...image_reading import read_images
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
+from ..expert_modules import our_experts_config
 from ..installed_code import use_installed_code
 from .recipes import find_model
 
@@ -91,6 +93,30 @@ def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
     use_installed_code(path)
     model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
     return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    A trained model of ours or an upcycled one, ready to answer, with its processor.
+
+    Args:
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`
+
+    Raises:
+        ValueError: If the model has no experts of this package.
+    """
+    config = load_config(path)
+    check(
+        our_experts_config(config) is not None,
+        f"{path} is a model of type {config.model_type!r}; this needs {SparseMoeVlmConfig.model_type!r}, or an "
+        "upcycled model.",
+    )
+    model, processor = from_checkpoint(path)
+    return model.eval(), processor
 
 
 def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:

@@ -99,9 +99,11 @@ def test_the_busiest_experts_of_a_modality(kind):
     assert config.target_modules == {f"{decoder}.1.self_attn.{name}_proj" for name in "qkvo"}
 
 
-@pytest.mark.parametrize(("targets", "warns"), [(["gate_proj", "q_proj"], True), (["q_proj", "v_proj"], False)])
+@pytest.mark.parametrize(
+    ("targets", "warns"), [(["gate_proj", "q_proj"], True), (["w1", "q_proj"], True), (["q_proj", "v_proj"], False)]
+)
 def test_adapters_that_miss_the_routed_experts_are_told(targets, warns):
-    """In `hybrid` the names of the dense blocks reach the always-on experts only."""
+    """In `hybrid` the names of the dense blocks reach the always-on experts only, and a base's own names nothing."""
     model = make_upcycled("llava", "hybrid")
     config = peft.LoraConfig(target_modules=targets, r=2)
     with warnings.catch_warnings(record=True) as caught:

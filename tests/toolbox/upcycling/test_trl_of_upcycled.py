@@ -8,16 +8,10 @@ from datasets import Dataset
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.expert_modules import sparse_blocks
 from tests.integration.test_trl import ARGUMENTS, COEFFICIENTS, rows_with_pictures
-from tests.support.processors import VOCAB_SIZE, assistant, make_processor, user
-from tests.support.upcycled import make_dense, make_upcycled
+from tests.support.processors import assistant, make_processor, user
+from tests.support.upcycled import make_speaking
 
 trl = pytest.importorskip("trl")
-
-
-def make_speaking(kind: str, groups: str = "hybrid", **fields):
-    model = make_upcycled(kind, groups, dense=make_dense(kind, vocab_size=VOCAB_SIZE), **fields)
-    model.config.get_text_config().eos_token_id = 2
-    return model
 
 
 def train_sft(kind, model, tmp_path, **kwargs):
