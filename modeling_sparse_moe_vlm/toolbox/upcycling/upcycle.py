@@ -227,8 +227,11 @@ def _as_list(batch: Any) -> list[Mapping[str, Any]]:
 def with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:
     """A copy of the model with empty sparse blocks in the place of its dense ones, which are not copied."""
     blocks = [model.get_submodule(block.name) for block in found.blocks]
-    shared: dict[int, nn.Module] = {id(block): block for block in blocks}
+    quantizer = getattr(model, "hf_quantizer", None)
+    shared: dict[int, Any] = {id(module): module for module in (*blocks, quantizer)}
     sparse: Any = copy.deepcopy(model, shared)
+    if quantizer is not None:  # whose weights were unpacked when they were loaded: they are saved as any others
+        quantizer.remove_quantization_config(sparse)
     make_sparse(sparse, config)
     return sparse.train(model.training)
 

@@ -79,3 +79,14 @@ def test_a_sparse_model_answers_like_the_dense_one(start, make, dense_and_inputs
     model = make(dense, **STARTS[start])
     assert model.num_parameters() == NUM_PARAMETERS[start]
     assert torch.equal(answers(model, inputs), expected)
+
+
+@pytest.mark.parametrize("make", [upcycle, upcycle_from_parts])
+def test_a_sparse_model_is_saved_like_any_other(make, dense_and_inputs, tmp_path):
+    dense, inputs, _, _ = dense_and_inputs
+    model = make(dense, expert_groups="joint", num_experts=2)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    row = {name: tensor[:1] for name, tensor in inputs.items()}
+    assert torch.equal(loaded(**row).logits, model(**row).logits)
+    assert dense.hf_quantizer is not None  # the dense model is as it was
