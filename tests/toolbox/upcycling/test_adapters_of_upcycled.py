@@ -14,7 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import (
 )
 from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts
-from modeling_sparse_moe_vlm.toolbox.routing import measure_routing
+from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
 from tests.support.upcycled import KINDS, collate, make_inputs, make_rows, make_upcycled
 
 
@@ -129,3 +129,50 @@ def test_paged_experts_with_adapters(kind, groups):
     assert (expected - resident).abs().max() > 1e-2
     with page_experts(adapted, expert_cache=2):
         torch.testing.assert_close(read(adapted, kind), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_has_the_adapter_that_it_names(kind):
+    """Though groups get some of the tokens only."""
+    model, inputs = make_upcycled(kind), make_inputs(kind)
+    names = ["one", "two"]
+    adapted = peft.get_peft_model(model, expert_lora_config(model, r=2, init_lora_weights=False), "one")
+    adapted.add_adapter("two", expert_lora_config(model, r=2, init_lora_weights=False))
+    factor_expert_lora(adapted)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        together = adapted.eval()(**inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        adapted.set_adapter(name)
+        alone = read(adapted, kind)
+        torch.testing.assert_close(together[row][real[row]], alone[row][real[row]], atol=1e-4, rtol=1e-4)
+        other = 1 - row
+        assert (together[other] - alone[other])[real[other]].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_that_layers_share(kind):
+    """Statistics add the layers of a pool up, and adapters, routers and slots go by the pool."""
+    model = make_upcycled(kind, "isolated", expert_pool=[0, 0], pool_start="first")
+    pool = f"{'model' if kind == 'llama' else 'model.language_model'}.expert_pools.0"
+    counts = measure_routing(model, [make_inputs(kind)])
+    rows = routing_statistics(model.config.experts_config, counts).rows
+    assert [(row.place, row.group, row.modality, row.num_tokens) for row in rows] == [
+        ("pool_0", "text", "text", 2 * 16),
+        ("pool_0", "image", "image", 2 * 8),
+    ]
+    wanted = counts.wanted[:, 1].sum(dim=0)[4:].tolist()
+    busiest = busiest_experts(model, counts, share=0.25, modality="image")
+    assert busiest == {f"{pool}.image": [wanted.index(max(wanted))]}
+    resident = read(model, kind)
+    with page_experts(model, expert_cache=4) as paged:
+        assert set(paged.slots) == {f"{pool}.text", f"{pool}.image"}
+        torch.testing.assert_close(read(model, kind), resident)
+    config = expert_lora_config(model, modalities=["image"], routers=True, r=2, init_lora_weights=False)
+    assert set(config.target_parameters) == {f"{pool}.image.{name}" for name in ("gate_up_proj", "down_proj")}
+    layers = pool.replace("expert_pools.0", "layers")
+    assert config.modules_to_save == [f"{layers}.{layer}.mlp.gate" for layer in range(2)]
+    text = read(model, kind, images=False)
+    adapted = peft.get_peft_model(model, config)
+    assert (read(adapted, kind) - resident).abs().max() > 1e-2
+    assert torch.equal(read(adapted, kind, images=False), text)
