@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from typing import Any, NamedTuple
 
-from ...checks import check_boolean, check_choice, check_integer, check_number
+from ...checks import check_choice, check_integer, check_number
 from ...expert_groups import ExpertGroup, resolve_groups
 from ...experts_config import SparseMoeVlmExpertsConfig
 from .errors import UpcyclingError
@@ -329,9 +329,7 @@ def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], dro
             )
     if name == "residual":
         return
-    normalises = fields.get("norm_topk_prob", True)
-    check_boolean("norm_topk_prob", normalises)
-    if not normalises:
+    if not fields.get("norm_topk_prob", True):
         raise UpcyclingError(
             f'`start="{name}"` needs weights of the chosen experts that sum to 1, or they would scale what the dense '
             'block puts out: leave `norm_topk_prob` True, or use `start="residual"`.'

@@ -289,6 +289,10 @@ REFUSED = {
     "granularity of 0": ({"granularity": 0}, "`granularity` must be an integer of at least 1, got 0."),
     "granularity of 2.0": ({"granularity": 2.0}, "`granularity` must be an integer of at least 1, got 2.0."),
     "top-k of 0": ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be an integer of at least 1, got 0."),
+    "top-k that is not a number": (
+        {"start": "split", "num_experts_per_tok": "2"},
+        "`num_experts_per_tok` must be an integer of at least 1, got '2'.",
+    ),
     "ratio beyond 1": (
         {"start": "drop", "drop_ratio": 1.5},
         "`drop_ratio` must be a number from 0 to 1, got 1.5.",
