@@ -174,8 +174,7 @@ class UpcycledMixin(ExpertsHost):
         if ids is None and self._is_continued(arguments, tokens):
             return TokenModalities.of(shape, None, arguments.get("attention_mask"), modalities)
         if ids is not None:
-            # Some releases hand the ids of the whole text to the decoder.
-            ids = ids[:, -shape[1] :] if ids.shape[1] > shape[1] else ids
+            ids = _ids_of_call(ids, shape[1], _cache(arguments))
         elif input_ids is None and not self._has_features(arguments) and planner.depends_on_modality:
             _warn_of_unknown_modalities()
         ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, ids)
@@ -198,7 +197,7 @@ class UpcycledMixin(ExpertsHost):
 
     def _is_continued(self, arguments: dict[str, Any], tokens: torch.Tensor) -> bool:
         """Whether the tokens continue a text, and bring no images and the like: placeholders then are mere text."""
-        cache = arguments.get("cache", arguments.get("past_key_values"))
+        cache = _cache(arguments)
         if cache is None or self._has_features(arguments):
             return False
         if is_paged(cache):
@@ -242,6 +241,22 @@ def _warn_of_unknown_modalities() -> None:
             "the embeddings, as serving engines do, pass `mm_token_type_ids` (zeros for texts). Only joint experts are "
             "safe without."
         )
+
+
+def _cache(arguments: dict[str, Any]) -> Any:
+    return arguments.get("cache", arguments.get("past_key_values"))
+
+
+def _ids_of_call(ids: torch.Tensor, num_tokens: int, cache: Any) -> torch.Tensor:
+    """
+    The modality ids of the tokens of a call. `generate` hands on those of the whole prompt in some decoding modes, with
+    which a call may go on behind or ahead of them; what it adds to the prompt is text.
+    """
+    if ids.shape[1] == num_tokens or cache is None or is_paged(cache) or is_tracing(ids):
+        return ids
+    start = int(cache.get_seq_length())
+    missing = max(start + num_tokens - ids.shape[1], 0)
+    return nn.functional.pad(ids, (0, missing))[:, start : start + num_tokens]
 
 
 def _own_ids(ids: torch.Tensor, config: Any) -> torch.Tensor:
