@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -153,6 +153,7 @@ def read_decoder(model: PreTrainedModel) -> DecoderLayout:
         raise UpcyclingError(f"{name} has layers without a feed-forward block, and our decoder none.")
     decoder = model.get_submodule(place.decoder) if place.decoder else model
     traces, (norm_name, norm_module) = trace_decoder(model, decoder, list(place.layers))
+    _check_rest(model, [norm_module, *(part for trace in traces for part in trace.read)])
     layers = [_read_layer(config, trace, f"{place.path}.{number}.") for number, trace in enumerate(traces)]
     final_norm = read_norm(norm_name, norm_module, blocks.hidden_size)
     norms = [final_norm, *(norm for layer in layers for norm in layer.norms.values())]
@@ -215,8 +216,8 @@ def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
     window = getattr(config, "sliding_window", None)
     if kinds is not None and set(kinds) != {"full_attention"}:
         raise UpcyclingError(
-            f"{name} has layers with {', '.join(sorted(set(kinds) - {'full_attention'}))}, and our decoder attends to "
-            "all earlier tokens. `upcycle` keeps the model's own decoder."
+            f"{name} has layers with {', '.join(sorted(set(kinds) - {'full_attention'}))}, and those of our decoder "
+            "have full attention. `upcycle` keeps the model's own decoder."
         )
     if kinds is None and window is not None and window < config.max_position_embeddings:
         raise UpcyclingError(
@@ -225,6 +226,19 @@ def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
             "of up to so many tokens, set `language_model.config.sliding_window = None`."
         )
     return config
+
+
+def _check_rest(model: PreTrainedModel, read: Iterable[nn.Module]) -> None:
+    """Raises `UpcyclingError` if a model has weights that none of these modules has, nor the embedding or the head."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings(), *read)
+    known = {parameter for module in modules for parameter in module.parameters()}
+    rest = [name for name, parameter in model.named_parameters() if parameter not in known]
+    if rest:
+        more = f" and {len(rest) - 3} more" if len(rest) > 3 else ""
+        raise UpcyclingError(
+            f"{type(model).__name__} has weights that our decoder has no place for: {', '.join(rest[:3])}{more}. "
+            "`upcycle` keeps the model's own decoder."
+        )
 
 
 def _read_layer(config: PreTrainedConfig, trace: LayerTrace, prefix: str) -> _Layer:

@@ -42,6 +42,12 @@ class LayerTrace:
     attention_norms: list[tuple[str, nn.Module]]
     is_rotary: bool
 
+    @property
+    def read(self) -> list[nn.Module]:
+        """The modules whose weights make up the layer."""
+        parts = (self.input_norm, self.feed_forward_norm, self.feed_forward, *self.attention_norms)
+        return [*(module for _, module in parts), *self.projections]
+
 
 @torch.no_grad()
 def trace_decoder(

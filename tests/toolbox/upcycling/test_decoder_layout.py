@@ -188,6 +188,15 @@ def test_other_parts_are_refused():
         upcycle_from_parts(dense)
 
     dense = make_dense()
+    dense.model.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    dense.vision = nn.Linear(2, 2)
+    with pytest.raises(UpcyclingError, match=r"no place for: .*layers.1.self_attn.sinks, .*, vision.bias\. `"):
+        upcycle_from_parts(dense)
+    dense.audio = nn.Linear(2, 2)
+    with pytest.raises(UpcyclingError, match=r"vision\.bias and 2 more"):
+        upcycle_from_parts(dense)
+
+    dense = make_dense()
     dense.config.num_attention_heads = 8
     with pytest.raises(UpcyclingError, match=r"layers.0.self_attn` \(LlamaAttention\) has projections of the shapes"):
         upcycle_from_parts(dense)
