@@ -275,7 +275,6 @@ def _cohere2_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]
         "mlp_layer_types": ["dense" if layer in layers.dense else "sparse" for layer in range(layers.num_layers)],
         # Dense layers would turn queries and keys in full attention, too.
         "prefix_dense_sliding_window_pattern": 4,
-        "rms_norm_eps": None,
         "head_dim": _head_dim(base),
         "rope_theta": base.rope_parameters["rope_theta"],
         "rope_parameters": base.rope_parameters,

@@ -484,6 +484,7 @@ def test_biases_that_a_twin_has_no_place_for():
         to_native(model)
     first, last = (layer.mlp.gate.e_score_correction_bias for layer in model.model.layers)
     first.zero_()
+    last[:, 1:] = 0.0
     with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias"):
         to_native(model)
     last.zero_()
@@ -574,9 +575,16 @@ def test_windows_of_some_layers_only():
         to_native(make_upcycled(type(dense)(config)))
 
 
-def test_rotary_embeddings_of_phi3_that_a_twin_lacks():
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+    ],
+)
+def test_rotary_embeddings_of_phi3_that_a_twin_lacks(rope):
     config = make_dense("phi3").config
-    config.rope_parameters["partial_rotary_factor"] = 0.5
+    config.rope_parameters |= rope
     with pytest.raises(
         UpcyclingError, match="mixtral: it has rotary embeddings of the usual kind, and `rope_parameters`"
     ):
