@@ -146,12 +146,7 @@ class UpcycledMixin(ExpertsHost):
             _warn_of_resting_biases(self)
         tokens = self._tokens(arguments, planner, record)
         device = self.device if tokens.ids is None else tokens.ids.device
-        return TokenPlan(
-            owner=self.experts_config,
-            routing=planner.plan(tokens, device, record),
-            num_tokens=None if tokens.ids is None else tokens.ids.numel(),
-            pools=None,
-        )
+        return TokenPlan.of(self.experts_config, planner, tokens, device, record)
 
     def _with_pools(self, plan: TokenPlan) -> TokenPlan:
         pools = getattr(self, "expert_pools", None) if self.holds_pools else None

@@ -17,7 +17,8 @@ from torch import nn
 
 from .experts import SparseMoeVlmSparseMoeBlock
 from .experts_config import SparseMoeVlmExpertsConfig
-from .routing import RoutingPlan
+from .routing import RoutingPlan, RoutingPlanner, RoutingRecord
+from .token_modalities import TokenModalities
 
 
 class ExpertPools:
@@ -37,18 +38,69 @@ class TokenPlan(NamedTuple):
     Args:
         owner (`SparseMoeVlmExpertsConfig`):
             The experts' configuration of the model, which is the same object in all of its parts.
+        planner ([`RoutingPlanner`]):
+            What made the plan.
+        tokens ([`TokenModalities`]):
+            The tokens, as far as the plan depends on them.
         routing ([`RoutingPlan`], *optional*):
             See [`RoutingPlanner.plan`].
-        num_tokens (`int`, *optional*):
-            B · T, where the plan depends on the tokens' modalities.
         pools ([`ExpertPools`], *optional*):
             The experts that layers share.
+        of_last_tokens (`dict[int, RoutingPlan | None]`):
+            The plans of layers that only run so many of the last tokens, once they are made.
     """
 
     owner: SparseMoeVlmExpertsConfig
+    planner: RoutingPlanner
+    tokens: TokenModalities
     routing: RoutingPlan | None
-    num_tokens: int | None
     pools: ExpertPools | None
+    of_last_tokens: dict[int, RoutingPlan | None]
+
+    @classmethod
+    def of(
+        cls,
+        owner: SparseMoeVlmExpertsConfig,
+        planner: RoutingPlanner,
+        tokens: TokenModalities,
+        device: torch.device,
+        record: RoutingRecord | None = None,
+    ) -> TokenPlan:
+        """Plans the routing of the tokens, see [`RoutingPlanner.plan`]."""
+        return cls(owner, planner, tokens, planner.plan(tokens, device, record), pools=None, of_last_tokens={})
+
+    def routing_of(self, hidden_states: torch.Tensor) -> RoutingPlan | None:
+        """
+        The routing of the tokens that a layer runs: all, or in a prompt only the last ones of each row, where later
+        layers keep nothing in the cache (Gemma 4).
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., D)`):
+                What the layer runs.
+
+        Raises:
+            ValueError: If it runs other tokens than the plan is for.
+        """
+        known = self.tokens.is_real if self.tokens.ids is None else self.tokens.ids
+        num_tokens = hidden_states.numel() // hidden_states.shape[-1]
+        if known is None or known.numel() == num_tokens:
+            return self.routing
+        length = num_tokens // known.shape[0]
+        if hidden_states.shape[:-1] != (known.shape[0], length) or length > known.shape[1]:
+            raise ValueError(
+                f"The decoder runs {num_tokens} tokens, but the call had {known.numel()}: the base model adds or "
+                "drops tokens, so their modalities are not known. Pass `mm_token_type_ids` with a call of the decoder, "
+                'or use `expert_groups="joint"`.'
+            )
+        if self.routing is not None and self.routing.record is not None:
+            raise ValueError(
+                f"Some layers of this model only run the last {length} of {known.shape[1]} tokens, because of "
+                "`logits_to_keep`, so the routing of all tokens is not known: pass `logits_to_keep=0` where you want it."
+            )
+        if length not in self.of_last_tokens:
+            last = TokenModalities(*(None if values is None else values[:, -length:] for values in self.tokens))
+            self.of_last_tokens[length] = self.planner.plan(last, hidden_states.device)
+        return self.of_last_tokens[length]
 
 
 class _OfThread(threading.local):
@@ -88,15 +140,8 @@ class UpcycledBlock(SparseMoeVlmSparseMoeBlock):
                 f"The sparse block of layer {self.layer_idx} runs without knowing its tokens: call the model or its "
                 "decoder rather than a layer or block of it."
             )
-        num_tokens = hidden_states.numel() // hidden_states.shape[-1]
-        if plan.num_tokens is not None and plan.num_tokens != num_tokens:
-            raise ValueError(
-                f"The decoder runs {num_tokens} tokens, but the call had {plan.num_tokens}: the base model adds or "
-                "drops tokens, so their modalities are not known. Pass `mm_token_type_ids` with a call of the decoder, "
-                'or use `expert_groups="joint"`.'
-            )
         pooled = None if self.pool is None or plan.pools is None else plan.pools[self.pool]
-        return super().forward(hidden_states, plan.routing, pooled)
+        return super().forward(hidden_states, plan.routing_of(hidden_states), pooled)
 
 
 class UpcycledLayerMixin:

@@ -137,8 +137,7 @@ def parity(
 def _plan_of_all_modalities(model: Any, input_ids: torch.Tensor) -> TokenPlan:
     config = model.experts_config
     ids = (torch.arange(input_ids.numel(), device=input_ids.device) % len(config.modalities)).view(input_ids.shape)
-    routing = model.routing_planner.plan(TokenModalities(ids, None), input_ids.device)
-    return TokenPlan(config, routing, ids.numel(), pools=None)
+    return TokenPlan.of(config, model.routing_planner, TokenModalities(ids, None), input_ids.device)
 
 
 def check_receipt(receipt: ParityReceipt) -> None:

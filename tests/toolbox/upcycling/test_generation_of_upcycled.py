@@ -8,6 +8,7 @@ import torch
 
 from modeling_sparse_moe_vlm.toolbox.modality_weights import modality_weights
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
+from tests.support.in_tree_models import make_gemma4, prepare
 from tests.support.upcycled import KINDS, make_dense, make_inputs, make_upcycled
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -163,3 +164,47 @@ def test_steering_changes_the_answer_of_experts_that_differ(kind):
             changed = model(**inputs).logits
     assert (changed - plain).abs().max() > 1e-2
     assert steered.alpha[0].mean() > weights.alpha[0].mean()
+
+
+# ------------------------------------------------------------------------------------------------ the last tokens alone
+
+
+def make_gemma4_of_two_modalities(groups: str = "isolated", **fields):
+    """Its last two layers reuse keys, so in newer releases they only run the last token of a prompt."""
+    torch.manual_seed(0)
+    return make_upcycled(dense=prepare(make_gemma4()), expert_groups=groups, placeholders={}, **fields)
+
+
+@pytest.mark.parametrize("groups", ["isolated", "hybrid"])
+def test_layers_that_only_run_the_last_tokens(groups):
+    """The experts of a prompt's last token are those of its modality, in rows that end differently."""
+    model, inputs = make_gemma4_of_two_modalities(groups), make_inputs("llama")
+    inputs["mm_token_type_ids"][0, -1] = 1
+    ids = inputs["mm_token_type_ids"].clone()
+    with torch.no_grad():
+        whole = model(**inputs).logits
+        for number in (1, 3):
+            last = model(**inputs, use_cache=True, logits_to_keep=number).logits
+            torch.testing.assert_close(last, whole[:, -number:])
+        text = model(**inputs | {"mm_token_type_ids": torch.zeros_like(ids)}).logits
+    assert (text[0, -1] - whole[0, -1]).abs().max() > 1e-2
+    answer = model.generate(**inputs, **GREEDY)
+    for number in range(GREEDY["max_new_tokens"]):
+        length = inputs["input_ids"].shape[1] + number
+        new = {"input_ids": answer[:, :length], "mm_token_type_ids": torch.nn.functional.pad(ids, (0, number))}
+        new["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, number), value=1)
+        with torch.no_grad():
+            assert torch.equal(model(**new).logits[:, -1].argmax(dim=-1), answer[:, length])
+
+
+def test_the_routing_of_tokens_that_are_not_run_is_not_known():
+    model, inputs = make_gemma4_of_two_modalities(), make_inputs("llama")
+    seen = []
+    model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    with torch.no_grad():
+        model(**inputs, use_cache=True, logits_to_keep=1)
+        if seen == [14]:
+            pytest.skip("this release runs all tokens")
+        with pytest.raises(ValueError, match=r"only run the last 1 of 14 tokens.*pass `logits_to_keep=0`"):
+            model(**inputs, use_cache=True, logits_to_keep=1, output_router_logits=True)
+        assert len(model(**inputs, use_cache=True, output_router_logits=True).router_logits[-1]) == 28
