@@ -95,7 +95,7 @@ class TokenPlan(NamedTuple):
         if self.routing is not None and self.routing.record is not None:
             raise ValueError(
                 f"Some layers of this model only run the last {length} of {known.shape[1]} tokens, because of "
-                "`logits_to_keep`, so the routing of all tokens is not known: pass `logits_to_keep=0` where you want it."
+                "`logits_to_keep`, so the routing of all tokens is not known: pass `logits_to_keep=0` to get it."
             )
         if length not in self.of_last_tokens:
             last = TokenModalities(*(None if values is None else values[:, -length:] for values in self.tokens))
