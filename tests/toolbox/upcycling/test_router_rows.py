@@ -431,6 +431,9 @@ def test_batches_without_tokens_are_refused(model):
     options = {"modalities": MODALITIES, "placeholder_ids": PLACEHOLDERS}
     with pytest.raises(UpcyclingError, match="needs examples: `batch` has no tokens"):
         collect_block_inputs(model, [], LAYERS, **options)
+    only_padding = llava_batch() | {"attention_mask": torch.zeros(2, 10, dtype=torch.long)}
+    with pytest.raises(UpcyclingError, match="needs examples: `batch` has no tokens"):
+        collect_block_inputs(model, only_padding, LAYERS, **options)
     with pytest.raises(UpcyclingError, match="needs `input_ids` or `mm_token_type_ids` in `batch`"):
         collect_block_inputs(model, {"inputs_embeds": torch.zeros(1, 4, 32)}, LAYERS, **options)
     batch = llava_batch()

@@ -447,8 +447,9 @@ def test_dropped_pool_has_one_set_of_neurons_per_expert():
     assert len({frozenset(three[0]) for three in sets}) == 8
 
 
-def test_pool_takes_the_block_of_every_layer():
-    start, config = arrange(**POOLED)
+@pytest.mark.parametrize("request_", [{}, {"start": "copy", "pool_start": "mean"}])
+def test_pool_takes_the_block_of_every_layer(request_):
+    start, config = arrange(**POOLED, **request_)
     with pytest.raises(ValueError, match="shorter"):
         upcycled_pool(config, 7, [OWN_BLOCKS[0], OWN_BLOCKS[1]], start)
 
