@@ -26,6 +26,7 @@ from ..expert_modules import (
     is_pool,
     layers_of_modules,
     modules_of,
+    our_experts_config,
     sparse_blocks,
 )
 from ..placement.load import expert_counts
@@ -155,7 +156,10 @@ def busiest_experts(
     """
     check(0 < share <= 1, f"`share` must be greater than 0 and at most 1, got {share!r}.")
     model = base_model_of(model)
-    sizes = {bank.name: sum(bank.sizes) for bank in expert_banks(model) if not bank.always_on}
+    # What is measured in a model with expert groups says nothing of experts that it had before.
+    has_no_groups = our_experts_config(model.config) is None
+    banks = [bank for bank in expert_banks(model) if not bank.always_on and (has_no_groups or bank.group is not None)]
+    sizes = {bank.name: sum(bank.sizes) for bank in banks}
     counts = expert_counts(sizes, experts_config_of(model.config), routing)
     known = dict.fromkeys(name for of_modalities in counts.values() for name in of_modalities)
     check(

@@ -5,6 +5,7 @@ import warnings
 import peft
 import pytest
 import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import (
     busiest_experts,
@@ -13,8 +14,11 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import (
     load_expert_lora,
 )
 from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer
+from modeling_sparse_moe_vlm.toolbox.expert_modules import expert_banks
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts
 from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
+from modeling_sparse_moe_vlm.toolbox.training import freeze_text
+from tests.support.in_tree_models import TEXT
 from tests.support.upcycled import KINDS, collate, make_inputs, make_rows, make_upcycled
 
 
@@ -176,3 +180,26 @@ def test_experts_that_layers_share(kind):
     adapted = peft.get_peft_model(model, config)
     assert (read(adapted, kind) - resident).abs().max() > 1e-2
     assert torch.equal(read(adapted, kind, images=False), text)
+
+
+def test_a_mixture_of_experts_whose_dense_layers_were_upcycled():
+    """Its own experts belong to no group, serve every token, and stay as they are where only text is frozen."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 3, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+    dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT | sizes, mlp_only_layers=[1])).eval()
+    model = make_upcycled(dense=dense, include_dense_layers_of_moe=True)
+    own = [f"model.layers.1.mlp.experts.{group}" for group in ("text", "image")]
+    before = ["model.layers.0.mlp.experts", "model.layers.2.mlp.experts"]
+    banks = {bank.name: (bank.group, bank.layers) for bank in expert_banks(model)}
+    assert banks == {before[0]: (None, (0,)), own[0]: ("text", (1,)), own[1]: ("image", (1,)), before[1]: (None, (2,))}
+    counts = measure_routing(model, [make_inputs("llama")])
+    busiest = busiest_experts(model, counts, share=0.25, modality="image")
+    assert busiest == {own[1]: [counts.wanted[0, 1, 4:].argmax().item()]}
+    stacks = ("gate_up_proj", "down_proj")
+    config = expert_lora_config(model, modalities=["image"], r=2)
+    assert config.target_parameters == [f"{own[1]}.{stack}" for stack in stacks]
+    everything = expert_lora_config(model, r=2)
+    assert set(everything.target_parameters) == {f"{name}.{stack}" for name in (*own, *before) for stack in stacks}
+    freeze_text(model).remove()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"model.layers.1.mlp.gate.weight", *(f"{own[1]}.{stack}" for stack in stacks)}

@@ -113,6 +113,20 @@ def test_compiled(kind, groups):
         torch.testing.assert_close(compiled(**inputs).logits, expected)
 
 
+@pytest.mark.parametrize("groups", ["hybrid", "isolated"])
+def test_packed_rows(groups):
+    """Texts one after the other in a row, which the base keeps apart by their positions."""
+    model, generator = make_upcycled("llama", groups), torch.Generator().manual_seed(0)
+    input_ids = torch.randint(7, 99, (1, 12), generator=generator)
+    ids = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]])
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = model(input_ids=input_ids, mm_token_type_ids=ids, position_ids=positions, use_cache=False).logits
+        for part in (slice(0, 5), slice(5, 12)):
+            alone = model(input_ids=input_ids[:, part], mm_token_type_ids=ids[:, part]).logits
+            torch.testing.assert_close(packed[:, part], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_threads_do_not_disturb_each_other():
     model, inputs = make_upcycled("llava"), make_inputs("llava")
     text = make_inputs("llava", images=False)
