@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .checks import check, check_distinct, check_sequence
@@ -100,6 +100,9 @@ class UpcycledConfigMixin:
     experts_config: Any
 
     def __post_init__(self, **kwargs):
+        # Not one of the library's `sub_configs`, which it expects a part of the model for each of.
+        if isinstance(self.experts_config, dict):
+            self.experts_config = UpcycledExpertsConfig(**self.experts_config)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.link_experts()
 
@@ -233,14 +236,12 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
 
 
 def _make_config_class(name: str, base: Any) -> type:
-    spec = SubConfigSpec(config_class=UpcycledExpertsConfig)
     namespace = {
         "__module__": __name__,
         "__doc__": f"Configuration of upcycled models of the base [`~transformers.{base.__name__}`].",
         "__annotations__": {"experts_config": Any},
         "model_type": f"upcycled_{base.model_type}",
         "base_model_type": base.model_type,
-        "sub_configs_defaults": {**base.sub_configs_defaults, "experts_config": spec},
         "experts_config": None,
     }
     if "__init__" in base.__dict__ and not hasattr(base.__init__, "__wrapped__"):

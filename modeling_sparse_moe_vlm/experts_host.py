@@ -243,7 +243,7 @@ def _named_argument(config_class: Any) -> Iterator[None]:
             raise
         close = difflib.get_close_matches(unexpected[1], {*config_class.fields_of_loading, "num_expert_shards"}, n=1)
         experts = SparseMoeVlmExpertsConfig.base_config_key
-        holder = experts if experts in config_class.sub_configs else "text_config"
+        holder = experts if hasattr(config_class, experts) else "text_config"
         raise TypeError(
             f"`{unexpected[1]}` is neither an option of loading nor a field of the configuration or its `{holder}`"
             + (f": did you mean `{close[0]}`?" if close else ".")

@@ -38,9 +38,7 @@ def test_router_losses_are_for_those_who_train_or_ask():
 @torch.no_grad()
 def test_generating_computes_no_router_losses(monkeypatch):
     model = make_model(output_router_logits=True)
-    monkeypatch.setattr(
-        "modeling_sparse_moe_vlm.language_head.router_losses", lambda *_, **__: pytest.fail("router losses")
-    )
+    monkeypatch.setattr("modeling_sparse_moe_vlm.losses.router_losses", lambda *_, **__: pytest.fail("router losses"))
     model.generate(**make_inputs(), max_new_tokens=2)
 
 
