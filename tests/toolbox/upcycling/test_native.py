@@ -626,6 +626,13 @@ def test_base_with_code_of_its_own():
         to_native(CustomModel(config))
 
 
+def test_buffers_lie_on_the_device_of_the_model(monkeypatch):
+    model = make("llama")
+    assert to_native(model).model.rotary_emb.inv_freq.device.type == "cpu"
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    assert to_native(model).model.rotary_emb.inv_freq.device.type == "meta"
+
+
 def test_attention_of_the_parts_of_a_model():
     model = make_upcycled(in_tree_models.make_model("llava"))
     model.set_attn_implementation({"text_config": "eager"})
