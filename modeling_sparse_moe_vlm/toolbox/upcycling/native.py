@@ -181,7 +181,8 @@ def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[st
             if set(group.modalities) != set(experts.modalities):
                 raise UpcyclingError(
                     f"`expert_groups[{group.name!r}]` serves {', '.join(group.modalities)} only: no class of "
-                    "Transformers can tell the modalities of tokens apart."
+                    "Transformers can tell the modalities of tokens apart. Models that are upcycled with "
+                    '`expert_groups="joint"`, or with always-on experts of all modalities, can have a twin.'
                 )
         routed = [group for group in groups if not group.always_on]
         if len(routed) != 1:
@@ -277,7 +278,7 @@ def _twin_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) -> Pr
         return text_config
     (name,) = [name for name, value in vars(base).items() if value is decoder]
     if base.model_type not in COMPOSITE_TWINS:
-        config = copy.deepcopy(base)
+        config = copy.deepcopy(base)  # other twins may be tried after this one
         setattr(config, name, text_config)
         return config
     config_class = CONFIG_MAPPING[COMPOSITE_TWINS[base.model_type]]
@@ -307,7 +308,9 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
             continue
         if name in declared or name in _UNDECLARED_FIELDS:
             carried[name] = copy.deepcopy(value)
-        elif value and name not in _INERT_FIELDS and not _is_usual(name, value, base, declared):
+        elif name == "layer_types" and set(value) in ({"full_attention"}, {"sliding_attention"}):
+            continue  # all layers alike, as a twin has them; `sliding_window` is a field of its own
+        elif value and name not in _INERT_FIELDS:
             raise UpcyclingError(f"its configuration has no `{name}`, which is {value!r} in the base's")
     config = config_class(**carried | changed)
     for name, value in (carried | changed).items():
@@ -315,15 +318,6 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
         if kept != value and (kept or value) and name != "transformers_version":
             raise UpcyclingError(f"its configuration makes `{name}` {kept!r}, which is {value!r} in the base's")
     return config
-
-
-def _is_usual(name: str, value: Any, base: PreTrainedConfig, declared: set[str]) -> bool:
-    """Whether a field says what every layer of a twin does."""
-    if name != "layer_types":
-        return False
-    if set(value) == {"sliding_attention"}:
-        return "sliding_window" in declared
-    return set(value) == {"full_attention"}
 
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:

@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    LlamaConfig,
     LlavaProcessor,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
@@ -265,6 +266,12 @@ SPARSE_FIELDS = [
 def test_configuration_of_the_twin(base, fields, expected):
     config = to_native(make(base, **fields)).config
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_next_twin_of_a_decoder_within_a_model():
+    text_config = LlamaConfig(**in_tree_models.TEXT, attention_bias=True)  # Mixtral has no biases
+    twin = to_native(make_upcycled(in_tree_models.make_llava(text_config)))
+    assert twin.config.text_config.model_type == "granitemoeshared"
 
 
 @pytest.mark.parametrize(("name", "decoder"), [("llava", ["MixtralForCausalLM"]), ("qwen3_vl", None)])
