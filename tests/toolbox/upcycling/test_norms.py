@@ -56,6 +56,22 @@ def test_layer_norms_without_a_bias():
     assert torch.equal(plain.weight, torch.ones(WIDTH))
 
 
+class Hidden(nn.Module):
+    """It does not say its epsilon."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.options = {"eps": eps}
+
+    def forward(self, x):
+        return nn.functional.layer_norm(x, (WIDTH,), **self.options)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-8])
+def test_an_epsilon_that_is_nowhere_is_found(eps):
+    assert read_norm("n", Hidden(eps), WIDTH)[1:] == (eps, True, False)
+
+
 @pytest.mark.parametrize("is_centred", [False, True])
 def test_a_norm_is_its_literal_formula(is_centred):
     x = torch.tensor([[1.0, 2.0, 3.0, -4.0, 0.5, 0.1]])

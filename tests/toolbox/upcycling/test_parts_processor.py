@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
@@ -117,5 +117,8 @@ def test_what_does_not_fit_the_model_is_refused():
         processor_from_parts(model, make_tokenizer(image_token="<picture>"), make_image_processor())
     with pytest.raises(UpcyclingError, match=r"'<picture>' has the id 3 in the tokenizer"):
         processor_from_parts(model, tokenizer, make_image_processor(), image_token="<picture>")
+    keeps_shape = CLIPImageProcessorPil(size={"shortest_edge": 16}, do_center_crop=False)
+    with pytest.raises(UpcyclingError, match="makes images of 16 × 32 pixels"):
+        processor_from_parts(model, tokenizer, keeps_shape)
     with pytest.raises(UpcyclingError, match="makes images of 24 × 24 pixels, but the vision encoder takes 16 × 16"):
         processor_from_parts(model, tokenizer, make_image_processor(size=24))
