@@ -137,8 +137,8 @@ def loading_conversions(
     """
     of_library = list(of_library)
     renamings = [step for step in of_library if isinstance(step, WeightRenaming)]
-    others = [step for step in of_library if not isinstance(step, WeightRenaming)]
     converters: list[WeightTransform] = list(_converters(model, also_fused=True))
+    others = [step for step in _of_other_tensors(of_library, converters) if not isinstance(step, WeightRenaming)]
     if quantizer is not None:
         # It appends general conversions, which are among the library's, too. Until 5.20 it was not given the model.
         takes_model = "model" in inspect.signature(quantizer.update_weight_conversions).parameters
@@ -154,8 +154,24 @@ def saving_conversions(model: PreTrainedModel) -> list[WeightTransform]:
     of_library = model.library_conversions()
     # A prefix is put back only where a checkpoint had it.
     of_library = [step for step in of_library if not isinstance(step, PrefixChange)]
+    converters = list(_converters(model, also_fused=False))
     # The library goes through them backwards, and the first match counts.
-    return [*of_library, *_converters(model, also_fused=False)]
+    return [*_of_other_tensors(of_library, converters), *converters]
+
+
+def _of_other_tensors(
+    of_library: Iterable[WeightTransform], converters: Iterable[WeightTransform]
+) -> list[WeightTransform]:
+    """
+    The library's conversions but for those of experts that our own take as well: a base with experts in other layers,
+    which then lie on disk as ours do. The library takes two conversions with the same target for one when it saves.
+    """
+    targets = {target for step in converters for target in step.target_patterns}
+    return [
+        step
+        for step in of_library
+        if not (isinstance(step, WeightConverter) and targets.intersection(step.target_patterns))
+    ]
 
 
 def _own_renamings(model: PreTrainedModel) -> list[WeightRenaming]:
@@ -397,9 +413,9 @@ def _message(lacking: list[str], surplus: list[str], odd: list[str]) -> str:
 
 
 def _shapes(state_dict: Mapping[str, Any] | None, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the matrices of single experts in a checkpoint, by name."""
+    """The shapes of the tensors in a checkpoint, by name."""
     states = [state_dict] if state_dict is not None else (load_state_dict(path, map_location="meta") for path in files)
-    return {key: tuple(tensor.shape) for state in states for key, tensor in state.items() if _split(key)}
+    return {key: tuple(tensor.shape) for state in states for key, tensor in state.items()}
 
 
 def _split(name: str) -> tuple[str, str] | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .modeling_upcycled import UpcycledMixin  # noqa: F401
 
 PREFIX = "Upcycled"
+OTHER_CONFIG = "_of_"  # before the configuration in the name of a class whose base has another one
 _MODELING = "modeling_upcycled"
 # By auto class, the library's table of its models by type.
 _TABLES = {
@@ -231,8 +232,16 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
     for auto_class, table in _TABLES.items():
         name = getattr(modeling_auto, table).get(base_type)
         if isinstance(name, str):
-            names[auto_class] = f"{_MODELING}.{PREFIX}{name}"
+            base = getattr(transformers, name)
+            names[auto_class] = f"{_MODELING}.{upcycled_name(base, config_class)}"
     return names
+
+
+def upcycled_name(base: Any, config_class: Any) -> str:
+    """The name of the class of upcycled models of a base's model class with an upcycled configuration's class."""
+    config_name = config_class.__name__.removeprefix(PREFIX)
+    is_own = base.config_class.__name__ == config_name
+    return f"{PREFIX}{base.__name__}" + ("" if is_own else f"{OTHER_CONFIG}{config_name}")
 
 
 def _make_config_class(name: str, base: Any) -> type:

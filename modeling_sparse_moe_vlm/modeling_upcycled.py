@@ -23,7 +23,13 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import is_tracing
 
 from .cache_name import is_paged
-from .configuration_upcycled import PREFIX, upcycled_config_class
+from .configuration_upcycled import (
+    OTHER_CONFIG,
+    PREFIX,
+    UpcycledConfigMixin,
+    upcycled_config_class,
+    upcycled_name,
+)
 from .experts import make_experts
 from .experts_config import SparseMoeVlmExpertsConfig
 from .experts_host import ExpertsHost
@@ -92,6 +98,10 @@ class UpcycledMixin(ExpertsHost):
         if name == "forward" and takes_fused_head(value):
             value = with_own_router_losses(self, value)
         super().__setattr__(name, value)
+
+    def smart_apply(self, fn: Any, is_custom_code: bool) -> Any:
+        """As the library's for its own models. In others it passes over what a base fills beyond its own tensors."""
+        return super().smart_apply(fn, False)  # type: ignore[misc]
 
     def library_conversions(self, found=None):
         """See [`ExpertsHost.library_conversions`]. The library knows those of the base, whose names all else keeps."""
@@ -291,7 +301,7 @@ def put_experts_in(model: Any) -> None:
         decoder_layer = model.get_submodule(_layer_path(model, path))
         decoder_layer.__class__ = upcycled_layer_class(type(decoder_layer))
     for part in parts:
-        part.__class__ = upcycled_model_class(type(part))
+        part.__class__ = upcycled_model_class(type(part), type(part.config))
         # Plain attributes, which replicas of the model have as well.
         part.__dict__ |= {"experts_config": config, "routing_planner": planner}
     decoder = parts[-1]
@@ -348,22 +358,28 @@ def _layer_path(model: nn.Module, path: str) -> str:
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def upcycled_model_class(base: type[PreTrainedModel]) -> Any:
+def upcycled_model_class(base: type[PreTrainedModel], config_class: type | None = None) -> Any:
     """
     The class of upcycled models of a base.
 
     Args:
         base (`type[PreTrainedModel]`):
             A model class of Transformers.
+        config_class (`type`, *optional*):
+            The class of its upcycled configuration. By default that of the base's own; some types of the library have a
+            configuration of their own, and another type's model (EXAONE: Llama's).
 
     Returns:
         `type`: a subclass of [`UpcycledMixin`] and of the base, the same for every call.
     """
     if issubclass(base, UpcycledMixin):
         return base
-    made = globals().get(PREFIX + base.__name__)
+    if config_class is None or not issubclass(config_class, UpcycledConfigMixin):
+        config_class = upcycled_config_class(base.config_class)
+    name = upcycled_name(base, config_class)
+    made = globals().get(name)
     if made is None:
-        made = globals()[PREFIX + base.__name__] = _make_model_class(base)
+        made = globals()[name] = _make_model_class(name, base, config_class)
     return made
 
 
@@ -382,8 +398,7 @@ def output_class(base: type[ModelOutput]) -> Any:
 _output_classes: dict[type, Any] = {}
 
 
-def _make_model_class(base: Any) -> type:
-    config_class = upcycled_config_class(base.config_class)
+def _make_model_class(name: str, base: Any, config_class: Any) -> type:
     namespace = {
         "__module__": __name__,
         "__doc__": f"[`~transformers.{base.__name__}`] with experts: see [`UpcycledMixin`].",
@@ -392,8 +407,8 @@ def _make_model_class(base: Any) -> type:
     }
     if issubclass(base, GenerationMixin):
         namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
-    made: Any = type(PREFIX + base.__name__, (UpcycledMixin, base), namespace)
-    auto_class = _auto_class_of(base)
+    made: Any = type(name, (UpcycledMixin, base), namespace)
+    auto_class = _auto_class_of(base, config_class)
     if auto_class is not None:
         made.register_for_auto_class(auto_class)
     for kind in get_args(get_type_hints(base.forward).get("return", None)):
@@ -445,7 +460,7 @@ def _prepare_inputs_of(base: Any) -> Any:
     return prepare_inputs_for_generation
 
 
-def _auto_class_of(base: Any) -> str | None:
+def _auto_class_of(base: Any, config_class: Any) -> str | None:
     """The auto class that `auto_map` names a model for when it is saved, if there is one."""
     for auto_class, table in (
         ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
@@ -453,7 +468,7 @@ def _auto_class_of(base: Any) -> str | None:
         ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
         ("AutoModelForMultimodalLM", modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
     ):
-        if table.get(base.config_class.model_type) == base.__name__:
+        if table.get(config_class.base_model_type) == base.__name__:
             return auto_class
     return None
 
@@ -474,10 +489,13 @@ def _dense_config(config: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    base = _find_base(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    base_name, _, config_name = name.removeprefix(PREFIX).partition(OTHER_CONFIG)
+    base = _find_base(base_name) if name.startswith(PREFIX) else None
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return upcycled_model_class(base)
+    return upcycled_model_class(
+        base, upcycled_config_class(getattr(transformers, config_name or base.config_class.__name__))
+    )
 
 
 def _find_base(name: str) -> Any:

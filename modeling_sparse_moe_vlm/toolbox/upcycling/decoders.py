@@ -59,8 +59,10 @@ def decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     for owner in root.modules():
         for name, layers in owner.named_children():
             if isinstance(layers, nn.ModuleList) and len(layers) and _belongs_to(root, owner, config):
+                is_beside = all(_is_cross_attention(name, layer) for layer in layers)  # Idefics' layers for images
+                is_encoder = _in_encoder(owners[id(owner)], name)
                 size = sum(parameter.numel() for parameter in layers.parameters())
-                rank = (len(layers) == num_layers, not _in_encoder(owners[id(owner)], name), size)
+                rank = (len(layers) == num_layers, not is_encoder and not is_beside, size)
                 found.append((rank, DecoderLayers(owners[id(owner)], name, layers, config)))
     if not found:
         raise UpcyclingError(f"{type(model).__name__} has no text decoder with a list of layers.")

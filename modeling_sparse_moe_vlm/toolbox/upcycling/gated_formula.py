@@ -200,7 +200,7 @@ def _without_weights(block: nn.Module) -> nn.Module:
     """Copies a module's structure, without weights, hooks and the objects that it refers to besides."""
     memo: dict[int, object] = {}
     for parameter in block.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
     for module in block.modules():
         for key in ("config", "_hf_hook"):  # of Accelerate: holds the weights of offloaded modules
             if key in vars(module):
