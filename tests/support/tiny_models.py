@@ -29,6 +29,7 @@ SIZES = {
     r"num_experts_per_tok|top_k|(moe_)?top_?k": 2,
     r"base_channels|latent_channels": 32,
     r"channel_multiplier": (1, 1),
+    r"n_group|topk_group|num_expert_group": 1,
     r"(.*_)?sliding_window|attention_window.*|chunk_size|.*window_size": 8,
 }
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -67,23 +68,33 @@ FIXES: dict[str, dict] = {
     "hunyuan_vl_text": FIXED_HEADS | {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "hunyuan_v1_dense": FIXED_HEADS,
     "ministral": FIXED_HEADS,
-    "nemotron": FIXED_HEADS,
+    "nemotron": FIXED_HEADS | {"num_key_value_heads": 2},
     "deepseek_v3": LATENT_ATTENTION,
     "deepseek_v32": LATENT_ATTENTION,
     "glm_moe_dsa": LATENT_ATTENTION,
     "minicpm3": LATENT_ATTENTION,
     "youtu": LATENT_ATTENTION,
+    "axk1": LATENT_ATTENTION,
+    "axk2": LATENT_ATTENTION,
+    "glm4_moe_lite": LATENT_ATTENTION,
+    "sarvam_mla": LATENT_ATTENTION,
+    "mistral_large4_text": LATENT_ATTENTION,
+    "glm4v_moe_text": {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "ernie4_5_moe": {"moe_k": 2},
+    "kimi_linear": LINEAR_ATTENTION | LATENT_ATTENTION,
     "qwen3_5_text": LINEAR_ATTENTION,
-    "qwen4_exp_text": LINEAR_ATTENTION,
-    "bailing_hybrid": LINEAR_ATTENTION,
+    "bailing_hybrid": LINEAR_ATTENTION | LATENT_ATTENTION,
     "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64, "mamba_chunk_size": 8},
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"]},
+    "mllama_text_model": {"cross_attention_layers": [1]},
     "chameleon": VOCABULARY_MAP,
     "emu3": VOCABULARY_MAP,
     "emu3_vqgan": {"hidden_size": 32, "base_channels": 32, "embed_dim": 4, "latent_channels": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
     "hunyuan_v1_moe": FIXED_HEADS,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "step3p5": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
@@ -92,7 +103,6 @@ FIXES: dict[str, dict] = {
     "glm5_next_text": LATENT_ATTENTION,
     "dots3_note_text": LATENT_ATTENTION,
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
-    "reformer": {"is_decoder": True},
     "granite4_vision": {
         "deepstack_layer_map": [(-1, 0)],
         "downsample_rate": "1/2",
@@ -103,6 +113,17 @@ FIXES: dict[str, dict] = {
     "fast_vlm": {"vision_config": TOWER},
     "gemma3n": {"vision_config": TOWER},
     "perception_lm": {"vision_config": TOWER | {"model_args": {"embed_dim": 32}}},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "split_ngram_parts": 1,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "idefics": {"cross_layer_interval": 1},
@@ -118,18 +139,30 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, auto_class, device: str = "cpu") -> PreTrainedModel:
     """A random model of a type, of the class that an Auto class has for it."""
-    config = tiny_config(model_type)
+    if device == "meta":
+        return _on_meta(tiny_config(model_type), auto_class)
+    torch.manual_seed(0)
+    return _build(tiny_config(model_type), auto_class).eval()
+
+
+def default_model(model_type: str, auto_class) -> PreTrainedModel:
+    """A model of a type in its default size, on the meta device."""
+    return _on_meta(AutoConfig.for_model(model_type), auto_class)
+
+
+def _on_meta(config: PreTrainedConfig, auto_class) -> PreTrainedModel:
+    with torch.device("meta"), initialization.no_init_weights():
+        return _build(config, auto_class)
+
+
+def _build(config: PreTrainedConfig, auto_class) -> PreTrainedModel:
     model_class = auto_class._model_mapping[type(config)]
     if isinstance(model_class, tuple):
         model_class = model_class[0]
     for part in vars(config).values():
         if isinstance(part, model_class.config_class):
             config = part  # a model of text that the library also lists under the type of a larger model
-    if device == "meta":
-        with torch.device("meta"), initialization.no_init_weights():
-            return model_class(config)
-    torch.manual_seed(0)
-    return model_class(config).eval()
+    return model_class(config)
 
 
 def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -70,6 +70,15 @@ def test_further_lists_of_the_decoder():
     assert decoder_layers(model).path == "model.layers"
 
 
+@pytest.mark.parametrize("interval", [1, 2])
+def test_layers_of_cross_attention_beside_those_of_the_decoder(interval):
+    vision = {"embed_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    settings = {"vision_config": vision, "cross_layer_interval": interval, "use_resampler": False}
+    model = build(AutoConfig.for_model("idefics", **TEXT | settings), AutoModel)
+    assert len(model.gated_cross_attn_layers) == 2 // interval
+    assert decoder_layers(model).path == "layers"
+
+
 def test_decoders_after_encoders():
     text = TEXT | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     larger = text | {"intermediate_size": 96}

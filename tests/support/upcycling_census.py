@@ -1,0 +1,179 @@
+"""Which types of models that Transformers has can be upcycled: a tiny model of each is, and is compared with itself."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
+from modeling_sparse_moe_vlm.toolbox.upcycling.blocks import (
+    find_blocks,
+    placeholder_ids,
+)
+from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
+from tests.support.tiny_models import TEXT_TOKENS, default_model, tiny_model
+
+KINDS = {
+    "Images and text": (AutoModelForImageTextToText, modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    "Text": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+}
+STARTS = {"copy": {"expert_groups": "joint", "start": "copy"}, "residual": {"start": "residual"}}
+GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+EXACT, ON_REQUEST, REFUSED, FAILED, NOT_BUILT = "exact", "exact, on request", "no", "failed", "not examined"
+
+
+@dataclass
+class Entry:
+    """What came out for one type: the largest relative difference of logits by start, or why there is none."""
+
+    kind: str
+    model_type: str
+    outcome: str
+    reason: str = ""
+    differences: dict[str, float] = field(default_factory=dict)
+
+
+def census(kind: str, model_types: list[str] | None = None) -> Iterator[Entry]:
+    """Yields an entry for every type of a kind, or for those named."""
+    auto_class, names = KINDS[kind]
+    for model_type in sorted(names):
+        if model_type != "sparse_moe_vlm" and model_type in (model_types or names):
+            yield examine(kind, model_type, auto_class)
+
+
+def examine(kind: str, model_type: str, auto_class) -> Entry:
+    layers, outcome = None, EXACT
+    try:
+        find_blocks(structure(model_type, auto_class))
+    except UpcyclingError as error:
+        layers, outcome = convertible_layers(model_type, auto_class), ON_REQUEST
+        if not layers:
+            return Entry(kind, model_type, REFUSED, str(error))
+    except Exception as error:
+        return Entry(kind, model_type, NOT_BUILT, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+    reason = f"`layers={layers}`" if layers else ""
+    try:
+        differences = {start: difference(model_type, auto_class, layers, **STARTS[start]) for start in STARTS}
+    except Exception as error:
+        return Entry(kind, model_type, FAILED, f"{type(error).__name__}: {error}")
+    return Entry(kind, model_type, outcome, reason, differences)
+
+
+def structure(model_type: str, auto_class) -> PreTrainedModel:
+    """A tiny model without weights; of the default sizes where small ones do not fit each other."""
+    try:
+        return tiny_model(model_type, auto_class, "meta")
+    except ImportError:  # of a library that is not installed
+        raise
+    except Exception:
+        return default_model(model_type, auto_class)
+
+
+def convertible_layers(model_type: str, auto_class) -> list[int]:
+    """The layers of a tiny model that can be upcycled one by one."""
+    layers = []
+    try:
+        model = tiny_model(model_type, auto_class, "meta")
+        for layer in range(model.config.get_text_config(decoder=True).num_hidden_layers):
+            try:
+                find_blocks(model, layers=[layer])
+            except UpcyclingError:
+                continue
+            layers.append(layer)
+        find_blocks(model, layers=layers)
+    except Exception:
+        return []
+    return layers
+
+
+def difference(model_type: str, auto_class, layers: list[int] | None = None, **request) -> float:
+    """
+    Upcycles a tiny model, compares its tokens, saves and loads it.
+
+    Returns:
+        `float`: the largest difference of logits, before or after, relative to the largest logit.
+    """
+    dense = tiny_model(model_type, auto_class)
+    inputs = inputs_of(dense)
+    sparse = upcycle(dense, num_experts=4, layers=layers, batch=inputs, **request)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        sparse.save_pretrained(folder)
+        # The library lists some models of text under the type of a larger one, and finds neither dense nor sparse ones.
+        loader = auto_class if auto_class.__name__ in sparse.config.auto_map else type(sparse)
+        reloaded = loader.from_pretrained(folder, trust_remote_code=True)
+        assert type(reloaded).__name__ == type(sparse).__name__, f"loads as a {type(reloaded).__name__}"
+        expected = dense(**inputs).logits
+        assert torch.equal(generated(sparse, inputs), generated(dense, inputs)), "generates other tokens"
+        logits = [model.eval()(**inputs).logits for model in (sparse, reloaded)]
+        for block in find_blocks(dense, layers).blocks:
+            for parameter in reloaded.get_submodule(block.name).parameters():
+                parameter.mul_(2)
+        changed = reloaded(**inputs).logits
+    assert torch.equal(*logits) or not loads_again(dense, inputs), "has other logits after loading"
+    assert (changed - logits[0]).abs().max() > 1e-2, "does not depend on its experts"
+    return ((logits[0] - expected).abs().max() / expected.abs().max()).item()
+
+
+def loads_again(dense: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether a dense model that was saved is the same when it is loaded, which is up to the library."""
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        return torch.equal(type(dense).from_pretrained(folder)(**inputs).logits, dense(**inputs).logits)
+
+
+def generated(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    return model.generate(**inputs, **GREEDY)
+
+
+def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Two rows of words, with two placeholders of each modality; the towers have nothing to do."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(TEXT_TOKENS.start, TEXT_TOKENS.stop, (2, 12), generator=generator)
+    for place, ids in enumerate(placeholder_ids(model.config).values()):
+        input_ids[:, 2 + 3 * place : 4 + 3 * place] = ids[0]
+    inputs = {"input_ids": input_ids}
+    if model.config.model_type.endswith("idefics"):
+        inputs["image_encoder_embeddings"] = torch.randn(2, 1, 4, 32, generator=generator)
+        inputs["image_attention_mask"] = torch.ones(2, 12, 1, dtype=torch.long)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids
+    return inputs
+
+
+def table(entries: list[Entry]) -> str:
+    """The census as a page of the documentation."""
+    lines = [
+        "# Types of models that can be upcycled",
+        "",
+        f"Transformers {transformers.__version__}. `python scripts/upcycling_census.py` builds a tiny random model of",
+        "every type in `MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING` and `MODEL_FOR_CAUSAL_LM_MAPPING`, upcycles it, compares",
+        "its logits and the tokens that it generates with those of the dense model, saves it and loads it. The figures",
+        'are the largest difference of logits in float32, relative to the largest logit, with `start="copy"` (joint',
+        'experts) and `start="residual"` (hybrid). "On request": only the layers named can become sparse.',
+    ]
+    for kind in KINDS:
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        counts = Counter(entry.outcome for entry in of_kind)
+        lines += [
+            "",
+            f"## {kind}",
+            "",
+            f"{len(of_kind)} types: {counts[EXACT]} exact, {counts[ON_REQUEST]} exact on request, "
+            f"{counts[REFUSED] + counts[FAILED]} not.",
+            "",
+            "| type | upcycled | copy | residual | why not, or how |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for entry in of_kind:
+            figures = [f"{entry.differences[start]:.1e}" if entry.differences else "" for start in STARTS]
+            reason = entry.reason.replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| `{entry.model_type}` | {entry.outcome} | {' | '.join(figures)} | {reason} |")
+    return "\n".join(lines) + "\n"
