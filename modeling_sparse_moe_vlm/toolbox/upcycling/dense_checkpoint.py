@@ -156,6 +156,10 @@ class DenseCheckpoint:
             setattr(self.model.get_submodule(module), leaf, on_meta[name])
         return loaded
 
+    def pieces(self, name: str) -> dict[str, Any]:
+        """By name in the files, what a tensor of the model is made of; `[...]` reads it."""
+        return self._units[self._unit_of[name]]
+
     def _find_units(self, tensors: dict[str, Any]) -> set[str]:
         """
         Finds which of the model's tensors are made of which in the files, as the library does in loading. Returns what

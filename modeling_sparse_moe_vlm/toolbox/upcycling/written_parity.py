@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_utils import LoadStateDictConfig
 
-from ...checkpoint_conversion import loading_conversions
+from ...checkpoint_conversion import MATRICES, loading_conversions
 from ...experts_config import experts_config_of
 from .blocks import DenseBlocks
 from .dense_checkpoint import DenseCheckpoint
@@ -110,14 +110,27 @@ def _open_written(sparse: PreTrainedModel, folder: Path) -> DenseCheckpoint:
 
 def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint) -> None:
     """Lets a module that is on the meta device read its weights when it is called, and forget them afterwards."""
-    names = {f"{name}.{key}": key for key in module.state_dict()}
+    on_meta = {key: tensor.to("meta") for key, tensor in module.state_dict().items()}
 
     def read(*_: Any) -> None:
-        loaded = written.read(names)
-        module.load_state_dict({key: loaded[full] for full, key in names.items()}, assign=True)
+        for key, tensor in on_meta.items():
+            full = f"{name}.{key}"
+            read = _read_stack(full, tensor, written) if tensor.dim() == 3 else written.read([full])[full]
+            module.load_state_dict({key: read}, strict=False, assign=True)
 
     def forget(*_: Any) -> None:
         module.to("meta")
 
     module.register_forward_pre_hook(read)
     module.register_forward_hook(forget)
+
+
+def _read_stack(name: str, on_meta: torch.Tensor, written: DenseCheckpoint) -> torch.Tensor:
+    """Reads experts one by one: the library, which stacks them, has all of them in memory three times for a moment."""
+    stack, matrices = torch.empty_like(on_meta, device="cpu"), MATRICES[name.rpartition(".")[2]]
+    pieces = written.pieces(name)
+    for expert, of_expert in enumerate(stack):
+        for matrix, place in zip(matrices, of_expert.chunk(len(matrices)), strict=True):
+            ending = f".{expert}.{matrix}.weight"
+            place.copy_(next(piece for key, piece in pieces.items() if key.endswith(ending))[...])
+    return stack

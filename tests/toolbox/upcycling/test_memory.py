@@ -1,0 +1,50 @@
+"""How much memory upcycling a checkpoint takes, in a process of its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support.processes import ROOT
+
+MEGABYTE = 1e6
+SLACK = 64 * MEGABYTE  # of the allocator and of the libraries
+PROGRAM = """
+import json, resource, sys
+from modeling_sparse_moe_vlm.toolbox.upcycling.checkpoints import plan_checkpoint, upcycle_checkpoint
+
+unit = 1 if sys.platform == "darwin" else 1024
+peak = lambda: unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dense, output, compare = sys.argv[1:]
+plan = plan_checkpoint(dense)
+before = peak()
+upcycle_checkpoint(dense, output, compare=compare == "compare")
+sizes = {"dense": plan.dense.bytes["float32"], "sparse": plan.sparse.bytes["float32"]}
+print(json.dumps({"peak": peak() - before, **sizes}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compare", ["compare", "blocks"])
+def test_at_most_the_dense_model_and_one_sparse_layer(compare, tmp_path):
+    num_layers = 24
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    arguments = [sys.executable, "-c", PROGRAM, tmp_path / "dense", tmp_path / "sparse", compare]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    layer = 4 * 3 * 256 * 1024 * 9  # eight routed experts, and one that is always on
+    assert figures["sparse"] > figures["dense"] + 20 * layer
+    # While a stack is written, it is there twice: as a whole, and cut into experts.
+    bound = 2 * layer if compare == "blocks" else figures["dense"] + layer
+    assert figures["peak"] < bound + SLACK, figures
