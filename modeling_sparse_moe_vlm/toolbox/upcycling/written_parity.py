@@ -73,8 +73,9 @@ def written_parity(
         for block in found.blocks:
             dense.get_submodule(block.name).to("meta")
         make_sparse(dense, config)
+        stacks: dict[Any, torch.Tensor] = {}
         for name, module in _sparse_modules(dense, found).items():
-            _read_when_called(name, module, written)
+            _read_when_called(name, module, written, stacks)
         return parity(outputs, dense, inputs, is_given=batch is not None, bound=bound)
 
 
@@ -108,15 +109,25 @@ def _open_written(sparse: PreTrainedModel, folder: Path) -> DenseCheckpoint:
     return DenseCheckpoint(model, [str(path) for path in sorted(folder.glob("*.safetensors"))], load_config)
 
 
-def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint) -> None:
-    """Lets a module that is on the meta device read its weights when it is called, and forget them afterwards."""
+def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint, stacks: dict[Any, torch.Tensor]) -> None:
+    """
+    Lets a module that is on the meta device read its weights when it is called, and forget them afterwards. The memory
+    of stacks is used again by the next module: given back each time, it would be scattered.
+    """
     on_meta = {key: tensor.to("meta") for key, tensor in module.state_dict().items()}
 
     def read(*_: Any) -> None:
         for key, tensor in on_meta.items():
             full = f"{name}.{key}"
-            read = _read_stack(full, tensor, written) if tensor.dim() == 3 else written.read([full])[full]
-            module.load_state_dict({key: read}, strict=False, assign=True)
+            if tensor.dim() == 3:
+                place = (key, tensor.shape, tensor.dtype)
+                if place not in stacks:
+                    stacks[place] = torch.empty_like(tensor, device="cpu")
+                _read_stack(full, stacks[place], written)
+                value = stacks[place]
+            else:
+                value = written.read([full])[full]
+            module.load_state_dict({key: value}, strict=False, assign=True)
 
     def forget(*_: Any) -> None:
         module.to("meta")
@@ -125,12 +136,10 @@ def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint) ->
     module.register_forward_hook(forget)
 
 
-def _read_stack(name: str, on_meta: torch.Tensor, written: DenseCheckpoint) -> torch.Tensor:
+def _read_stack(name: str, stack: torch.Tensor, written: DenseCheckpoint) -> None:
     """Reads experts one by one: the library, which stacks them, has all of them in memory three times for a moment."""
-    stack, matrices = torch.empty_like(on_meta, device="cpu"), MATRICES[name.rpartition(".")[2]]
-    pieces = written.pieces(name)
+    matrices, pieces = MATRICES[name.rpartition(".")[2]], written.pieces(name)
     for expert, of_expert in enumerate(stack):
         for matrix, place in zip(matrices, of_expert.chunk(len(matrices)), strict=True):
             ending = f".{expert}.{matrix}.weight"
             place.copy_(next(piece for key, piece in pieces.items() if key.endswith(ending))[...])
-    return stack
