@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_gguf_available
 
 from ...experts_config import experts_config_of
 from ..meta_model import model_on_meta_device
@@ -219,6 +220,8 @@ def _upcycle_native(
 def _on_meta(source: str | os.PathLike, revision: str | None, gguf_file: str | None) -> PreTrainedModel:
     """The dense model without weights."""
     options = _given(revision=revision, gguf_file=gguf_file)
+    if gguf_file is not None and not is_gguf_available():
+        raise UpcyclingError("GGUF files need the package `gguf`: pip install gguf.")
     if gguf_file is None and PreTrainedConfig.get_config_dict(source, **options)[0].get("auto_map"):
         raise UpcyclingError(
             f"{source} brings code of its own, as models do that are upcycled already: only models of Transformers can "
@@ -272,7 +275,7 @@ def _check_blocks(errors: Mapping[int, float], bound: float | None) -> None:
 def _save_rest(sparse: Any, outcome: UpcycledCheckpoint, processor: Any, folder: Path) -> None:
     """All but the weights: the configuration comes last, without which nobody takes the folder for a model."""
     save_processor(processor, folder)
-    write_card(folder, Path(outcome.output or "").name, outcome.source, sparse, outcome.dense, outcome.sparse)
+    write_card(folder, Path(outcome.output or "").resolve().name, outcome.source, sparse, outcome.dense, outcome.sparse)
     sparse.save_pretrained(folder, state_dict={})
 
 

@@ -266,6 +266,12 @@ def test_examples_without_a_processor(dense_llama, tmp_path):
         upcycle_checkpoint(dense_llama, tmp_path / "sparse", rows=rows())
 
 
+def test_gguf_files_need_a_package(dense_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "is_gguf_available", lambda: False)
+    with pytest.raises(UpcyclingError, match="pip install gguf"):
+        upcycle_checkpoint(dense_llama, tmp_path / "sparse", gguf_file="model.gguf")
+
+
 def test_an_upcycled_model(dense, tmp_path):
     upcycle_checkpoint(dense, tmp_path / "sparse", compare=False)
     with pytest.raises(UpcyclingError, match="brings code of its own, as models do that are upcycled already"):
