@@ -170,4 +170,5 @@ def test_scripts_are_the_verbs(verb, run_here, capsys):
 
 
 def test_every_script_is_a_verb():
-    assert {path.name for path in SCRIPTS.glob("*.py")} == set(SCRIPTS_OF_VERBS.values())
+    of_clones = {"upcycling_census.py"}  # makes a page of the documentation
+    assert {path.name for path in SCRIPTS.glob("*.py")} == set(SCRIPTS_OF_VERBS.values()) | of_clones
