@@ -397,6 +397,20 @@ def test_fields_of_every_part_reach_it():
     torch.testing.assert_close(priors[0] - priors[0].mean(), expected - expected.mean())
 
 
+def test_a_model_from_parts_trains_in_every_part():
+    model = upcycle_from_parts(make_dense("qwen2"), make_tower(), image_token_id=3, output_router_logits=True).train()
+    input_ids = torch.tensor([[5, 3, 3, 3, 3, 7, 11, 12], [8, 3, 3, 3, 3, 9, 13, 14]])
+    pixel_values = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    model(input_ids=input_ids, pixel_values=pixel_values, labels=input_ids).loss.backward()
+    # The pooled output is not used, and routed experts start with nothing to say: so their way in has no gradient yet.
+    without = {
+        name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
+    }
+    assert {name for name in without if ".post_layernorm." not in name} == {
+        f"model.language_model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(3)
+    }
+
+
 # ---------------------------------------------------------------- the image token
 
 
