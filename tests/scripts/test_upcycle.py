@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipVisionConfig,
@@ -157,3 +158,37 @@ def test_mistakes(arguments, message, dense, tmp_path, monkeypatch, capsys):
     assert message in line
     assert printed.out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_native_models_of_dense_and_of_upcycled_ones(dense, tmp_path, run_verb):
+    run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
+    made = [
+        json.loads(run_verb("upcycle", source, "--native", "--output", tmp_path / name, "--json", *options))
+        for source, name, options in (
+            (dense, "of_dense", ("--expert-groups", "joint")),
+            (tmp_path / "sparse", "of_upcycled", ()),
+        )
+    ]
+    assert [one["model_class"] for one in made] == ["LlavaForConditionalGeneration"] * 2
+    assert made[0]["sparse"] == made[1]["sparse"]
+    assert made[0]["dense"] == made[1]["dense"]
+    states = [
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict()
+        for name in ("of_dense", "of_upcycled")
+    ]
+    assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in states[0]
+    assert AutoProcessor.from_pretrained(tmp_path / "of_upcycled").chat_template
+
+
+@pytest.mark.parametrize(
+    "option", [("--num-experts", "4"), ("--seed", "1"), ("--no-comparison",), ("--set", "router=x")]
+)
+def test_native_models_of_upcycled_ones_take_no_options_of_upcycling(option, dense, tmp_path, capsys, run_verb):
+    run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
+    with pytest.raises(SystemExit):
+        main(["upcycle", str(tmp_path / "sparse"), "--native", "--output", str(tmp_path / "twin"), *option])
+    assert f"sparse is upcycled already, and --native saves it as the library's own class: leave out {option[0]}." in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "twin").exists()

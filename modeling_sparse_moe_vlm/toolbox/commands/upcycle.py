@@ -5,6 +5,7 @@ Makes a sparse mixture of experts of a dense model, with the same outputs.
     sparse-moe-vlm upcycle path/to/llava --output outputs/llava-sparse --expert-groups isolated --num-experts 8
     sparse-moe-vlm upcycle HuggingFaceTB/SmolLM2-135M --dry-run --expert-groups joint --start split --granularity 2
     sparse-moe-vlm upcycle path/to/gguf --gguf-file model-f16.gguf --output outputs/sparse --set router=sigmoid
+    sparse-moe-vlm upcycle outputs/trained --native --output outputs/qwen3-moe
     sparse-moe-vlm upcycle --text Qwen/Qwen3-0.6B --vision google/siglip2-base-patch16-224 --output outputs/from-parts
 
 The weights go from file to file, block by block. To compare the outputs, the dense model is loaded, and one sparse
@@ -25,7 +26,9 @@ from .routing_report import read_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", help="dense model: a folder, or a name on the Hub")
+    parser.add_argument(
+        "source", nargs="?", help="dense model (with --native also an upcycled one): folder or name on the Hub"
+    )
     parser.add_argument("--output", help="folder for the sparse model")
     parser.add_argument("--dry-run", action="store_true", help="only print what dense and sparse model cost")
     add_json_option(parser)
@@ -65,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..upcycling.checkpoints import plan_checkpoint, upcycle_checkpoint
+    from ..upcycling.native_checkpoint import export_checkpoint, is_upcycled_checkpoint
     from ..upcycling.parts_checkpoint import upcycle_parts_checkpoint
 
     with only_json(arguments.json), mistakes_in_one_line():
@@ -75,13 +79,17 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             made = plan_checkpoint(arguments.source, **of_source, **how, **request)
         else:
-            of_output = {
-                "dtype": arguments.dtype,
-                "max_shard_size": arguments.max_shard_size,
-                "overwrite": arguments.overwrite,
-                "rows": [] if arguments.data is None else read_rows(Path(arguments.data)),
-            }
-            if arguments.source is None:
+            of_files = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "overwrite")}
+            rows = [] if arguments.data is None else read_rows(Path(arguments.data))
+            of_output = {**of_files, "rows": rows}
+            if (
+                arguments.native
+                and arguments.gguf_file is None
+                and is_upcycled_checkpoint(arguments.source, arguments.revision)
+            ):
+                _check_export(arguments)
+                made = export_checkpoint(arguments.source, arguments.output, revision=arguments.revision, **of_files)
+            elif arguments.source is None:
                 made = upcycle_parts_checkpoint(
                     arguments.text, arguments.vision, arguments.output, **of_output, **how, **request
                 )
@@ -115,6 +123,19 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--{given[0].replace('_', '-')} does not go with --text.")
     if arguments.router_init == "data" and arguments.data is None and not arguments.dry_run:
         raise ValueError("--router-init data needs --data, a file of conversations.")
+
+
+def _check_export(arguments: argparse.Namespace) -> None:
+    """Raises `ValueError` for options that say how to upcycle, where a model is upcycled already."""
+    usual = {"expert_groups": "hybrid", "num_experts_per_tok": 2, "router_init": "random", "seed": 0, "set": []}
+    of_upcycling = ("num_experts", "start", "granularity", "drop_ratio", "layers", "data", "parity_bound")
+    usual |= dict.fromkeys(of_upcycling) | {"no_comparison": False}
+    for name, value in usual.items():
+        if getattr(arguments, name) != value:
+            raise ValueError(
+                f"{arguments.source} is upcycled already, and --native saves it as the library's own class: leave out "
+                f"--{name.replace('_', '-')}."
+            )
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, Any]:

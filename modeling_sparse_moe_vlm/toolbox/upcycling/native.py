@@ -92,7 +92,7 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
         raise UpcyclingError(f"{type(model).__name__} is not an upcycled model: only those have twins in Transformers.")
     _check_weights_are_plain(model)
     base_class = _class_of_transformers(model)
-    base = _base_config(model.config)
+    base = base_config(model.config)
     decoder = base.get_text_config()
     state = model.state_dict()
     blocks = _names_of_blocks(model, experts, state)
@@ -140,7 +140,7 @@ def _class_of_transformers(model: nn.Module) -> type[PreTrainedModel]:
     raise UpcyclingError(f"The base of {type(model).__name__} is not a class of Transformers, so it has no twin there.")
 
 
-def _base_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The base's configuration, without what upcycling added."""
     cls: type[PreTrainedConfig] = next(
         cls for cls in type(config).__mro__ if cls.__module__.startswith(_MODELS_OF_TRANSFORMERS)

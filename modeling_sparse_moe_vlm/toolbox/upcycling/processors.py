@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
 
 from ..data.rows import apply_chat_template, with_images
@@ -18,7 +18,12 @@ _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_pr
 _OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def load_processor(source: str | os.PathLike, gguf_file: str | None = None, **options: Any) -> Any | None:
+def load_processor(
+    source: str | os.PathLike,
+    gguf_file: str | None = None,
+    config: PreTrainedConfig | None = None,
+    **options: Any,
+) -> Any | None:
     """
     The processor of a model, or its tokenizer where it has no processor.
 
@@ -27,6 +32,8 @@ def load_processor(source: str | os.PathLike, gguf_file: str | None = None, **op
             Folder, or name on the Hub.
         gguf_file (`str`, *optional*):
             The GGUF file in it that the tokenizer is read from.
+        config (`PreTrainedConfig`, *optional*):
+            The configuration of the dense model, where that of the source needs code that is not to be run.
         options:
             Further arguments of `from_pretrained`, such as `revision`.
 
@@ -38,9 +45,10 @@ def load_processor(source: str | os.PathLike, gguf_file: str | None = None, **op
     """
     if gguf_file is not None:
         return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
+    given = {} if config is None else {"config": config}
     for auto_class, names in ((AutoProcessor, _OF_PROCESSORS), (AutoTokenizer, _OF_TOKENIZERS)):
         if any(_has(source, name, **options) for name in names):
-            return auto_class.from_pretrained(source, **options)
+            return auto_class.from_pretrained(source, **given, **options)
     return None
 
 
