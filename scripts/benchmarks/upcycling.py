@@ -423,12 +423,12 @@ def show(rows: Sequence[dict[str, Any]], by_seed: Sequence[Mapping[str, Run]], s
                     statistics.mean(getattr(p.scores[part], metric) for p in at) for at in zip(*of_seeds, strict=True)
                 ]
                 print(f"{part:<18}{name:<18}" + "".join(f"{mean:>9.3f}" for mean in means))
-    print("\nAt equal budgets")
-    print(f"{'case':<52}{'metric':<19}{'ours':>9}{'peer':>9}{'ratio':>8}   ours - peer, 95 % interval")
+    print("\nComparisons")
+    print(f"{'case':<52}{'metric':<19}{'ours':>11}{'peer':>11}{'ratio':>10}   ours - peer, 95 % interval")
     for each in rows:
         ratio = "" if each["ratio"] is None else f"{each['ratio']:.3g}"
         bounds = "" if each.get("low") is None else f"   {each['low']:+.3f} to {each['high']:+.3f}"
-        print(f"{each['case']:<52}{each['metric']:<19}{each['ours']:>9.4g}{each['peer']:>9.4g}{ratio:>8}{bounds}")
+        print(f"{each['case']:<52}{each['metric']:<19}{each['ours']:>11.4g}{each['peer']:>11.4g}{ratio:>10}{bounds}")
 
 
 if __name__ == "__main__":
