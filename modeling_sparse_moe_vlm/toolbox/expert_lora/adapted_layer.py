@@ -24,14 +24,15 @@ from .adapters_by_row import run_by_row
 from .decode_cache import StepMemory
 from .dora import adapted_norm, check_dora, initial_magnitude
 from .factored_weight import LowRankUpdate
-from .processes import check_is_alike, is_spread, share_of
-from .switches import Switches
+from .merging import MergingLayer
+from .processes import check_is_alike, share_of
+from .switches import Switches, SwitchingLayer
 
 # `grouped_mm` wants rows of a multiple of so many bytes.
 ROW_BYTES = 16
 
 
-class FactoredExpertsLayer(ParamWrapper):
+class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
     """
     `ParamWrapper` that multiplies with W + scaling·B·A expert by expert, without adding it up: x·W + (x·A)·B. What is
     saved, loaded and merged is PEFT's. Besides what PEFT can, it takes dropout, DoRA and rows with an adapter each.
@@ -68,7 +69,7 @@ class FactoredExpertsLayer(ParamWrapper):
         # Where other processes have parts of the stack, what this one has.
         self.share = share_of(self.get_param(), self._did_swap_in_out_features)
         self._memory = StepMemory()
-        self._merged_rescale: dict[str, torch.Tensor] = {}
+        self.merged_rescale: dict[str, torch.Tensor] = {}
         self.switches = Switches()
         expert_seam.prepare(self.get_base_layer())
 
@@ -183,61 +184,6 @@ class FactoredExpertsLayer(ParamWrapper):
         else:
             norms, magnitude = norm(), magnitude[experts]
         return (magnitude / norms.to(magnitude.dtype)).to(stack.dtype)
-
-    def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What merging adds to the stack, in its orientation."""
-        delta = super().get_delta_weight(adapter_name, *args, **kwargs)
-        if not self.use_dora.get(adapter_name):
-            return delta
-        stack = self.get_param().detach()
-        return self._as_columns(self.rescale(adapter_name, stack)) * (stack + delta) - stack
-
-    def _as_columns(self, rescale: torch.Tensor) -> torch.Tensor:
-        return rescale[:, :, None] if self._did_swap_in_out_features else rescale[:, None, :]
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if self.get_param().is_meta or expert_seam.is_read_only(self.get_base_layer()):
-            raise ValueError(
-                f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
-                "offloading, and its adapter again, to merge."
-            )
-        if is_spread(self.get_param()):
-            raise ValueError(
-                f"several processes share {self.stack_name!r}, so that nothing can be merged into it: save the "
-                "adapter, and merge it in one process."
-            )
-        check_dora(self, names)
-        for name in names:
-            if self.use_dora.get(name):
-                self._merged_rescale[name] = self.rescale(name, self.get_param().detach())
-        super().merge(safe_merge, adapter_names)
-        self.switches.count()
-        expert_seam.stacks_have_changed(self.get_base_layer())
-
-    def unmerge(self) -> None:
-        for name in list(self.merged_adapters):
-            if name in self._merged_rescale:
-                param = self.get_param()
-                self.merged_adapters.remove(name)
-                param.data /= self._as_columns(self._merged_rescale.pop(name))
-                param.data -= ParamWrapper.get_delta_weight(self, name)
-        if self.merged:
-            super().unmerge()
-        self.switches.count()
-        expert_seam.stacks_have_changed(self.get_base_layer())
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        before = list(self.active_adapters)
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if list(self.active_adapters) != before and hasattr(self, "switches"):  # not while PEFT's constructor runs
-            self.switches.count()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        before = self.disable_adapters
-        super().enable_adapters(enabled)
-        if self.disable_adapters != before:
-            self.switches.count()
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any):
         if self.disable_adapters or (self.merged and adapter_names is None):

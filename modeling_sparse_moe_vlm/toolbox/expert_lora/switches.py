@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 
 
 class Switches:
@@ -42,6 +43,24 @@ class Switches:
                 "its answer would be a mixture. Pass `adapter_names=[…]`, a name for each row, to choose in each call, "
                 "or switch while no call runs."
             )
+
+
+class SwitchingLayer(ParamWrapper):
+    """The part of [`~adapted_layer.FactoredExpertsLayer`] that counts switches."""
+
+    switches: Switches
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        before = list(self.active_adapters)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if list(self.active_adapters) != before and hasattr(self, "switches"):  # not while PEFT's constructor runs
+            self.switches.count()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        before = self.disable_adapters
+        super().enable_adapters(enabled)
+        if self.disable_adapters != before:
+            self.switches.count()
 
 
 def switches_of(model: Any) -> Switches | None:
