@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -60,6 +61,9 @@ def model_on_meta_device(
             if type(model).__name__ in (architectures or [type(model).__name__]):
                 return model
             models.append(model)
+        named = [getattr(transformers, name, None) for name in architectures or []]
+        if not models and named and named[0] is not None:  # some decoders of larger models are in no table
+            models.append(named[0]._from_config(copy.deepcopy(config_or_model), **options))
     if not models:
         raise ValueError(f"no auto class of Transformers knows a configuration of type {type(config).__name__}.")
     return models[0]

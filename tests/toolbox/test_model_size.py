@@ -1,6 +1,7 @@
 """Sizes of models from their configurations: ours, and those of the library."""
 
 import pytest
+import torch
 from transformers import (
     CLIPVisionConfig,
     Gemma4Config,
@@ -8,6 +9,8 @@ from transformers import (
     JetMoeConfig,
     LlamaConfig,
     LlavaConfig,
+    MllamaForCausalLM,
+    MllamaTextConfig,
     Qwen3MoeConfig,
     Qwen3VLMoeConfig,
 )
@@ -137,3 +140,19 @@ def test_an_encoder_of_another_modality_is_not_used():
     assert size.active["image"] == size.total - sound
     assert size.active["audio"] == size.total - image
     assert size.active["text"] < min(size.total - image, size.total - sound)
+
+
+def test_of_a_decoder_that_is_in_no_table_of_the_library():
+    """It is found by the class that its configuration names."""
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = MllamaTextConfig(**DECODER, **tokens, cross_attention_layers=[], rope_parameters=rope)
+    with pytest.raises(
+        ValueError, match="no auto class of Transformers knows a configuration of type MllamaTextConfig"
+    ):
+        model_size(config)
+    config.architectures = ["MllamaForCausalLM"]
+    model = model_on_meta_device(config, "bfloat16")
+    assert type(model) is MllamaForCausalLM
+    assert model.lm_head.weight.device == torch.device("meta")
+    assert model.dtype == torch.bfloat16
