@@ -26,7 +26,7 @@ SIZES = {
     r"image_size|img_size|resolution": 16,
     r"(.*_)?patch_size": 4,
     r"(.*_)?num_experts|n_routed_experts|num_local_experts": 4,
-    r"num_experts_per_tok|top_k|(moe_)?top_?k": 2,
+    r"num_experts_per_tok(en)?|top_k|(moe_)?top_?k": 2,
     r"base_channels|latent_channels": 32,
     r"channel_multiplier": (1, 1),
     r"n_group|topk_group|num_expert_group": 1,
@@ -142,7 +142,11 @@ def tiny_model(model_type: str, auto_class, device: str = "cpu") -> PreTrainedMo
     if device == "meta":
         return _on_meta(tiny_config(model_type), auto_class)
     torch.manual_seed(0)
-    return _build(tiny_config(model_type), auto_class).eval()
+    model = _build(tiny_config(model_type), auto_class).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # xLSTM's gates, with which nothing would depend on experts
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def default_model(model_type: str, auto_class) -> PreTrainedModel:

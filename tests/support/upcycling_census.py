@@ -114,11 +114,17 @@ def difference(model_type: str, auto_class, layers: list[int] | None = None, **r
         logits = [model.eval()(**inputs).logits for model in (sparse, reloaded)]
         for block in find_blocks(dense, layers).blocks:
             for parameter in reloaded.get_submodule(block.name).parameters():
-                parameter.mul_(2)
+                parameter.mul_(10)
         changed = reloaded(**inputs).logits
     assert torch.equal(*logits) or not loads_again(dense, inputs), "has other logits after loading"
-    assert (changed - logits[0]).abs().max() > 1e-2, "does not depend on its experts"
-    return ((logits[0] - expected).abs().max() / expected.abs().max()).item()
+    assert relative_difference(changed, logits[0]) > 1e-3, "does not depend on its experts"
+    return relative_difference(logits[0], expected)
+
+
+def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    allowed = expected > torch.finfo(expected.dtype).min  # Chameleon's tokens of images are never generated
+    logits, expected = logits[allowed], expected[allowed]
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
 def loads_again(dense: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
