@@ -1,6 +1,7 @@
 """Upcycled models as classes of Transformers: same outputs, plain checkpoints, and what no class can express."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -671,6 +672,14 @@ def test_twin_with_other_tensors(change, message, monkeypatch):
     monkeypatch.setattr(native, "_twin_state", lambda *arguments: change(own(*arguments)))
     with pytest.raises(UpcyclingError, match=message):
         to_native(make("llama"))
+
+
+def test_fields_that_the_twins_configuration_drops(monkeypatch):
+    twin = TWINS["qwen3"][0]
+    changed = replace(twin, fields=lambda layers, base: twin.fields(layers, base) | {"sliding_window": 5})
+    monkeypatch.setitem(TWINS, "qwen3", (changed,))
+    with pytest.raises(UpcyclingError, match="qwen3_moe: its configuration makes `sliding_window` None, which is 5"):
+        to_native(make("qwen3"))
 
 
 def test_release_without_the_twin(monkeypatch):
