@@ -28,6 +28,7 @@ VISION_LANGUAGE = [
     "molmo2",
     "ovis2",
     "paligemma",
+    "pp_chart2table",
     "qwen2_5_vl",
     "qwen3_5",
     "qwen3_vl",
