@@ -427,6 +427,7 @@ def test_what_a_twin_takes_over(tmp_path):
     twin = to_native(model)
     assert twin.training
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.bfloat16}
+    assert twin.config.dtype == torch.bfloat16
     assert twin.config._attn_implementation == "eager"
     assert twin.generation_config.repetition_penalty == 1.5
     assert twin.generation_config is not model.generation_config
