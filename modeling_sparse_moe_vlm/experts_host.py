@@ -84,24 +84,33 @@ class ExpertsHost(PreTrainedModel):
         with _named_argument(cls.config_class):
             return super()._from_config(config, **kwargs)
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> Any:
+        """As the library's, but by default experts run by what takes their widths in any type they may get."""
+        if requested_experts is None and self._widths_other_than(16 // torch.float16.itemsize):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     def _grouped_mm_can_dispatch(self) -> bool:
-        """
-        As the library's, which takes `grouped_mm` by default if this raises nothing: torch's kernels want rows of whole
-        16 bytes, which here are those of the hidden states and of the experts, in any dtype that the model may get.
-        """
+        """As the library's, and raises `ValueError` for widths that torch's kernels do not take."""
+        dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        multiple = 16 // next(dtypes, torch.get_default_dtype()).itemsize
+        odd = self._widths_other_than(multiple)
+        check(
+            not odd,
+            f'`experts_implementation="grouped_mm"` needs widths that are multiples of {multiple}, which {odd} are '
+            'not: use "eager" (the default then) or "batched_mm".',
+        )
+        return super()._grouped_mm_can_dispatch()
+
+    def _widths_other_than(self, multiple: int) -> dict[str, int]:
+        """The widths that are no such multiples: grouped products want rows of whole 16 bytes."""
         config = experts_config_of(self.config)
         widths = {"hidden_size": config.hidden_size} | {
             f"expert_groups[{group['name']!r}].intermediate_size": group["intermediate_size"]
             for group in config.expert_groups
             if not group["always_on"]
         }
-        odd = {name: width for name, width in widths.items() if width % 8}
-        check(
-            not odd,
-            f'`experts_implementation="grouped_mm"` needs widths that are multiples of 8, which {odd} are not: use '
-            '"eager" (the default then) or "batched_mm".',
-        )
-        return super()._grouped_mm_can_dispatch()
+        return {name: width for name, width in widths.items() if width % multiple}
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):

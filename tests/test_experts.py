@@ -297,15 +297,15 @@ def test_experts_of_any_width_run_by_default(width, dtype):
 def test_grouped_products_of_odd_widths_are_refused():
     groups = [
         {"name": "joint", "num_experts": 4},
-        {"name": "text", "num_experts": 2, "intermediate_size": 20},
+        {"name": "text", "num_experts": 2, "intermediate_size": 18},
         {"name": "everyone", "num_experts": 1, "intermediate_size": 9, "always_on": True},
     ]
     model = make_model(expert_groups=groups, num_experts=None)
-    message = 'which {"expert_groups[\'text\'].intermediate_size": 20} are not: use "eager"'
+    message = 'which {"expert_groups[\'text\'].intermediate_size": 18} are not: use "eager"'
     with pytest.raises(ValueError, match=re.escape(message)):
         model.set_experts_implementation("grouped_mm")
     model.set_experts_implementation("batched_mm")
-    config = make_config(hidden_size=36, num_attention_heads=2)
+    config = make_config(hidden_size=38, num_attention_heads=1, num_key_value_heads=1)
     config._experts_implementation = "grouped_mm"
-    with pytest.raises(ValueError, match=re.escape("{'hidden_size': 36}")):
+    with pytest.raises(ValueError, match=re.escape("{'hidden_size': 38}")):
         SparseMoeVlmForConditionalGeneration(config)

@@ -608,3 +608,11 @@ def test_weights_are_safetensors(tmp_path):
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
     assert not [path for path in tmp_path.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
+
+
+@pytest.mark.parametrize(("width", "dtype", "multiple"), [(12, torch.bfloat16, 8), (10, torch.float32, 4)])
+def test_grouped_products_are_for_rows_of_whole_16_bytes(width, dtype, multiple, tmp_path):
+    make_model(moe_intermediate_size=width).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"needs widths that are multiples of {multiple}, which .*: {width}"):
+        SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, experts_implementation="grouped_mm")
+    make_model(moe_intermediate_size=2 * width).to(dtype).set_experts_implementation("grouped_mm")

@@ -97,10 +97,6 @@ def test_logits_and_gradients_are_pefts(name, implementation):
 def test_sizes_that_do_not_tell_inputs_from_outputs(name, sizes, implementation):
     """Square stacks, as many experts as ranks, and sizes that are no powers of two."""
     model = make_model(name, **sizes)
-    if name == "isolated" and implementation == "grouped_mm" and sizes.get("width", 8) % 8:
-        with pytest.raises(ValueError, match="needs widths that are multiples of 8"):
-            model.set_experts_implementation(implementation)
-        return
     model.set_experts_implementation(implementation)
     rank = {"r": 4} if sizes.get("num_experts") == 4 else {"r": 5, "use_rslora": True}
     adapted, inputs = adapt(model, **rank), make_inputs(model)

@@ -108,7 +108,7 @@ def test_rows_from_data_change_routers_only(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["hybrid", "joint"])
 def test_dense_blocks_of_any_width_can_be_upcycled(name, dtype):
-    """Kernels of grouped products take multiples of 8 only."""
+    """Kernels of grouped products take rows of whole 16 bytes only."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**TINY_DECODER | {"intermediate_size": 37})).eval().to(dtype)
     inputs = inputs_of("llama")
