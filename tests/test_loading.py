@@ -36,6 +36,7 @@ from modeling_sparse_moe_vlm import (
 )
 from tests.support.models import TEXT_CONFIG, make_config, make_inputs, make_model
 from tests.support.processors import make_picture, make_processor, make_speaking_model
+from tests.test_code_revisions import OF_THE_PROCESSOR, OF_UPCYCLED
 from tests.test_modeling import TOWERS
 
 OTHER_GROUPS = [
@@ -354,9 +355,10 @@ def test_auto_maps_name_every_class(tmp_path):
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == expected
     files = {path.name for path in Path(modeling_sparse_moe_vlm.__file__).parent.glob("*.py")}
     saved = {path.name for path in (tmp_path / "head").glob("*.py")}
-    # The processor's files come with the processor; the fusion layer and `__init__` are the package's alone.
-    of_processor = {"processing_sparse_moe_vlm.py", "control_tokens.py", "image_reading.py"}
-    assert files - saved == {"__init__.py", "fusion.py"} | of_processor
+    # The processor's files come with the processor, and those of upcycled models with these; the fusion layer and
+    # `__init__` stay with the package.
+    of_others = {f"{name}.py" for name in (*OF_THE_PROCESSOR, *OF_UPCYCLED)}
+    assert files - saved == {"__init__.py", "fusion.py"} | of_others
 
 
 def test_code_saved_under_fsdp(tmp_path):
