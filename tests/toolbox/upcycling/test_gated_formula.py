@@ -9,6 +9,7 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers.activations import ACT2FN
 
+from modeling_sparse_moe_vlm.toolbox.upcycling import gated_formula
 from modeling_sparse_moe_vlm.toolbox.upcycling.gated_formula import (
     NotTheFormulaError,
     fingerprint,
@@ -291,3 +292,14 @@ def test_mixers_of_a_sequence_do_not_look_like_feed_forward_blocks():
             return super().forward(x)
 
     assert not looks_like_feed_forward(Mixer())
+
+
+def test_no_activation_that_prints_a_message_is_made(monkeypatch):
+    """xIELU warns where its kernel is not installed, whatever the block is."""
+    made = []
+    make = type(ACT2FN).__getitem__
+    monkeypatch.setattr(type(ACT2FN), "__getitem__", lambda table, name: made.append(name) or make(table, name))
+    gated_formula._activations.cache_clear()
+    read_formula(Gated("relu2"))
+    assert "relu2" in made
+    assert "xielu" not in made
