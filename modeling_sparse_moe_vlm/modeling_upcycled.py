@@ -21,6 +21,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .cache_name import is_paged
 from .configuration_upcycled import (
@@ -407,7 +408,13 @@ def _make_model_class(name: str, base: Any, config_class: Any) -> type:
     }
     if issubclass(base, GenerationMixin):
         namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
-    made: Any = type(name, (UpcycledMixin, base), namespace)
+    bases: tuple[Any, ...] = (UpcycledMixin, base)
+    if issubclass(base, GenerationMixin):
+        bases += (GenerationMixin,)  # directly: else the auto classes make another class of it, which cannot be pickled
+    made: Any = type(name, bases, namespace)
+    # What `output_hidden_states` and the like record, which the library notes by class when a model is made: the parts
+    # of an upcycled one are of their base's class then.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)
     auto_class = _auto_class_of(base, config_class)
     if auto_class is not None:
         made.register_for_auto_class(auto_class)

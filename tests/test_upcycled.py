@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, Qwen3VLConfig
+from transformers.generation import GenerationMixin
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_sparse_moe_vlm import configuration_upcycled, losses, modeling_upcycled
@@ -16,6 +17,7 @@ from modeling_sparse_moe_vlm.configuration_upcycled import UpcycledExpertsConfig
 from modeling_sparse_moe_vlm.experts_config import experts_config_of
 from modeling_sparse_moe_vlm.losses import router_losses
 from modeling_sparse_moe_vlm.modeling_upcycled import upcycled_model_class
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from modeling_sparse_moe_vlm.upcycled_layers import UpcycledBlock, current_plan, upcycled_layer_class
 from tests.support.in_tree_models import GREEDY, IMAGE, VIDEO
 from tests.support.upcycled_models import make_dense, make_dense_inputs, make_upcycled
@@ -466,3 +468,29 @@ def test_layers_share_a_pool(tmp_path):
     model = make_upcycled(expert_groups="hybrid", expert_pool=[0, 0])
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(type(model).from_pretrained(tmp_path)(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states_and_attentions_are_recorded(name, tmp_path):
+    """The library notes by class what there is to record, when a model is made."""
+    dense, inputs = make_dense(name), make_dense_inputs(name)
+    sparse = upcycle(dense, "hybrid")
+    sparse.save_pretrained(tmp_path)
+    for model in (dense, sparse):
+        model.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    expected = dense(**inputs, **wanted)
+    assert len(expected.hidden_states) == 3
+    for model in (sparse, type(sparse).from_pretrained(tmp_path, attn_implementation="eager")):
+        outputs = model(**inputs, **wanted, output_router_logits=True)
+        torch.testing.assert_close(outputs.hidden_states, expected.hidden_states)
+        torch.testing.assert_close(outputs.attentions, expected.attentions)
+        assert len(outputs.router_logits) == 2
+        base = model.base_model(**inputs, output_hidden_states=True)
+        torch.testing.assert_close(base.hidden_states, expected.hidden_states)
+
+
+def test_generation_is_a_direct_base():
+    """Else the auto classes make another class of a model that comes with its code, which cannot be pickled."""
+    for name in NAMES:
+        assert GenerationMixin in type(make_upcycled(name, "joint")).__bases__

@@ -128,7 +128,10 @@ def test_of_parts(tmp_path, run_verb):
         (["--text", "text", "--output", "new", "--gguf-file", "a"], "--gguf-file does not go with --text."),
         (["dense", "--output", "new", "--router-init", "data"], "--router-init data needs --data"),
         (["dense", "--output", "new", "--set", "router"], "--set: 'router' is not of the form FIELD=VALUE."),
-        (["dense", "--output", "new", "--set", "layers=[1]"], "--set layers=…: there is an option for it, --layers."),
+        (
+            ["dense", "--output", "new", "--set", "layers=[1]"],
+            "--set layers=…: it is not a field of the experts' configuration, but an option: see --help.",
+        ),
         (["dense", "--output", "new", "--set", "routers=1"], "`routers` is not a field of the experts' configuration"),
         (["dense", "--output", "new", "--layers", "0-a"], "--layers: '0-a' is not a layer or a range of layers"),
         (["dense", "--output", "new", "--layers", "3-1"], "--layers: '3-1' holds no layer: write 1-3."),

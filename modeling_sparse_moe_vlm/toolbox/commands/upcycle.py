@@ -150,8 +150,9 @@ def _request(arguments: argparse.Namespace) -> dict[str, Any]:
         "drop_ratio": arguments.drop_ratio,
         "layers": None if arguments.layers is None else _layers(arguments.layers),
     }
-    for name in fields.keys() & named.keys():
-        raise ValueError(f"--set {name}=…: there is an option for it, --{name.replace('_', '-')}.")
+    options = {*vars(arguments), "compare", "rows"}
+    for name in fields.keys() & options:
+        raise ValueError(f"--set {name}=…: it is not a field of the experts' configuration, but an option: see --help.")
     return {name: value for name, value in named.items() if value is not None} | fields
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
 
 from ...checks import check_choice, check_integer, check_number
 from ...expert_groups import ExpertGroup, resolve_groups
@@ -213,8 +215,20 @@ def _named_errors() -> Iterator[None]:
         raise UpcyclingError(str(error)) from error
 
 
+# What an experts' configuration takes from the dense model.
+OF_DENSE_MODEL = ("hidden_size", "num_hidden_layers", "hidden_act", "widths")
+
+
+def check_not_of_dense_model(fields: Collection[str]) -> None:
+    """Raises `UpcyclingError` for fields that nobody can choose."""
+    for field in OF_DENSE_MODEL:
+        if field in fields:
+            raise UpcyclingError(f"`{field}` follows from the dense model, and cannot be chosen.")
+
+
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    known = [field.name for field in dataclass_fields(SparseMoeVlmExpertsConfig)]
+    library = {field.name for field in dataclass_fields(PreTrainedConfig)}
+    known = [field.name for field in dataclass_fields(SparseMoeVlmExpertsConfig) if field.name not in library]
     for field in fields:
         if field in ("decoder_sparse_step", "mlp_only_layers"):
             raise UpcyclingError(f"`{field}` follows from the layers that are upcycled: choose them with `layers`.")

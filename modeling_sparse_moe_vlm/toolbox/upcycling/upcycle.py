@@ -10,11 +10,13 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from ...configuration_upcycled import UpcycledExpertsConfig, upcycled_config_class
+from ...expert_groups import BUILTIN_MODALITIES
 from ...modeling_upcycled import put_experts_in
-from .arrangement import Start, experts_fields
+from .arrangement import Start, check_not_of_dense_model, experts_fields
 from .blocks import DenseBlocks, block_weights, find_blocks, placeholder_ids, takes_images_by_cross_attention
 from .errors import UpcyclingError
 from .receipt import ParityReceipt, check_receipt, default_bound, dense_outputs, made_batch, parity
@@ -24,6 +26,11 @@ from .starts import start_block, start_pool
 logger = logging.get_logger(__name__)
 
 ROUTER_INITS = ("random", "data")
+_OTHER_HEADS = (
+    modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+)
 
 
 def upcycle(
@@ -157,6 +164,11 @@ def check_base(model: Any) -> None:
             f"`upcycle` takes a model of Transformers, got {name}."
             + (" Merge its adapters first: `model.merge_and_unload()`." if hasattr(model, "merge_and_unload") else "")
         )
+    if any(name in table.values() for table in _OTHER_HEADS):
+        raise UpcyclingError(
+            f"{name} has a head that experts are not trained with. Upcycle the language model that it is made from "
+            "(`AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModel`)."
+        )
     for kind in (type(model), type(model.config)):
         if getattr(transformers, kind.__name__, None) is not kind:
             raise UpcyclingError(
@@ -176,7 +188,10 @@ def experts_config(
     **request: Any,
 ) -> tuple[Start, UpcycledExpertsConfig]:
     """How experts start, and their configuration, from a dense model and what was asked for: see [`upcycle`]."""
-    placeholders = placeholder_ids(model.config) if placeholders is None else placeholders
+    check_not_of_dense_model(request)
+    if placeholders is None:
+        placeholders = placeholder_ids(model.config)
+    _check_placeholders(placeholders)
     takes_images = bool(placeholders) or takes_images_by_cross_attention(model) or "image" in _input_modalities(model)
     if modalities is None:
         modalities = ["text", "image"] if takes_images else ["text"]
@@ -211,6 +226,20 @@ def experts_config(
         },
     )
     return chosen, config
+
+
+def _check_placeholders(placeholders: Any) -> None:
+    """Raises `UpcyclingError` unless there are lists of token ids by modality."""
+    is_dict = isinstance(placeholders, Mapping)
+    for name, ids in placeholders.items() if is_dict else ():
+        are_ids = isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
+        if name not in BUILTIN_MODALITIES[1:] or not are_ids:
+            is_dict = False
+    if not is_dict:
+        raise UpcyclingError(
+            f"`placeholders` must be a dict of lists of token ids, with keys among {BUILTIN_MODALITIES[1:]}, such as "
+            f'{{"image": [32000]}}, got {placeholders!r}.'
+        )
 
 
 def _input_modalities(model: PreTrainedModel) -> Sequence[str]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from modeling_sparse_moe_vlm.toolbox.upcycling import ParityReceipt, UpcyclingError, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.receipt import default_bound
@@ -241,3 +241,23 @@ def test_weights_that_are_not_numbers_do_not_hold():
         dense.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(UpcyclingError, match="relative difference inf"):
         upcycle(dense, "joint")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "hidden_act", "widths"])
+def test_what_follows_from_the_dense_model(field):
+    with pytest.raises(UpcyclingError, match=f"`{field}` follows from the dense model"):
+        upcycle(make_dense("llama"), "joint", **{field: 64})
+
+
+@pytest.mark.parametrize(
+    "placeholders", [{"image": 7}, {"image": "a"}, {"image": ["a"]}, {"foo": [7]}, {"text": [7]}, 3]
+)
+def test_placeholders_that_are_not_lists_of_ids(placeholders):
+    with pytest.raises(UpcyclingError, match="`placeholders` must be a dict of lists of token ids"):
+        upcycle(make_dense(), "joint", placeholders=placeholders)
+
+
+def test_models_with_other_heads():
+    dense = LlamaForSequenceClassification(make_dense("llama").config)
+    with pytest.raises(UpcyclingError, match="LlamaForSequenceClassification has a head that experts are not trained"):
+        upcycle(dense)
