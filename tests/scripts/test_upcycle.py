@@ -132,6 +132,8 @@ def test_of_parts(tmp_path, run_verb):
             ["dense", "--output", "new", "--set", "layers=[1]"],
             "--set layers=…: it is not a field of the experts' configuration, but an option: see --help.",
         ),
+        (["dense", "--output", "new", "--set", "compare=false"], "--set compare=…: it is not a field of the experts'"),
+        (["dense", "--output", "new", "--set", "hidden_size=64"], "`hidden_size` follows from the dense model"),
         (["dense", "--output", "new", "--set", "routers=1"], "`routers` is not a field of the experts' configuration"),
         (["dense", "--output", "new", "--layers", "0-a"], "--layers: '0-a' is not a layer or a range of layers"),
         (["dense", "--output", "new", "--layers", "3-1"], "--layers: '3-1' holds no layer: write 1-3."),
