@@ -133,11 +133,12 @@ def _order(name: str) -> int:
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Removes what processes that were killed have staged."""
+    """Removes what processes that were killed have staged, also in a stage of a stage."""
     for path in parent.iterdir():
-        process = path.name.removeprefix(prefix).partition("-")[0]
-        if path.name.startswith(prefix) and process.isdigit() and not _is_running(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
+        for start in (prefix, f".{prefix}"):
+            process = path.name.removeprefix(start).partition("-")[0]
+            if path.name.startswith(start) and process.isdigit() and not _is_running(int(process)):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(process: int) -> bool:

@@ -153,6 +153,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
     os.waitpid(process, 0)
     for owner in (process, os.getpid(), os.getppid()):
         write(tmp_path / f".model.saving-{owner}-x", config__json="staged")
+    write(tmp_path / f"..model.saving-{process}-x.saving-{process}-y", config__json="a stage of a stage")
     write(tmp_path / f".other.saving-{process}-x", config__json="staged")
     write(tmp_path / ".model.saving-notes", config__json="mine")
     with staged_folder(tmp_path / "model") as stage:
