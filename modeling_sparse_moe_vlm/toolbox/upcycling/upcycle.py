@@ -116,6 +116,7 @@ def upcycle(
     check_base(model)
     if router_init not in ROUTER_INITS:
         raise UpcyclingError(f"`router_init` must be one of {ROUTER_INITS}, got {router_init!r}.")
+    _check_arguments(layers=layers, modalities=modalities, parity_bound=parity_bound)
     batches = _as_list(batch)
     if router_init == "data" and not batches:
         raise UpcyclingError('`router_init="data"` needs a `batch`: inputs as the base\'s processor makes them.')
@@ -247,10 +248,27 @@ def _input_modalities(model: PreTrainedModel) -> Sequence[str]:
     return (found,) if isinstance(found, str) else found
 
 
+def _check_arguments(*, layers: Any, modalities: Any, parity_bound: Any) -> None:
+    """Raises `UpcyclingError` for arguments of a wrong kind."""
+    for name, value in (("layers", layers), ("modalities", modalities)):
+        if value is not None and (isinstance(value, str) or not isinstance(value, Collection)):
+            raise UpcyclingError(f"`{name}` must be a list, got {value!r}.")
+    is_number = isinstance(parity_bound, int | float) and not isinstance(parity_bound, bool)
+    if parity_bound is not None and not (is_number and parity_bound >= 0):
+        raise UpcyclingError(f"`parity_bound` must be a number from 0, got {parity_bound!r}.")
+
+
 def _as_list(batch: Any) -> list[Mapping[str, Any]]:
     if batch is None:
         return []
-    return [batch] if isinstance(batch, Mapping) else list(batch)
+    batches = [batch] if isinstance(batch, Mapping) or not isinstance(batch, Iterable) else list(batch)
+    for inputs in batches:
+        if not isinstance(inputs, Mapping):
+            raise UpcyclingError(
+                "`batch` must be inputs as the base's processor makes them (a dict of tensors), or a list of such, got "
+                f"{type(batch).__name__}."
+            )
+    return batches
 
 
 def with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:

@@ -261,3 +261,20 @@ def test_models_with_other_heads():
     dense = LlamaForSequenceClassification(make_dense("llama").config)
     with pytest.raises(UpcyclingError, match="LlamaForSequenceClassification has a head that experts are not trained"):
         upcycle(dense)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": 1}, "`layers` must be a list, got 1"),
+        ({"modalities": "text"}, "`modalities` must be a list, got 'text'"),
+        ({"parity_bound": -1}, "`parity_bound` must be a number from 0, got -1"),
+        ({"parity_bound": float("nan")}, "`parity_bound` must be a number from 0, got nan"),
+        ({"parity_bound": "x"}, "`parity_bound` must be a number from 0, got 'x'"),
+        ({"batch": torch.zeros(1, 2)}, r"`batch` must be inputs .* got Tensor"),
+        ({"batch": 3}, r"`batch` must be inputs .* got int"),
+    ],
+)
+def test_arguments_of_a_wrong_kind(arguments, message):
+    with pytest.raises(UpcyclingError, match=message):
+        upcycle(make_dense("llama"), "joint", **arguments)
