@@ -296,8 +296,9 @@ def put_experts_in(model: Any) -> None:
     planner = RoutingPlanner(config)
     for layer, path in paths.items():
         parent, _, name = path.rpartition(".")
-        weight = next(model.get_submodule(path).parameters())
-        block = _made_like(weight, functools.partial(UpcycledBlock, config, layer))
+        dense = model.get_submodule(path)
+        weight = next(dense.parameters())
+        block = _made_like(weight, functools.partial(UpcycledBlock, config, layer)).train(dense.training)
         setattr(model.get_submodule(parent), name, block)
         decoder_layer = model.get_submodule(_layer_path(model, path))
         decoder_layer.__class__ = upcycled_layer_class(type(decoder_layer))
@@ -312,6 +313,7 @@ def put_experts_in(model: Any) -> None:
         for pool, layers in config.pools.items():
             groups = config.layer_expert_groups(layers[0], always_on=False)
             decoder.expert_pools[str(pool)] = _made_like(weight, functools.partial(make_experts, config, groups))
+        decoder.expert_pools.train(decoder.training)
     config._experts_implementation_internal = model.get_correct_experts_implementation(
         config._experts_implementation_internal
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.rows import apply_chat_template, with_images
+from ..evaluation_mode import evaluating
 
 
 @torch.inference_mode()
@@ -50,7 +50,7 @@ def generate_answers(
         limit = {} if "max_length" in generate_kwargs else {"max_new_tokens": 32}
         generate_kwargs = limit | {"do_sample": False} | generate_kwargs
     answers: list[str] = []
-    with _evaluating(model):
+    with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
             batch = range(start, min(start + batch_size, len(rows)))
             inputs = apply_chat_template(
@@ -62,18 +62,6 @@ def generate_answers(
             output = model.generate(**inputs, **generate_kwargs)
             answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Switches to evaluation, and then gives every module its own mode back: frozen ones may differ from the rest."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _questions(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 from .parts_weights import BuiltModel, decoder_of
 from .receipt import ParityReceipt
@@ -98,7 +99,7 @@ def check_decoder(
     first = torch.arange(_NUM_TOKENS, device=dense.device)
     last = torch.linspace(0, config.max_position_embeddings - 1, _NUM_TOKENS, device=dense.device).long()
     floor = max(TOLERANCE, torch.finfo(dense.dtype).eps) if is_rounded else TOLERANCE
-    with _evaluation(dense), _evaluation(model):
+    with evaluating(dense), evaluating(model):
         for positions in (last[None], first[None]):
             with in_type(dense, torch.float32):
                 expected = _states(dense_layers, run_dense, positions)
@@ -243,15 +244,3 @@ def _replaced(layers: Sequence[Any], feed_forward: Mapping[int, FeedForward]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and each module in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

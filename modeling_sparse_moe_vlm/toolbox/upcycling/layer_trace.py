@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 
 # What does nothing in evaluation mode.
@@ -80,18 +81,13 @@ def trace_decoder(
 
     input_ids = torch.arange(_NUM_TOKENS, device=model.device).remainder(model.get_input_embeddings().num_embeddings)
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules()]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        model(input_ids=input_ids[None], use_cache=False)
-        for handle in handles:
-            handle.remove()
+    with evaluating(model):
+        try:
+            model(input_ids=input_ids[None], use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
         traces = [_read_layer(model, number, layer, order, calls) for number, layer in enumerate(layers)]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
     after = order[len(order) - order[::-1].index(layers[-1]) :]
     names = {module: name for name, module in decoder.named_children()}
     outer = [(names[module], module) for module in after if module in names and not isinstance(module, _IDLE)]

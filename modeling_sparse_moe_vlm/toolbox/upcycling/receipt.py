@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 
 from ...token_modalities import TokenModalities
 from ...upcycled_layers import TokenPlan, token_plan
+from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 from .starts import seeded_generator
 
@@ -73,12 +74,8 @@ def default_bound(dtype: torch.dtype) -> float:
 @torch.no_grad()
 def dense_outputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
     """The logits `(B, T, V)` of a model in evaluation mode, or its hidden states if it has no head, on the CPU."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-    finally:
-        model.train(was_training)
     found = outputs.get("logits")
     return (outputs.last_hidden_state if found is None else found).float().cpu()
 

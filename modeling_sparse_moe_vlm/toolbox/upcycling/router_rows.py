@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ...expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...token_modalities import check_range
+from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 
 MAX_TOKENS = 2048
@@ -244,7 +245,7 @@ def collect_block_inputs(
         ids, is_real = _tokens(inputs, modalities, placeholder_ids or {})
         priorities = torch.rand(ids.shape, generator=generator)
         seen: dict[int, torch.Tensor] = {}
-        with _evaluation(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
+        with evaluating(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
             model(**inputs | {"use_cache": False})  # a cache would only take memory
         for block in blocks:
             states = seen.get(block.layer)
@@ -329,18 +330,6 @@ def _served_as(modality: str, modalities: Sequence[str]) -> int:
     if modality not in modalities:
         modality = "image" if modality == "video" and "image" in modalities else "text"
     return list(modalities).index(modality)
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and each module in its own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

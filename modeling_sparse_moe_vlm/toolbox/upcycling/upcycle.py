@@ -280,7 +280,7 @@ def with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: Upcyc
     if quantizer is not None:  # whose weights were unpacked when they were loaded: they are saved as any others
         quantizer.remove_quantization_config(sparse)
     make_sparse(sparse, config)
-    return sparse.train(model.training)
+    return sparse
 
 
 def make_sparse(model: Any, config: UpcycledExpertsConfig) -> None:

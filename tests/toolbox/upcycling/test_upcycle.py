@@ -278,3 +278,12 @@ def test_models_with_other_heads():
 def test_arguments_of_a_wrong_kind(arguments, message):
     with pytest.raises(UpcyclingError, match=message):
         upcycle(make_dense("llama"), "joint", **arguments)
+
+
+def test_parts_keep_a_mode_of_their_own():
+    dense = make_dense().train()
+    dense.model.vision_tower.eval()
+    for model in (dense, upcycle(dense, "joint")):
+        assert model.training
+        assert model.model.language_model.training
+        assert not any(module.training for module in model.model.vision_tower.modules())
