@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
 from .checks import check, check_distinct, check_sequence
+from .expert_groups import served_as
 from .experts_config import Given, SparseMoeVlmExpertsConfig
 
 if TYPE_CHECKING:
@@ -71,19 +72,11 @@ class UpcycledExpertsConfig(SparseMoeVlmExpertsConfig):
 
     @property
     def placeholders(self) -> dict[int, list[int]]:
-        """By modality id, the ids of its placeholder tokens. See [`modality_id`] for modalities that are not listed."""
+        """By modality id, the ids of its placeholder tokens: see [`~expert_groups.served_as`]."""
         placeholders: dict[int, list[int]] = {}
         for modality, ids in self.placeholder_ids.items():
-            placeholders.setdefault(self.modality_id(modality), []).extend(ids)
+            placeholders.setdefault(served_as(modality, self.modalities), []).extend(ids)
         return {modality_id: ids for modality_id, ids in placeholders.items() if modality_id and ids}
-
-    def modality_id(self, modality: str) -> int:
-        """
-        The id of a modality. What `modalities` does not list is served as images are if it is video, else as text is.
-        """
-        if modality in self.modalities:
-            return self.modalities.index(modality)
-        return self.modalities.index("image") if modality == "video" and "image" in self.modalities else 0
 
 
 # Fields of the experts' configuration that `from_pretrained` takes, but for those that describe the base model.
@@ -229,12 +222,15 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
     """By auto class, the name of a class for upcycled models of this configuration."""
     base_type = config_class.base_model_type
     names = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{config_class.__name__}"}
-    for auto_class, table in _TABLES.items():
-        name = getattr(modeling_auto, table).get(base_type)
-        if isinstance(name, str):
-            base = getattr(transformers, name)
-            names[auto_class] = f"{_MODELING}.{upcycled_name(base, config_class)}"
+    for auto_class, name in models_of_type(base_type).items():
+        names[auto_class] = f"{_MODELING}.{upcycled_name(getattr(transformers, name), config_class)}"
     return names
+
+
+def models_of_type(model_type: str) -> dict[str, str]:
+    """By auto class, the name of the library's model of a type."""
+    names = {auto_class: getattr(modeling_auto, table).get(model_type) for auto_class, table in _TABLES.items()}
+    return {auto_class: name for auto_class, name in names.items() if isinstance(name, str)}
 
 
 def upcycled_name(base: Any, config_class: Any) -> str:
@@ -257,7 +253,7 @@ def _make_config_class(name: str, base: Any) -> type:
         namespace["__init__"] = base.__init__  # one of the base's own, which a generated one would hide
     made: Any = type(name, (UpcycledConfigMixin, base), namespace | _delegates_of(base))
     made.register_for_auto_class()
-    for table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+    for table in (_TABLES["AutoModelForMultimodalLM"], _TABLES["AutoModelForImageTextToText"]):
         # `transformers serve` looks for the type there. The tables hold only names.
         of_base = getattr(modeling_auto, table).get(base.model_type)
         if isinstance(of_base, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,16 @@ from .checks import (
 # Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
 BUILTIN_MODALITIES = ("text", "image", "video", "audio")
 ARRANGEMENTS = ("hybrid", "joint", "isolated")
+
+
+def served_as(modality: str, modalities: Sequence[str]) -> int:
+    """
+    The id of a modality: its position in `modalities`. What these do not list is served as images are if it is video,
+    else as text is.
+    """
+    if modality not in modalities:
+        modality = "image" if modality == "video" and "image" in modalities else "text"
+    return list(modalities).index(modality)
 
 
 @dataclass(frozen=True)

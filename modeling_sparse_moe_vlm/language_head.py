@@ -9,12 +9,11 @@ import torch
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.import_utils import is_tracing
 
 from .cache_name import CACHE_NAME
 from .fused_head import takes_fused_head, with_own_router_losses
 from .input_checks import check_labels, keep_positions
-from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_losses
+from .losses import add_router_losses
 from .outputs import SparseMoeVlmCausalLMOutputWithPast, SparseMoeVlmTextModelOutputWithPast
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .steering import check_steering_arguments
@@ -126,12 +125,16 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         losses: dict[str, torch.Tensor] = {}
         # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
         if outputs.router_logits and (wants_router_losses or labels is not None or self.training):
-            losses = router_loss_outputs(text_config, outputs.router_logits, outputs.router_indices, tokens)
-            if labels is not None and loss is not None:
-                share = share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                loss = loss + share * losses["router_loss"].to(loss.device)
-            elif not wants_router_losses and torch.is_grad_enabled() and not is_tracing(logits):
-                warn_of_lost_router_losses()
+            loss, losses = add_router_losses(
+                text_config,
+                outputs.router_logits,
+                outputs.router_indices,
+                tokens,
+                loss=loss,
+                labels=labels,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                is_asked_for=wants_router_losses,
+            )
         return SparseMoeVlmCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -9,12 +9,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from transformers.utils import logging
+from transformers.utils.import_utils import is_tracing
 
 from .experts_config import SparseMoeVlmExpertsConfig
 from .routing import chosen_experts
 from .token_modalities import TokenModalities, flat_tokens
 
 logger = logging.get_logger(__name__)
+
+_LOSSES_LEFT_OUT = (
+    "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training arguments "
+    "such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and `Trainer` leaves the "
+    "router losses out: use `SparseMoeTrainer` (`from modeling_sparse_moe_vlm.toolbox.training import "
+    "SparseMoeTrainer`), which adds them. In a training loop of your own, add `outputs.router_loss` to your loss; this "
+    "message can then be ignored."
+)
 
 
 class RouterLosses(NamedTuple):
@@ -224,14 +233,20 @@ def _entropy_losses(
     )
 
 
-def router_loss_outputs(
+def add_router_losses(
     config: SparseMoeVlmExpertsConfig,
     router_logits: Sequence[torch.Tensor],
     router_indices: Sequence[torch.Tensor] | None,
     tokens: TokenModalities,
-) -> dict[str, torch.Tensor]:
+    *,
+    loss: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    is_asked_for: bool,
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """
-    The router losses of a forward pass by name of a model's output.
+    Adds the router losses of a forward pass to its language loss. In training, where there is none to add them to and
+    nobody has asked for them, it warns.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -240,29 +255,29 @@ def router_loss_outputs(
             See [`router_losses`].
         tokens ([`~token_modalities.TokenModalities`]):
             The tokens of the pass.
+        loss (`torch.Tensor`, *optional*):
+            The language loss, a scalar.
+        labels, num_items_in_batch:
+            See [`share_of_batch`].
+        is_asked_for (`bool`):
+            Whether the caller asked for the router losses.
 
     Returns:
-        `dict[str, torch.Tensor]`: `aux_loss`, `z_loss`, `aux_loss_by_modality`, and `router_loss`, which is to be added
-        to the language loss.
+        `tuple[torch.Tensor | None, dict[str, torch.Tensor]]`: the loss, and by name of a model's output `aux_loss`,
+        `z_loss`, `aux_loss_by_modality`, and `router_loss`, which is what was added.
     """
     losses = router_losses(config, router_logits, tokens.ids, tokens.is_real, router_indices=router_indices)
-    return {
+    total = losses.total(config)
+    if labels is not None and loss is not None:
+        loss = loss + share_of_batch(labels, num_items_in_batch) * total.to(loss.device)
+    elif not is_asked_for and torch.is_grad_enabled() and not is_tracing(router_logits[0]):
+        logger.warning_once(_LOSSES_LEFT_OUT)
+    return loss, {
         "aux_loss": losses.aux_loss,
         "z_loss": losses.z_loss,
         "aux_loss_by_modality": losses.aux_loss_by_modality,
-        "router_loss": losses.total(config),
+        "router_loss": total,
     }
-
-
-def warn_of_lost_router_losses() -> None:
-    """For a forward pass in training without `labels`, which has no loss to add the router losses to."""
-    logger.warning_once(
-        "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training "
-        "arguments such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and "
-        "`Trainer` leaves the router losses out: use `SparseMoeTrainer` (`from "
-        "modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer`), which adds them. In a training loop of "
-        "your own, add `outputs.router_loss` to your loss; this message can then be ignored."
-    )
 
 
 def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:

@@ -18,7 +18,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
-from transformers.models.auto import modeling_auto
 from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -28,6 +27,7 @@ from .configuration_upcycled import (
     OTHER_CONFIG,
     PREFIX,
     UpcycledConfigMixin,
+    models_of_type,
     upcycled_config_class,
     upcycled_name,
 )
@@ -35,9 +35,9 @@ from .experts import make_experts
 from .experts_config import SparseMoeVlmExpertsConfig
 from .experts_host import ExpertsHost
 from .fused_head import takes_fused_head, with_own_router_losses
-from .losses import router_loss_outputs, share_of_batch, warn_of_lost_router_losses
+from .losses import add_router_losses
 from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
-from .token_modalities import TokenModalities, find_modalities, ids_of_step
+from .token_modalities import TokenModalities, find_modalities, ids_of_step, listed_ids
 from .upcycled_layers import ExpertPools, TokenPlan, UpcycledBlock, current_plan, token_plan, upcycled_layer_class
 from .upcycled_plans import experts_plans
 
@@ -73,6 +73,8 @@ class UpcycledMixin(ExpertsHost):
     routing_planner: RoutingPlanner
     # Whether this is the innermost part that contains all sparse layers: it holds what they share.
     holds_pools: bool = False
+    # Whether the routers' biases are to move, and nobody has been told yet that they do not move by themselves.
+    may_warn: bool = False
 
     def __init__(self, config, *args, **kwargs):
         experts_config = config.experts_config
@@ -153,8 +155,10 @@ class UpcycledMixin(ExpertsHost):
 
     def _plan(self, arguments: dict[str, Any], record: RoutingRecord | None) -> TokenPlan:
         planner = self.routing_planner
-        if record is None and planner.has_bias and self.training and torch.is_grad_enabled():
-            _warn_of_resting_biases(self)
+        is_unwatched = record is None and self.training and torch.is_grad_enabled()
+        if is_unwatched and self.may_warn and not torch.compiler.is_compiling():
+            self.may_warn = False
+            warn_of_resting_biases(self)
         tokens = self._tokens(arguments, planner, record)
         device = self.device if tokens.ids is None else tokens.ids.device
         return TokenPlan.of(self.experts_config, planner, tokens, device, record)
@@ -197,7 +201,7 @@ class UpcycledMixin(ExpertsHost):
         [`~token_modalities.find_modalities`].
         """
         if mm_token_type_ids is not None:
-            mm_token_type_ids = _own_ids(mm_token_type_ids, self.experts_config)
+            mm_token_type_ids = listed_ids(mm_token_type_ids, self.experts_config.modalities)
         placeholders = self.experts_config.placeholders
         return find_modalities(input_ids, inputs_embeds, mm_token_type_ids, placeholders, self.get_input_embeddings())
 
@@ -222,21 +226,18 @@ class UpcycledMixin(ExpertsHost):
         # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
         if has_head and routing["router_logits"] and (wants_losses or labels is not None or self.training):
             assert record.tokens is not None
-            losses = router_loss_outputs(
-                self.experts_config, routing["router_logits"], routing["router_indices"], record.tokens
+            loss, losses = add_router_losses(
+                self.experts_config,
+                routing["router_logits"],
+                routing["router_indices"],
+                record.tokens,
+                loss=outputs.get("loss"),
+                labels=labels,
+                num_items_in_batch=arguments.get("num_items_in_batch"),
+                is_asked_for=wants_losses,
             )
-            if labels is not None and outputs.get("loss") is not None:
-                share = share_of_batch(labels, arguments.get("num_items_in_batch"))
-                outputs["loss"] = outputs["loss"] + share * losses["router_loss"].to(outputs["loss"].device)
-            elif not wants_losses and torch.is_grad_enabled() and not is_tracing(routing["router_logits"][0]):
-                warn_of_lost_router_losses()
-            routing = routing | losses
+            routing |= losses if loss is None else losses | {"loss": loss}
         return output_class(type(outputs))(**{**outputs, **routing})
-
-
-def _warn_of_resting_biases(model: UpcycledMixin) -> None:
-    if not torch.compiler.is_compiling():
-        warn_of_resting_biases(model)
 
 
 def _warn_of_unknown_modalities() -> None:
@@ -263,14 +264,6 @@ def _ids_of_call(ids: torch.Tensor, num_tokens: int, cache: Any) -> torch.Tensor
     start = int(cache.get_seq_length())
     missing = max(start + num_tokens - ids.shape[1], 0)
     return nn.functional.pad(ids, (0, missing))[:, start : start + num_tokens]
-
-
-def _own_ids(ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """Modality ids as Transformers numbers them, as positions in the configuration's modalities."""
-    for modality_id, name in enumerate(("text", "image", "video", "audio")):
-        if modality_id >= len(config.modalities):
-            ids = ids.masked_fill(ids == modality_id, config.modality_id(name))
-    return ids
 
 
 def _signature(step: Any) -> tuple:
@@ -306,6 +299,7 @@ def put_experts_in(model: Any) -> None:
         part.__class__ = upcycled_model_class(type(part), type(part.config))
         # Plain attributes, which replicas of the model have as well.
         part.__dict__ |= {"experts_config": config, "routing_planner": planner}
+        part.may_warn = bool(config.router_bias_update_rate)
     decoder = parts[-1]
     decoder.__dict__["holds_pools"] = True
     if config.pools:
@@ -471,15 +465,8 @@ def _prepare_inputs_of(base: Any) -> Any:
 
 def _auto_class_of(base: Any, config_class: Any) -> str | None:
     """The auto class that `auto_map` names a model for when it is saved, if there is one."""
-    for auto_class, table in (
-        ("AutoModel", modeling_auto.MODEL_MAPPING_NAMES),
-        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-        ("AutoModelForImageTextToText", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-        ("AutoModelForMultimodalLM", modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
-    ):
-        if table.get(config_class.base_model_type) == base.__name__:
-            return auto_class
-    return None
+    models = models_of_type(config_class.base_model_type)
+    return next((auto_class for auto_class, name in models.items() if name == base.__name__), None)
 
 
 def _base_of(model_class: type) -> Any:

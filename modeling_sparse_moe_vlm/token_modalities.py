@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils.import_utils import is_tracing
 
-from .expert_groups import BUILTIN_MODALITIES
+from .expert_groups import BUILTIN_MODALITIES, served_as
 
 
 class TokenModalities(NamedTuple):
@@ -113,6 +113,17 @@ def check_range(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> N
             f"`mm_token_type_ids` must lie between 0 and {len(modalities) - 1}, the positions in the configuration's "
             f"`modalities` {tuple(modalities)}, got {mm_token_type_ids.unique().tolist()}."
         )
+
+
+def listed_ids(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> torch.Tensor:
+    """
+    Modality ids as Transformers numbers them, as positions in the configuration's `modalities`: see
+    [`~expert_groups.served_as`].
+    """
+    for modality_id in range(len(modalities), len(BUILTIN_MODALITIES)):
+        served = served_as(BUILTIN_MODALITIES[modality_id], modalities)
+        mm_token_type_ids = mm_token_type_ids.masked_fill(mm_token_type_ids == modality_id, served)
+    return mm_token_type_ids
 
 
 def find_modalities(

@@ -323,6 +323,24 @@ def test_losses_are_asked_for_by_the_configuration(monkeypatch):
     assert "got no `labels`" in messages[0]
 
 
+def test_biases_that_rest_are_pointed_out_once_and_only_where_they_are_to_move(monkeypatch):
+    models = []
+    monkeypatch.setattr(modeling_upcycled, "warn_of_resting_biases", models.append)
+    inputs = make_dense_inputs()
+    for rate, expected in ((None, 0), (0.0, 0), (0.1, 1)):
+        model = make_upcycled(expert_groups="joint", router_bias_update_rate=rate)
+        model(**inputs)
+        model.train()
+        with torch.no_grad():
+            model(**inputs)
+        model(**inputs, output_router_logits=True)
+        assert models == []
+        for _ in range(2):
+            model(**inputs)
+        assert models == [model] * expected
+        models.clear()
+
+
 def test_outputs_as_tuples():
     model, inputs = make_upcycled(expert_groups="joint"), make_dense_inputs()
     outputs = model(**inputs, output_router_logits=True, labels=inputs["input_ids"])

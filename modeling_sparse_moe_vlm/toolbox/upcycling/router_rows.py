@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...expert_groups import BUILTIN_MODALITIES, ExpertGroup
+from ...expert_groups import ExpertGroup, served_as
 from ...experts_config import SparseMoeVlmExpertsConfig
-from ...token_modalities import check_range
+from ...token_modalities import check_range, listed_ids
 from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 
@@ -307,14 +307,12 @@ def _tokens(
     """Modality ids of the tokens of a call, and which are not padding: both `(B · T,)`, on the CPU."""
     input_ids, given = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     if given is not None:
-        ids = given.long().cpu()
-        for modality_id, modality in enumerate(BUILTIN_MODALITIES[len(modalities) :], start=len(modalities)):
-            ids = ids.masked_fill(ids == modality_id, _served_as(modality, modalities))
+        ids = listed_ids(given.long().cpu(), modalities)
     elif input_ids is not None:
         ids = torch.zeros(input_ids.shape, dtype=torch.long)
         for modality, tokens in placeholder_ids.items():
             is_placeholder = torch.isin(input_ids.cpu(), torch.tensor(list(tokens), dtype=torch.long))
-            ids = ids.masked_fill(is_placeholder, _served_as(modality, modalities))
+            ids = ids.masked_fill(is_placeholder, served_as(modality, modalities))
     else:
         raise UpcyclingError('`router_init="data"` needs `input_ids` or `mm_token_type_ids` in `batch`.')
     check_range(ids, modalities)
@@ -323,13 +321,6 @@ def _tokens(
     if torch.is_tensor(mask) and mask.shape == ids.shape:
         is_real = mask.bool().cpu()
     return ids.flatten(), is_real.flatten()
-
-
-def _served_as(modality: str, modalities: Sequence[str]) -> int:
-    """The id of a modality. As in an upcycled model, video that is not listed is served as images are, else as text."""
-    if modality not in modalities:
-        modality = "image" if modality == "video" and "image" in modalities else "text"
-    return list(modalities).index(modality)
 
 
 @contextmanager
