@@ -164,14 +164,14 @@ def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def our_experts_config(config: PreTrainedConfig) -> Any:
-    """The configuration of the experts of a model of ours or an upcycled one; `None` for other models."""
+    """The experts' configuration of a model of this package or an upcycled one; `None` for other models."""
     experts = experts_config_of(config)
     # By attribute: a checkpoint that brings its code along has classes of its own.
     return experts if hasattr(experts, "layers_by_experts") else None
 
 
 def sparse_blocks(model: nn.Module) -> dict[str, Any]:
-    """By name, the sparse blocks of our core, in whatever model they are."""
+    """By name, the sparse blocks of this package in any model."""
     # By attribute, since the classes of a checkpoint that came with its code are others.
     return {name: module for name, module in modules_of(model) if hasattr(module, "groups_key")}
 

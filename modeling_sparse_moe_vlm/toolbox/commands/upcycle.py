@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     experts.add_argument("--start", help="copy, split, residual or drop; by default an exact one that fits the groups")
     experts.add_argument("--granularity", type=int, metavar="G", help="how many times finer routed experts are")
-    experts.add_argument("--drop-ratio", type=float, help="share of neurons that are drawn anew, with --start drop")
+    experts.add_argument("--drop-ratio", type=float, help="share of neurons that are drawn again, with --start drop")
     experts.add_argument("--layers", help="layers that become sparse, such as 0-11,20; by default all")
     experts.add_argument("--router-init", default="random", help="random, or data: made of the inputs on --data")
     experts.add_argument("--data", metavar="ROWS", help="conversations (JSONL): for data, and to compare on")

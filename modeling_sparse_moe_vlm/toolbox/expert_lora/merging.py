@@ -1,4 +1,4 @@
-"""Merging of adapters into stacks of experts: with DoRA, and refused where the stack is not at hand."""
+"""Merging of adapters into stacks of experts: with DoRA, and refused where the stack is not available."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
 
     Args:
         model (`PreTrainedModel`):
-            A model of ours or an upcycled one, whose expert groups serve either text or other modalities, as those of
-            `expert_groups="isolated"`.
+            A model of this package or an upcycled one, whose expert groups serve either text or other modalities, as
+            those of `expert_groups="isolated"`.
             Its routers' weights must not be sharded (FSDP, ZeRO-3).
 
     Returns:

@@ -97,7 +97,7 @@ def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
 
 def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    A trained model of ours or an upcycled one, ready to answer, with its processor.
+    A trained model of this package or an upcycled one, ready to answer, with its processor.
 
     Args:
         path (`str`):

@@ -30,11 +30,11 @@ class Start(NamedTuple):
             - `"copy"`: every routed expert is the dense block.
             - `"split"`: every routed expert is one of `granularity` parts of the dense block.
             - `"residual"`: the always-on expert of each modality is the dense block, routed experts add nothing yet.
-            - `"drop"`: as `"copy"`, with a share of each expert's neurons drawn anew.
+            - `"drop"`: as `"copy"`, with a share of each expert's neurons drawn again.
         granularity (`int`, defaults to 1):
             Number of parts that the dense block is cut into, with `"split"`.
         drop_ratio (`float`, defaults to 0.0):
-            Share of the neurons that are drawn anew, with `"drop"`.
+            Share of the neurons that are drawn again, with `"drop"`.
         pool_start (`str`, *optional*):
             What the experts of a pool start from, other than with `"residual"`: the dense block of the pool's
             `"first"` layer, or the `"mean"` of all its layers' blocks.

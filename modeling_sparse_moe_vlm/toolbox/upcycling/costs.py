@@ -1,4 +1,4 @@
-"""What a model costs, dense and sparse: parameters, bytes and operations, from its configuration alone."""
+"""What a model costs, dense and sparse: parameters, bytes and operations, from its configuration only."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class DecoderLayout:
         return weights if self.fields["tie_word_embeddings"] else weights | {"lm_head.weight": head}
 
     def layer_weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """Norms and attention of a layer, by our names in the layer; made anew at each call where something changes."""
+        """Norms and attention of a layer, by our names in the layer; made again at each call if something changes."""
         weights = {f"{name}.weight": norm.weight for name, norm in self._layers[layer].norms.items()}
         scaled = "self_attn.q_norm." if self.fields["use_qk_norm"] else "self_attn.q_proj."
         for name, tensor in (weights | self._layers[layer].projections).items():

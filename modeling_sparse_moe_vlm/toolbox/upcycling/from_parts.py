@@ -92,7 +92,7 @@ def upcycle_from_parts(
             A dense language model with its head, such as `AutoModelForCausalLM` loads.
         vision_encoder (`PreTrainedModel`, *optional*):
             A vision encoder that [`SparseMoeVlmConfig`] takes, such as SigLIP, CLIP, ViT, DINOv2 and DINOv3, or a model
-            that has one, such as `CLIPModel`. Without one, the result is a model of text alone.
+            that has one, such as `CLIPModel`. Without one, the result is a language model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The language model's tokenizer. Where its vocabulary lacks the image token, that is added **to this
             tokenizer**, and the model gets a row for it if it has none to spare. Without it, give `image_token_id`.

@@ -11,11 +11,11 @@ How experts start from the dense block of their layer, with gate W_g, up W_u `(I
 - `residual`: an always-on expert is the dense block and routed experts have W_d = 0. They keep the dense block's gate
   and up projections, so that they start from features the model has: the first step moves W_d, later ones the rest.
 - `drop` with ratio r: as `copy`, but each expert draws a set of r · I neurons of its own, whose rows of W_g and W_u and
-  columns of W_d are drawn anew, normally distributed with the mean and the standard deviation of what they replace
+  columns of W_d are drawn again, normally distributed with the mean and the standard deviation of what they replace
   (Drop-Upcycling, arXiv 2502.19261).
 
-Always-on experts that do not hold the dense block also have W_d = 0. Their gate and up projections are drawn anew, with
-the mean and standard deviation of the dense block's: copies would be neurons twice, side by side for every token.
+Always-on experts that do not hold the dense block also have W_d = 0. Their gate and up projections are drawn again,
+with the mean and standard deviation of the dense block's: copies would be neurons twice, side by side for every token.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _part(weights: GatedWeights, part: int, granularity: int) -> GatedWeights:
 
 
 def _redrawn(weights: GatedWeights, ratio: float, generator: torch.Generator) -> GatedWeights:
-    """The block with one set of neurons drawn anew, the same in all three weights."""
+    """The block with one set of neurons drawn again, the same in all three weights."""
     neurons = torch.randperm(weights.width, generator=generator)[: round(ratio * weights.width)]
     if len(neurons) == 0:
         return weights
