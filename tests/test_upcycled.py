@@ -20,7 +20,7 @@ from modeling_sparse_moe_vlm.modeling_upcycled import upcycled_model_class
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from modeling_sparse_moe_vlm.upcycled_layers import UpcycledBlock, current_plan, upcycled_layer_class
 from tests.support.in_tree_models import GREEDY, IMAGE, VIDEO
-from tests.support.upcycled_models import make_dense, make_dense_inputs, make_upcycled
+from tests.support.upcycled import make_dense, make_dense_inputs, make_few_experts
 
 NAMES = ["llama", "llava", "qwen3_vl"]
 EXPERTS = {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
@@ -79,7 +79,7 @@ def test_trainers_find_the_settings_of_routers_in_the_decoders_configuration(bas
 
 
 def test_fields_of_the_experts_are_arguments_of_loading(tmp_path):
-    make_upcycled().save_pretrained(tmp_path)
+    make_few_experts().save_pretrained(tmp_path)
     model_class = upcycled_model_class(LlavaForConditionalGeneration)
     model = model_class.from_pretrained(tmp_path, num_experts_per_tok=1, norm_topk_prob=False)
     assert model.experts_config.num_experts_per_tok == 1
@@ -111,7 +111,7 @@ def test_placeholders_of_modalities_without_experts_of_their_own():
 
 
 def test_classes_are_made_from_the_bases():
-    model = make_upcycled()
+    model = make_few_experts()
     made = upcycled_model_class(LlavaForConditionalGeneration)
     assert type(model) is made is modeling_upcycled.UpcycledLlavaForConditionalGeneration
     assert issubclass(made, LlavaForConditionalGeneration)
@@ -133,7 +133,7 @@ def test_classes_are_made_from_the_bases():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_pickles(name):
-    model, inputs = make_upcycled(name, "hybrid"), make_dense_inputs(name)
+    model, inputs = make_few_experts(name, "hybrid"), make_dense_inputs(name)
     others = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -147,7 +147,7 @@ def test_copies_and_pickles(name):
 
 
 def test_models_from_a_configuration_are_initialised():
-    model = make_upcycled(expert_groups="hybrid", router_bias_update_rate=0.0)
+    model = make_few_experts(expert_groups="hybrid", router_bias_update_rate=0.0)
     torch.manual_seed(0)
     made = type(model)(copy.deepcopy(model.config))
     block = made.model.language_model.layers[1].mlp
@@ -163,7 +163,7 @@ def test_models_from_a_configuration_are_initialised():
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3", "gemma3"])
 def test_images_go_to_their_experts(name):
-    model, inputs = make_upcycled(name), make_dense_inputs(name)
+    model, inputs = make_few_experts(name), make_dense_inputs(name)
     is_image = inputs["input_ids"] == IMAGE
     assert is_image.sum() == 8
     assert torch.equal(is_served_as_image(model, **inputs), is_image)
@@ -172,7 +172,7 @@ def test_images_go_to_their_experts(name):
 
 
 def test_given_ids_count_and_embedded_placeholders_are_found():
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     is_image = inputs["input_ids"] == IMAGE
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
     assert torch.equal(is_served_as_image(model, inputs_embeds=embeds), is_image)
@@ -188,13 +188,13 @@ def test_given_ids_count_and_embedded_placeholders_are_found():
 
 def test_videos_are_served_as_images_or_by_experts_of_their_own():
     inputs = {"input_ids": torch.tensor([[9, VIDEO, VIDEO, 8]])}
-    model = make_upcycled("qwen3_vl")
+    model = make_few_experts("qwen3_vl")
     with torch.no_grad():
         ids = inputs["input_ids"]
         assert model.experts_config.placeholders == {1: [IMAGE, VIDEO]}
         plan_ids = model._tokens({"input_ids": ids}, model.routing_planner, None).ids
         assert plan_ids.tolist() == [[0, 1, 1, 0]]
-    own = make_upcycled("qwen3_vl", num_experts=6, modalities=["text", "image", "video"])
+    own = make_few_experts("qwen3_vl", num_experts=6, modalities=["text", "image", "video"])
     assert own._tokens({"input_ids": ids}, own.routing_planner, None).ids.tolist() == [[0, 2, 2, 0]]
 
 
@@ -202,8 +202,8 @@ def test_embeddings_whose_modalities_nobody_tells_are_warned_of(caplog, monkeypa
     messages = []
     monkeypatch.setattr(modeling_upcycled.logger, "warning_once", messages.append)
     embeds = torch.randn(1, 4, 32)
-    make_upcycled(expert_groups="joint")(inputs_embeds=embeds)
-    model = make_upcycled()
+    make_few_experts(expert_groups="joint")(inputs_embeds=embeds)
+    model = make_few_experts()
     model(input_ids=torch.tensor([[9, 8]]))
     model(inputs_embeds=embeds, mm_token_type_ids=torch.zeros(1, 4, dtype=torch.long))
     assert messages == []
@@ -213,7 +213,7 @@ def test_embeddings_whose_modalities_nobody_tells_are_warned_of(caplog, monkeypa
 
 
 def test_placeholders_that_continue_a_text_are_text():
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     cache = model(**inputs, use_cache=True).past_key_values
     cache_name = "cache" if "cache" in model(**inputs) else "past_key_values"
     said = {"input_ids": torch.full((2, 2), IMAGE), cache_name: cache}
@@ -221,7 +221,7 @@ def test_placeholders_that_continue_a_text_are_text():
 
 
 def test_padding_is_not_part_of_the_losses():
-    model = make_upcycled(expert_groups="joint")
+    model = make_few_experts(expert_groups="joint")
     inputs = make_dense_inputs()
     inputs["attention_mask"][1, :2] = 0
     outputs = model(**inputs, output_router_logits=True)
@@ -240,7 +240,7 @@ def test_padding_is_not_part_of_the_losses():
 
 @torch.no_grad()
 def test_threads_do_not_mix_up_their_tokens():
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     text = {"input_ids": torch.randint(7, 99, (3, 9))}
     expected = [model(**inputs).logits, model(**text).logits]
 
@@ -253,20 +253,20 @@ def test_threads_do_not_mix_up_their_tokens():
 
 
 def test_layers_are_not_called_without_their_model():
-    model = make_upcycled()
+    model = make_few_experts()
     with pytest.raises(RuntimeError, match="The sparse block of layer 1 runs without knowing its tokens"):
         model.model.language_model.layers[1].mlp(torch.zeros(1, 2, 32))
 
 
 def test_a_failed_pass_leaves_no_plan_behind():
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
     assert current_plan() is None
 
 
 def test_tokens_that_the_base_adds_are_noticed(monkeypatch):
-    model = make_upcycled()
+    model = make_few_experts()
     layers = model.model.language_model.layers
     layers[0].register_forward_pre_hook(lambda _, args: (torch.cat([args[0], args[0]], dim=0),))
     with pytest.raises(ValueError, match="The decoder runs 8 tokens, but the call had 4"):
@@ -276,7 +276,7 @@ def test_tokens_that_the_base_adds_are_noticed(monkeypatch):
 @torch.no_grad()
 def test_every_part_can_be_called():
     """Trainers call the model without its head, serving engines the decoder."""
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     expected = model(**inputs, output_router_logits=True)
     base = model.model(**inputs, output_router_logits=True)
     torch.testing.assert_close(model.lm_head(base.last_hidden_state), expected.logits)
@@ -293,7 +293,7 @@ def test_every_part_can_be_called():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_router_losses_are_added_to_the_loss(name):
-    model, inputs = make_upcycled(name, "joint", router_z_loss_coef=0.1), make_dense_inputs(name)
+    model, inputs = make_few_experts(name, "joint", router_z_loss_coef=0.1), make_dense_inputs(name)
     labels = inputs["input_ids"]
     plain = model(**inputs, labels=labels)
     assert plain.get("router_loss") is None
@@ -313,7 +313,7 @@ def test_router_losses_are_added_to_the_loss(name):
 def test_losses_are_asked_for_by_the_configuration(monkeypatch):
     messages = []
     monkeypatch.setattr(losses.logger, "warning_once", messages.append)
-    model, inputs = make_upcycled(expert_groups="joint", output_router_logits=True), make_dense_inputs()
+    model, inputs = make_few_experts(expert_groups="joint", output_router_logits=True), make_dense_inputs()
     assert "router_loss" not in model(**inputs)
     assert "router_logits" in model(**inputs)
     assert "router_logits" not in model(**inputs, output_router_logits=False)
@@ -328,7 +328,7 @@ def test_biases_that_rest_are_pointed_out_once_and_only_where_they_are_to_move(m
     monkeypatch.setattr(modeling_upcycled, "warn_of_resting_biases", models.append)
     inputs = make_dense_inputs()
     for rate, expected in ((None, 0), (0.0, 0), (0.1, 1)):
-        model = make_upcycled(expert_groups="joint", router_bias_update_rate=rate)
+        model = make_few_experts(expert_groups="joint", router_bias_update_rate=rate)
         model(**inputs)
         model.train()
         with torch.no_grad():
@@ -342,7 +342,7 @@ def test_biases_that_rest_are_pointed_out_once_and_only_where_they_are_to_move(m
 
 
 def test_outputs_as_tuples():
-    model, inputs = make_upcycled(expert_groups="joint"), make_dense_inputs()
+    model, inputs = make_few_experts(expert_groups="joint"), make_dense_inputs()
     outputs = model(**inputs, output_router_logits=True, labels=inputs["input_ids"])
     as_tuple = model(**inputs, output_router_logits=True, labels=inputs["input_ids"], return_dict=False)
     assert isinstance(as_tuple, tuple)
@@ -354,7 +354,7 @@ def test_outputs_as_tuples():
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
 def test_checkpointing_gives_the_same_gradients_with_another_pass_in_between(name):
-    model, inputs = make_upcycled(name, "hybrid").train(), make_dense_inputs(name)
+    model, inputs = make_few_experts(name, "hybrid").train(), make_dense_inputs(name)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -379,7 +379,7 @@ def test_checkpointing_gives_the_same_gradients_with_another_pass_in_between(nam
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_in_every_mode(name):
-    model = make_upcycled(name)
+    model = make_few_experts(name)
     inputs = make_dense_inputs(name)
     expected = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), expected)
@@ -397,7 +397,7 @@ def test_generation_in_every_mode(name):
 @pytest.mark.parametrize("expert_groups", ["joint", "isolated", "hybrid"])
 def test_compiled_in_one_graph(expert_groups):
     """Dynamo traces what hands the plan on (`threading.local`)."""
-    model, inputs = make_upcycled(expert_groups=expert_groups), make_dense_inputs()
+    model, inputs = make_few_experts(expert_groups=expert_groups), make_dense_inputs()
     expected = model(**inputs).logits  # the library's hooks are set by the first pass, which cannot be traced
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -414,7 +414,7 @@ def tensors_in(folder) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("expert_groups", ["joint", "isolated", "hybrid"])
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_keep_the_bases_names_and_hold_experts_one_by_one(name, expert_groups, tmp_path):
-    model, inputs = make_upcycled(name, expert_groups), make_dense_inputs(name)
+    model, inputs = make_few_experts(name, expert_groups), make_dense_inputs(name)
     model.save_pretrained(tmp_path / "sparse", max_shard_size="30KB")
     make_dense(name).save_pretrained(tmp_path / "dense")
     saved = tensors_in(tmp_path / "sparse")
@@ -432,7 +432,7 @@ def test_checkpoints_keep_the_bases_names_and_hold_experts_one_by_one(name, expe
 
 
 def test_parts_load_from_the_whole_model_and_back(tmp_path):
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     model.save_pretrained(tmp_path)
     base = type(model.model).from_pretrained(tmp_path)
     torch.testing.assert_close(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
@@ -443,7 +443,7 @@ def test_parts_load_from_the_whole_model_and_back(tmp_path):
 
 
 def test_implementations_of_experts(tmp_path):
-    model, inputs = make_upcycled(), make_dense_inputs()
+    model, inputs = make_few_experts(), make_dense_inputs()
     model.save_pretrained(tmp_path)
     expected = model(**inputs).logits
     for implementation in ("eager", "grouped_mm", "batched_mm"):
@@ -456,7 +456,7 @@ def test_implementations_of_experts(tmp_path):
 
 
 def test_parallel_plans_name_the_experts():
-    model = make_upcycled(expert_groups="hybrid", expert_pool=None)
+    model = make_few_experts(expert_groups="hybrid", expert_pool=None)
     place = "model.language_model.layers.*.mlp"
     assert model._ep_plan == {
         f"{place}.experts.gate_up_proj": "grouped_gemm",
@@ -467,15 +467,15 @@ def test_parallel_plans_name_the_experts():
         for group in ("text", "image"):
             assert model._tp_plan[f"{place}.shared_experts.{group}.{projection}"] == style
     assert model._tp_plan[f"{place}.experts.gate_up_proj"] == "packed_colwise"
-    isolated = make_upcycled()
+    isolated = make_few_experts()
     assert isolated._ep_plan[f"{place}.experts.image"] == "ep_dispatch_experts"
     assert f"{place}.experts" not in isolated._ep_plan
-    pooled = make_upcycled(expert_groups="hybrid", expert_pool=[0, 0])
+    pooled = make_few_experts(expert_groups="hybrid", expert_pool=[0, 0])
     assert pooled._ep_plan["model.language_model.expert_pools.*"] == "ep_dispatch_experts"
 
 
 def test_layers_share_a_pool(tmp_path):
-    model, inputs = make_upcycled(expert_groups="hybrid", expert_pool=[0, 0]), make_dense_inputs()
+    model, inputs = make_few_experts(expert_groups="hybrid", expert_pool=[0, 0]), make_dense_inputs()
     pools = model.model.language_model.expert_pools
     assert list(pools) == ["0"]
     assert model.model.language_model.layers[0].mlp.experts is None
@@ -483,7 +483,7 @@ def test_layers_share_a_pool(tmp_path):
     with torch.no_grad():
         pools["0"].down_proj.zero_()
     assert not torch.allclose(model(**inputs).logits, expected)
-    model = make_upcycled(expert_groups="hybrid", expert_pool=[0, 0])
+    model = make_few_experts(expert_groups="hybrid", expert_pool=[0, 0])
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(type(model).from_pretrained(tmp_path)(**inputs).logits, expected)
 
@@ -511,4 +511,4 @@ def test_hidden_states_and_attentions_are_recorded(name, tmp_path):
 def test_generation_is_a_direct_base():
     """Else the auto classes make another class of a model that comes with its code, which cannot be pickled."""
     for name in NAMES:
-        assert GenerationMixin in type(make_upcycled(name, "joint")).__bases__
+        assert GenerationMixin in type(make_few_experts(name, "joint")).__bases__

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from tests.support.in_tree_models import GREEDY
-from tests.support.upcycled_models import make_dense_inputs, make_upcycled
+from tests.support.upcycled import make_dense_inputs, make_few_experts
 
 SCRIPT = """
 import pickle, sys
@@ -46,7 +46,7 @@ assert "modeling_sparse_moe_vlm" not in sys.modules
 def test_checkpoints_bring_all_that_they_need(tmp_path):
     names = {"llama": "hybrid", "llava": "isolated", "qwen3_vl": "hybrid"}
     for name, expert_groups in names.items():
-        model, inputs = make_upcycled(name, expert_groups), make_dense_inputs(name)
+        model, inputs = make_few_experts(name, expert_groups), make_dense_inputs(name)
         model.generation_config.eos_token_id = None
         with torch.no_grad():
             torch.save((inputs, model(**inputs).logits, model.generate(**inputs, **GREEDY)), tmp_path / f"{name}.pt")

@@ -1,4 +1,4 @@
-"""Tiny upcycled models whose experts differ, and inputs for them: a LLaVA, a Qwen3-VL and a Llama."""
+"""Tiny upcycled models whose experts differ, and inputs for them: a LLaVA, a Qwen3-VL, a Llama, and in-tree ones."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3VLConfig, Qwen3VLForConditionalGeneration
@@ -18,6 +18,9 @@ def make_dense(kind: str = "llava", **text):
         return in_tree_models.prepare(LlamaForCausalLM(LlamaConfig(**TEXT | text)))
     if kind == "llava":
         return in_tree_models.prepare(in_tree_models.make_llava(LlamaConfig(**TEXT | text)))
+    if not text:
+        return in_tree_models.make_model(kind)
+    assert kind == "qwen3_vl"
     config = Qwen3VLConfig(text_config=QWEN_TEXT | text, **QWEN)
     return in_tree_models.prepare(Qwen3VLForConditionalGeneration(config))
 
@@ -32,7 +35,7 @@ def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", s
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "experts" in name or name.endswith("gate.weight"):
+            if "expert" in name or name.endswith("gate.weight"):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -52,6 +55,16 @@ def make_inputs(kind: str = "llava", padded: bool = True, images: bool = True) -
     input_ids[is_image] = 50
     inputs = {"input_ids": input_ids, "attention_mask": inputs["attention_mask"]}
     return inputs | ({"mm_token_type_ids": is_image.long()} if images else {})
+
+
+def make_dense_inputs(kind: str = "llava") -> dict[str, torch.Tensor]:
+    """What the dense model takes as well: images but for a Llama, and no padding."""
+    return make_inputs(kind, padded=False, images=kind != "llama")
+
+
+def make_few_experts(kind: str = "llava", expert_groups: str | list = "isolated", **fields):
+    """[`make_upcycled`] with four experts a layer, for the modalities that the base has."""
+    return make_upcycled(kind, expert_groups, **{"num_experts": 4, "modalities": None} | fields)
 
 
 def make_rows(kind: str = "llava", number: int = 8) -> list[dict[str, torch.Tensor]]:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from modeling_sparse_moe_vlm.toolbox.upcycling import ParityReceipt, UpcyclingError, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.receipt import default_bound
 from tests.support.in_tree_models import GREEDY, make_mllama
-from tests.support.upcycled_models import make_dense, make_dense_inputs
+from tests.support.upcycled import make_dense, make_dense_inputs
 
 # The module, which the function of the same name hides in the package.
 upcycle_file = sys.modules[upcycle.__module__]
