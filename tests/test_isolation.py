@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.training import freeze_text
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_config, make_inputs, make_model
 
 # Groups for text, for pictures and always-on ones, some of them in one layer alone.

@@ -37,7 +37,8 @@ from transformers.distributed.configuration_utils import DistributedConfig
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from tests.support.models import make_inputs
 from tests.integration.test_distributed_loading import MODELS, SIZES
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

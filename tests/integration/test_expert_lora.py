@@ -10,7 +10,8 @@ from transformers import Trainer, TrainingArguments
 from modeling_sparse_moe_vlm.toolbox.expert_lora import ExpertLoraConfig, factor_expert_lora, load_expert_lora
 from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer, run_factored
 from modeling_sparse_moe_vlm.toolbox.expert_modules import is_experts
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.in_tree_moe import (
     adapt,
     adapter_tensors,

@@ -37,7 +37,8 @@ import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora, load_expert_lora
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from tests.integration.test_parallel_lora import CONFIG, MODELS, SIZES
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 torch.set_num_threads(1)

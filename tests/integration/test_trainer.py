@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_inputs, make_model
 from tests.support.processes import run_in_processes
 
@@ -21,16 +22,6 @@ def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
             row["pixel_values"] = inputs["pixel_values"]
         rows.append(row)
     return rows
-
-
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Pads on the right."""
-    batch = {
-        key: torch.nn.utils.rnn.pad_sequence([row[key] for row in rows], batch_first=True, padding_value=padding)
-        for key, padding in {"input_ids": 0, "attention_mask": 0, "mm_token_type_ids": 0, "labels": -100}.items()
-    }
-    pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
-    return batch | ({"pixel_values": torch.cat(pictures)} if pictures else {})
 
 
 class Gradients(TrainerCallback):
@@ -198,7 +189,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from tests.support.models import QUIET_TRAINING, make_model
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])

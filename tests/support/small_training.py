@@ -11,7 +11,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING
 
 GLOBAL_BATCH = 4

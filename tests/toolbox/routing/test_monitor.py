@@ -15,7 +15,8 @@ from modeling_sparse_moe_vlm.toolbox.routing import (
 )
 from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_inputs, make_model
 
 

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from modeling_sparse_moe_vlm.toolbox.training.checkpoints import last_whole_checkpoint
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_model
 from tests.support.processors import make_processor
 

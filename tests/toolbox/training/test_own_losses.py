@@ -7,7 +7,8 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, losses
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_model
 
 COEFFICIENTS = {

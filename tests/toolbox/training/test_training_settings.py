@@ -9,7 +9,8 @@ from transformers import LlavaConfig, TrainingArguments
 from modeling_sparse_moe_vlm.toolbox.demo import scenes
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch
 from modeling_sparse_moe_vlm.toolbox.training.training_settings import compute_router_losses, no_training_settings
-from tests.integration.test_trainer import collate, make_rows
+from tests.integration.test_trainer import make_rows
+from tests.support.batches import collate
 from tests.support.in_tree_models import make_llava
 from tests.support.models import QUIET_TRAINING, make_model
 

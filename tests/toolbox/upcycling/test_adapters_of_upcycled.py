@@ -18,8 +18,9 @@ from modeling_sparse_moe_vlm.toolbox.expert_modules import expert_banks
 from modeling_sparse_moe_vlm.toolbox.paging import page_experts
 from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
 from modeling_sparse_moe_vlm.toolbox.training import freeze_text
+from tests.support.batches import collate
 from tests.support.in_tree_models import TEXT
-from tests.support.upcycled import KINDS, collate, make_inputs, make_rows, make_upcycled
+from tests.support.upcycled import KINDS, make_inputs, make_rows, make_upcycled
 
 
 @torch.no_grad()

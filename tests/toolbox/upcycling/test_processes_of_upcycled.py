@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 from modeling_sparse_moe_vlm import modeling_upcycled
-from tests.support.upcycled import collate, make_inputs, make_rows
+from tests.support.upcycled import make_inputs, make_rows
+from tests.support.batches import collate
 from tests.toolbox.upcycling.test_processes_of_upcycled import MODELS, SIZES
 
 CLASSES = {

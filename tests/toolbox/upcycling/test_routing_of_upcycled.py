@@ -15,8 +15,9 @@ from modeling_sparse_moe_vlm.toolbox.routing import (
 )
 from modeling_sparse_moe_vlm.toolbox.routing import monitor as monitor_module
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING
-from tests.support.upcycled import KINDS, collate, make_inputs, make_rows, make_upcycled
+from tests.support.upcycled import KINDS, make_inputs, make_rows, make_upcycled
 
 
 def modality_ids(inputs) -> torch.Tensor:

@@ -11,8 +11,9 @@ from modeling_sparse_moe_vlm.losses import router_losses, share_of_batch
 from modeling_sparse_moe_vlm.toolbox.expert_modules import sparse_blocks
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, freeze_text
 from tests.integration.test_trainer import Gradients
+from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING
-from tests.support.upcycled import KINDS, collate, make_dense, make_inputs, make_rows, make_upcycled
+from tests.support.upcycled import KINDS, make_dense, make_inputs, make_rows, make_upcycled
 
 # The z-loss is a mean over tokens: the same however a batch is cut, where its parts have as many tokens per target.
 LOSSES = {"output_router_logits": True, "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05}
