@@ -22,6 +22,7 @@ from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
 from ..expert_modules import our_experts_config
 from ..installed_code import use_installed_code
+from ..shipped_files import shipped_presets
 from .recipes import find_model
 
 # About as many images tell the mean and the spread of their pixels.
@@ -37,7 +38,8 @@ def from_scratch(
 
     Args:
         config_file (`str`):
-            Model configuration, a JSON file. Vocabulary size and special tokens are those of the tokenizer.
+            Path to a model configuration (a JSON file), or the name of a preset (`"tiny"`). Vocabulary size and special
+            tokens are those of the tokenizer.
         examples (`datasets.Dataset`):
             Rows with `question`, `answer` and `image`.
         vocab_size (`int`, defaults to 1024):
@@ -45,10 +47,20 @@ def from_scratch(
 
     Returns:
         `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is neither a JSON file nor a preset.
     """
+    path = find_model(config_file)
+    check(
+        path.endswith(".json"),
+        f"`config_file` must be a JSON file or the name of a preset ({', '.join(shipped_presets('models'))}), but got "
+        f"{config_file!r}.",
+    )
     texts = zip(examples["question"], examples["answer"], strict=True)
     tokenizer = train_tokenizer((f"{question}\n{answer}" for question, answer in texts), vocab_size)
-    raw = SparseMoeVlmConfig.from_json_file(config_file).to_dict()
+    raw = SparseMoeVlmConfig.from_json_file(path).to_dict()
     raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
     raw["text_config"] |= {
         "vocab_size": len(tokenizer),

@@ -62,6 +62,19 @@ def test_size_of_the_vocabulary():
     assert len(from_scratch(PRESET, examples, vocab_size=262)[1].tokenizer) == 262
 
 
+def test_presets_by_name_in_any_folder(fresh, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = Dataset.from_list(
+        [{"question": "zebra?", "answer": "quagga", "image": picture(COLOURS[0])}],
+        features=Features({"question": Value("string"), "answer": Value("string"), "image": Image()}),
+    )
+    for name in ("tiny", "configuration/models/tiny.json"):
+        config = from_scratch(name, rows, vocab_size=280)[0].config
+        assert config.vision_config.to_dict() == fresh[0].config.vision_config.to_dict()
+    with pytest.raises(ValueError, match=r"name of a preset \(large, small, tiny\), but got 'tny'"):
+        from_scratch("tny", rows)
+
+
 def test_everything_else_is_the_presets(fresh):
     preset, config = AutoConfig.from_pretrained(PRESET), fresh[0].config
     changed = {"vocab_size", "pad_token_id", "eos_token_id"}
