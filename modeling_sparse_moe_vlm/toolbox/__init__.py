@@ -1,3 +1,3 @@
-"""Tools around the models: nothing here travels with a checkpoint."""
+"""Tools for working with the models. Checkpoints contain no code from this package."""
 
 from . import former_names as former_names

@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while."""
+"""A context that runs a model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches to evaluation, and then gives every module its own mode back: frozen ones may differ from the rest."""
+    """
+    Puts a model in evaluation mode. On exit, restores the mode of every module separately, because frozen modules may
+    have another mode than the rest.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

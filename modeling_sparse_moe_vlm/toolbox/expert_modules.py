@@ -1,4 +1,4 @@
-"""Where a model's experts are: their modules, what holds them, and what is called how."""
+"""Finds the experts of a model: their modules, the layers or pools they belong to, and their names."""
 
 from __future__ import annotations
 
@@ -13,53 +13,54 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..experts_config import experts_config_of
 
 PROJECTIONS = ("gate", "up", "down")
-# What `use_experts_implementation` of Transformers gives a class; the last one is the class's own.
+# Attributes of every experts class. `use_experts_implementation` of Transformers sets all but the last one, which the
+# class sets itself.
 MARKS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel", "num_experts")
 
 
 def uses_experts_interface(module: nn.Module) -> bool:
-    """Whether Transformers' experts interface runs the module."""
+    """Whether the module runs through Transformers' experts interface."""
     return all(hasattr(module, mark) for mark in MARKS)
 
 
 def base_model_of(model: Any) -> PreTrainedModel:
-    """The model within PEFT's, or the model itself."""
+    """Returns the base model of a PEFT model, or the model itself if it is not one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def name_without_adapters(name: str) -> str:
-    """The name that a module of a model with adapters has without them."""
+    """Returns the name that a module of a model with adapters has in the model without adapters."""
     return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name).removeprefix("base_model.model.")
 
 
 def name_without_shard(name: str) -> str:
-    """The name that a module or parameter of a shard has in a model without shards."""
+    """Returns the name that a module or parameter of a shard has in a model without shards."""
     return re.sub(r"\.shards\.\d+(?=\.|$)", "", name)
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether the module holds a stack of experts and runs them through Transformers' experts interface."""
+    """Whether the module contains a stack of experts and runs them through Transformers' experts interface."""
     return "base_layer" not in module._modules and uses_experts_interface(module) and bool(stacks(module))
 
 
 def experts_modules(model: nn.Module) -> dict[str, Any]:
-    """By name, the modules that hold stacks of experts (of a layer, group, pool or shard), in the model's order."""
+    """Returns the modules that contain stacks of experts (of a layer, group, pool or shard) by name, in model order."""
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
 def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
-    """The stacks of matrices of an experts module, by name."""
+    """Returns the stacked matrices of an experts module, by name."""
     return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}
 
 
 def parameters_by_expert(experts: Any) -> dict[str, nn.Parameter]:
-    """By name, the parameters of an experts module that hold something for every expert: matrices and biases."""
+    """Returns the parameters of an experts module with one entry per expert (matrices and biases), by name."""
     parameters = experts.named_parameters(recurse=False)
     return {name: value for name, value in parameters if value.dim() and value.shape[0] == experts.num_experts}
 
 
 def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
-    """The place (a layer's experts, or a pool) that an experts module is a part of, and the group it belongs to."""
+    """Returns the place of an experts module (the experts of a layer, or a pool), and the group that it belongs to."""
     groups = getattr(config, "routed_group_names", [])
     place = name_without_shard(name_without_adapters(name))
     parent, _, last = place.rpartition(".")
@@ -69,17 +70,17 @@ def place_of(name: str, config: PreTrainedConfig) -> tuple[str, str | None]:
 
 
 def is_pool(place: str) -> bool:
-    """Whether a place is a pool, whose experts several layers use."""
+    """Whether a place is a pool, that is, several layers share its experts."""
     return ".expert_pools." in f".{place}"
 
 
 def first_number(name: str) -> int:
-    """The first number in the name of a module; 0 where there is none."""
+    """Returns the first number in the name of a module, or 0 if there is none."""
     return next((int(piece) for piece in name.split(".") if piece.isdigit()), 0)
 
 
 def places_of_layers(places: Iterable[str], config: Any) -> list[str]:
-    """The place whose experts each sparse layer uses: layers of a pool have it in common."""
+    """Returns the place whose experts each sparse layer uses. The layers of a pool share one place."""
     places = list(places)
     pools = {place.rpartition(".")[2]: place for place in places if is_pool(place)}
     if not pools:
@@ -92,14 +93,14 @@ def places_of_layers(places: Iterable[str], config: Any) -> list[str]:
 @dataclass(frozen=True)
 class ExpertBank:
     """
-    The experts of one group in one place, which is a layer or a pool of layers.
+    The experts of one group in one place: a layer, or a pool of layers.
 
     Args:
         name (`str`): Name of the module.
-        group (`str`, *optional*): Name of the group, where the configuration has groups.
-        layers (`tuple[int, ...]`): The layers that use them.
-        always_on (`bool`): Whether they are always on, and thus one dense network.
-        parts (`dict[str, nn.Module]`): By name, the modules that hold them: one, or the shards.
+        group (`str`, *optional*): Name of the group, if the configuration has groups.
+        layers (`tuple[int, ...]`): Numbers of the layers that use these experts.
+        always_on (`bool`): Whether the experts are always on, which makes them one dense network.
+        parts (`dict[str, nn.Module]`): Modules that contain the experts, by name: one module, or one per shard.
     """
 
     name: str
@@ -110,12 +111,12 @@ class ExpertBank:
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of experts of the parts."""
+        """Number of experts of each part."""
         return [next(iter(stacks(part).values())).shape[0] for part in self.parts.values()]
 
     @property
     def weights(self) -> dict[str, set[str]]:
-        """By the name of a matrix of the experts (or stack of them) within its part, the projections in it."""
+        """Projections in each matrix (or stack of matrices) of the experts, by its name within the part."""
         first = next(iter(self.parts.values()))
         names = [name for name, _ in first.named_children()] if self.always_on else list(stacks(first))
         return {
@@ -125,11 +126,12 @@ class ExpertBank:
         }
 
     def is_in_group(self, group: str) -> bool:
+        """Whether the experts belong to a group."""
         return group == self.group if self.group is not None else group in self.name.split(".")
 
 
 def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
-    """The experts of a model by place and group, in the order of its modules."""
+    """Returns the experts of a model by place and group, in the order of its modules."""
     config = experts_config_of(model.config)
     groups = {group["name"] for group in getattr(config, "expert_groups", [])}
     layers = layers_of_modules(model)
@@ -144,7 +146,7 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
         if bank_name not in banks:
             place, group = place_of(name, config)
             if not is_pool(name) and not name.startswith(of_ours):
-                group = None  # experts that the model had before it was given groups
+                group = None  # experts that the model had before it was upcycled
             banks[bank_name] = ExpertBank(
                 name=bank_name,
                 group=last if always_on else group,
@@ -157,39 +159,40 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
 
 
 def modules_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules by the name that they have without adapters."""
+    """Yields the modules of a model, each with the name that it has without adapters."""
     for name, module in model.named_modules():
         if not re.search(r"\.(lora_\w+|modules_to_save)(\.|$)", name):
             yield name_without_adapters(name), module
 
 
 def our_experts_config(config: PreTrainedConfig) -> Any:
-    """The experts' configuration of a model of this package or an upcycled one; `None` for other models."""
+    """Returns the experts configuration of a model of this package or an upcycled model; `None` for other models."""
     experts = experts_config_of(config)
-    # By attribute: a checkpoint that brings its code along has classes of its own.
+    # Checks an attribute, not the class: a checkpoint that contains its own code has its own classes.
     return experts if hasattr(experts, "layers_by_experts") else None
 
 
 def sparse_blocks(model: nn.Module) -> dict[str, Any]:
-    """By name, the sparse blocks of this package in any model."""
-    # By attribute, since the classes of a checkpoint that came with its code are others.
+    """Returns the sparse blocks of this package in any model, by name."""
+    # Checks an attribute, not the class: a checkpoint that contains its own code has its own classes.
     return {name: module for name, module in modules_of(model) if hasattr(module, "groups_key")}
 
 
 def decoder_name(model: PreTrainedModel) -> str:
-    """The name of the decoder in a model, with or without adapters; empty where the model is the decoder."""
+    """Returns the name of the decoder in a model, without adapters. It is empty if the model itself is the decoder."""
     decoder = base_model_of(model).get_decoder()
     return next((name for name, module in modules_of(model) if module is decoder), "")
 
 
 def layers_of_modules(model: PreTrainedModel) -> dict[str, int]:
     """
-    By name, the number of the layer that a module lies in; 0 for what lies in none. Blocks and attention know theirs;
-    for other modules it is the first number in the name, after the name of the decoder.
+    Returns the number of the layer that each module belongs to, by name of the module; 0 for modules outside of layers.
+    Blocks and attention modules store it as `layer_idx`. For other modules it is the first number in the name, after
+    the name of the decoder.
     """
     prefix = f"{decoder_name(model)}."
     layers: dict[str, int] = {}
-    known: dict[str, int] = {}  # from the module itself, or from one around it
+    known: dict[str, int] = {}  # from the module itself, or from a module around it
     for name, module in modules_of(model):
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int):
@@ -202,8 +205,8 @@ def layers_of_modules(model: PreTrainedModel) -> dict[str, int]:
 
 def names_for_text(model: PreTrainedModel) -> tuple[str, ...]:
     """
-    The beginnings of the names, without adapters, of what text goes through: the decoder, and beside it the embeddings
-    and the head. Everything, where the model is the decoder.
+    Returns prefixes of the names (without adapters) of the modules that text passes through: the decoder, the
+    embeddings and the head. If the model itself is the decoder, the only prefix is empty and matches every name.
     """
     base, decoder = base_model_of(model), decoder_name(model)
     if not decoder:
@@ -212,7 +215,7 @@ def names_for_text(model: PreTrainedModel) -> tuple[str, ...]:
     names = [decoder, *(name for name, module in modules_of(model) if any(module is end for end in ends))]
     starts = []
     for name in names:
-        # A head may have several parts: what counts is the outermost module that the decoder does not lie in.
+        # A head may have several parts: use the outermost module that does not contain the decoder.
         start, *rest = name.split(".")
         for piece in rest:
             if not f"{decoder}.".startswith(f"{start}."):

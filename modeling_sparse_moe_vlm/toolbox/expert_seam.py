@@ -1,15 +1,16 @@
 """
-The one place where an experts module runs with other weights than its own: with adapters, or with some of its experts.
+Runs an experts module with weights other than its own: with adapters, or with only some of its experts.
 
-A caller asks for them around a call. What asks is the calling thread, and only there the module's attributes look
-different: nothing of the module is changed, so other threads and other calls see it as it is. The request is read
-when the forward takes the weights, after hooks have brought them in (Accelerate's, FSDP2's, those of paging), whatever
-wraps the forward.
+A caller requests other weights for one call. The request applies to the calling thread only: the module itself does not
+change, so other threads and other calls see its own weights. The request is read when the forward reads the weights.
+By then, hooks have loaded them (those of Accelerate, FSDP2 and paging), whatever wraps the forward.
 
-    prepare(experts)                                        # once
-    run_with_adapters(experts, {"down_proj": adapt}, …)     # adapters: `adapt(stack, held)` is what stands in
-    with use_stacks(experts, {"down_proj": slots}, held):   # paging: other stacks, and which expert each row is
-        …
+```python
+prepare(experts)  # once
+run_with_adapters(experts, {"down_proj": adapt}, ...)  # adapters: `adapt(stack, held)` replaces the stack
+with use_stacks(experts, {"down_proj": slots}, held):  # paging: other stacks, and the expert in each row
+    ...
+```
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-# Makes what stands in for a stack, from the stack, and from the expert that each of its rows is (`None` for all).
+# Returns the replacement of a stack. The arguments are the stack and the number of the expert in each of its rows
+# (`None` if the stack has all experts in order).
 Adapt = Callable[[torch.Tensor, torch.Tensor | None], Any]
 
-# Where a request lies while a call is traced by `torch.compile`, which knows no context variables. Traced code has no
-# effects, so nothing is changed there, either.
+# Attribute that stores a request while `torch.compile`, which does not support context variables, traces a call. Traced
+# code has no side effects, so this does not change the module either.
 TRACED = "_adapters_while_traced"
 OWNER = "_owner_of_stacks"
 
 
 class _Request:
-    """What a thread has asked for, for one module."""
+    """The weights that a thread has requested for one module."""
 
     __slots__ = ("_made", "adapters", "held", "stacks")
 
@@ -51,13 +53,13 @@ class _Request:
         if adapt is None:
             return stack
         made = self._made.get(name)
-        if made is None or made[0] is not stack:  # a hook may have brought in another one meanwhile
+        if made is None or made[0] is not stack:  # a hook may have loaded another stack meanwhile
             made = self._made[name] = stack, adapt(stack, self.held)
         return made[1]
 
 
 _NOTHING = _Request({}, {}, None)
-# The requests of all threads: experts that were compiled by themselves are compiled again where there are some.
+# The active requests of all threads. Experts compiled by themselves are compiled again while there are any.
 _IN_USE: dict[_Request, None] = {}
 _requests: ContextVar[Mapping[nn.Module, _Request]] = ContextVar("requests", default=MappingProxyType({}))
 
@@ -67,11 +69,18 @@ def run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], *args: 
     Calls an experts module with adapted stacks.
 
     Args:
-        experts (`nn.Module`): The module, which was prepared.
+        experts (`nn.Module`): Module on which [`prepare`] was called.
         adapters (`Mapping[str, Callable]`):
-            By name of a stack, what makes its stand-in from the stack `(E, ...)` and from the numbers of the experts
-            that its rows are, `(E,)`, or `None` where they are all.
-        *args, **kwargs: Those of its forward.
+            Functions that return the replacement of a stack, by name of the stack. Each is called with the stack
+            `(E, ...)` and the numbers of the experts in its rows, `(E,)`, or `None` if the stack has all experts.
+        *args: Positional arguments of the module's forward.
+        **kwargs: Keyword arguments of the module's forward.
+
+    Returns:
+        `torch.Tensor`: Output of the module.
+
+    Raises:
+        RuntimeError: If something has replaced the class that [`prepare`] gave the module.
     """
     _check_prepared(experts)
     if torch.compiler.is_compiling():
@@ -83,7 +92,7 @@ def run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], *args: 
     return _run_with_adapters(experts, adapters, args, kwargs)
 
 
-@torch.compiler.disable  # where the caller runs as it is, parts of the experts might be compiled, and see no request
+@torch.compiler.disable  # otherwise, parts of the experts might be compiled, which would not see the request
 def _run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], args: Any, kwargs: Any) -> torch.Tensor:
     outer = _requests.get()
     around = outer.get(experts, _NOTHING)
@@ -99,12 +108,12 @@ def _run_with_adapters(experts: nn.Module, adapters: Mapping[str, Adapt], args: 
 
 class use_stacks:
     """
-    Context in which an experts module has other stacks, of some of its experts.
+    A context in which an experts module runs with other stacks, which contain some of its experts.
 
     Args:
-        experts (`nn.Module`): The module, which was prepared.
-        stacks (`Mapping[str, torch.Tensor]`): By name of a parameter, what takes its place, `(rows, ...)`.
-        held (`torch.Tensor` of shape `(rows,)`): The expert in each row.
+        experts (`nn.Module`): Module on which [`prepare`] was called.
+        stacks (`Mapping[str, torch.Tensor]`): Replacements `(rows, ...)` of parameters, by name of the parameter.
+        held (`torch.Tensor` of shape `(rows,)`): Number of the expert in each row.
     """
 
     def __init__(self, experts: nn.Module, stacks: Mapping[str, torch.Tensor], held: torch.Tensor):
@@ -114,7 +123,7 @@ class use_stacks:
 
     def __enter__(self) -> None:
         outer = _requests.get()
-        # Adapters were asked for further out; a traced caller has left them with the module.
+        # An outer call may have requested adapters. A traced caller has stored them in the module.
         adapters = outer.get(self._experts, _NOTHING).adapters or self._experts.__dict__.get(TRACED, {})
         self._request = _Request(adapters, self._stacks, self._held)
         self._token = _requests.set({**outer, self._experts: self._request})
@@ -127,16 +136,16 @@ class use_stacks:
 
 
 class StackOwner(Protocol):
-    """Who keeps copies of a module's stacks, and must hear of changes."""
+    """An object that keeps copies of a module's stacks and must be notified of changes."""
 
-    is_read_only: bool  # whether the stacks cannot be changed, as they are in files
+    is_read_only: bool  # whether the stacks cannot be changed because they are read from files
 
     def read_again(self, experts: nn.Module) -> None:
-        """The stacks were changed in place."""
+        """Called after the stacks were changed in place."""
 
 
 def set_owner(experts: nn.Module, owner: StackOwner | None) -> None:
-    """Tells who keeps copies of a module's stacks; nobody any more with `None`."""
+    """Sets the object that keeps copies of a module's stacks; `None` removes it."""
     experts.__dict__.pop(OWNER, None)
     if owner is not None:
         experts.__dict__[OWNER] = owner
@@ -149,7 +158,7 @@ def is_read_only(experts: nn.Module) -> bool:
 
 
 def stacks_have_changed(experts: nn.Module) -> None:
-    """To be called after a module's stacks were changed in place."""
+    """Notifies the owner of a module's stacks, if any, that they were changed in place."""
     owner = experts.__dict__.get(OWNER)
     if owner is not None:
         owner.read_again(experts)
@@ -157,7 +166,7 @@ def stacks_have_changed(experts: nn.Module) -> None:
 
 def prepare(experts: nn.Module) -> None:
     """
-    Lets a thread ask for other stacks of a module. Its class becomes a subclass of what it was, of the same name, that
+    Enables requests for other stacks of a module. The module's class is replaced by a subclass of the same name, which
     looks for requests when a stack or the number of experts is read.
     """
     if not isinstance(experts, _Prepared):
@@ -166,20 +175,20 @@ def prepare(experts: nn.Module) -> None:
 
 
 def class_of(experts: nn.Module) -> type[nn.Module]:
-    """The class that a module had before it was prepared, as other models have it."""
+    """Returns the class that a module had before [`prepare`] replaced it."""
     ancestors = type(experts).__mro__
     return ancestors[ancestors.index(_Prepared) + 1] if _Prepared in ancestors else type(experts)
 
 
 class _Prepared:
-    """Marks the classes below, and stands before the class that they are made of."""
+    """A marker that precedes the original class among the bases of the classes that [`prepare`] creates."""
 
 
 @cache
 def _prepared_class(base: Any, names: tuple[str, ...]) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
-        """Copies and pickles are made again from the class that can be imported."""
-        if type(self) is not prepared:  # something else, such as FSDP2, has made a subclass of it
+        """Copies and pickles are rebuilt from the original class, which can be imported."""
+        if type(self) is not prepared:  # something else, such as FSDP2, has subclassed it
             return super(prepared, self).__reduce_ex__(protocol)
         return _restore, (base, names), self.__dict__
 
@@ -198,8 +207,8 @@ def _restore(base: Any, names: tuple[str, ...]) -> nn.Module:
 def _check_prepared(experts: nn.Module) -> None:
     if not isinstance(experts, _Prepared):
         raise RuntimeError(
-            f"the class of the experts was changed to {type(experts).__name__}, which would run them without their "
-            "adapters: call `factor_expert_lora(model)` again."
+            f"something has changed the class of the experts to {type(experts).__name__}, which would run them without "
+            "their adapters. Call `factor_expert_lora(model)` again."
         )
 
 
@@ -223,7 +232,7 @@ def _reader(name: str) -> Callable[[Any], Any]:
 
 
 def _own(experts: Any, name: str) -> Any:
-    """What the module has itself; replicas of `DataParallel` have stacks as plain attributes."""
+    """Returns the module's own value. Replicas of `DataParallel` have stacks as plain attributes."""
     for place in (experts.__dict__["_parameters"], experts.__dict__):
         if name in place:
             return place[name]

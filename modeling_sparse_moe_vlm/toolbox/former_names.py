@@ -1,4 +1,4 @@
-"""Modules that have moved: `import` still finds them under their former names."""
+"""Makes modules that have moved importable under their former names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FORMER_NAMES = {
 
 
 class _FormerNames(MetaPathFinder, Loader):
-    """Finds a module under its former name. It is the same module, not a copy of it."""
+    """Finds a module by its former name. The result is the same module object, not a copy."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         package, _, last = name.rpartition(".")
@@ -52,7 +52,7 @@ class _FormerNames(MetaPathFinder, Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = import_module(f"{__package__}.{FORMER_NAMES[spec.name.rpartition('.')[2]]}")
-        spec.loader_state = module.__spec__  # the import system is about to replace it
+        spec.loader_state = module.__spec__  # the import system replaces it next
         return module
 
     def exec_module(self, module: ModuleType) -> None:

@@ -1,4 +1,4 @@
-"""Upcycled models run the code of this package where it is installed, and not what a checkpoint brings, as ours do."""
+"""Makes upcycled models run the code of this installed package instead of the code in their checkpoint."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .. import modeling_upcycled
 from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
 
-# What the model types of upcycled models begin with.
+# Prefix of the model types of upcycled models.
 TYPE_PREFIX = f"{PREFIX.lower()}_"
 
 
 def use_installed_code(checkpoint: str | os.PathLike) -> None:
     """
-    Lets the auto classes run this package's code for a checkpoint of an upcycled model. Other checkpoints are left
-    alone: our own model types are registered when the package is imported.
+    Makes the auto classes run this package's code for a checkpoint of an upcycled model. Other checkpoints are not
+    affected: the package's own model types are registered when it is imported.
 
     Args:
         checkpoint (`str` or `os.PathLike`):
-            Folder of the checkpoint, its configuration file, or its name on the Hub.
+            Folder of the checkpoint, path to its configuration file, or its name on the Hub.
     """
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type", "")
     if model_type.startswith(TYPE_PREFIX):
@@ -31,7 +31,7 @@ def use_installed_code(checkpoint: str | os.PathLike) -> None:
 
 
 def register(config_class: Any) -> None:
-    """Registers a configuration class with the auto classes, if it is one of this package's upcycled models."""
+    """Registers a configuration class with the auto classes if it is the class of an upcycled model."""
     if not issubclass(config_class, UpcycledConfigMixin):
         return
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

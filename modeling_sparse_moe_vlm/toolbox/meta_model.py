@@ -1,4 +1,4 @@
-"""A model without weights, from its configuration."""
+"""Builds models without weights from their configuration."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ def model_on_meta_device(
     config_or_model: PreTrainedConfig | PreTrainedModel, dtype: torch.dtype | str | None = None
 ) -> PreTrainedModel:
     """
-    Builds a model on the meta device, where modules have shapes but no memory.
+    Builds a model on the meta device, where tensors have shapes but no memory.
 
     Args:
         config_or_model (`PreTrainedConfig` or `PreTrainedModel`):
-            Configuration of any Transformers model; or a model, which is returned as it is where no `dtype` is given.
+            Configuration of any Transformers model, or a model. A model is returned unchanged if `dtype` is `None`.
         dtype (`torch.dtype` or `str`, *optional*):
-            Type of the weights, such as `"bfloat16"`.
+            Data type of the weights, such as `"bfloat16"`.
 
     Returns:
-        `PreTrainedModel`: of the class that the configuration names, else for images and text where there is one.
+        `PreTrainedModel`: A model of the class that the configuration names in `architectures`. Otherwise, the first
+        auto class that knows the configuration chooses the class, in the order image-text-to-text, causal LM, base.
 
     Raises:
-        ValueError: If no auto class knows the configuration, or the type is not one of weights.
+        ValueError: If no auto class knows the configuration, or `dtype` is not a data type for weights.
     """
     if isinstance(config_or_model, nn.Module):
         if dtype is None:
@@ -62,7 +63,7 @@ def model_on_meta_device(
                 return model
             models.append(model)
         named = [getattr(transformers, name, None) for name in architectures or []]
-        if not models and named and named[0] is not None:  # some decoders of larger models are in no table
+        if not models and named and named[0] is not None:  # some decoders of larger models have no auto class
             models.append(named[0]._from_config(copy.deepcopy(config_or_model), **options))
     if not models:
         raise ValueError(f"no auto class of Transformers knows a configuration of type {type(config).__name__}.")

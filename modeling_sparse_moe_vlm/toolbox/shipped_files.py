@@ -5,32 +5,32 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-# `modeling_sparse_moe_vlm`, wherever it is.
+# Folder of the package `modeling_sparse_moe_vlm`.
 PACKAGE = Path(str(files(__package__.partition(".")[0])))
-# By folder of `configuration`, how the names of its files end.
+# File name suffix by folder of `configuration`.
 SUFFIXES = {"models": ".json", "training": ".yaml", "lora": ".yaml"}
 
 
 def shipped_root() -> Path:
-    """The folder that holds `configuration` and `model_card.md`: the package in a wheel, the root of a clone."""
+    """Returns the folder with `configuration` and `model_card.md`: the package in a wheel, or the root of a clone."""
     return PACKAGE if _is_wheel() else PACKAGE.parent
 
 
 def working_root() -> Path:
-    """The folder that outputs are relative to: the root of a clone, or else the current directory."""
+    """Returns the folder that outputs are relative to: the root of a clone; otherwise, the current directory."""
     return Path.cwd() if _is_wheel() else PACKAGE.parent
 
 
 def shipped_presets(folder: str) -> dict[str, Path]:
     """
-    The files in a folder of `configuration`.
+    Lists the files in a folder of `configuration`.
 
     Args:
         folder (`str`):
             `"models"`, `"training"` or `"lora"`.
 
     Returns:
-        `dict[str, Path]`: by short name, such as `"demo"` for `configuration/training/demo.yaml`.
+        `dict[str, Path]`: Paths by short name, such as `"demo"` for `configuration/training/demo.yaml`.
     """
     paths = (shipped_root() / "configuration" / folder).glob(f"*{SUFFIXES[folder]}")
     return {path.stem: path for path in sorted(paths)}
@@ -42,15 +42,15 @@ def find_preset(name: str, folder: str) -> Path:
 
     Args:
         name (`str`):
-            A path, relative to the current directory or to the folder that holds `configuration`; or a short name.
+            Path, relative to the current directory or to the folder that contains `configuration`, or a short name.
         folder (`str`):
-            The folder of `configuration` that short names stand for: `"models"`, `"training"` or `"lora"`.
+            Folder of `configuration` to look up short names in: `"models"`, `"training"` or `"lora"`.
 
     Returns:
-        `Path`
+        `Path`: Path to the file.
 
     Raises:
-        FileNotFoundError: If there is no such file; the message lists the short names.
+        FileNotFoundError: If there is no such file. The message lists the short names.
     """
     for place in (Path(name), shipped_root() / name):
         if place.is_file():
