@@ -207,8 +207,8 @@ def _restore(base: Any, names: tuple[str, ...]) -> nn.Module:
 def _check_prepared(experts: nn.Module) -> None:
     if not isinstance(experts, _Prepared):
         raise RuntimeError(
-            f"something has changed the class of the experts to {type(experts).__name__}, which would run them without "
-            "their adapters. Call `factor_expert_lora(model)` again."
+            f"the class of the experts was changed to {type(experts).__name__}, which would run them without their "
+            "adapters: call `factor_expert_lora(model)` again."
         )
 
 
