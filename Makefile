@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test check docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py
@@ -20,11 +20,21 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in build/site. It needs only the `docs` extra, since the sources are read and not imported.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation is in build/site/index.html"
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python scripts/docs/requirements.py | xargs -d '\n' $(BIN)/python -m pip install
 	touch $@
 
 clean:
