@@ -21,25 +21,55 @@ SCRIPTS_OF_VERBS = {
     "place": "place_experts.py",
     "info": "count_parameters.py",
 }
+# Each indented line of a docstring is an example.
 EXAMPLES = [
-    (verb, line.partition("  #")[0].partition(" > ")[0].strip())
+    (verb, line.partition("  #")[0].strip())
     for verb, module in VERBS.items()
     for line in module.__doc__.splitlines()
-    if line.startswith("    sparse-moe-vlm")
+    if line.startswith("    ")
 ]
+OF_THE_COMMAND = [example.partition(" > ")[0] for _, example in EXAMPLES if example.startswith("sparse-moe-vlm ")]
+# Verbs whose examples run within seconds, offline, on the model that `train` writes.
+QUICK = ["info", "generate", "explain", "routing-report", "place"]
+NEEDS_A_NETWORK = "Qwen/"
 
 
 def test_verbs():
     of_models = ["upcycle", "train", "evaluate", "generate", "explain", "lora"]
     assert list(VERBS) == [*of_models, "place", "routing-report", "info"]
-    assert {verb for verb, _ in EXAMPLES} == set(VERBS), "every verb has an example"
 
 
-@pytest.mark.parametrize(("verb", "example"), EXAMPLES, ids=lambda text: text)
-def test_examples_are_understood(verb, example):
-    command, *arguments = shlex.split(example)
-    assert command == "sparse-moe-vlm"
-    assert build_parser().parse_args(arguments).verb == verb
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_an_example_of_itself(verb):
+    assert any(example.startswith(f"sparse-moe-vlm {verb}") for of, example in EXAMPLES if of == verb)
+
+
+@pytest.mark.parametrize("example", OF_THE_COMMAND)
+def test_examples_are_understood(example):
+    _, *arguments = shlex.split(example)
+    assert build_parser().parse_args(arguments).verb == arguments[0]
+
+
+@pytest.mark.slow
+def test_quick_examples_run(trained, tmp_path, monkeypatch, capsys):
+    """In the order of `QUICK`, in one folder: some examples read what those before them have written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs/demo").symlink_to(trained[0])
+    for example in dict.fromkeys(example for verb in QUICK for of, example in EXAMPLES if of == verb):
+        if NEEDS_A_NETWORK in example:
+            continue
+        if example.startswith("sparse-moe-vlm "):
+            command, _, file = example.partition(" > ")
+            main(shlex.split(command)[1:])
+            printed = capsys.readouterr().out
+            assert printed.strip(), example
+            if file:
+                (tmp_path / file).write_text(printed)
+        else:
+            subprocess.run(re.sub(r"^python ", f"{sys.executable} ", example), shell=True, check=True)
+    written = {"scene.png", "explanation.png", "expert_load.png", "routing.json", "rows.jsonl", "map.json"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == written
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -115,7 +145,10 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         (["generate", "--question", "Why?", "--model", "outputs/none/model"], "no trained model"),
         (["info", "tiny", "nope.json"], "there is no model "),
         (["place", "nope.json", "--max-memory", "0=1GB"], "there is no model "),
-        (["place", "tiny", "--max-memory", "80GB"], "--max-memory: '80GB' is no budget such as 0=80GB or cpu=200GB."),
+        (
+            ["place", "tiny", "--max-memory", "80GB"],
+            "--max-memory: '80GB' is not a budget such as 0=80GB or cpu=200GB.",
+        ),
         (["place", "tiny", "--max-memory", "0=80"], "`max_memory[0]` is '80'"),
         (["place", "tiny", "--max-memory", "0=1GB", "--routing", "file"], "--routing: file is not a JSON file: "),
         (["place", "clip", "--max-memory", "0=1GB", "--num-expert-shards", "2"], "'clip_vision_model' have none."),

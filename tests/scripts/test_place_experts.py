@@ -59,7 +59,7 @@ def test_plans_for_models_of_the_library(run_here, tmp_path):
     ("arguments", "message"),
     [
         (["--max-memory", "0=1KB"], "are missing"),
-        (["--max-memory", "80GB"], "no budget such as"),
+        (["--max-memory", "80GB"], "is not a budget such as 0=80GB"),
         (["--max-memory", "0=80GB", "--routing", "nowhere.json"], "nowhere.json"),
         (["--max-memory", "0=80GB", "--output", "nowhere/map.json"], "nowhere/map.json"),
         (["--max-memory", "0=80GB", "--dtype", "nonsense"], "`dtype` must be"),

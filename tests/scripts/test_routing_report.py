@@ -109,7 +109,7 @@ def test_what_is_not_a_number_is_null(model_folder, run_verb, tmp_path):
         ('{"messages": []}\n{"messages"', "rows.jsonl, line 2 is not JSON: "),
         ('\n{"message": []}', "rows.jsonl, line 2 must be an object with `messages`."),
         ("[1]", "rows.jsonl, line 1 must be an object with `messages`."),
-        ("\n", "rows.jsonl holds no conversations."),
+        ("\n", "rows.jsonl contains no conversations: "),
         ('{"messages": [{"role": "user", "content": "Why?"}]}', "hold no assistant turn"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The command `sparse-moe-vlm`: one file for each verb."""
+"""The command line interface `sparse-moe-vlm`, with one module for each verb."""

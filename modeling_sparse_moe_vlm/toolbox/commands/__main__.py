@@ -1,4 +1,4 @@
-"""`python -m modeling_sparse_moe_vlm.toolbox.commands <verb>`, for launchers that start modules."""
+"""Runs the command as `python -m modeling_sparse_moe_vlm.toolbox.commands VERB`, for launchers that start modules."""
 
 from .main import main
 

@@ -1,9 +1,16 @@
 """
-Draws where a model looked when it answered a question about an image: α and β word by word, attention over the
-image, and the experts of its tokens.
+Draws where a model looked in an image while it answered a question about it.
 
     sparse-moe-vlm explain --model outputs/demo/model --output explanation.png
-    sparse-moe-vlm explain --model outputs/demo/model --image scene.png --question "Where is the cat?"
+
+To ask about an image file, here one that the first line makes:
+
+    python -c "from modeling_sparse_moe_vlm.toolbox import demo; demo.scenes('test', 1)[0]['image'].save('scene.png')"
+    sparse-moe-vlm explain --model outputs/demo/model --image scene.png --question "Where is the pig?"
+
+The model of the examples is written by `sparse-moe-vlm train`. For each word of the answer, the drawing shows α, the
+share of the attention that goes to the image, and β, the share that goes to the text. It also shows how the attention
+is spread over the image, and which expert of each layer each image token is routed to.
 """
 
 from __future__ import annotations
@@ -19,10 +26,10 @@ CELL_SIZE = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
-    parser.add_argument("--image", help="file; by default a held-out scene")
-    parser.add_argument("--question", help="question about it; by default that of the scene")
-    parser.add_argument("--scene", type=int, default=4, help="number of the held-out scene")
-    parser.add_argument("--output", default="explanation.png", help="where to write the PNG")
+    parser.add_argument("--image", help="image file; without it, a held-out scene of the demo is used")
+    parser.add_argument("--question", help="question about the image file")
+    parser.add_argument("--scene", type=int, default=4, help="number of the held-out scene, from 0 (default: 4)")
+    parser.add_argument("--output", default="explanation.png", help="PNG file to write (default: explanation.png)")
     add_json_option(parser)
 
 

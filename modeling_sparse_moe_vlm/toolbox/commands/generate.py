@@ -1,7 +1,10 @@
 """
-Asks a model about images.
+Asks a model a question about one or more images, or about none.
 
-    sparse-moe-vlm generate --model outputs/demo/model --question "Can you see the cat?" --image scene.png
+    python -c "from modeling_sparse_moe_vlm.toolbox import demo; demo.scenes('test', 1)[0]['image'].save('scene.png')"
+    sparse-moe-vlm generate --model outputs/demo/model --question "Can you see the pig?" --image scene.png
+
+The first line makes an image to ask about. The model of the example is written by `sparse-moe-vlm train`.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ from .options import trained_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="folder or name on the Hub")
-    parser.add_argument("--image", action="append", default=[], help="file or URL; may be given several times")
-    parser.add_argument("--question", required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings along")
+    parser.add_argument("--model", required=True, help="trained model: folder or name on the Hub")
+    parser.add_argument("--image", action="append", default=[], help="image file or URL; may be given several times")
+    parser.add_argument("--question", required=True, help="question to ask")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default: 64)")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow running code from the model's folder")
 
 
 def run(arguments: argparse.Namespace) -> None:

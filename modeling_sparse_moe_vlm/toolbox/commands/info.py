@@ -1,9 +1,11 @@
 """
-Prints how many parameters models have, in total and per token of each modality, without making any weights.
+Prints how many parameters a model has, in total and active for each token, without creating weights.
 
-    sparse-moe-vlm info tiny small large
-    sparse-moe-vlm info configuration/models/*.json --json
-    sparse-moe-vlm info Qwen/Qwen3-30B-A3B                      # any Transformers model
+    sparse-moe-vlm info tiny small large                        # the built-in configurations
+    sparse-moe-vlm info tiny --json
+    sparse-moe-vlm info Qwen/Qwen3-30B-A3B                      # any Transformers model, from the Hub
+
+Active parameters are those that one token uses, which can differ between text tokens and image tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ COLUMNS = ("model", "parameters", "active per text token", "active per image tok
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "configs", nargs="+", metavar="model", help="preset, configuration file, folder of a checkpoint, or Hub name"
+        "configs",
+        nargs="+",
+        metavar="model",
+        help="built-in configuration (tiny, small, large), configuration file, folder of a checkpoint, or Hub name",
     )
     add_json_option(parser)
 

@@ -1,13 +1,18 @@
 """
-Teaches a trained model a drawing style that it has not seen, with LoRA on its experts.
+Fine-tunes a trained model with LoRA on its experts, on scenes in a drawing style that is new to the model.
 
-    sparse-moe-vlm lora                                               # all experts
-    sparse-moe-vlm lora --recipe attention                            # or image_experts, all
-    sparse-moe-vlm lora --set lora.r=4 --set training.max_steps=50    # with other values
-    sparse-moe-vlm lora --resume                                      # goes on with an interrupted run
+    sparse-moe-vlm lora                                               # LoRA on all experts
+    sparse-moe-vlm lora --recipe attention                            # other recipes: image_experts, all
+    sparse-moe-vlm lora --set lora.r=4 --set training.max_steps=50    # change values of the recipe
+    sparse-moe-vlm lora --resume                                      # resume an interrupted run
+
+The recipes start from the model that `sparse-moe-vlm train` writes. To use several processes, in a clone of the
+repository:
+
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/finetune_lora.py
 
-Writes to the output folder: the adapter, as PEFT loads it (folder `adapter`), and `metrics.json`.
+The command writes two things to the output folder: the adapter (folder `adapter`), which PEFT can load, and
+`metrics.json`.
 """
 
 from __future__ import annotations
@@ -23,9 +28,9 @@ from .options import add_json_option, add_recipe_options, only_json, trained_mod
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser, "experts", "experts, attention, image_experts, all")
-    parser.add_argument("--model", help="trained model: a folder or a name on the Hub, instead of the recipe's")
-    parser.add_argument("--output-dir", help="where everything is written; outputs/lora/<recipe> by default")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--model", help="trained model: folder or name on the Hub (default: the model of the recipe)")
+    parser.add_argument("--output-dir", help="folder to write to (default: outputs/lora/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     add_json_option(parser)
 
 
@@ -42,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             lora = LoraRun(recipe, output_dir, resume=arguments.resume)
         lora.print_size()
         if not lora.train():
-            return  # another process does the rest
+            return  # the main process does the rest
         metrics = lora.evaluate()
         lora.print_how_to_load()
     if arguments.json:

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm <verb>`: finds the verb and runs it. Libraries that take seconds to import wait until it runs."""
+"""The entry point of `sparse-moe-vlm VERB`. Libraries that take seconds to import are only imported by `run`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ... import __version__
 from . import evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
 
 COMMAND = "sparse-moe-vlm"
-# Each has a docstring with an example, `add_arguments` and `run`.
+# Each verb is a module with `add_arguments`, `run` and a docstring, which is the help text and shows an example.
 VERBS: dict[str, ModuleType] = {
     "upcycle": upcycle,
     "train": train,
@@ -26,40 +26,42 @@ VERBS: dict[str, ModuleType] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    Runs the command.
+    Runs the command `sparse-moe-vlm`. Without a verb, prints the help text.
 
     Args:
         arguments (`Sequence[str]`, *optional*):
-            What follows the name of the command; by default, as the process was started.
+            Arguments after the name of the command. By default, those of the process (`sys.argv[1:]`).
 
     Raises:
-        SystemExit: With exit code 2 for wrong usage, and after `--help` and `--version`.
+        SystemExit: With exit code 2 for wrong usage and for mistakes in the input; with exit code 0 after `--help` and
+            `--version`.
     """
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     if parsed.verb is None:
         parser.print_help()
     else:
-        from ... import registered  # noqa: F401  (which the package leaves to the command)
+        # Makes our classes known to the auto classes, which importing the package does not do.
+        from ... import registered  # noqa: F401
 
         VERBS[parsed.verb].run(parsed)
 
 
 def run_script(verb: str) -> None:
-    """Runs a verb as a script of its own, with the arguments that the process was started with."""
+    """Runs a verb as a separate script, with the arguments of the process."""
     parser = argparse.ArgumentParser(**_texts(VERBS[verb]))
     VERBS[verb].add_arguments(parser)
     VERBS[verb].run(parser.parse_args())
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """Returns the parser of the command, with a subparser for each verb."""
     parser = argparse.ArgumentParser(
         prog=COMMAND, description="Sparse mixture-of-experts vision-language models: train, use and inspect them."
     )
     parser.add_argument("--version", action="version", version=f"{COMMAND} {__version__}")
     verbs = parser.add_subparsers(
-        dest="verb", metavar="verb", title="verbs", description=f"help: {COMMAND} VERB --help"
+        dest="verb", metavar="verb", title="verbs", description=f"Run `{COMMAND} VERB --help` for examples and options."
     )
     for name, verb in VERBS.items():
         summary = (verb.__doc__ or "").strip().partition("\n\n")[0]

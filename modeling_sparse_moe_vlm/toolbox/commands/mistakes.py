@@ -1,4 +1,4 @@
-"""Mistakes of the user's: one line that says what is wrong, and no traceback."""
+"""Mistakes in the user's input, which are reported in one line and without a traceback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class Mistake(SystemExit):
     Ends the command with exit code 2.
 
     Args:
-        message (`str`): What is wrong and what to do. It is printed where the mistake is found.
+        message (`str`):
+            What is wrong and what to do. `mistakes_in_one_line` has printed it already.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,11 +24,12 @@ class Mistake(SystemExit):
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
     """
-    To be held around what reads the user's input: recipes, models, images, budgets. An error there is a mistake in the
-    input, not in the code.
+    Reports errors as mistakes in the input. Used around code that reads the user's input: recipes, models, images and
+    memory budgets.
 
     Raises:
-        Mistake: In place of `ValueError`, `OSError`, and what configurations raise at values of a wrong type.
+        Mistake: In place of `ValueError`, `OSError` and `StrictDataclassError` (which configurations raise for values
+            of a wrong type). Its message is printed to stderr.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Options that several verbs have, and what they stand for."""
+"""Options that several verbs share."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ DEMO_MODEL = "outputs/demo/model"
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, names: str) -> None:
     """Adds `--recipe` and `--set`."""
-    parser.add_argument("--recipe", default=recipe, help=f"YAML file, or the name of one that ships: {names}")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value of the recipe")
+    parser.add_argument("--recipe", default=recipe, help=f"YAML file, or built-in recipe: {names} (default: {recipe})")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, such as data.num_heldout=200; may be given several times",
+    )
 
 
 def add_model_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--model`, by default the demo's."""
-    parser.add_argument("--model", default=DEMO_MODEL, help=f"folder or name on the Hub; {DEMO_MODEL} by default")
+    """Adds `--model`, by default the model of the demo."""
+    parser.add_argument(
+        "--model", default=DEMO_MODEL, help=f"trained model: folder or name on the Hub (default: {DEMO_MODEL})"
+    )
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, and all else to stderr")
+    parser.add_argument("--json", action="store_true", help="print JSON to stdout, and everything else to stderr")
 
 
 def only_json(is_wanted: bool) -> AbstractContextManager:
-    """Sends what is printed meanwhile to stderr, where only JSON is wanted on stdout."""
+    """Returns a context manager that redirects stdout to stderr if only JSON is wanted on stdout."""
     return redirect_stdout(sys.stderr) if is_wanted else nullcontext()
 
 
@@ -36,13 +44,13 @@ def trained_model(name: str) -> str:
 
     Args:
         name (`str`):
-            Folder, relative to the current directory or to the root of a clone; or a name on the Hub.
+            Folder, relative to the current directory or to the root of a clone, or name on the Hub.
 
     Returns:
-        `str`: the path, or the name as it is.
+        `str`: The path of the folder, or the name on the Hub, unchanged.
 
     Raises:
-        FileNotFoundError: If there is no such folder, and it cannot be a name on the Hub.
+        FileNotFoundError: If there is no such folder and `name` cannot be a name on the Hub.
     """
     from ..training.recipes import find_model
 
@@ -50,6 +58,6 @@ def trained_model(name: str) -> str:
         return find_model(name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"There is no trained model {name!r} yet: `make demo` (or `sparse-moe-vlm train`) trains one in some "
-            "minutes. With `--model` another is taken."
+            f"There is no trained model {name!r} yet: `make demo` (or `sparse-moe-vlm train`) trains one in a few "
+            "minutes. Pass `--model` to use another model."
         ) from error

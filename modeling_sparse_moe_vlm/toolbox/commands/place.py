@@ -1,12 +1,18 @@
 """
-Plans where the parts of a mixture-of-experts model lie, from its configuration: a device map for
-`from_pretrained(device_map=…)`.
+Plans on which device each part of a mixture-of-experts model is stored.
 
     sparse-moe-vlm place large --dtype bfloat16 --max-memory 0=24GB 1=24GB cpu=64GB
-    sparse-moe-vlm place outputs/demo/model --max-memory 0=8GB cpu=32GB --routing routing.json --output map.json
 
-A routing file has counts by layer and expert, `{"text": [[…], …], "image": [[…], …]}` or `[[…], …]`, or is what
-`sparse-moe-vlm routing-report --json` prints.
+To offload the experts that a trained model uses least, measure its routing first:
+
+    sparse-moe-vlm routing-report --model outputs/demo/model --json > routing.json
+    sparse-moe-vlm place outputs/demo/model --max-memory 0=7MB cpu=32GB --routing routing.json --output map.json
+
+The model of the second example is written by `sparse-moe-vlm train`. `--output` writes a device map for
+`from_pretrained(device_map=…)`. The plan needs only the configuration of the model, not its weights.
+
+A routing file contains the output of `sparse-moe-vlm routing-report --json`, or counts by layer and expert, for each
+modality or for all of them: `{"text": [[…], …], "image": [[…], …]}` or `[[…], …]`.
 """
 
 from __future__ import annotations
@@ -25,18 +31,23 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="preset, configuration file, folder of a checkpoint, or Hub name")
+    parser.add_argument(
+        "model",
+        help="built-in configuration (tiny, small, large), configuration file, folder of a checkpoint, or Hub name",
+    )
     parser.add_argument(
         "--max-memory",
         nargs="+",
         required=True,
         metavar="DEVICE=SIZE",
-        help="budgets: 0=80GB 1=80GB cpu=200GB disk=1TB",
+        help="memory budget of each device, such as 0=80GB 1=80GB cpu=200GB disk=1TB",
     )
-    parser.add_argument("--routing", help="JSON file with measured routing: hot experts go to the fast devices")
-    parser.add_argument("--dtype", help="type of the weights, e.g. bfloat16; by default the configuration's")
-    parser.add_argument("--num-expert-shards", type=int, help="shards per stack of experts, where the model has them")
-    parser.add_argument("--output", help="where to write the device map (JSON)")
+    parser.add_argument("--routing", help="JSON file with measured routing: the least used experts are offloaded first")
+    parser.add_argument("--dtype", help="dtype of the weights, such as bfloat16 (default: that of the configuration)")
+    parser.add_argument(
+        "--num-expert-shards", type=int, help="number of shards of the experts of a layer, for models that have shards"
+    )
+    parser.add_argument("--output", help="JSON file to write the device map to")
     add_json_option(parser)
 
 
@@ -66,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _budget(text: str) -> tuple[int | str, str]:
     device, separator, size = text.partition("=")
     if not separator:
-        raise ValueError(f"--max-memory: {text!r} is no budget such as 0=80GB or cpu=200GB.")
+        raise ValueError(f"--max-memory: {text!r} is not a budget such as 0=80GB or cpu=200GB.")
     return int(device) if device.isdigit() else device, size
 
 
@@ -79,7 +90,7 @@ def _read_routing(path: Path) -> Any:
 
 def _set_shards(config: Any, number: int) -> None:
     if not hasattr(config, "num_expert_shards"):
-        raise ValueError(f"--num-expert-shards: models of type {config.model_type!r} have none.")
+        raise ValueError(f"--num-expert-shards: models of type {config.model_type!r} have none. Leave out this option.")
     config.num_expert_shards = number
 
 

@@ -1,11 +1,17 @@
 """
-Runs a model over examples and prints how their tokens spread over its experts, by layer, group and modality.
+Runs a model on examples and prints how their tokens are distributed over its experts.
 
-    sparse-moe-vlm routing-report --model outputs/demo/model
-    sparse-moe-vlm routing-report --model outputs/demo/model --rows conversations.jsonl --output expert_load.png
+    sparse-moe-vlm routing-report --model outputs/demo/model --output expert_load.png
     sparse-moe-vlm routing-report --model outputs/demo/model --json > routing.json      # for `place --routing`
 
-A file of rows has one conversation per line, `{"messages": […], "images": ["a.png"]}`, with an assistant's turn.
+The model of the examples is written by `sparse-moe-vlm train`. The report has one row for each layer, group of experts
+and modality. To use conversations of your own, write one to each line of a JSONL file:
+
+    echo '{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "yes"}]}' > rows.jsonl
+    sparse-moe-vlm routing-report --model outputs/demo/model --rows rows.jsonl
+
+A conversation with images has one content part `{"type": "image"}` in its messages for each image, and a field
+`"images": ["a.png"]`. Every conversation needs a turn of the assistant.
 """
 
 from __future__ import annotations
@@ -29,9 +35,9 @@ BATCH_SIZE = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
-    parser.add_argument("--rows", help="JSONL file of conversations; by default held-out scenes")
-    parser.add_argument("--num-examples", type=int, default=256, help="number of held-out scenes, 256 by default")
-    parser.add_argument("--output", help="where to draw the load of the experts (PNG)")
+    parser.add_argument("--rows", help="JSONL file of conversations (default: held-out scenes of the demo)")
+    parser.add_argument("--num-examples", type=int, default=256, help="number of held-out scenes (default: 256)")
+    parser.add_argument("--output", help="PNG file to draw the load of the experts to")
     add_json_option(parser)
 
 
@@ -73,13 +79,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
     Args:
         path (`Path`):
-            A JSONL file; empty lines do not count.
+            JSONL file with one conversation per line. Empty lines are ignored.
 
     Returns:
-        `list[dict]`: rows as [`~toolbox.data.VisionLanguageCollator`] takes them.
+        `list[dict]`: Rows in the form that [`~toolbox.data.VisionLanguageCollator`] takes.
 
     Raises:
-        ValueError: If a line is not a JSON object with `messages`, or there is none; the message names the line.
+        ValueError: If a line is not a JSON object with `messages` (the message names the line), or if the file contains
+            no conversations.
+        OSError: If the file cannot be read.
     """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -93,11 +101,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}, line {number} must be an object with `messages`.")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no conversations.")
+        raise ValueError(f"{path} contains no conversations: write one JSON object with `messages` per line.")
     return rows
 
 
 def _as_json(row: GroupRouting) -> dict[str, Any]:
-    """A row with its figures; what is not a number is null."""
+    """Returns the fields and figures of a row, with `None` in place of NaN."""
     values = asdict(row) | row.figures()
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}

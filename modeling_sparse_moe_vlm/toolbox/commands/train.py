@@ -1,14 +1,17 @@
 """
-Trains a model, saves it, evaluates it and draws what it does.
+Trains a model from a recipe, saves it, evaluates it and draws its answers.
 
-    sparse-moe-vlm train                                        # the main job: configuration/training/demo.yaml
-    sparse-moe-vlm train --set training.max_steps=200           # with another value
-    sparse-moe-vlm train --resume                               # goes on where an interrupted run stopped
+    sparse-moe-vlm train                                        # the demo: a tiny model of scenes of emoji
+    sparse-moe-vlm train --set training.max_steps=200           # change a value of the recipe
+    sparse-moe-vlm train --resume                               # resume an interrupted run
+
+The demo takes a few minutes on two CPU cores. To use several processes (the second line in a clone of the repository):
+
     torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
-Writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and `expert_load.png`.
-A model of another class than ours gets no model card and no picture of its experts.
+The command writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and
+`expert_load.png`. Models that are not of a class of this package get no model card and no `expert_load.png`.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from .options import add_json_option, add_recipe_options, only_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser, "demo", "demo")
-    parser.add_argument("--output-dir", help="where everything is written; outputs/demo by default")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--output-dir", help="folder to write to (default: outputs/demo)")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     add_json_option(parser)
 
 
@@ -40,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
             training = TrainingRun(recipe, output_dir, resume=arguments.resume)
         training.print_model()
         if not training.train():
-            return  # another process does the rest
+            return  # the main process does the rest
         metrics = training.evaluate()
         training.draw()
         training.print_how_to_load()
