@@ -1,4 +1,4 @@
-"""α and β of any Transformers vision-language model: read out and steered."""
+"""Reads and steers the attention weights of modalities (α: image, β: text) in Transformers vision-language models."""
 
 from .read_out import MODALITIES, ModalityWeights, Step, modality_weights
 

@@ -1,13 +1,13 @@
-"""Keeps compiled models from running their compiled code, which would not see that attention is intercepted.
+"""Prevents compiled models from running their compiled code while attention is intercepted.
 
-`torch.compiler.set_stance` does that for the whole process: other threads would lose their compiled code, too, and two
-threads that set and restore a stance in turns would leave the wrong one behind. So the stance that is set here depends
-on the thread that asks:
+Compiled code would not see the interception. `torch.compiler.set_stance` could disable it, but for the whole process:
+other threads would lose their compiled code as well, and two threads that set and restore a stance in turns could leave
+the wrong one behind. The stance that this module sets depends on the calling thread instead:
 
-- a thread that intercepts attention runs everything uncompiled;
-- other threads keep the code that they have compiled as long as its guards hold, and run uncompiled where it would be
-  compiled again: what is registered for the interception does not belong in their graphs;
-- inside of an attention backend (flex attention is compiled by itself) all is as it was before.
+- A thread that intercepts attention runs everything uncompiled.
+- Other threads keep their compiled code as long as its guards hold. They run uncompiled where code would be compiled
+  again, because the function registered for the interception must not become part of their graphs.
+- Inside an attention backend (flex attention compiles itself), the previous stance applies.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ _is_as_before: ContextVar[bool] = ContextVar("_is_as_before", default=False)
 
 class StanceByThread:
     """
-    Stands in for dynamo's `DynamoStance`.
+    A replacement for dynamo's `DynamoStance` that depends on the calling thread.
 
     Args:
-        intercepts (`Callable`):
-            Whether attention is intercepted: in the thread that asks, with `here=True`, or else in any.
+        intercepts (`Callable[[bool], bool]`):
+            Function that returns whether attention is intercepted: in the calling thread if its argument is `True`, in
+            any thread otherwise.
     """
 
     def __init__(self, intercepts: Callable[[bool], bool]):
@@ -37,7 +38,7 @@ class StanceByThread:
     @property
     def stance(self) -> str:
         before = self.before.stance
-        # Somebody who has saved this stance may set it again later, when nothing is intercepted any more.
+        # Other code may have saved this stance, and may set it again when nothing is intercepted any more.
         if _is_as_before.get() or before == "force_eager" or not self.intercepts(False):
             return before
         return "force_eager" if self.intercepts(True) else "eager_on_recompile"
@@ -52,20 +53,20 @@ class StanceByThread:
 
 
 def set_stance_by_thread(intercepts: Callable[[bool], bool]) -> None:
-    """Sets it, unless it is set already."""
+    """Sets a stance that depends on the thread, unless one is set already."""
     if not isinstance(eval_frame._stance, StanceByThread):
         eval_frame._set_stance(StanceByThread(intercepts))  # type: ignore[arg-type]
 
 
 def restore_stance() -> None:
-    """Sets the stance from before, unless somebody has set another one meanwhile."""
+    """Restores the previous stance, unless other code has set another one meanwhile."""
     if isinstance(eval_frame._stance, StanceByThread):
         eval_frame._set_stance(eval_frame._stance.before)
 
 
 @contextmanager
 def stance_as_before() -> Iterator[None]:
-    """Inside, this thread compiles as if nothing were intercepted."""
+    """A context in which this thread compiles as if nothing were intercepted."""
     token = _is_as_before.set(True)
     try:
         yield

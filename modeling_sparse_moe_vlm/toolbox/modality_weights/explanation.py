@@ -1,4 +1,4 @@
-"""Explanation of one answer: where the model looked, word by word, and which experts the image tokens went to."""
+"""Explains one answer: where the model looked for each word, and which experts processed the image tokens."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ from ..demo.scenes import to_messages
 @dataclass
 class Explanation:
     """
-    What a model did for one question about one image, of S × S image tokens.
+    Attention and routing of a model that answered one question about one image of S × S image tokens.
 
     Args:
         words (`list[str]`):
-            The tokens of the answer, without special tokens.
+            Tokens of the answer, without special tokens.
         alpha (`torch.Tensor` of shape `(words,)`):
             α of each word: the share of attention that went to the image, averaged over layers and heads.
         count_free_alpha (`torch.Tensor` of shape `(words,)`):
-            The same without the effect of how many tokens the image has.
+            Count-free α of each word, which does not depend on the number of image tokens.
         looked (`torch.Tensor` of shape `(S, S)`):
-            How the attention to the image spreads over it, averaged over words, layers and heads; sums to 1.
+            Distribution of the attention to the image over its tokens, averaged over words, layers and heads. Its sum
+            is 1.
         experts (`torch.Tensor` of shape `(sparse layers, S, S)`):
-            The first routed expert of every image token.
+            Number of the routed expert with the highest score, for every image token.
     """
 
     words: list[str]
@@ -46,24 +47,24 @@ def explain(
     model: SparseMoeVlmForConditionalGeneration, processor: ProcessorMixin, picture: Image, question: str
 ) -> Explanation:
     """
-    Lets a model answer a question and reads out how it did. The weights α come from `generate` itself. Where on the
-    image the attention fell takes the attention matrices, from one more forward pass with eager attention.
+    Lets a model answer a question and records where it looked. `generate` itself returns the weights α. The attention
+    within the image is read from the attention matrices of one more forward pass with eager attention.
 
     Args:
         model (`SparseMoeVlmForConditionalGeneration`):
             The model.
         processor (`ProcessorMixin`):
-            Its processor.
+            Processor of the model.
         picture (`PIL.Image.Image`):
             The image.
         question (`str`):
             The question.
 
     Returns:
-        [`Explanation`]
+        [`Explanation`]: Words of the answer with their α, the attention within the image, and the experts.
 
     Raises:
-        ValueError: If the model answers with special tokens only.
+        ValueError: If the answer consists of special tokens only.
     """
     messages = to_messages({"question": question, "answer": "", "image": picture})["messages"][:1]
     messages[0]["content"][0]["image"] = picture
@@ -74,7 +75,7 @@ def explain(
         **inputs, max_new_tokens=32, do_sample=False, output_modality_weights=True, return_dict_in_generate=True
     )
     answer = outputs.sequences[0, inputs["input_ids"].shape[1] :]
-    # By number of the step that has made it.
+    # By number of the decoding step.
     words = {
         step: word for step, token in enumerate(answer) if (word := processor.decode([token], skip_special_tokens=True))
     }
@@ -101,7 +102,7 @@ def explain(
     queries = torch.tensor(list(words)) + inputs["input_ids"].shape[1] - 1
     attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., is_image]
     looked = attention.mean(dim=(0, 1, 2))
-    # The best of the chosen ones: router logits lack the routers' biases.
+    # `router_indices`, not `router_logits`: the logits do not include the biases of the routers.
     experts = torch.stack([chosen[is_image, 0] for chosen in whole.router_indices])
     return Explanation(
         words=list(words.values()),

@@ -1,9 +1,8 @@
-"""Runs a function of ours in place of the attention of chosen modules, through `ALL_ATTENTION_FUNCTIONS`.
+"""Replaces the attention function of chosen modules by another function, through `ALL_ATTENTION_FUNCTIONS`.
 
-The function is registered under the name of the backend that the modules use, as Transformers lets a file override a
-backend for itself, and passes every other module, and every other thread, on to that backend. A name of its own would
-be less safe: masks, kernels and some models (Gemma 4) look at the name of the backend, so that with another one the
-model might do something else.
+The function is registered under the name of the backend that the modules use, the same way in which a modeling file of
+Transformers can override a backend. For all other modules and threads it calls that backend. A new name would be less
+safe: masks, kernels and some models (Gemma 4) depend on the name of the backend and might behave differently.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 @dataclass(eq=False)
 class Interception:
-    """What runs in place of the attention of some modules, in the thread that asked for it."""
+    """A replacement for the attention function of some modules, in the thread that entered the context."""
 
     modules: Set[nn.Module]
     name: str
     attend: AttentionFunction
 
     def is_here(self) -> bool:
-        """Whether it holds in this thread, or in another one that runs in a copy of that thread's context."""
+        """Whether it applies to this thread, which entered the context or has a copy of that thread's context."""
         return self in _here.get() and self in _open
 
 
-# All that hold in some thread, and those of this thread, among which there may be some that have ended.
+# The active interceptions of all threads, and those of this thread. The latter may include some that have ended.
 _open: tuple[Interception, ...] = ()
 _here: ContextVar[tuple[Interception, ...]] = ContextVar("_here", default=())
-# By name of the backend, what was registered before (`None` for eager attention), and what is now.
+# The functions registered before (`None` for eager attention) and now, by name of the backend.
 _registered: dict[str, tuple[AttentionFunction | None, AttentionFunction]] = {}
 _lock = threading.Lock()
 
@@ -50,22 +49,23 @@ _lock = threading.Lock()
 @contextmanager
 def intercept_attention(modules: Set[nn.Module], name: str, attend: AttentionFunction) -> Iterator[Interception]:
     """
-    While in this context, runs `attend` in place of the attention function of the modules, in this thread only.
-    Compiled models run uncompiled meanwhile.
+    A context in which `attend` replaces the attention function of the modules, in this thread only. Compiled models run
+    uncompiled in this context.
 
     Args:
         modules (`Set[nn.Module]`):
-            Modules that may be given to the attention function.
+            Modules whose attention is replaced. It may include modules without attention.
         name (`str`):
-            The backend that they use: `"eager"`, or one of `ALL_ATTENTION_FUNCTIONS`.
+            Backend that the modules use: `"eager"`, or a name in `ALL_ATTENTION_FUNCTIONS`.
         attend (`Callable`):
-            Called as `attend(attention_function, module, query, key, value, attention_mask, **kwargs)`.
+            Replacement. Called as `attend(attention_function, module, query, key, value, attention_mask, **kwargs)`.
 
     Yields:
-        [`Interception`]
+        [`Interception`]: The active replacement.
 
     Raises:
-        ValueError: If there is no such backend, or a module is in such a context of this thread already.
+        ValueError: If there is no such backend, or if the attention of one of the modules is already replaced in this
+            thread.
     """
     global _open
     check(
@@ -106,7 +106,7 @@ def _register(name: str) -> None:
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         own = backend or _eager_attention(type(module))
-        if torch.compiler.is_compiling():  # in a thread that had begun before
+        if torch.compiler.is_compiling():  # in a thread that started to compile before
             return own(module, *args, **kwargs)
         with stance_as_before():
             for interception in _here.get():
@@ -121,7 +121,7 @@ def _register(name: str) -> None:
 def _restore(name: str) -> None:
     backend, attention = _registered.pop(name)
     if ALL_ATTENTION_FUNCTIONS[name] is not attention:
-        return  # somebody else has overridden it meanwhile, and may call it
+        return  # other code has overridden it meanwhile, and may call it
     if backend is ALL_ATTENTION_FUNCTIONS._global_mapping.get(name):
         del ALL_ATTENTION_FUNCTIONS[name]
     else:
@@ -129,12 +129,15 @@ def _restore(name: str) -> None:
 
 
 def _eager_attention(module_class: type[nn.Module]) -> AttentionFunction:
-    """Eager attention has no entry: every modeling file has its own, which its attention's `forward` names."""
+    """
+    Returns the eager attention function of a module. It is not registered: every modeling file has its own, which the
+    `forward` of its attention module calls by name.
+    """
     forward = inspect.unwrap(module_class.forward)
     for name in forward.__code__.co_names:
         if name.endswith("eager_attention_forward"):
             return forward.__globals__[name]
     raise ValueError(
-        f"the eager attention function of {module_class.__name__} is not to be found: choose another backend, such as "
+        f"the eager attention function of {module_class.__name__} was not found: choose another backend, such as "
         '`model.set_attn_implementation("sdpa")`.'
     )

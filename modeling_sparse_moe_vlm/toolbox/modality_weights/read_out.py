@@ -1,12 +1,14 @@
-"""α and β of other people's models: read out of, and steered in, vision-language models of Transformers::
+"""Reads and steers the attention weights of modalities (α: image, β: text) in Transformers vision-language models.
 
-    with modality_weights(model) as weights:
-        model.generate(**inputs)
-    weights.alpha  # how much of each head's attention went to the image, by layer and token
+```python
+with modality_weights(model) as weights:
+    model.generate(**inputs)
+weights.alpha  # share of each head's attention that went to the image, by layer and token
+```
 
-The weight of a modality is the share of attention that its keys get (D-Attn, arXiv 2502.01906), so attention itself
-computes it, under any backend: with an indicator of the modality in place of the values, attention returns the weights.
-The model's own call of its backend runs untouched beside that. Only steering goes another way, that of
+The weight of a modality is the share of attention that its keys receive (D-Attn, arXiv 2502.01906). Any attention
+backend can compute it: if the values are replaced by an indicator of the modality, attention returns the weights. This
+is an additional call; the model's own call of its backend does not change. Steering replaces the model's own call by
 [`~modeling_sparse_moe_vlm.distributed_attention.attend_by_channels`].
 """
 
@@ -33,24 +35,27 @@ from ...visible_keys import visible_counts
 from ..expert_modules import base_model_of, our_experts_config
 from .interception import AttentionFunction, Interception, intercept_attention
 
-# Ids as in `ProcessorMixin.create_mm_token_type_ids`.
+# The position is the modality id, as in `ProcessorMixin.create_mm_token_type_ids`.
 MODALITIES = ("text", "image", "video", "audio")
-# The old name is still taken where the new one is used.
+# Models that use the new name still accept the old one.
 _CACHE_NAMES = {CACHE_NAME, "past_key_values"}
 
 
 @dataclass
 class Step:
     """
-    One forward pass, of T tokens in B rows, for a model with H heads and M = `len(MODALITIES)` modalities.
+    The modality weights of one forward pass over B rows of T tokens, in a model with H heads. M = `len(MODALITIES)`.
 
     Args:
         start (`int`):
-            Number of tokens that were in the cache before.
+            Number of tokens in the key/value cache before the pass.
         modality_ids (`torch.Tensor` of shape `(B, T)`):
-            Modality ids of the tokens.
-        modality_weights (`dict[int, torch.Tensor]`), count_free_modality_weights (`dict[int, torch.Tensor]`):
-            By layer, `(B, H, T, M)` each, in float32.
+            Modality id of every token, an index into `MODALITIES`.
+        modality_weights (`dict[int, torch.Tensor]`):
+            Modality weights, by number of the layer: tensors `(B, H, T, M)` of type float32. If a layer skips the first
+            tokens, its tensor has fewer than T.
+        count_free_modality_weights (`dict[int, torch.Tensor]`):
+            Count-free modality weights, in the same form. They do not depend on the number of tokens of each modality.
     """
 
     start: int
@@ -62,32 +67,32 @@ class Step:
 @dataclass
 class ModalityWeights:
     """
-    What [`modality_weights`] has read out.
+    The modality weights that [`modality_weights`] has read.
 
     Args:
         steps (`list[Step]`):
-            One entry for every forward pass of the model.
+            One entry for every forward pass of the model, in order.
     """
 
     steps: list[Step] = field(default_factory=list)
 
     def of(self, modality: str, *, count_free: bool = False) -> torch.Tensor:
         """
-        The weight of a modality in the last sequences, all steps together. Tokens that assisted decoding refused are
-        left out.
+        Returns the weights of a modality for the last sequences, concatenated over their forward passes. Tokens that
+        assisted decoding rejected are left out.
 
         Args:
             modality (`str`):
-                One of `MODALITIES`.
+                Name of the modality, one of `MODALITIES`.
             count_free (`bool`, defaults to `False`):
-                Whether to take the count-free weight, which does not grow with the number of the modality's tokens.
+                Whether to return the count-free weights, which do not grow with the number of tokens of the modality.
 
         Returns:
-            `torch.Tensor` of shape `(layers, B, H, T)`: NaN for tokens that a layer skips (Gemma 4 runs its last layers
-            only on the last token of a prompt).
+            `torch.Tensor` of shape `(layers, B, H, T)`: Weights of type float32. They are NaN for tokens that a layer
+            skips (Gemma 4 runs its last layers only on the last token of a prompt).
 
         Raises:
-            ValueError: If there is no such modality, or nothing has been read out.
+            ValueError: If there is no such modality, or if nothing has been read out.
         """
         check(modality in MODALITIES, f"`modality` must be one of {', '.join(MODALITIES)}, got {modality!r}.")
         check(
@@ -108,12 +113,12 @@ class ModalityWeights:
 
     @property
     def alpha(self) -> torch.Tensor:
-        """The weight of images, see [`~ModalityWeights.of`]."""
+        """Weights of images, `(layers, B, H, T)`: see [`~ModalityWeights.of`]."""
         return self.of("image")
 
     @property
     def beta(self) -> torch.Tensor:
-        """The weight of text, see [`~ModalityWeights.of`]."""
+        """Weights of text, `(layers, B, H, T)`: see [`~ModalityWeights.of`]."""
         return self.of("text")
 
 
@@ -126,53 +131,57 @@ def modality_weights(
     modality_ids: torch.Tensor | None = None,
 ) -> Iterator[ModalityWeights]:
     """
-    Reads out, and steers, the attention of a vision-language model, without touching the model.
+    A context that reads, and optionally steers, the attention of a vision-language model without changing the model.
 
-    Everything goes through `ALL_ATTENTION_FUNCTIONS`, so this works for the models whose language model takes its
-    attention from there and sees an image as tokens of its sequence. Without steering the output is the same to the
-    bit. A model that is compiled runs uncompiled in this context.
+    It works for every model whose language model takes its attention function from `ALL_ATTENTION_FUNCTIONS` and
+    represents an image as tokens of its sequence. Without steering, the output of the model is bit-identical. A
+    compiled model runs uncompiled in this context.
 
-    It holds for the thread that enters it. Other threads may run the same model meanwhile, as it is or in a context of
-    their own. A thread that you start inside of the context (to stream what `generate` returns, for one) does not
-    inherit it: hand it over with `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`
-    and join the thread before you leave the context.
+    The context applies to the thread that enters it. Other threads can run the same model at the same time, with or
+    without a context of their own. A thread that you start inside the context (to stream the output of `generate`, for
+    example) does not inherit it. Start it with
+    `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`, and join it before you leave
+    the context.
 
     Args:
         model (`PreTrainedModel`):
-            The model, which in this context may be called by itself or by its `generate`.
+            The model, with or without adapters. In the context, call it directly or through its `generate`.
         modality_priors (`Mapping[str, float]`, *optional*):
-            Factors on the priors, as `{"image": 2.0}`.
-        modality_guidance (`float`, defaults to 0.0):
-            g of Z + g·(Z − O_text), for queries that see text and something else (arXiv 2601.13707); at most 100.
+            Factors by which to multiply the prior weights of modalities, such as `{"image": 2.0}`.
+        modality_guidance (`float`, *optional*, defaults to 0.0):
+            Strength g of the guidance: the attention output Z becomes Z + g·(Z − O_text), where O_text is the output
+            over text keys only (arXiv 2601.13707). It applies to queries that see text and at least one other modality.
+            At most 100; 0 disables it.
         modality_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Modality ids of the first tokens of every sequence; later ones are text. Without it the placeholders in
-            `input_ids` tell, or else the `mm_token_type_ids` of a call.
+            Modality ids of the first T tokens of every sequence, each an index into `MODALITIES`. Later tokens are
+            text. By default, the placeholders in `input_ids` define the modalities; if they cannot, the
+            `mm_token_type_ids` that the model receives do.
 
     Yields:
-        [`ModalityWeights`]: filled by every forward pass, without gradients.
+        [`ModalityWeights`]: The weights. Every forward pass adds a [`Step`], without gradients.
 
     Raises:
-        ValueError: If an argument is wrong, the model is in such a context of this thread already, or its backend is
-            not registered; in a forward pass, if the modality ids are not known or do not fit the keys of a layer, if
-            steering is not possible, or if two threads share the context; at the end, if a forward pass that another
-            thread runs in the context has not ended.
+        ValueError: On entry, if an argument is invalid, if the attention of the model is already read or steered in
+            this thread, or if its attention backend is not registered. In a forward pass, if the modality ids are
+            unknown or do not fit the keys of a layer, if steering is not possible, or if two threads share the context.
+            On exit, if a forward pass of another thread in the context has not ended.
 
     Warns:
-        UserWarning: If no forward pass was read out, but other threads ran the model.
+        UserWarning: If no forward pass was read because only other threads ran the model.
     """
     log_priors = given_log_priors(MODALITIES, modality_priors)
     check_guidance(modality_guidance)
     if modality_ids is not None:
         check(
             modality_ids.dim() == 2 and bool((modality_ids >= 0).all() and (modality_ids < len(MODALITIES)).all()),
-            f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1}, for {', '.join(MODALITIES)}.",
+            f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1} (for {', '.join(MODALITIES)}).",
         )
     model = base_model_of(model)
     decoder = model.get_decoder()
     recorder = _Recorder(model.config, log_priors, modality_guidance, modality_ids)
     attention = decoder.config._attn_implementation
     with intercept_attention(set(decoder.modules()), attention, recorder.attend) as recorder.interception:
-        # Both ways to call the model lead through its base model.
+        # Direct calls and `generate` both call the base model.
         with (
             model.base_model.register_forward_pre_hook(recorder.start, with_kwargs=True),
             model.base_model.register_forward_hook(recorder.finish, always_call=True),
@@ -183,7 +192,7 @@ def modality_weights(
 
 @dataclass
 class _Pass:
-    """A forward pass under way, with the modality ids of the cached and the new tokens, `(B, S)`."""
+    """A forward pass in progress, with the modality ids of the cached and the new tokens, `(B, S)`."""
 
     step: Step
     token_ids: torch.Tensor
@@ -192,7 +201,7 @@ class _Pass:
 
 
 class _Recorder:
-    """Follows the forward passes of a model, in the threads where its interception holds."""
+    """Records the forward passes of a model in the threads where its interception applies."""
 
     interception: Interception
 
@@ -204,20 +213,20 @@ class _Recorder:
         self.placeholders = _placeholders(config)
         self.log_priors = torch.tensor(log_priors)
         self.guidance = guidance
-        self.steers = guidance > 0 or len(set(log_priors)) > 1  # the ratios of priors count
+        self.steers = guidance > 0 or len(set(log_priors)) > 1  # only the ratios of priors matter
         self.modality_ids = modality_ids
-        self.thread: int | None = None  # of the pass under way
+        self.thread: int | None = None  # of the pass in progress
         self.running: _Pass | None = None
         self.num_passes_elsewhere = 0
         self.lock = threading.Lock()
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: what its tokens are, and those of the cache."""
+        """Called before a forward pass: determines the modality ids of its tokens and of the cached tokens."""
         if not self.interception.is_here():
             check(
                 not getattr(module, "_is_replica", False),
-                "`DataParallel` runs copies of the model in threads of its own, which are neither read out nor "
-                "steered: call the model that it wraps.",
+                "`DataParallel` runs copies of the model in its own threads, which are neither read out nor steered: "
+                "call the model that it wraps.",
             )
             self.num_passes_elsewhere += 1
             return
@@ -229,7 +238,7 @@ class _Recorder:
             self.thread = threading.get_ident()
         check(
             not (self.steers and module.training and getattr(module, "is_gradient_checkpointing", False)),
-            "gradient checkpointing computes layers a second time, which is not steered: call `model.eval()` or "
+            "gradient checkpointing computes layers a second time, which cannot be steered: call `model.eval()` or "
             "`model.gradient_checkpointing_disable()`.",
         )
         arguments = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
@@ -238,7 +247,7 @@ class _Recorder:
         start = 0 if cache is None else int(cache.get_seq_length())
         new_ids = self._ids_of_tokens(arguments, start)
         token_ids = new_ids if start == 0 else torch.cat([_ids_of_cache(cache, start, len(new_ids)), new_ids], dim=1)
-        # The only part has the weight 1, whatever its prior.
+        # With a single modality, its weight is 1 for any prior.
         steers = self.steers and bool((token_ids != token_ids[:1, :1]).any())
         self.running = _Pass(Step(start, new_ids), token_ids, cache, steers)
 
@@ -252,10 +261,10 @@ class _Recorder:
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """In place of the attention function of a layer."""
+        """Replaces the attention function of a layer."""
         running = self.running if self.thread == threading.get_ident() else None
-        if running is None:  # a layer by itself, or computed again by gradient checkpointing
-            check(not self.steers, "only calls of the model that was given to `modality_weights` are steered.")
+        if running is None:  # a layer called directly, or recomputed by gradient checkpointing
+            check(not self.steers, "only calls of the model that was passed to `modality_weights` can be steered.")
             return backend(module, query, key, value, attention_mask, **kwargs)
         step = running.step
         key_ids = _ids_of_keys(running, module, key)
@@ -264,8 +273,8 @@ class _Recorder:
         else:
             output, attentions = backend(module, query, key, value, attention_mask, **kwargs)
             indicator = F.one_hot(key_ids, value.shape[-1])[:, None].to(value.dtype).expand(value.shape)
-            # Without dropout, which would move the random numbers of the model on, and without gradients, for which
-            # gradient checkpointing would have to read out again.
+            # Dropout would advance the random numbers of the model. Gradients would make gradient checkpointing compute
+            # the weights again.
             with torch.no_grad():
                 shares, _ = backend(module, query, key, indicator, attention_mask, **kwargs | {"dropout": 0.0})
             merged = Merged(output, shares[..., : len(MODALITIES)].float().transpose(1, 2), attentions)
@@ -276,7 +285,7 @@ class _Recorder:
         return merged.output, merged.attentions
 
     def finish(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """After a forward pass, also after one that failed, without an output."""
+        """Called after a forward pass, and after a pass that failed, without an output."""
         if self.thread != threading.get_ident():
             return
         running, self.running, self.thread = self.running, None, None
@@ -284,8 +293,8 @@ class _Recorder:
             return
         check(
             bool(running.step.modality_weights),
-            f"no layer of {self.model_type!r} took its attention from `ALL_ATTENTION_FUNCTIONS` under the name it had "
-            "when `modality_weights` was entered: set the attention implementation before.",
+            f"no layer of {self.model_type!r} used the attention function from `ALL_ATTENTION_FUNCTIONS` that was set "
+            "when `modality_weights` was entered: set the attention implementation before you enter it.",
         )
         self.weights.steps.append(running.step)
         cache = getattr(output, CACHE_NAME, None) if running.cache is None else running.cache
@@ -293,7 +302,7 @@ class _Recorder:
             cache.token_modality_ids = running.token_ids
 
     def close(self) -> None:
-        """At the end, unless the context is left by an error: whether all was read out that should have been."""
+        """Called on exit, unless an error ends the context: checks that everything was read out."""
         check(
             self.thread in (None, threading.get_ident()),
             "a forward pass of another thread had not ended when `modality_weights` was left: join the thread before.",
@@ -301,14 +310,14 @@ class _Recorder:
         if self.num_passes_elsewhere and not self.weights.steps:
             warnings.warn(
                 f"`modality_weights` has neither read out nor steered anything: all {self.num_passes_elsewhere} "
-                "forward passes of the model ran in other threads. If they were meant, start the thread with "
+                "forward passes of the model ran in other threads. To include them, start the thread with "
                 "`Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=inputs)`, or enter "
                 "`modality_weights` in it.",
                 stacklevel=4,
             )
 
     def _ids_of_tokens(self, arguments: Mapping[str, Any], start: int) -> torch.Tensor:
-        """Modality ids of the tokens of a call, `(B, T)`."""
+        """Returns the modality ids of the tokens of a call, `(B, T)`."""
         input_ids: Any = arguments.get("input_ids")
         tokens: Any = arguments.get("inputs_embeds") if input_ids is None else input_ids
         check(tokens is not None, "the model needs `input_ids` or `inputs_embeds`.")
@@ -318,7 +327,7 @@ class _Recorder:
             check(num_rows % len(ids) == 0, f"`modality_ids` has {len(ids)} rows, the call has {num_rows}.")
             ids = ids.repeat_interleave(num_rows // len(ids), dim=0)  # beams
             return F.pad(ids, (0, length - ids.shape[1]))
-        if start and length == 1:  # a placeholder that the model generates has no image
+        if start and length == 1:  # a placeholder that the model generates has no image features
             return torch.zeros(num_rows, 1, dtype=torch.long, device=tokens.device)
         if input_ids is not None and self.placeholders:
             ids = torch.zeros_like(input_ids)
@@ -328,7 +337,7 @@ class _Recorder:
         given: Any = arguments.get("mm_token_type_ids")
         check(
             given is not None,
-            f"which tokens are images is not known, from `input_ids` and the configuration of {self.model_type!r} "
+            f"which tokens are images is not known from `input_ids` and the configuration of {self.model_type!r} "
             "(`image_token_id`): pass `modality_ids` to `modality_weights`.",
         )
         return given[:, -length:].long()
@@ -356,12 +365,12 @@ class _Recorder:
 
 
 def _fill(weights: torch.Tensor, length: int) -> torch.Tensor:
-    """With NaN for the first tokens, which a layer has skipped."""
+    """Pads with NaN the first tokens, which a layer has skipped."""
     return F.pad(weights, (length - weights.shape[-1], 0), value=torch.nan)
 
 
 def _placeholders(config: PreTrainedConfig) -> dict[int, int]:
-    """Modality id by token id."""
+    """Returns the modality id of every placeholder token, by token id."""
     of_experts = getattr(our_experts_config(config), "placeholder_ids", {})
     placeholders = {
         token_id: MODALITIES.index(modality)
@@ -378,26 +387,26 @@ def _placeholders(config: PreTrainedConfig) -> dict[int, int]:
 
 
 def _ids_of_cache(cache: Cache, length: int, num_rows: int) -> torch.Tensor:
-    """Modality ids of the cached tokens `(B, length)`, kept with the cache, whose keys do not tell."""
+    """Returns the modality ids of the cached tokens, `(B, length)`, which are stored in the cache object."""
     ids: Any = getattr(cache, "token_modality_ids", None)
     check(
         ids is not None and ids.shape[1] >= length and len(ids) == num_rows,
-        "the cache was filled, or its rows were changed, outside of `modality_weights`: the modality ids of its tokens "
-        "are not known. Run the model in this context from the first token on.",
+        "the cache was filled, or its rows were changed, outside of `modality_weights`, so the modality ids of its "
+        "tokens are not known. Run the model in this context from the first token on.",
     )
     return ids[:, :length]
 
 
 def _ids_of_keys(running: _Pass, module: nn.Module, key: torch.Tensor) -> torch.Tensor:
-    """Modality ids of the keys of a layer, `(B, S)`."""
+    """Returns the modality ids of the keys of a layer, `(B, S)`."""
     ids, cache = running.token_ids.to(key.device), running.cache
     room = key.shape[2] - ids.shape[1]
-    # A static cache has empty places at its end, which the mask hides; a sliding one has dropped its first keys.
+    # A static cache has empty positions at its end, which the mask hides. A sliding cache has dropped its first keys.
     explained = room == 0 or (cache is not None and (cache.is_compileable if room > 0 else any(cache.is_sliding)))
     check(
         explained and len(key) == len(ids),
-        f"layer {module.layer_idx} ({type(module).__name__}) attends to {key.shape[2]} keys in {len(key)} rows, where "
-        f"the model was given {ids.shape[1]} tokens in {len(ids)} rows: cross-attention and virtual tokens are not "
+        f"layer {module.layer_idx} ({type(module).__name__}) attends to {key.shape[2]} keys in {len(key)} rows, but "
+        f"the model received {ids.shape[1]} tokens in {len(ids)} rows: cross-attention and virtual tokens are not "
         "supported.",
     )
     return F.pad(ids, (0, room)) if room >= 0 else ids[:, -room:]
@@ -414,7 +423,7 @@ def _visible_counts(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Number of keys of each modality that a query sees, `(B, T, M)`."""
+    """Returns the number of keys of each modality that a query sees, `(B, T, M)`."""
     num_rows, length, num_keys = len(query), query.shape[2], key_ids.shape[1]
     if attention_mask is None:
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -426,7 +435,10 @@ def _visible_counts(
 
 
 def _cap_without_priors(backend: AttentionFunction, head_dim: int) -> AttentionFunction:
-    """Only logits are capped: the priors, from the channels after `head_dim`, go into the mask, which comes later."""
+    """
+    Wraps a backend so that the cap applies to the logits but not to the priors. The priors are in the channels after
+    `head_dim`; they are moved to the mask, which is added after the cap.
+    """
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         check(
