@@ -20,6 +20,7 @@ from transformers import (
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
 from modeling_sparse_moe_vlm.toolbox.demo import train_tokenizer
+from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
 
 
@@ -114,7 +115,8 @@ def test_a_failing_picture_costs_nothing(run_here, tmp_path, monkeypatch):
     assert (tmp_path / "model/README.md").exists()
 
 
-def test_models_of_other_classes_train_too(run_here, tmp_path):
+@pytest.mark.parametrize("is_upcycled", [False, True])
+def test_models_of_other_classes_train_too(is_upcycled, run_here, tmp_path):
     tokenizer = train_tokenizer(["Can you see the cat?"], vocab_size=270)
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
@@ -129,7 +131,10 @@ def test_models_of_other_classes_train_too(run_here, tmp_path):
         eos_token_id=3,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=1)
-    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "llava")
+    model = LlavaForConditionalGeneration(config)
+    if is_upcycled:
+        model = upcycle(model, "joint", num_experts=2)
+    model.save_pretrained(tmp_path / "llava")
     LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16),
         tokenizer,
@@ -143,9 +148,18 @@ def test_models_of_other_classes_train_too(run_here, tmp_path):
     printed = run_here(
         "train.py", *train_arguments(output_dir, max_steps=1), f"--set=model={tmp_path / 'llava'}", "--set=tokenizer={}"
     )
-    assert "LlavaForConditionalGeneration with" in printed
+    assert ("LlavaForConditionalGeneration with" in printed) == (not is_upcycled)
     assert "pictures of 32×32 pixels are resized to the 16×16 of the model" in printed
-    assert "No picture of the load of the experts" in printed
+    assert ("No picture of the load of the experts" in printed) == (not is_upcycled)
     assert (output_dir / "answers.png").exists()
-    assert not (output_dir / "expert_load.png").exists()
-    assert AutoModelForImageTextToText.from_pretrained(output_dir / "model").config.model_type == "llava"
+    assert (output_dir / "expert_load.png").exists() == is_upcycled
+    trained = AutoModelForImageTextToText.from_pretrained(output_dir / "model", trust_remote_code=is_upcycled)
+    assert trained.config.model_type == ("upcycled_llava" if is_upcycled else "llava")
+
+    card = ModelCard.load(output_dir / "model/README.md")
+    assert [result.dataset_split for result in card.data.eval_results] == ["test", "test_style"]
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert ("by upcycling" in card.text) == is_upcycled
+    assert ("Before any training: parity" in card.text) == is_upcycled
+    shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    assert shown["training"]["max_steps"] == 1

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -103,6 +104,8 @@ def test_of_parts(tmp_path, run_verb):
     make_tokenizer().save_pretrained(tmp_path / "text")
     SiglipVisionModel(SiglipVisionConfig(**TINY_TOWER, vision_use_head=False)).save_pretrained(tmp_path / "vision")
     make_image_processor().save_pretrained(tmp_path / "vision")
+    for part in ("text", "vision"):
+        (tmp_path / part / "README.md").write_text("---\nlicense: mit\n---\n")
     parts = ["--text", tmp_path / "text", "--vision", tmp_path / "vision"]
     made = json.loads(run_verb("upcycle", *parts, "--output", tmp_path / "sparse", "--json", "--num-experts", 4))
     assert (made["model_class"], made["processor"]) == (
@@ -114,6 +117,14 @@ def test_of_parts(tmp_path, run_verb):
     assert model.config.text_config.num_experts == 4
     assert made["sparse"]["total"] == model.num_parameters()
     assert (tmp_path / "sparse/processor_config.json").exists()
+    card = ModelCard.load(tmp_path / "sparse/README.md")
+    assert card.data.license == "mit"
+    assert card.data.tags == ["moe", "vision-language", "upcycled", "custom_code"]
+    assert f"The decoder was made from the language model `{tmp_path / 'text'}` by upcycling" in card.text
+    assert f"The vision tower is that of `{tmp_path / 'vision'}`." in card.text
+    assert "Start of the experts: residual (router rows random, seed 0)." in card.text
+    assert "Before any training: parity on" in card.text
+    assert card.text.count('.from_pretrained("sparse", trust_remote_code=True)') == 2
 
 
 @pytest.mark.parametrize(
@@ -184,6 +195,12 @@ def test_native_models_of_dense_and_of_upcycled_ones(dense, tmp_path, run_verb):
     assert all(states[0][name].equal(tensor) for name, tensor in states[1].items())
     assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in states[0]
     assert AutoProcessor.from_pretrained(tmp_path / "of_upcycled").chat_template
+    for name in ("of_dense", "of_upcycled"):
+        card = ModelCard.load(tmp_path / name / "README.md")
+        assert f"made from the dense model `{dense}` by upcycling" in card.text
+        assert "saved as a `LlavaForConditionalGeneration`" in card.text
+        assert "Before any training: parity on" in card.text
+        assert f'AutoProcessor.from_pretrained("{name}")' in card.text
 
 
 @pytest.mark.parametrize(

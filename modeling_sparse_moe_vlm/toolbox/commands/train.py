@@ -10,8 +10,8 @@ The demo takes a few minutes on two CPU cores. To use several processes (the sec
     torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
-The command writes to the output folder: the model (folder `model`), `metrics.json`, `answers.png` and
-`expert_load.png`. Models that are not of a class of this package get no model card and no `expert_load.png`.
+The command writes to the output folder: the model with its model card (folder `model`), `metrics.json`, `answers.png`
+and `expert_load.png`. Models without experts of this package get no `expert_load.png`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
-"""Model card: the template filled with what was measured, and nothing else."""
+"""Model cards: what a model is, what it was made from and what was measured, and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig, PreTrainedConfig
 
-from ...configuration_sparse_moe_vlm import SUPPORTED_TRANSFORMERS, SparseMoeVlmConfig
+from ...experts_config import experts_config_of
+from ...versions import SUPPORTED_TRANSFORMERS
+from ..installed_code import use_installed_code
 from ..shipped_files import shipped_root
 from ..training.recipes import Recipe
+from .parents import inherited_metadata, is_on_hub
 
 SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emoji scenes, held-out drawing style"}
 
@@ -17,78 +22,139 @@ SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emo
 def write_model_card(
     folder: str | Path,
     *,
-    config: SparseMoeVlmConfig,
+    config: PreTrainedConfig | None = None,
     template: str | Path | None = None,
     metrics: dict[str, Any] | None = None,
     recipe: Recipe | None = None,
+    base_model: str | Sequence[str] | None = None,
+    start: Mapping[str, Any] | None = None,
+    model_name: str | None = None,
 ) -> ModelCard:
     """
-    Writes `README.md` into a model's folder.
+    Writes `README.md` into the folder of a model: of this package's architecture, upcycled, or exported as a class of
+    Transformers. Save the model and its processor there first.
+
+    The card names the models that this one was made from, carries over their licence if their own cards (in their
+    folders or on the Hub) name one, and has the parity receipt of an upcycled model.
 
     Args:
         folder (`str` or `Path`):
             Folder of the saved model.
-        config (`SparseMoeVlmConfig`):
-            Configuration of the model.
+        config (`PreTrainedConfig`, *optional*):
+            Configuration of the model; by default, that in the folder.
         template (`str` or `Path`, *optional*):
             Jinja template; the package's own (`model_card.md`) by default.
         metrics (`dict`, *optional*):
             By split, `{"overall": {"model", "blind", "most_frequent_answer"}}` in percent, as measured.
         recipe ([`~toolbox.training.recipes.Recipe`], *optional*):
             What the model was trained with.
+        base_model (`str` or `Sequence[str]`, *optional*):
+            The model that this one was made from (a name on the Hub, or a folder); of a model from parts, the language
+            model and the vision encoder. By default, what the configuration of an upcycled model says.
+        start (`Mapping[str, Any]`, *optional*):
+            How the experts started. Only needed for a model from [`~toolbox.upcycling.to_native`], whose configuration
+            does not say: `upcycled.config.experts_config.start`.
+        model_name (`str`, *optional*):
+            Name of the model; by default, that of the folder.
 
     Returns:
-        `huggingface_hub.ModelCard`
+        `huggingface_hub.ModelCard`: `card.push_to_hub("user/name")` uploads it.
+
+    Raises:
+        OSError: If the folder has no configuration, or cannot be written to.
+
+    Example:
+
+    ```python
+    >>> sparse.save_pretrained("smolvlm-moe")
+    >>> processor.save_pretrained("smolvlm-moe")
+    >>> write_model_card("smolvlm-moe")
+    ```
     """
+    # Not at the top, since upcycling writes model cards itself.
+    from .descriptions import CAUSAL_LM, OUR_TYPES, TASKS, describe
+    from .usage import usage
+
     folder = Path(folder)
-    metrics = metrics or {}
-    results = [
-        {"split": split, "name": name} | metrics[split]["overall"]
-        for split, name in SPLIT_NAMES.items()
-        if split in metrics
-    ]
-    card_data = ModelCardData(
-        model_name=folder.name,
-        license="apache-2.0",
-        language="en",
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["moe", "vision-language", "custom_code"],
-        metrics=["exact_match"] if results else None,
-        eval_results=[
-            EvalResult(
-                task_type="visual-question-answering",
-                dataset_type="emoji-scenes",
-                dataset_name=row["name"],
-                dataset_split=row["split"],  # without it, the results of all splits would merge
-                metric_type="exact_match",
-                metric_value=round(row["model"], 1),
-            )
-            for row in results
-        ]
-        or None,
+    name = folder.resolve().name if model_name is None else model_name
+    if config is None:
+        use_installed_code(folder)
+        config = AutoConfig.from_pretrained(folder)
+    if start is None:
+        start = getattr(experts_config_of(config), "start", None) or {}
+    parents = _parents(base_model, start)
+    description = describe(config, parents, start)
+    task = TASKS.get(description.auto_class)
+    is_ours = config.model_type in OUR_TYPES
+    is_from_scratch = is_ours and not parents
+    metadata: dict[str, Any] = (
+        {"license": "apache-2.0", "language": "en"} if is_from_scratch else inherited_metadata(parents)
     )
-    text_config = config.text_config
+    results = _results(metrics or {})
+    on_hub = [parent for parent in parents if is_on_hub(parent)]
+    card_data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
+        tags=description.tags,
+        metrics=["exact_match"] if results else None,
+        eval_results=_eval_results(results) or None,
+        **metadata,
+    )
     card = ModelCard.from_template(
         card_data,
         template_path=str(template or shipped_root() / "model_card.md"),
-        model_name=folder.name,
+        model_name=name,
         supported=SUPPORTED_TRANSFORMERS,
-        vision_model_type=config.vision_config.model_type,
-        num_parameters=f"{config.num_parameters():,}",
-        active_parameters={
-            modality: f"{config.num_active_parameters(modality):,}" for modality in text_config.modalities
-        },
-        expert_groups=", ".join(
-            f"{group['name']} ({group['num_experts']} × {group['intermediate_size']}"
-            f"{', always on' if group['always_on'] else ''})"
-            for group in text_config.expert_groups
+        description=description.text,
+        facts=description.facts,
+        origin=description.origin,
+        is_upcycled=bool(start),
+        needs_code=description.needs_code,
+        usage=usage(
+            folder,
+            name,
+            description.auto_class,
+            reads_images=description.auto_class != CAUSAL_LM,
+            generates=task is not None,
+            needs_code=description.needs_code,
+            is_ours=is_ours,
         ),
-        num_experts_per_tok=text_config.num_experts_per_tok,
         results=results,
         recipe=recipe.to_yaml().strip() if recipe is not None else None,
+        **description.variables,
     )
     stage = folder / ".README.md.saving"
     card.save(stage)
     stage.replace(folder / "README.md")  # in one step
     return card
+
+
+def _parents(base_model: str | Sequence[str] | None, start: Mapping[str, Any]) -> list[str]:
+    if base_model is None:
+        return [start[key] for key in ("base_model", "vision_encoder") if key in start]
+    return [base_model] if isinstance(base_model, str) else list(base_model)
+
+
+def _results(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """By split that was measured, its figures and its name."""
+    return [
+        {"split": split, "name": name} | metrics[split]["overall"]
+        for split, name in SPLIT_NAMES.items()
+        if split in metrics
+    ]
+
+
+def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type="emoji-scenes",
+            dataset_name=row["name"],
+            dataset_split=row["split"],  # without it, the results of all splits would merge
+            metric_type="exact_match",
+            metric_value=round(row["model"], 1),
+        )
+        for row in results
+    ]

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ..data import VisionLanguageCollator
 from ..demo import conversations, drawings, load_scenes
 from ..evaluation import generate_answers
@@ -58,7 +57,9 @@ class TrainingRun:
         else:
             self.model, self.processor = from_checkpoint(model_path)
             compute_router_losses(self.model)
-        self.is_ours = self.model.config.model_type == SparseMoeVlmConfig.model_type
+        experts = our_experts_config(self.model.config)
+        self.is_upcycled = bool(getattr(experts, "start", None))  # the configuration then names the base model
+        self.base_model = None if Path(model_path).exists() else model_path
         self.collator = VisionLanguageCollator(self.processor)
         self.heldout = [split for split in SPLIT_TITLES if split in self.data]
         self.metrics: dict[str, Any] = {}
@@ -113,8 +114,13 @@ class TrainingRun:
             self.answers[split] = generate_answers(self.model, self.processor, conversations(rows))
             self.metrics[split] = score_by_kind(self.data["train"], rows, self.answers[split])
         (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2))
-        if self.is_ours:
-            write_model_card(self.model_dir, config=self.model.config, metrics=self.metrics, recipe=self.recipe)
+        write_model_card(
+            self.model_dir,
+            config=self.model.config,
+            metrics=self.metrics,
+            recipe=self.recipe,
+            base_model=None if self.is_upcycled else self.base_model,
+        )
         for split in self.heldout:
             print(f"\nExact match in percent, {SPLIT_TITLES[split]}:\n{score_table(self.metrics[split])}")
         print("\nQuestions from held-out arrangements (blind: the best guess from the question alone):")

@@ -12,10 +12,10 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_gguf_available
 
 from ...experts_config import experts_config_of
+from ..hub import write_model_card
 from ..meta_model import model_on_meta_device
 from .arrangement import Start
 from .blocks import DenseBlocks, find_blocks
-from .card import write_card
 from .costs import costs_of
 from .dense_checkpoint import DenseCheckpoint, LoadedModel, load_gguf
 from .errors import UpcyclingError
@@ -206,6 +206,9 @@ def _upcycle_native(
     with whole_folder(output, _size(twin)) as stage:
         twin.save_pretrained(stage, max_shard_size=max_shard_size)
         save_processor(processor, stage)
+        write_model_card(
+            stage, config=twin.config, base_model=str(source), start=start, model_name=output.resolve().name
+        )
     return UpcycledCheckpoint(
         source=str(source),
         output=str(output),
@@ -275,7 +278,8 @@ def _check_blocks(errors: Mapping[int, float], bound: float | None) -> None:
 def _save_rest(sparse: Any, outcome: UpcycledCheckpoint, processor: Any, folder: Path) -> None:
     """All but the weights: the configuration comes last, without which nobody takes the folder for a model."""
     save_processor(processor, folder)
-    write_card(folder, Path(outcome.output or "").resolve().name, outcome.source, sparse, outcome.dense, outcome.sparse)
+    name = Path(outcome.output or "").resolve().name
+    write_model_card(folder, config=sparse.config, base_model=outcome.source, model_name=name)
     sparse.save_pretrained(folder, state_dict={})
 
 

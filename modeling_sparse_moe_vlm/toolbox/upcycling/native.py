@@ -31,6 +31,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ...configuration_upcycled import OTHER_CONFIG, PREFIX
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...modeling_upcycled import full_path
 from .errors import UpcyclingError
@@ -149,6 +150,14 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in (SparseMoeVlmExpertsConfig.base_config_key, "model_type", "auto_map", "architectures"):
         values.pop(name, None)
     return cls.from_dict(values)
+
+
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the dense model that an upcycled model was made from, with the name of its class."""
+    dense = base_config(config)
+    if config.architectures:
+        dense.architectures = [name.removeprefix(PREFIX).partition(OTHER_CONFIG)[0] for name in config.architectures]
+    return dense
 
 
 def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torch.Tensor]) -> list[str]:

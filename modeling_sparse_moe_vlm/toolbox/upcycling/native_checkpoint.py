@@ -10,9 +10,10 @@ from transformers import PreTrainedConfig
 
 from ... import modeling_upcycled
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
+from ..hub import write_model_card
 from .costs import costs_of
 from .errors import UpcyclingError
-from .native import base_config, to_native
+from .native import dense_config, to_native
 from .outcome import UpcycledCheckpoint, class_name
 from .output_folder import check_dtype, check_output, whole_folder
 from .processors import load_processor, save_processor
@@ -70,11 +71,13 @@ def export_checkpoint(
         raise UpcyclingError(f"{source} is not an upcycled model: there is nothing to export.")
     model = model_class.from_pretrained(source, dtype=dtype, **options)
     twin = to_native(model)
-    dense = base_config(model.config)
+    dense = dense_config(model.config)
     processor = load_processor(source, config=dense, **options)
     with whole_folder(output, sum(tensor.nbytes for tensor in twin.state_dict().values())) as stage:
         twin.save_pretrained(stage, max_shard_size=max_shard_size)
         save_processor(processor, stage)
+        name = output.resolve().name
+        write_model_card(stage, config=twin.config, start=experts_config_of(model.config).start, model_name=name)
     # What was measured when the experts started says nothing about a trained model.
     start = {
         key: value

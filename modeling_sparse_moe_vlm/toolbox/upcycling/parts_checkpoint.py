@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from ..hub import write_model_card
 from .costs import costs_of
 from .from_parts import upcycle_from_parts
 from .outcome import UpcycledCheckpoint, class_name
@@ -69,6 +70,7 @@ def upcycle_parts_checkpoint(
     with whole_folder(output, sum(tensor.nbytes for tensor in model.state_dict().values())) as stage:
         save_processor(processor, stage)
         model.save_pretrained(stage, max_shard_size=max_shard_size)
+        write_model_card(stage, config=model.config, model_name=output.resolve().name)
     return UpcycledCheckpoint(
         source=str(language_model) if vision_encoder is None else f"{language_model} + {vision_encoder}",
         output=str(output),

@@ -292,6 +292,7 @@ def make_sparse(model: Any, config: UpcycledExpertsConfig) -> None:
     own_config.link_experts()
     with no_init_weights():
         put_experts_in(model)
+    own_config.architectures = [type(model).__name__]
 
 
 def _fill(

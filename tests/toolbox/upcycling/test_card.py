@@ -1,23 +1,42 @@
-"""The card of an upcycled model, line by line."""
+"""The cards of upcycled models and of what is made from them, line by line."""
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from modeling_sparse_moe_vlm.toolbox.upcycling.card import write_card
+from modeling_sparse_moe_vlm.toolbox.hub import parents, write_model_card
+from modeling_sparse_moe_vlm.toolbox.upcycling import to_native, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.costs import costs_of, costs_table
-from modeling_sparse_moe_vlm.toolbox.upcycling.upcycle import upcycle
 from tests.support.in_tree_models import make_llava
 from tests.support.models import TINY_DECODER
+from tests.support.processors import make_tokenizer
+from tests.toolbox.upcycling.test_processors import make_llava_processor
+
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Cards of models on the Hub are only looked for in the cache."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def make_card(folder, source, model, **request):
     torch.manual_seed(0)
     sparse = upcycle(model, **request)
-    costs = costs_of(model), costs_of(sparse)
-    write_card(folder, "my-model", source, sparse, *costs)
-    return ModelCard.load(folder / "README.md"), costs_table({"dense": costs[0], "sparse": costs[1]}), sparse
+    sparse.save_pretrained(folder)
+    write_model_card(folder, base_model=source, model_name="my-model")
+    table = costs_table({"dense": costs_of(model), "sparse": costs_of(sparse)})
+    return ModelCard.load(folder / "README.md"), table, sparse
+
+
+def usage_of(card):
+    """The program in a card, line by line; it must at least compile."""
+    program = card.content.split("```python\n")[1].split("```")[0]
+    compile(program, "usage", "exec")
+    return program.splitlines()
 
 
 def test_of_a_vision_language_model_from_the_hub(tmp_path):
@@ -26,6 +45,7 @@ def test_of_a_vision_language_model_from_the_hub(tmp_path):
     assert card.data.pipeline_tag == "image-text-to-text"
     assert card.data.library_name == "transformers"
     assert card.data.tags == ["moe", "upcycled", "custom_code"]
+    assert card.data.license is None
     assert "# my-model" in card.content
     assert "made from the dense model [some/llava](https://huggingface.co/some/llava) by upcycling" in card.content
     assert table in card.content
@@ -38,9 +58,13 @@ def test_of_a_vision_language_model_from_the_hub(tmp_path):
     ):
         assert line in card.content.splitlines()
     assert "Before any training: parity on 32 tokens (made batch, float32)" in card.content
+    assert "Transformers has the class" not in card.content
+    assert "Nothing was measured" not in card.content
+    assert "record of its training" not in card.content
     del sparse.config.experts_config.start["parity"]
-    write_card(tmp_path, "my-model", "some/llava", sparse, costs_of(sparse), costs_of(sparse))
+    write_model_card(tmp_path, config=sparse.config)
     assert "parity" not in (tmp_path / "README.md").read_text()
+    assert f"# {tmp_path.name}\n" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -61,3 +85,141 @@ def test_of_a_language_model_in_a_folder(request_, start, tmp_path):
     assert f"| start | {start} |" in lines
     assert f"| sparse layers | {2 if 'layers' not in request_ else 1} of 2 |" in lines
     assert 'model = AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)' in lines
+
+
+def test_the_base_model_is_what_the_configuration_says(tmp_path):
+    model = make_llava()
+    sparse = upcycle(model, "joint")
+    sparse.save_pretrained(tmp_path / "nameless")
+    card = write_model_card(tmp_path / "nameless")
+    assert card.data.base_model is None
+    assert "made from a dense model by upcycling" in card.content
+
+    model.name_or_path = "some/llava"
+    upcycle(model, "joint").save_pretrained(tmp_path / "named")
+    card = write_model_card(tmp_path / "named")
+    assert card.data.base_model == "some/llava"
+    assert card.data.model_name == "named"
+
+
+def test_without_a_head(tmp_path):
+    card, table, _ = make_card(tmp_path, "some/llama", LlamaModel(LlamaConfig(**TINY_DECODER)), expert_groups="joint")
+    assert card.data.pipeline_tag is None
+    assert table in card.content
+    make_tokenizer().save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, model_name="my-model")
+    assert usage_of(card) == [
+        "from transformers import AutoModel, AutoTokenizer",
+        "",
+        'model = AutoModel.from_pretrained("my-model", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("my-model")',
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- usage
+
+
+def test_usage_with_images(tmp_path):
+    sparse = upcycle(make_llava(), "joint")
+    sparse.save_pretrained(tmp_path)
+    assert usage_of(write_model_card(tmp_path)) == [
+        "from transformers import AutoModelForImageTextToText",
+        "",
+        f'model = AutoModelForImageTextToText.from_pretrained("{tmp_path.name}", trust_remote_code=True)',
+    ]
+    make_llava_processor().save_pretrained(tmp_path)
+    lines = usage_of(write_model_card(tmp_path))
+    assert lines[0] == "from transformers import AutoModelForImageTextToText, AutoProcessor"
+    assert lines[3] == f'processor = AutoProcessor.from_pretrained("{tmp_path.name}")'
+    assert lines[5] == "inputs = processor.apply_chat_template("
+    assert lines[-1].startswith("print(processor.decode(output[0, ")
+
+
+@pytest.mark.parametrize(("template", "line"), [(None, 'inputs = tokenizer("'), (CHAT, "inputs = tokenizer.apply_")])
+def test_usage_with_text(template, line, tmp_path):
+    upcycle(LlamaForCausalLM(LlamaConfig(**TINY_DECODER))).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    lines = usage_of(write_model_card(tmp_path))
+    assert lines[0] == "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    assert lines[3] == f'tokenizer = AutoTokenizer.from_pretrained("{tmp_path.name}")'
+    assert lines[4].startswith(line)
+    assert lines[-1].startswith("print(tokenizer.decode(output[0, ")
+
+
+# ------------------------------------------------------------------------------------- classes of Transformers
+
+
+def test_of_a_native_export(tmp_path):
+    sparse = upcycle(LlamaForCausalLM(LlamaConfig(**TINY_DECODER)), "joint", num_experts=4)
+    twin = to_native(sparse)
+    twin.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, base_model="some/llama", start=sparse.experts_config.start, model_name="twin")
+    assert card.data.base_model == "some/llama"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["moe", "upcycled"]
+    lines = card.content.splitlines()
+    assert (
+        "A sparse mixture of experts, made from the dense model [some/llama](https://huggingface.co/some/llama) by "
+        "upcycling and saved as a `MixtralForCausalLM`."
+    ) in lines
+    assert f"| parameters | {twin.num_parameters():,} |" in lines
+    assert f"| active per text token | {costs_of(sparse).active['text']:,} |" in lines
+    assert "Start of the experts: copy (router rows random, seed 0)." in lines
+    assert "Before any training: parity on 32 tokens (made batch, float32)" in card.content
+    assert "Transformers has the class of this model, so no remote code is needed." in lines
+    assert usage_of(card)[2] == 'model = AutoModelForCausalLM.from_pretrained("twin")'
+    assert "trust_remote_code" not in card.content
+
+
+def test_of_a_model_that_was_not_upcycled(tmp_path):
+    make_llava().save_pretrained(tmp_path)
+    card = write_model_card(tmp_path)
+    assert card.data.tags is None or card.data.tags == []
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert card.data.license is None
+    assert "A `LlavaForConditionalGeneration`, which is a class of Transformers." in card.content
+    assert "upcycl" not in card.content
+    assert "Nothing was measured when this model was saved." in card.content
+
+
+# ----------------------------------------------------------------------------------------------------- licences
+
+
+def write_parent(folder, **metadata):
+    folder.mkdir(exist_ok=True)
+    lines = "".join(f"{key}: {value}\n" for key, value in metadata.items())
+    (folder / "README.md").write_text(f"---\n{lines}---\n\n# Parent\n")
+    return str(folder)
+
+
+def test_licences_are_inherited(tmp_path):
+    apache = write_parent(tmp_path / "a", license="apache-2.0")
+    mit = write_parent(tmp_path / "b", license="mit")
+    none = write_parent(tmp_path / "c", language="en")
+    assert parents.inherited_metadata([apache]) == {"license": "apache-2.0"}
+    assert parents.inherited_metadata([apache, apache]) == {"license": "apache-2.0"}
+    for differ in ([apache, mit], [apache, none], [apache, ""], [none], [""], []):
+        assert parents.inherited_metadata(differ) == {}
+    sparse = upcycle(make_llava(), "joint")
+    assert write_model_card(tmp_path, config=sparse.config, base_model=mit).data.license == "mit"
+
+
+def test_licences_with_a_name_and_a_link(tmp_path, monkeypatch):
+    fields = {"license": "other", "license_name": "special", "license_link": "https://example.org/licence"}
+    linked = write_parent(tmp_path / "a", **fields)
+    assert parents.inherited_metadata([linked]) == fields
+    relative = write_parent(tmp_path / "b", **fields | {"license_link": "LICENSE"})
+    assert parents.inherited_metadata([relative]) == {"license": "other", "license_name": "special"}
+    monkeypatch.setattr(parents, "try_to_load_from_cache", lambda name, file: f"{relative}/{file}")
+    assert parents.inherited_metadata(["some/llava"]) == fields | {
+        "license_link": "https://huggingface.co/some/llava/blob/main/LICENSE"
+    }
+
+
+def test_a_parent_whose_card_cannot_be_read(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert parents.inherited_metadata([str(tmp_path)]) == {}
+    assert parents.inherited_metadata([str(tmp_path / "absent"), "some/model"]) == {}

@@ -205,7 +205,7 @@ def add_one(tensors):
     return {name: tensor + name.endswith("norm.weight") for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("where", ["write_sparse_weights", "write_card"])
+@pytest.mark.parametrize("where", ["write_sparse_weights", "write_model_card"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interruption_leaves_nothing(where, error, dense, tmp_path, monkeypatch):
     def fail(*args, **kwargs):

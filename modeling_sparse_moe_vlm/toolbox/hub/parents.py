@@ -1,0 +1,79 @@
+"""The models that a model was made from: what its card says about them, and which licence it inherits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers.utils import cached_file
+
+README = "README.md"
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is that of a model on the Hub, and not a local path."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not os.path.exists(name)
+
+
+def link_to(name: str) -> str:
+    """A model's name in Markdown, with a link if it is on the Hub."""
+    return f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{name}`"
+
+
+def inherited_metadata(parents: Sequence[str]) -> dict[str, Any]:
+    """
+    Returns the licence that a model inherits from the models that it was made from.
+
+    Args:
+        parents (`Sequence[str]`):
+            Names on the Hub, or local folders.
+
+    Returns:
+        `dict[str, Any]`: `license`, and `license_name` and `license_link` where the parents' cards have them. Empty if
+        a parent has no card, if its card names no licence or if the parents' licences differ.
+    """
+    found = [_licence_of(parent) for parent in parents]
+    return found[0] if found and all(licence == found[0] for licence in found) else {}
+
+
+def _licence_of(name: str) -> dict[str, Any]:
+    card = _card_of(name)
+    data: dict[str, Any] = {} if card is None else card.data.to_dict()
+    if "license" not in data:
+        return {}
+    link = data.get("license_link")
+    if link is not None and "://" not in link:  # a file in the parent's repository
+        link = f"https://huggingface.co/{name}/blob/main/{link}" if is_on_hub(name) else None
+    fields = {"license": data["license"], "license_name": data.get("license_name"), "license_link": link}
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _card_of(name: str) -> ModelCard | None:
+    """The model card of a folder or of a repository; `None` if there is none, or if it cannot be read."""
+    if not (os.path.isdir(name) or is_on_hub(name)):
+        return None
+    try:
+        path = _in_cache(name) or cached_file(
+            name,
+            README,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if path is None else ModelCard.load(path, ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+
+
+def _in_cache(name: str) -> str | None:
+    """The model card in the cache, so that the Hub is not asked again."""
+    found = None if os.path.isdir(name) else try_to_load_from_cache(name, README)
+    return found if isinstance(found, str) else None
