@@ -110,7 +110,7 @@ def test_what_is_not_a_number_is_null(model_folder, run_verb, tmp_path):
         ('\n{"message": []}', "rows.jsonl, line 2 must be an object with `messages`."),
         ("[1]", "rows.jsonl, line 1 must be an object with `messages`."),
         ("\n", "rows.jsonl contains no conversations: "),
-        ('{"messages": [{"role": "user", "content": "Why?"}]}', "hold no assistant turn"),
+        ('{"messages": [{"role": "user", "content": "Why?"}]}', "have no assistant turn"),
     ],
 )
 def test_mistakes_in_files_are_named(model_folder, tmp_path, capsys, text, message):

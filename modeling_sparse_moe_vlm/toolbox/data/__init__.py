@@ -1,4 +1,4 @@
-"""Conversations with images: from rows to batches."""
+"""Data: turns rows of conversations with images into batches."""
 
 from .collator import VisionLanguageCollator
 

@@ -1,4 +1,4 @@
-"""Collator: from conversations with images to a training batch."""
+"""The data collator, which turns conversations with images into training batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ IGNORE_INDEX = -100
 @dataclass
 class VisionLanguageCollator:
     """
-    Makes training batches for models with a chat template that marks what the assistant says (`{% generation %}`): only
-    those tokens are targets.
+    Data collator that turns conversations with images into training batches.
+
+    The loss is computed on what the assistant says only, which the processor's chat template must mark with
+    `{% generation %}`. All other tokens have the label -100.
 
     Args:
         processor (`ProcessorMixin`):
             Processor of the model.
         max_length (`int`, *optional*):
-            Longest allowed row in tokens. Rows are never truncated.
-
-    Raises:
-        ValueError: If a row is wrong (see [`~data.rows.with_images`]), cannot be processed, is longer than `max_length`
-            or has no assistant turn; the message names the row.
+            Largest number of tokens in a row. Longer rows are an error: rows are never truncated.
     """
 
     processor: ProcessorMixin
@@ -36,17 +34,26 @@ class VisionLanguageCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
         """
+        Makes a batch of rows.
+
         Args:
             rows (`Sequence[Mapping]`):
-                Rows with `messages` (chat messages whose content parts of type `"image"` are placeholders) and `images`
-                (the images, in order: PIL images, arrays, paths or URLs), which may be missing or `None` where there
-                are no placeholders.
+                Rows with the fields `messages` and `images`. `messages` is a list of chat messages, whose content parts
+                of type `"image"` are placeholders, unless they contain an image themselves. `images` is the list of
+                images for the placeholders, in order (PIL images, arrays, paths or URLs). It may be missing or `None`
+                if there are no placeholders.
 
         Returns:
-            `BatchFeature`: the processor's inputs, padded on the right, and `labels` `(B, T)` of type int64.
+            `BatchFeature`: The inputs of the model, as the processor returns them, padded on the right, and the
+            `labels`, an int64 tensor of shape `(batch_size, sequence_length)`.
+
+        Raises:
+            ValueError: If there are no rows, or if a row is malformed (see [`~toolbox.data.rows.with_images`]), cannot
+                be processed, is longer than `max_length` or has no assistant turn. The message names the row by its
+                position in the batch.
         """
         if not rows:
-            raise ValueError("the batch has no rows.")
+            raise ValueError("the batch has no rows: pass at least one.")
         batch = apply_chat_template(
             self.processor,
             {number: with_images(row, number) for number, row in enumerate(rows)},
@@ -57,14 +64,14 @@ class VisionLanguageCollator:
         without_target = (~is_target.any(dim=1)).nonzero().flatten().tolist()
         if without_target:
             raise ValueError(
-                f"rows {without_target} of the batch hold no assistant turn, so there is nothing to learn from them: "
+                f"rows {without_target} of the batch have no assistant turn, so there is nothing to learn from them: "
                 "drop them, or mark what the assistant says with `{% generation %}` in the chat template."
             )
         lengths = batch["attention_mask"].sum(dim=1)
         if self.max_length is not None and int(lengths.max()) > self.max_length:
             raise ValueError(
                 f"row {int(lengths.argmax())} of the batch has {int(lengths.max())} tokens, more than `max_length` "
-                f"({self.max_length}): raise it, or drop or shorten the row."
+                f"({self.max_length}): increase `max_length`, or drop or shorten the row."
             )
         batch["labels"] = batch["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
         return batch

@@ -1,4 +1,7 @@
-"""Rows of conversations with images: checked, put together and made into inputs. Errors name the row."""
+"""
+Rows of conversations with images: checks them, puts images at their placeholders and makes model inputs of them. Error
+messages name the row.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +13,26 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ...control_tokens import check_encodable
 
-# Where a content part of type "image" may hold its image.
+# Keys under which a content part of type "image" may contain its image.
 IMAGE_KEYS = ("image", "url", "path", "base64")
 
 
 def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     """
-    The messages of a row, with every image at its placeholder.
+    Returns the messages of a row, with every image at its placeholder.
 
     Args:
         row (`Mapping`):
-            A row as [`VisionLanguageCollator`] takes it.
+            Row in the form that [`~toolbox.data.VisionLanguageCollator`] takes.
         number (`int`):
-            What the message of an error calls the row.
+            Number of the row in error messages.
 
     Returns:
-        `list[dict]`: chat messages; a part of type `"image"` that brings its own image keeps it.
+        `list[dict]`: Chat messages. A content part of type `"image"` that contains an image keeps it.
 
     Raises:
-        ValueError: If a field is missing or has a wrong type, if a text is not text, or if there are more or fewer
-            images than placeholders.
+        ValueError: If a field is missing or has a wrong type, if a text cannot be encoded as UTF-8, or if the number of
+            images differs from the number of placeholders. The message names the row and the field.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"row {number} must be a dict with `messages` and `images`, got {type(row)}.")
@@ -39,11 +42,11 @@ def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     if num_placeholders != len(images):
         raise ValueError(
             f"row {number} has {len(images)} images in `images`, but {num_placeholders} placeholders in `messages` "
-            "(content parts of type 'image' without an image of their own): give one image for each."
+            "(content parts of type 'image' that do not contain an image): give one image for each placeholder."
         )
-    waiting = iter(images)
+    remaining = iter(images)
     return [
-        message | {"content": [_filled(part, waiting) for part in _parts(message)]} if _parts(message) else message
+        message | {"content": [_filled(part, remaining) for part in _parts(message)]} if _parts(message) else message
         for message in messages
     ]
 
@@ -52,27 +55,30 @@ def apply_chat_template(
     processor: ProcessorMixin, conversations: dict[int, list[dict[str, Any]]], padding_side: str, **kwargs: Any
 ) -> BatchFeature:
     """
-    Makes padded inputs of conversations.
+    Applies the chat template to conversations and makes padded model inputs of them.
 
     Args:
         processor (`ProcessorMixin`):
             Processor of the model.
         conversations (`dict[int, list[dict]]`):
-            By the number of its row, the messages of each conversation.
+            Messages of each conversation, by the number of its row.
         padding_side (`str`):
             `"left"` or `"right"`.
         kwargs:
-            Further arguments of `processor.apply_chat_template`.
+            Additional arguments of `processor.apply_chat_template`.
+
+    Returns:
+        `BatchFeature`: The inputs as PyTorch tensors.
 
     Raises:
-        ValueError: If a conversation cannot be processed; the message names its row.
+        ValueError: If a conversation cannot be processed. The message names its row.
     """
     kwargs |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
     try:
         return processor.apply_chat_template(list(conversations.values()), **kwargs)
     except Exception:
-        # Which of them was it?
+        # Processes the conversations one by one to find the one that failed.
         for number, conversation in conversations.items():
             try:
                 processor.apply_chat_template([conversation], **kwargs)
@@ -122,7 +128,7 @@ def _check_part(part: Any, name: str) -> None:
 
 
 def _images(images: Any, number: int) -> list[Any]:
-    """The images of a row; `None` is no image."""
+    """Returns the images of a row without entries that are `None`."""
     is_batch = getattr(images, "ndim", 0) == 4
     if images is not None and not isinstance(images, list | tuple) and not is_batch:
         raise ValueError(
@@ -132,7 +138,7 @@ def _images(images: Any, number: int) -> list[Any]:
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of a message's content; none where it is plain text."""
+    """Returns the parts of the content of a message, or an empty list if the content is plain text."""
     content = message.get("content")
     return [] if content is None or isinstance(content, str) else list(content)
 
@@ -141,11 +147,11 @@ def _is_placeholder(part: dict[str, Any]) -> bool:
     return part["type"] == "image" and all(part.get(key) is None for key in IMAGE_KEYS)
 
 
-def _filled(part: dict[str, Any], waiting: Iterator[Any]) -> dict[str, Any]:
-    """A part with its image: its own, or the next one that waits."""
+def _filled(part: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
+    """Returns a content part. If it is a placeholder, it gets the next image."""
     if part["type"] != "image":
         return part
     if _is_placeholder(part):
-        part = part | {"image": next(waiting)}
-    # Rows of a table have every key of every part. Transformers' processors do not take `Path`.
+        part = part | {"image": next(images)}
+    # Parts from a table have the keys of all parts, with `None` as value. Transformers' processors do not take `Path`.
     return {key: str(value) if isinstance(value, Path) else value for key, value in part.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Built-in data: emoji, scenes of them, and questions."""
+"""Built-in data: images of single emoji, images of scenes of emoji, and questions about both."""
 
 from .conversations import conversations
 from .emoji import emoji_questions, load_emoji

@@ -1,4 +1,4 @@
-"""The built-in data as conversations."""
+"""Conversion of the built-in data to conversations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from .scenes import to_messages
 
 def conversations(dataset: Dataset) -> Dataset:
     """
-    Rows of the built-in data as conversations, made when they are read.
+    Turns rows of the built-in data into conversations. Each row is converted when it is read.
 
     Args:
         dataset (`datasets.Dataset`):
-            Rows of [`~toolbox.demo.scenes`] or [`~toolbox.demo.emoji_questions`].
+            Dataset that [`~toolbox.demo.scenes`] or [`~toolbox.demo.emoji_questions`] returns.
 
     Returns:
-        `datasets.Dataset`: rows with `messages` and `images`.
+        `datasets.Dataset`: Rows with the columns `messages` and `images`, in the form that
+        [`~toolbox.data.VisionLanguageCollator`] takes. See [`~toolbox.demo.to_messages`].
     """
     return dataset.with_transform(_to_conversations)
 

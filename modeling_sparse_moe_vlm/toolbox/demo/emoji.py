@@ -1,4 +1,4 @@
-"""The emoji that ship with the toolbox: the table of drawings, and questions about single emoji."""
+"""The emoji that the package contains: a table of drawings, and questions about single emoji."""
 
 import hashlib
 import io
@@ -34,20 +34,20 @@ EXAMPLE_FEATURES = Features(
 
 def load_emoji(style: str | None = None) -> Dataset:
     """
-    Loads the table of emoji drawings: 1,906 emoji in each of two styles.
+    Loads the table of emoji drawings, which has 1,906 emoji in each of two drawing styles.
 
-    The drawings are transparent around the emoji; see [`draw_on_white`].
+    The background of the drawings is transparent. `draw_on_white` in this module makes it white.
 
     Args:
         style (`str`, *optional*):
-            `"twemoji"` or `"noto"` for the drawings of one style. By default both, 3,812 rows.
+            `"twemoji"` or `"noto"` to load the drawings of one style. By default, both are loaded (3,812 rows).
 
     Returns:
-        `datasets.Dataset`: The columns `codepoint`, `emoji`, `name`, `keywords`, `group`, `subgroup`, `style` and
-        `image`.
+        `datasets.Dataset`: A dataset with the columns `codepoint`, `emoji`, `name`, `keywords`, `group`, `subgroup`,
+        `style` and `image`.
 
     Raises:
-        `ValueError`: If there is no such style.
+        ValueError: If there is no such style.
     """
     if style is not None:
         check_choice("style", style, STYLES)
@@ -57,29 +57,29 @@ def load_emoji(style: str | None = None) -> Dataset:
 
 def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
     """
-    Asks about single emoji, each drawn on a white square of 64×64 pixels.
+    Makes a dataset of questions about single emoji, each drawn on a white square of 64×64 pixels.
 
-    There are four kinds of question: the `name` of the emoji, its `group`, whether a `keyword` goes with it (every
-    keyword of a split is as often right as wrong), and a `caption` of its name and keywords. Emoji whose drawing is
-    also that of another one, such as the flags of Norway and of Svalbard & Jan Mayen, are left out: no image could
-    tell which is meant.
+    There are four kinds of question: the `name` of the emoji, its `group`, whether a `keyword` goes with it, and a
+    `caption` of its name and keywords. For every keyword in a split, the answer is as often "yes" as "no". Emoji that
+    share their drawing with another emoji are left out, because the image does not show which one is meant. An example
+    is the flag of Norway, which is also that of Svalbard & Jan Mayen.
 
-    A question about an emoji belongs to one split for good, whatever the seed: 80 % to `train`, 10 % each to
-    `validation` and `test`. So `test` asks about images that `train` showed, but never what `train` asked about
-    them. `test_style` is `train` row by row, in a style of drawing that no other split shows.
+    Each pair of an emoji and a question always belongs to the same split, whatever the seed: 80 % belong to `train`,
+    10 % to `validation` and 10 % to `test`. Thus `test` asks about images that `train` contains, but it asks different
+    questions about them. `test_style` has the same rows as `train`, in a drawing style that no other split contains.
 
     Args:
         split (`str`, *optional*, defaults to `"train"`):
             `"train"`, `"validation"`, `"test"` or `"test_style"`.
         seed (`int`, *optional*, defaults to 0):
-            Decides the order of the rows and which keywords are asked about.
+            Seed of the order of the rows and of the choice of keywords.
 
     Returns:
-        `datasets.Dataset`: The columns `image`, `question`, `answer`, `kind`, `scene` (the name of the emoji) and
-        `style`.
+        `datasets.Dataset`: A dataset with the columns `image`, `question`, `answer`, `kind`, `scene` (a list with the
+        name of the emoji) and `style`.
 
     Raises:
-        `ValueError`: If there is no such split.
+        ValueError: If there is no such split.
     """
     check_choice("split", split, SPLITS)
     style = HELD_OUT_STYLE if split == "test_style" else STYLES[0]
@@ -98,7 +98,7 @@ def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
             rows.append((name, "caption", "Describe the picture.", f"{name}: {', '.join(entry['keywords'])}"))
         word = rng.choice(entry["keywords"])
         if _question_split(name, word) == asked_in:
-            # A "no" for every "yes" to the same word, so that the word itself gives nothing away.
+            # Adds a "no" for every "yes" to the same word, so that the word does not reveal the answer.
             other = rng.choice(emoji)
             while (
                 word in other["keywords"] or word == other["name"] or _question_split(other["name"], word) != asked_in
@@ -127,7 +127,7 @@ def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
 
 
 def _distinct_emoji() -> list[dict[str, Any]]:
-    """The emoji whose drawing no other emoji shares in any style."""
+    """Returns the emoji that do not share their drawing with another emoji in any style."""
     shared: set[str] = set()
     for style in STYLES:
         drawings = raw_drawings(style)
@@ -143,24 +143,24 @@ def _question_split(name: str, topic: str) -> str:
 
 def stable_bucket(key: str) -> int:
     """
-    Deals a key into one of 100 buckets, the same one in every process and on every machine.
+    Hashes a key into one of 100 buckets. The bucket is the same in every process and on every machine.
 
     Args:
         key (`str`):
-            What to deal.
+            Key to hash.
 
     Returns:
-        `int`: From 0 to 99.
+        `int`: The number of the bucket, from 0 to 99.
     """
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
 
 
 def emoji_entries() -> list[dict[str, Any]]:
     """
-    Lists the emoji without their drawings.
+    Returns the entries of the emoji, without their drawings.
 
     Returns:
-        `list[dict[str, Any]]`: For each emoji its `codepoint`, `name`, `keywords`, `group` and `subgroup`.
+        `list[dict[str, Any]]`: The `codepoint`, `name`, `keywords`, `group` and `subgroup` of each emoji.
     """
     columns = ["codepoint", "name", "keywords", "group", "subgroup"]
     return pq.read_table(EMOJI_FILE, columns=columns, filters=[("style", "=", STYLES[0])]).to_pylist()
@@ -169,14 +169,14 @@ def emoji_entries() -> list[dict[str, Any]]:
 @cache
 def raw_drawings(style: str) -> Mapping[str, bytes]:
     """
-    Looks up the drawings of a style by name, as they are stored.
+    Returns the drawings of a style as they are stored.
 
     Args:
         style (`str`):
             `"twemoji"` or `"noto"`.
 
     Returns:
-        `Mapping[str, bytes]`: The name of each emoji and its PNG file.
+        `Mapping[str, bytes]`: The bytes of the PNG file of each emoji, by name.
     """
     table = pq.read_table(EMOJI_FILE, columns=["name", "image"], filters=[("style", "=", style)])
     return {row["name"]: row["image"]["bytes"] for row in table.to_pylist()}
@@ -184,33 +184,33 @@ def raw_drawings(style: str) -> Mapping[str, bytes]:
 
 def draw_on_white(png: bytes, size: int) -> PILImage.Image:
     """
-    Blends a transparent drawing with a white background.
+    Draws a transparent drawing on a white background.
 
     Args:
         png (`bytes`):
-            The drawing.
+            PNG file of the drawing.
         size (`int`):
-            The width and height of the result in pixels.
+            Width and height of the result in pixels.
 
     Returns:
-        `PIL.Image.Image`: An RGB image.
+        `PIL.Image.Image`: An RGB image of `size` × `size` pixels.
     """
     drawing = PILImage.open(io.BytesIO(png)).convert("RGBA")
     white = PILImage.new("RGBA", drawing.size, "white")
     return PILImage.alpha_composite(white, drawing).convert("RGB").resize((size, size), PILImage.Resampling.LANCZOS)
 
 
-def encode_png(picture: PILImage.Image) -> bytes:
+def encode_png(image: PILImage.Image) -> bytes:
     """
-    Encodes an image, fast rather than small.
+    Encodes an image as PNG, with little compression, because that is fast.
 
     Args:
-        picture (`PIL.Image.Image`):
-            The image.
+        image (`PIL.Image.Image`):
+            Image to encode.
 
     Returns:
         `bytes`: A PNG file.
     """
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Scenes of emoji on a grid, with questions that only the image answers."""
+"""Scenes of emoji on a grid, with questions that can only be answered by looking at the image."""
 
 import random
 from collections import Counter
@@ -50,25 +50,26 @@ DEFAULT_VOCABULARY = (
     "1F4F7",  # camera
     "2602-FE0F",  # umbrella
 )
-# What a question calls a category, and the Unicode subgroups (by how they begin) that make it up.
+# Name of each category in questions, and the prefixes of the Unicode subgroups that belong to it.
 CATEGORIES = {
     "an animal": ("animal-",),
     "a plant": ("plant-",),
     "food": ("food-",),
     "a means of transport": ("transport-air", "transport-ground", "transport-water"),
 }
-# Kind of question: its words, and the step from the object asked about to its neighbour in rows and columns.
+# By kind of question: its wording, and the step in rows and columns from the object in the question to its neighbour.
 DIRECTIONS = {
     "left_of": ("left of", 0, -1),
     "right_of": ("right of", 0, 1),
     "above": ("above", -1, 0),
     "below": ("below", 1, 0),
 }
-MIN_VOCABULARY = 4  # fewer, and the answer to a question about a neighbour is half guessed
+MIN_VOCABULARY = 4  # with fewer emoji, guessing the neighbour of an object would be right too often
 MAX_SIDE = 8
 MIN_CELL_SIZE = 8  # pixels; smaller drawings cannot be told apart
 MAX_COUNT = 3
-DESCRIBED_EMPTY = 0.2  # chance of an empty cell in scenes to be described; with more, "nothing" would be a good guess
+# Probability of an empty cell in scenes that have to be described. If it were higher, "nothing" would be a good guess.
+DESCRIBED_EMPTY = 0.2
 MAX_TRIES = 1000
 MAX_EXAMPLES = 1_000_000  # about 5 GB of images in memory
 ROWS_PER_PART = 1000
@@ -85,48 +86,57 @@ def scenes(
     jitter: int = 0,
 ) -> Dataset:
     """
-    Draws scenes of emoji on a grid and asks one question about each.
+    Makes a dataset of scenes of emoji on a grid, with one question about each scene.
 
-    The kinds of question take turns, so that they have equal shares: what is `left_of`, `right_of`, `above` or `below`
-    an object, its `position`, what a `row` holds, whether an object or a category of objects is there (`exists`,
-    `exists_category`) and how often (`count`, `count_category`; up to 3, and in half the cells at most), and a
-    `caption` of the whole scene. Every question has one right answer, and the question does not give it away:
-    see [`~toolbox.evaluation.blind_baseline`]. Kinds that make no sense on a grid or vocabulary (`above` in a single
-    row) are left out. Categories are those of Unicode, see `CATEGORIES`.
+    The kinds of question are equally frequent:
 
-    An arrangement of objects belongs to one split for good, whatever the seed and size of the splits: 70 % to `train`,
-    10 % to each of the others. Within a split, no question is asked twice about the same arrangement. The same
-    arguments give the same dataset, and a smaller `num_examples` gives its first rows.
+    - `left_of`, `right_of`, `above`, `below`: which object is next to another one
+    - `position`: where an object is
+    - `exists`, `exists_category`: whether the scene contains an object, or an object of a category
+    - `count`, `count_category`: how often (at most 3 times, and in at most half of the cells)
+    - `row`: which objects a row contains
+    - `caption`: a description of the whole scene
 
-    The images are drawn here and kept in memory as PNG (about 5 kB at 64×64 pixels), so that the result is an
-    ordinary dataset; `save_to_disk` and `load_from_disk` put them on disk instead.
+    Kinds of question that are impossible with a grid or vocabulary, such as `above` in a single row, are left out. The
+    categories are made of subgroups of Unicode, see `CATEGORIES`. Every question has one right answer, and the question
+    alone does not reveal it: see [`~toolbox.evaluation.blind_baseline`].
+
+    Each arrangement of objects always belongs to the same split, whatever the seed and the sizes of the splits: 70 %
+    belong to `train` and 10 % to each other split. Within a split, a question is asked at most once about the same
+    arrangement. The same arguments give the same dataset. With a smaller `num_examples`, the dataset contains the
+    first rows of the larger one.
+
+    The images are drawn by this function and kept in memory as PNG (about 5 kB for 64×64 pixels). To keep them on disk
+    instead, use `save_to_disk` and `load_from_disk` of the dataset.
 
     Args:
         split (`str`):
             `"train"`, `"validation"`, `"test"` or `"test_style"`.
         num_examples (`int`):
-            The number of rows.
+            Number of rows, from 1 to 1,000,000.
         seed (`int`, *optional*, defaults to 0):
-            Decides what is drawn and asked.
+            Seed of the scenes and questions.
         grid (`tuple[int, int]`, *optional*, defaults to `(2, 2)`):
-            The numbers of rows and columns.
+            Number of rows and number of columns, each from 1 to 8 and not both 1.
         cell_size (`int`, *optional*, defaults to 32):
-            The width and height of a cell in pixels.
+            Width and height of a cell in pixels, at least 8.
         vocabulary (`Sequence[str]`, *optional*):
-            The codepoints of the emoji to draw, as in the table that [`load_emoji`] loads. By default
-            `DEFAULT_VOCABULARY`.
+            Codepoints of the emoji to draw, at least 4, as in the column `codepoint` of [`load_emoji`]. Defaults to
+            the 24 emoji of `DEFAULT_VOCABULARY`.
         held_out_style (`str`, *optional*, defaults to `"noto"`):
-            The style of drawing that only `test_style` shows. With `None` all splits mix all styles, and there is no
+            Drawing style that only `test_style` contains. If `None`, all splits mix all styles, and there is no
             `test_style`.
         jitter (`int`, *optional*, defaults to 0):
-            How many pixels an emoji may stray from the middle of its cell. It is drawn smaller to leave room.
+            Largest distance in pixels between an emoji and the middle of its cell, horizontally and vertically, at most
+            a quarter of `cell_size`. The emoji are drawn smaller to leave room for it.
 
     Returns:
-        `datasets.Dataset`: The columns `image`, `question`, `answer`, `kind`, `scene` (the names in reading order,
-        `""` for an empty cell) and `style`.
+        `datasets.Dataset`: A dataset with the columns `image`, `question`, `answer`, `kind`, `scene` (the names of the
+        emoji in reading order, `""` for an empty cell) and `style`.
 
     Raises:
-        `ValueError`: If an argument makes no sense, or if the split has not enough different examples.
+        ValueError: If an argument is out of its range, if `vocabulary` has unknown or repeated emoji or emoji that look
+            the same, or if the split does not have `num_examples` different examples.
     """
     _check_arguments(split, num_examples, grid, cell_size, held_out_style, jitter)
     if split == "test_style":
@@ -138,7 +148,7 @@ def scenes(
     tiles = {style: _tiles(style, writer.names, cell_size - 2 * jitter) for style in styles}
 
     examples = _examples(split, num_examples, seed, cell_size, writer, tiles, jitter)
-    parts = []  # built bit by bit, since Dataset.from_list copies its rows several times
+    parts = []  # built in parts, because `Dataset.from_list` copies its rows several times
     while rows := list(islice(examples, ROWS_PER_PART)):
         parts.append(Dataset.from_list(rows, features=EXAMPLE_FEATURES))
     return concatenate_datasets(parts)
@@ -148,23 +158,23 @@ def load_scenes(
     num_train: int = 20_000, num_heldout: int = 2_000, held_out_style: str | None = HELD_OUT_STYLE, **kwargs: Any
 ) -> DatasetDict:
     """
-    Draws all splits of the scenes.
+    Makes all splits of the scenes.
 
     Args:
         num_train (`int`, *optional*, defaults to 20000):
-            The number of rows of `train`.
+            Number of rows of `train`.
         num_heldout (`int`, *optional*, defaults to 2000):
-            The number of rows of each other split.
+            Number of rows of each other split.
         held_out_style (`str`, *optional*, defaults to `"noto"`):
-            The style of drawing that only `test_style` shows. With `None` there is no `test_style`.
+            Drawing style that only `test_style` contains. If `None`, there is no `test_style`.
         kwargs:
-            Further arguments of [`scenes`].
+            Additional arguments of [`scenes`].
 
     Returns:
-        `datasets.DatasetDict`: The splits `train`, `validation`, `test` and `test_style`.
+        `datasets.DatasetDict`: The splits `train`, `validation`, `test` and `test_style`, as [`scenes`] returns them.
 
     Raises:
-        `ValueError`: As [`scenes`] does.
+        ValueError: As [`scenes`] does.
     """
     _check_num_rows("num_train", num_train)
     _check_num_rows("num_heldout", num_heldout)
@@ -183,27 +193,28 @@ def load_new_style(
     num_train: int = 10_000, num_heldout: int = 500, held_out_style: str = HELD_OUT_STYLE, **kwargs: Any
 ) -> DatasetDict:
     """
-    Draws scenes for a model that knows the other styles and is to learn the held-out one.
+    Makes scenes to teach the held-out drawing style to a model that was trained on the other styles.
 
     Args:
         num_train (`int`, *optional*, defaults to 10000):
-            The number of rows of `train`.
+            Number of rows of `train`.
         num_heldout (`int`, *optional*, defaults to 500):
-            The number of rows of each other split.
+            Number of rows of each other split.
         held_out_style (`str`, *optional*, defaults to `"noto"`):
-            The style of drawing to learn.
+            Drawing style to learn.
         kwargs:
-            Further arguments of [`scenes`].
+            Additional arguments of [`scenes`].
 
     Returns:
-        `datasets.DatasetDict`: `train` and `test_style` in the style to learn, `test` in the others.
+        `datasets.DatasetDict`: The splits `train` and `test_style` in the style to learn, and `test` in the other
+        styles.
 
     Raises:
-        `ValueError`: As [`scenes`] does.
+        ValueError: As [`scenes`] does.
     """
     _check_num_rows("num_train", num_train)
     _check_num_rows("num_heldout", num_heldout)
-    # The training split is drawn in every style but the one that is held out.
+    # `scenes` draws the split `train` in all styles except for the held-out one, so another style is held out here.
     known = next(style for style in STYLES if style != held_out_style)
     return DatasetDict(
         {
@@ -216,16 +227,16 @@ def load_new_style(
 
 def arrangement_split(scene: Sequence[str], grid: tuple[int, int]) -> str:
     """
-    Tells which split an arrangement of objects belongs to, whatever is asked about it.
+    Returns the split that an arrangement of objects belongs to. It does not depend on the question.
 
     Args:
         scene (`Sequence[str]`):
-            The names by cell in reading order, `""` for an empty cell.
+            Names of the emoji in reading order, `""` for an empty cell.
         grid (`tuple[int, int]`):
-            The numbers of rows and columns.
+            Number of rows and number of columns.
 
     Returns:
-        `str`: The split.
+        `str`: The name of the split.
     """
     bucket = stable_bucket("\n".join([f"{grid[0]}x{grid[1]}", *scene]))
     return SPLITS[max(0, bucket // 10 - 6)]  # 70 : 10 : 10 : 10
@@ -233,15 +244,16 @@ def arrangement_split(scene: Sequence[str], grid: tuple[int, int]) -> str:
 
 def to_messages(example: dict[str, Any]) -> dict[str, Any]:
     """
-    Turns an example into a chat, in the form that Transformers' chat templates and TRL's trainers take.
+    Turns an example into a conversation, in the form that the chat templates of Transformers and the trainers of TRL
+    take.
 
     Args:
         example (`dict[str, Any]`):
-            A row of [`scenes`] or [`emoji_questions`].
+            Row of [`scenes`] or [`emoji_questions`].
 
     Returns:
-        `dict[str, Any]`: `messages`, a question of the user and an answer of the assistant, and `images`, the image
-        in a list.
+        `dict[str, Any]`: The `messages` (a question of the user with a placeholder for the image, and the answer of the
+        assistant) and the `images` (a list with the image).
     """
     return {
         "messages": [
@@ -260,16 +272,16 @@ class _Draft(NamedTuple):
 
 class _SceneWriter:
     """
-    Writes a scene together with a question about it and the answer, a method for each kind of question.
+    Writes scenes with a question and its answer. There is one method for each kind of question.
 
-    The methods take `turn`, which counts the examples of a kind, to deal out the answers of closed questions evenly
-    whatever scenes are thrown away.
+    The methods take `turn`, the number of the example within its kind. It decides the answer of questions with few
+    possible answers, so that these are equally frequent even if scenes are rejected.
     """
 
     def __init__(self, grid: tuple[int, int], entries: list[dict[str, Any]]) -> None:
         self.rows, self.columns = grid
         self.cells = self.rows * self.columns
-        # A grid full of one object leaves too few different scenes.
+        # If one object filled the whole grid, there would be too few different scenes.
         self.max_count = min(MAX_COUNT, self.cells // 2)
         self.names = [entry["name"] for entry in entries]
         self.categories = []
@@ -310,24 +322,24 @@ class _SceneWriter:
 
     def _exists(self, rng: random.Random, turn: int) -> _Draft:
         name = rng.choice(self.names)
-        scene = self._holding(rng, self._some_or_none(rng, turn), [name], self._others(name))
+        scene = self._containing(rng, self._some_or_none(rng, turn), [name], self._others(name))
         return _Draft(scene, f"Can you see the {name}?", _yes_or_no(turn))
 
     def _count(self, rng: random.Random, turn: int) -> _Draft:
         name = rng.choice(self.names)
         count = turn % (self.max_count + 1)
-        scene = self._holding(rng, count, [name], self._others(name))
+        scene = self._containing(rng, count, [name], self._others(name))
         return _Draft(scene, f"How often can you see the {name}?", str(count))
 
     def _exists_category(self, rng: random.Random, turn: int) -> _Draft:
         phrase, members, others = rng.choice(self.categories)
-        scene = self._holding(rng, self._some_or_none(rng, turn), members, others)
+        scene = self._containing(rng, self._some_or_none(rng, turn), members, others)
         return _Draft(scene, f"Can you see {phrase}?", _yes_or_no(turn))
 
     def _count_category(self, rng: random.Random, turn: int) -> _Draft:
         phrase, members, others = rng.choice(self.categories)
         count = turn % (self.max_count + 1)
-        scene = self._holding(rng, count, members, others)
+        scene = self._containing(rng, count, members, others)
         return _Draft(scene, f"How often can you see {phrase}?", str(count))
 
     def _row(self, rng: random.Random, turn: int) -> _Draft:
@@ -344,8 +356,9 @@ class _SceneWriter:
         self, rng: random.Random, placed: dict[int, str], names: list[str], empty: float | None = None
     ) -> tuple[str, ...]:
         """
-        Fills the cells around what is placed, from a palette so small that repeats are common. A cell stays empty with
-        the chance `empty`, by default drawn for each scene: from a lone object to a full grid, all are as common.
+        Fills the cells around the placed objects, from a palette so small that objects often repeat. A cell stays empty
+        with probability `empty`. By default, this probability is drawn for each scene, so that sparse and full grids
+        are equally frequent.
         """
         palette = rng.sample(names, min(self.cells, len(names)))
         empty = rng.random() if empty is None else empty
@@ -354,8 +367,8 @@ class _SceneWriter:
             for cell in range(self.cells)
         )
 
-    def _holding(self, rng: random.Random, count: int, shown: list[str], others: list[str]) -> tuple[str, ...]:
-        """A scene with something of `shown` in `count` cells and nothing of it in the rest."""
+    def _containing(self, rng: random.Random, count: int, shown: list[str], others: list[str]) -> tuple[str, ...]:
+        """Returns a scene with objects of `shown` in `count` cells, and none of them in the other cells."""
         placed = {cell: rng.choice(shown) for cell in rng.sample(range(self.cells), count)}
         return self._fill(rng, placed, others)
 
@@ -383,11 +396,11 @@ def _examples(
     tiles: dict[str, dict[str, PILImage.Image]],
     jitter: int,
 ) -> Iterator[dict[str, Any]]:
-    """Writes and draws the examples of a split one by one, from the tiles by style and name."""
+    """Yields the examples of a split. `tiles` contains the drawing of each emoji, by style and name."""
     grid = (writer.rows, writer.columns)
     styles = list(tiles)
     rng = random.Random(f"{seed}/{split}")
-    jitter_rng = random.Random(f"{seed}/{split}/jitter")  # its own, so that jitter does not change the scenes
+    jitter_rng = random.Random(f"{seed}/{split}/jitter")  # separate, so that jitter does not change the scenes
     asked: set[tuple[tuple[str, ...], str]] = set()
     for index in tqdm(range(num_examples), desc=f"Drawing {split} scenes"):
         turn, place = divmod(index, len(writer.kinds))
@@ -434,21 +447,23 @@ def _draw(
 
 
 def _tiles(style: str, names: list[str], size: int) -> dict[str, PILImage.Image]:
-    """The emoji of a vocabulary, each drawn once and ready to paste."""
+    """Returns the drawing of each emoji on white, by name."""
     drawings = raw_drawings(style)
     return {name: draw_on_white(drawings[name], size) for name in names}
 
 
 def _look_up(vocabulary: Sequence[str]) -> list[dict[str, Any]]:
-    """The entries of a vocabulary in the table of emoji."""
+    """Checks a vocabulary and returns its entries in the table of emoji."""
     table = {entry["codepoint"]: entry for entry in emoji_entries()}
     if unknown := [codepoint for codepoint in vocabulary if codepoint not in table]:
         raise ValueError(
-            f"`vocabulary` holds {', '.join(map(repr, unknown))}, which `load_emoji()` does not have. Pass codepoints "
-            f"from its column `codepoint`, such as {DEFAULT_VOCABULARY[0]!r}."
+            f"`vocabulary` contains {', '.join(map(repr, unknown))}, which `load_emoji()` does not have. Pass "
+            f"codepoints from its column `codepoint`, such as {DEFAULT_VOCABULARY[0]!r}."
         )
     if repeated := [codepoint for codepoint, uses in Counter(vocabulary).items() if uses > 1]:
-        raise ValueError(f"`vocabulary` holds {', '.join(map(repr, repeated))} more than once. List each emoji once.")
+        raise ValueError(
+            f"`vocabulary` contains {', '.join(map(repr, repeated))} more than once. List each emoji once."
+        )
     if len(vocabulary) < MIN_VOCABULARY:
         raise ValueError(f"`vocabulary` needs at least {MIN_VOCABULARY} emoji, not {len(vocabulary)}. Add some.")
     entries = [table[codepoint] for codepoint in vocabulary]
@@ -458,7 +473,7 @@ def _look_up(vocabulary: Sequence[str]) -> list[dict[str, Any]]:
         for entry in entries:
             if (twin := seen.setdefault(drawings[entry["name"]], entry["name"])) != entry["name"]:
                 raise ValueError(
-                    f"`vocabulary` holds {twin!r} and {entry['name']!r}, which look the same in style {style!r}, so "
+                    f"`vocabulary` contains {twin!r} and {entry['name']!r}, which look the same in style {style!r}, so "
                     "questions about them have no right answer. Drop one of them."
                 )
     return entries
@@ -469,7 +484,7 @@ def _check_num_rows(name: str, value: int) -> None:
         raise ValueError(f"`{name}` must be at least 1, not {value}.")
     if value > MAX_EXAMPLES:
         raise ValueError(
-            f"`{name}` must be at most {MAX_EXAMPLES}, not {value}, since the examples are kept in memory."
+            f"`{name}` must be at most {MAX_EXAMPLES}, not {value}, because the examples are kept in memory."
         )
 
 
@@ -481,7 +496,7 @@ def _check_arguments(
         check_choice("held_out_style", held_out_style, STYLES)
     elif split == "test_style":
         raise ValueError(
-            "There is no split 'test_style' with `held_out_style=None`, since training then uses all styles. Pass "
+            "There is no split 'test_style' with `held_out_style=None`, because training then uses all styles. Pass "
             f"one of {', '.join(map(repr, STYLES))} as `held_out_style`."
         )
     _check_num_rows("num_examples", num_examples)

@@ -1,4 +1,4 @@
-"""Tokenizer for models trained from scratch: byte-level BPE over the texts at hand."""
+"""Tokenizers for models that are trained from scratch: byte-level BPE, trained on the texts of the data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAD, IMAGE, START, END = "<pad>", "<image>", "<|im_start|>", "<|im_end|>"
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises `ValueError` unless [`train_tokenizer`] can make a vocabulary of that size."""
+    """Raises `ValueError` unless [`train_tokenizer`] accepts this size of the vocabulary."""
     smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len([PAD, IMAGE, START, END])
     if vocab_size < smallest:
         raise ValueError(f"`vocab_size` must be at least {smallest}, got {vocab_size}.")
@@ -22,20 +22,21 @@ def check_vocab_size(vocab_size: int) -> None:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """
-    Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2): no text is unknown.
+    Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2). It can encode any text.
 
     Args:
         texts (`Iterable[str]`):
-            What the tokenizer is trained on.
-        vocab_size (`int`, defaults to 1024):
-            Largest size of the vocabulary: at least 260 (256 bytes and 4 special tokens), at most 1,000,000.
+            Texts to train the tokenizer on.
+        vocab_size (`int`, *optional*, defaults to 1024):
+            Largest size of the vocabulary, from 260 (256 bytes and 4 special tokens) to 1,000,000. It may be smaller if
+            the texts do not contain enough different pairs of tokens.
 
     Returns:
-        `PreTrainedTokenizerFast`: with the special tokens `<pad>`, `<image>`, `<|im_start|>` and `<|im_end|>` (ids 0 to
-        3), of which the last ends a turn.
+        `PreTrainedTokenizerFast`: A tokenizer with the special tokens `<pad>`, `<image>`, `<|im_start|>` and
+        `<|im_end|>` (ids 0 to 3). `<|im_end|>` marks the end of a turn. The padding side is left.
 
     Raises:
-        ValueError: If `vocab_size` does not even hold the bytes and special tokens, or is absurd.
+        ValueError: If `vocab_size` is less than 260 or more than 1,000,000.
     """
     check_vocab_size(vocab_size)
     special_tokens = [PAD, IMAGE, START, END]

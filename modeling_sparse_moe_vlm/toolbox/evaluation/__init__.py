@@ -1,4 +1,4 @@
-"""Evaluation: a model answers, and its answers are scored."""
+"""Evaluation: generates answers of a model, scores them, and compares them with a baseline without images."""
 
 from .baseline import BlindBaseline, blind_baseline
 from .generation import generate_answers

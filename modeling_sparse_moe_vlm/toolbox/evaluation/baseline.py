@@ -1,4 +1,4 @@
-"""Blind baseline: what can be answered from the questions alone, without looking at the images."""
+"""The blind baseline: how many questions can be answered without looking at the images."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ from datasets import Dataset
 
 from .metrics.exact_match.exact_match import is_right
 
-# The least counts to try. A question that training has only once cannot be both held back and known.
+# Minimum counts of a question to try. A question that occurs only once in training cannot be in both halves.
 LEAST_COUNTS = tuple(2**power for power in range(1, 9))
-# How many standard deviations make a gain more than luck.
+# Number of standard deviations from which on a gain does not count as luck.
 CLEAR = 2.0
 
 
 class BlindBaseline:
     """
-    Answers questions without the image: with the most frequent training answer to the same question, or else to its
-    kind of question, or else to any.
+    Answers questions without looking at the image, from the training answers.
 
-    The most frequent of a few answers is mostly luck, so a question's own answer is used only if training has the
-    question often enough. The least count is chosen for each kind on the training rows: each half of them is guessed
-    from the other half, and if the questions' own answers are not clearly better there, the answer of the kind is used.
+    The guess is the most frequent training answer to the same question. If there is none, it is the most frequent
+    answer to questions of the same kind, and for an unknown kind, the most frequent answer overall.
+
+    The most frequent of only a few answers is mostly luck. Therefore, the answers to the same question are used only if
+    the question occurs often enough in training. The minimum count is chosen for each kind of question by
+    cross-validation on two halves of the training rows. If the answers to the same question are not clearly better
+    there, the answer of the kind is used.
 
     Args:
         train (`datasets.Dataset`):
-            Rows with the columns `question`, `answer` and `kind`.
+            Training rows with the columns `question`, `answer` and `kind`, all strings.
 
     Raises:
-        ValueError: If there are no rows.
+        ValueError: If `train` has no rows.
     """
 
     def __init__(self, train: Dataset) -> None:
         rows = _rows(train)
         if not rows:
-            raise ValueError("`train` has no rows to learn guesses from.")
+            raise ValueError("`train` has no rows to learn guesses from: pass at least one.")
         self.most_frequent = _mode(Counter(row.answer for row in rows))
         self.most_frequent_of_kind = _modes(_answers(rows, "kind"))
         by_question = _answers(rows, "question")
@@ -52,10 +55,10 @@ class BlindBaseline:
             question (`str`):
                 The question.
             kind (`str`):
-                Its kind.
+                The kind of question, as in the column `kind` of the training rows.
 
         Returns:
-            `str`: The guess.
+            `str`: The guessed answer.
         """
         if kind in self._least_count and self._seen.get(question, 0) >= self._least_count[kind]:
             return self._of_question[question]
@@ -64,17 +67,21 @@ class BlindBaseline:
 
 def blind_baseline(train: Dataset, test: Dataset) -> dict[str, dict[str, float]]:
     """
-    Measures how well questions are answered without the images: what a model has to beat.
+    Measures how well questions can be answered without the images. A model that uses the images has to score higher.
 
     Args:
         train (`datasets.Dataset`):
-            Rows to learn the guesses from, with the columns `question`, `answer` and `kind`.
+            Rows to learn the guesses from, with the columns `question`, `answer` and `kind`, all strings.
         test (`datasets.Dataset`):
-            Rows to measure them on.
+            Rows to answer, with the same columns.
 
     Returns:
-        `dict[str, dict[str, float]]`: For `"overall"` and for each kind, the accuracies in percent of `blind` (see
-        [`BlindBaseline`]) and of `most_frequent_answer` (overall, one answer to everything; for a kind, its own).
+        `dict[str, dict[str, float]]`: For `"overall"` and for each kind of question, the exact match in percent of two
+        baselines: `blind` (see [`BlindBaseline`]) and `most_frequent_answer` (for `"overall"`, the same answer to all
+        questions; for a kind, the most frequent answer of that kind).
+
+    Raises:
+        ValueError: If `train` has no rows.
     """
     guess = BlindBaseline(train)
     blind: dict[str, list[bool]] = defaultdict(list)
@@ -105,7 +112,7 @@ def _rows(examples: Dataset) -> list[_Row]:
 
 
 def _answers(rows: Iterable[_Row], by: str) -> dict[str, Counter[str]]:
-    """The count of each answer, by question or by kind."""
+    """Returns the count of each answer, grouped by question or by kind."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         answers[getattr(row, by)][row.answer] += 1
@@ -121,14 +128,18 @@ def _mode(counts: Counter[str]) -> str:
 
 
 def _least_counts(rows: list[_Row]) -> dict[str, int]:
-    """By kind, the least count of a question whose own answer is used; no entry if these answers do not help."""
+    """
+    Returns, for each kind, the minimum count of a question from which on the answers to the same question are used. A
+    kind for which these answers do not help has no entry.
+    """
     halves: tuple[list[_Row], list[_Row]] = ([], [])
     seen: Counter[str] = Counter()
     for row in rows:
         halves[seen[row.question] % 2].append(row)
         seen[row.question] += 1
 
-    # By kind: the count of a question, and whether its own answer gains (1), changes nothing (0) or loses (-1).
+    # By kind, for each question: its count, and whether the answer to the same question instead of the answer of the
+    # kind turns a wrong guess into a right one (1), changes nothing (0) or turns a right guess into a wrong one (-1).
     outcomes: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for known, held_back in (halves, halves[::-1]):
         of_question, of_kind = _modes(_answers(known, "question")), _modes(_answers(known, "kind"))
@@ -147,6 +158,9 @@ def _least_counts(rows: list[_Row]) -> dict[str, int]:
 
 
 def _clear_gain(outcomes: list[int]) -> int:
-    """The sum of the outcomes, or 0 if it may be luck: the standard deviation of a sum of n outcomes is at most √n."""
+    """
+    Returns the sum of the outcomes, or 0 if it may be due to luck: the standard deviation of a sum of n outcomes is at
+    most √n.
+    """
     gain = sum(outcomes)
     return gain if gain > CLEAR * len(outcomes) ** 0.5 else 0

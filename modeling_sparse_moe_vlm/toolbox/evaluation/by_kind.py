@@ -1,4 +1,4 @@
-"""Scores of the built-in data by kind of question, beside those of guessing without looking at the images."""
+"""Scores on the built-in data by kind of question, next to those of guesses made without the images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .baseline import BlindBaseline, blind_baseline
 from .scores import exact_match
 
 SPLIT_TITLES = {"test": "held-out arrangements", "test_style": "held-out drawing style (never seen in training)"}
-# By kind of question, and overall: the exact match in percent of the model and of the two baselines.
+# For each kind of question and for "overall": the exact match in percent of the model and of the two baselines.
 Scores = dict[str, dict[str, float]]
 
 
@@ -20,18 +20,19 @@ def score_by_kind(train: Dataset, test: Dataset, answers: Sequence[str]) -> Scor
 
     Args:
         train (`datasets.Dataset`):
-            What the blind guesses are learned from: rows with `question`, `answer` and `kind`.
+            Rows to learn the blind guesses from, with the columns `question`, `answer` and `kind`.
         test (`datasets.Dataset`):
-            The questions that were answered.
+            Rows that the model answered, with the same columns.
         answers (`Sequence[str]`):
-            The model's answers, one per row of `test`.
+            Answers of the model, one per row of `test`.
 
     Returns:
-        `dict[str, dict[str, float]]`: For `"overall"` and for each kind the exact match in percent of the `model`, and
-        of `blind` and `most_frequent_answer` (see [`~toolbox.evaluation.blind_baseline`]).
+        `dict[str, dict[str, float]]`: For `"overall"` and for each kind of question, the exact match in percent of the
+        `model` and of the two baselines `blind` and `most_frequent_answer` (see
+        [`~toolbox.evaluation.blind_baseline`]).
 
     Raises:
-        ValueError: If there are not as many answers as rows.
+        ValueError: If the number of answers differs from the number of rows of `test`, or if `train` has no rows.
     """
     references, kinds = test["answer"][:], test["kind"][:]
     scores = blind_baseline(train, test)
@@ -44,14 +45,14 @@ def score_by_kind(train: Dataset, test: Dataset, answers: Sequence[str]) -> Scor
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """
-    Scores as a table for people.
+    Formats scores as a table.
 
     Args:
         scores (`Mapping[str, Mapping[str, float]]`):
-            What [`score_by_kind`] returns.
+            Scores as [`score_by_kind`] returns them.
 
     Returns:
-        `str`: a line per kind of question; the last one is `overall`.
+        `str`: A table with a header and one line per kind of question. The last line is `overall`.
     """
     lines = [f"{'kind of question':<20}{'model':>8}{'blind':>8}{'most frequent answer':>22}"]
     for kind in [*(kind for kind in scores if kind != "overall"), "overall"]:
@@ -62,20 +63,20 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 def example_answers(train: Dataset, test: Dataset, answers: Sequence[str], count: int = 12) -> str:
     """
-    The first questions as a table: right answer, the model's, and what guessing gives.
+    Formats the first questions as a table with the right answer, the answer of the model and the guesses.
 
     Args:
         train (`datasets.Dataset`):
-            What the blind guesses are learned from.
+            Rows to learn the blind guesses from, with the columns `question`, `answer` and `kind`.
         test (`datasets.Dataset`):
-            The questions.
+            Rows that the model answered, with the same columns.
         answers (`Sequence[str]`):
-            The model's answers.
-        count (`int`, defaults to 12):
-            Number of questions.
+            Answers of the model, one per row of `test`.
+        count (`int`, *optional*, defaults to 12):
+            Number of questions to show.
 
     Returns:
-        `str`: a line per question. What is too long for its column is cut.
+        `str`: A table with a header and one line per question. Texts that are too long for their column are cut off.
     """
     blind = BlindBaseline(train)
     lines = [f"{'question':<56}{'right answer':<28}{'model':<28}{'blind':<20}{'most frequent'}"]

@@ -1,4 +1,4 @@
-"""A model answers questions about images."""
+"""Generation of answers to questions about images."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ def generate_answers(
     **generate_kwargs: Any,
 ) -> list[str]:
     """
-    Lets a model continue conversations, in batches and with a progress bar.
+    Generates the next assistant turn of conversations, in batches and with a progress bar.
 
     Args:
         model (`PreTrainedModel`):
-            Any image-text-to-text model.
+            Any image-text-to-text model of Transformers. It is in evaluation mode during the call.
         processor (`ProcessorMixin`):
-            Its processor.
+            Processor of the model.
         rows (`Sequence[dict]`):
-            Rows as [`~toolbox.data.VisionLanguageCollator`] takes them; a final assistant turn is left out.
-        batch_size (`int`, defaults to 64):
+            Rows in the form that [`~toolbox.data.VisionLanguageCollator`] takes. If the last message is a turn of the
+            assistant, it is left out.
+        batch_size (`int`, *optional*, defaults to 64):
             Number of conversations per batch.
         generate_kwargs:
-            Arguments of `model.generate`. By default, without a `generation_config`, greedy decoding of up to 32 new
-            tokens (or up to `max_length`, if given).
+            Additional arguments of `model.generate`. Unless they contain a `generation_config`, decoding is greedy and
+            generates up to 32 new tokens. Pass `max_new_tokens`, `max_length` or `do_sample` to change this.
 
     Returns:
-        `list[str]`: one answer per row.
+        `list[str]`: One answer per row, without special tokens.
 
     Raises:
-        ValueError: If a row is wrong (see [`~toolbox.data.rows.with_images`]), cannot be processed or has nothing to
-            answer; the message names the row.
+        ValueError: If `batch_size` is less than 1, or if a row is malformed (see
+            [`~toolbox.data.rows.with_images`]), cannot be processed or contains only the turn of the assistant. The
+            message names the row.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -67,5 +69,7 @@ def generate_answers(
 def _questions(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
     questions = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not questions:
-        raise ValueError(f"row {number} has nothing to answer: its only message is the assistant's.")
+        raise ValueError(
+            f"row {number} has nothing to answer: its only message is from the assistant. Add a message of the user."
+        )
     return questions

@@ -1,4 +1,4 @@
-"""Scores of answers, by the `evaluate` modules in `metrics/`."""
+"""Scores of answers, computed by the `evaluate` modules in the folder `metrics`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ METRICS = Path(__file__).parent / "metrics"
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """
-    Share of answers that equal their reference, in percent; ignores case, surrounding white space and a final full
-    stop. The metric is an `evaluate` module under `metrics/`.
+    Computes the share of answers that equal their reference. Differences in case, surrounding white space and a final
+    full stop are ignored.
 
     Args:
         predictions (`Sequence[str]`):
-            The answers.
+            Answers to score.
         references (`Sequence[str]`):
-            The right answers.
+            The right answers, one per prediction.
+
+    Returns:
+        `float`: The exact match in percent, from 0 to 100.
 
     Raises:
-        ValueError: If there are no answers, or not as many as references.
+        ValueError: If there are no predictions, or if their number differs from the number of references.
     """
     if len(predictions) != len(references) or not len(predictions):
         raise ValueError(

@@ -224,7 +224,7 @@ def test_an_empty_batch(processor):
 
 def test_rows_that_teach_nothing_are_named(processor):
     silent = {"messages": [{"role": "user", "content": "a cat?"}]}
-    with pytest.raises(ValueError, match=r"^rows \[1, 2\] of the batch hold no assistant turn"):
+    with pytest.raises(ValueError, match=r"^rows \[1, 2\] of the batch have no assistant turn"):
         VisionLanguageCollator(processor)([row(), silent, silent])
 
 

@@ -315,8 +315,11 @@ def test_messages():
         ({"cell_size": 4}, "`cell_size` must be at least 8 pixels, not 4"),
         ({"jitter": -1}, "`jitter` must be from 0 to a quarter of `cell_size`, here 8 pixels, not -1"),
         ({"jitter": 9}, "`jitter` must be .* here 8 pixels, not 9"),
-        ({"vocabulary": ["1F408", "cat", "🐈"]}, "`vocabulary` holds 'cat', '🐈', which `load_emoji.*such as '1F408'"),
-        ({"vocabulary": ["1F408", "1F415", "1F408"]}, "`vocabulary` holds '1F408' more than once"),
+        (
+            {"vocabulary": ["1F408", "cat", "🐈"]},
+            "`vocabulary` contains 'cat', '🐈', which `load_emoji.*such as '1F408'",
+        ),
+        ({"vocabulary": ["1F408", "1F415", "1F408"]}, "`vocabulary` contains '1F408' more than once"),
         ({"vocabulary": DEFAULT_VOCABULARY[:3]}, "`vocabulary` needs at least 4 emoji, not 3"),
         (
             {"vocabulary": [*DEFAULT_VOCABULARY, "1F1F3-1F1F4", "1F1F8-1F1EF"]},

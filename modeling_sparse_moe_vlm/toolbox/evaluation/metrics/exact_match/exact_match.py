@@ -1,24 +1,26 @@
-"""Exact match of answers, as an `evaluate` module that needs no download."""
+"""The metric exact match, as an `evaluate` module that is loaded from this folder without a download."""
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """
-Share of predictions that equal their reference, in percent. Ignores case, surrounding white space and a final full
-stop.
+The share of predictions that equal their reference, in percent. Differences in case, surrounding white space and a
+final full stop are ignored.
 """
 
 _KWARGS_DESCRIPTION = """
 Args:
-    predictions (`list[str]`): The answers.
-    references (`list[str]`): The right answers.
+    predictions (`list[str]`): Answers to score.
+    references (`list[str]`): The right answers, one per prediction.
 
 Returns:
-    `dict[str, float]`: `exact_match`, between 0 and 100.
+    `dict[str, float]`: `exact_match`, from 0 to 100.
 """
 
 
 class ExactMatch(evaluate.Metric):
+    """The exact match of answers, see the description."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -35,7 +37,7 @@ class ExactMatch(evaluate.Metric):
 
 
 def is_right(answer: str, reference: str) -> bool:
-    """Whether an answer equals its reference; ignores case, surrounding white space and a final full stop."""
+    """Whether an answer equals its reference, apart from case, surrounding white space and a final full stop."""
     return _normalise(answer) == _normalise(reference)
 
 
