@@ -1,4 +1,4 @@
-"""Paging of experts: a budget of them on the execution device, the others in host memory or on disk."""
+"""Pages experts: some are on the execution device, within a budget, and the others in host memory or on disk."""
 
 from .hook import PagedExperts, PagingCounts, page_experts, unpage_experts
 

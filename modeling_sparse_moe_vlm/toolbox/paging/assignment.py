@@ -1,4 +1,4 @@
-"""Which expert has which slot, and whose slot the next one gets: that of the expert used least recently."""
+"""Assigns experts to slots, and replaces the least recently used expert first."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from itertools import groupby
 
 class SlotAssignment:
     """
+    The assignment of the experts of a module to its slots.
+
     Args:
-        num_slots (`int`): How many experts have a slot at once.
-        num_experts (`int`): How many there are.
+        num_slots (`int`): Number of slots. Each contains at most one expert.
+        num_experts (`int`): Number of experts.
     """
 
     def __init__(self, num_slots: int, num_experts: int):
@@ -23,45 +25,51 @@ class SlotAssignment:
         return len(self.experts)
 
     def slot_of(self, expert: int) -> int | None:
+        """Returns the slot of an expert, or `None` if it is not in a slot."""
         return self._slots.get(expert)
 
     def place(self, expert: int, slot: int) -> list[int]:
-        """Gives an expert a slot. Returns the experts that lost theirs for it: who had it, and itself elsewhere."""
+        """
+        Assigns a slot to an expert. Returns the experts that lose their slot: the previous expert in this slot, and
+        the expert itself if it was in another slot.
+        """
         lost = [other for other in (self.experts[slot], expert) if other is not None and other in self._slots]
         self.forget(lost)
         self.experts[slot], self._slots[expert] = expert, slot
         return lost
 
     def forget(self, experts: Iterable[int]) -> None:
-        """Takes experts out of their slots."""
+        """Removes experts from their slots."""
         for expert in experts:
             slot = self._slots.pop(expert, None)
             if slot is not None:
                 self.experts[slot] = None
 
     def clear(self) -> list[int]:
-        """Empties all slots. Returns the experts that lost theirs."""
+        """Empties all slots. Returns the experts that were in them."""
         lost = list(self._slots)
         self.forget(lost)
         return lost
 
     def plan(self, experts: Sequence[int], *, fixed: bool, overlaps: bool) -> Iterator[dict[int, int]]:
         """
-        In what passes, and in which slots, experts are to be used.
+        Plans the passes in which experts run, and their slots in each pass.
 
         Args:
             experts (`Sequence[int]`):
                 The experts, in ascending order.
             fixed (`bool`):
-                Whether the plan must depend on nothing but `experts`, since the same is computed again later. Otherwise
-                it starts with what is in slots, and overwrites what was used least recently.
+                Whether the plan must depend only on `experts`, because the same passes are computed again later.
+                Otherwise, the plan starts with the experts that are already in slots, and replaces the least recently
+                used experts.
             overlaps (`bool`):
-                Whether reading runs beside computations, so that it is worth a pass of its own.
+                Whether experts can be read during computations, which makes a separate pass for them worthwhile.
 
         Yields:
-            `dict[int, int]`: slots by expert. Each is to be placed before the next is asked for.
+            `dict[int, int]`: Slots of the experts of a pass, by expert. The caller must assign them with `place` before
+            it requests the next pass.
         """
-        # With half of the slots at a time, the other half is filled meanwhile.
+        # While one half of the slots is used, the other half is filled.
         half = max(1, len(self) // 2)
         if fixed:
             width = half if len(self) < self.num_experts else len(self)
@@ -87,7 +95,7 @@ class SlotAssignment:
             yield current
 
     def _victims(self, experts: Sequence[int], spared: Mapping[int, int]) -> dict[int, int]:
-        """Slots for experts: empty ones first, then those used least recently, without `spared` ones."""
+        """Chooses slots for experts: empty slots first, then the least recently used, but none of those in `spared`."""
         empty = [slot for slot, expert in enumerate(self.experts) if expert is None]
         slots = [slot for slot in [*empty, *self._slots.values()] if slot not in spared.values()]
         return dict(zip(experts, slots))

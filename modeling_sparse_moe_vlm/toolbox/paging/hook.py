@@ -1,8 +1,10 @@
-"""Paging of experts: the execution device holds a budget of them, the others stay in host memory or on disk.
+"""Pages experts: the execution device has slots for some of them, the others stay in host memory or on disk.
 
-experts (all)                        slots (the budget)
-host memory / files  ──► misses ──►  gate_up_proj (slots, ...), down_proj (slots, ...)  ──►  the experts' forward
-                                     least recently used out first                           with ids of slots
+```
+all experts                          slots (the budget)
+host memory / files  ──► misses ──►  gate_up_proj (slots, ...), down_proj (slots, ...)  ──►  forward of the experts
+                                     the least recently used expert is replaced              with slot numbers as ids
+```
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ from .sources import ExpertSource, FileSource, MemorySource, find_sources
 @dataclass
 class PagingCounts:
     """
-    What paging did.
+    Counts of the experts that were used and read.
 
     Args:
-        hits (`int`): Experts that a call needed and found in slots. Each expert counts once per call of its module.
-        misses (`int`): Experts that had to be read. In backward, those read again, stack by stack.
-        bytes (`int`): Bytes read, as the experts lie.
+        hits (`int`, *optional*, defaults to 0):
+            Number of experts that a call needed and that were in slots. Each counts once per call of its module.
+        misses (`int`, *optional*, defaults to 0):
+            Number of experts that had to be read. In the backward pass, every stack of an expert counts separately.
+        bytes (`int`, *optional*, defaults to 0):
+            Number of bytes read, in the data type in which the experts are stored.
     """
 
     hits: int = 0
@@ -47,7 +52,7 @@ class PagingCounts:
 
     @property
     def hit_rate(self) -> float:
-        """Hits among the needed experts; NaN where none was needed."""
+        """Share of hits among the needed experts, from 0 to 1; NaN if no expert was needed."""
         return self.hits / (self.hits + self.misses) if self.hits + self.misses else float("nan")
 
     def __add__(self, other: PagingCounts) -> PagingCounts:
@@ -56,7 +61,17 @@ class PagingCounts:
 
 class PagedExperts:
     """
-    A model's paged experts, as [`page_experts`] returns them. As a context manager, it undoes the paging at the end.
+    The paged experts of a model, which [`page_experts`] returns. It is also a context manager that calls
+    [`unpage_experts`] on exit.
+
+    Args:
+        model (`nn.Module`):
+            The model, without adapters.
+        hooks (`dict[str, PagingHook]`):
+            Paging hooks of its experts modules, by name of the module.
+
+    Attributes:
+        slots (`dict[str, int]`): Number of slots of each experts module, by name of the module.
     """
 
     def __init__(self, model: nn.Module, hooks: dict[str, PagingHook]):
@@ -72,12 +87,12 @@ class PagedExperts:
 
     def statistics(self) -> dict[str, dict[str, PagingCounts]]:
         """
-        What paging did so far.
+        Returns the counts since the start, or since the last [`~PagedExperts.reset`].
 
         Returns:
-            `dict[str, dict[str, PagingCounts]]`: by phase and by the name of the experts module, of which a model has
-            one per layer, or per layer and group. Phases are `"prefill"` (the model was called with more than one token
-            per row), `"decode"` (with one) and `"backward"`.
+            `dict[str, dict[str, PagingCounts]]`: Counts by phase and by name of the experts module. A model has one
+            experts module per layer, or per layer and group. The phases are `"prefill"` (calls of the model with more
+            than one token per row), `"decode"` (calls with one token per row) and `"backward"`.
         """
         phases: dict[str, dict[str, PagingCounts]] = {}
         for name, hook in self._hooks.items():
@@ -86,11 +101,20 @@ class PagedExperts:
         return phases
 
     def total(self, phase: str) -> PagingCounts:
-        """The counts of a phase, summed over modules."""
+        """
+        Returns the counts of a phase, summed over modules.
+
+        Args:
+            phase (`str`):
+                `"prefill"`, `"decode"` or `"backward"`.
+
+        Returns:
+            [`PagingCounts`]: The sum; zeros if the phase has not occurred.
+        """
         return sum(self.statistics().get(phase, {}).values(), PagingCounts())
 
     def reset(self) -> None:
-        """Sets the statistics to zero and empties the slots."""
+        """Sets the counts to zero and empties the slots."""
         for hook in self._hooks.values():
             with hook.in_use:
                 hook.counts.clear()
@@ -103,33 +127,38 @@ def page_experts(
     execution_device: str | int | torch.device | None = None,
 ) -> PagedExperts:
     """
-    Pages the experts of any Transformers model whose experts use the library's experts interface. The experts stay
-    where they are, in host memory or, by a device map, on disk; a budget of slots on the execution device holds those
-    used last. Outputs and gradients are those of the resident model, whose experts must be frozen for training.
+    Pages the experts of any Transformers model that uses the library's experts interface. The experts stay in host
+    memory or, with a device map, on disk. Slots on the execution device contain the most recently used experts. Outputs
+    and gradients are those of the model without paging. In training, the experts must be frozen.
 
-    Every experts module has slots of its own, the same share of its experts as the others: layers take turns, so none
-    would find more of its experts in slots shared by all, and so the prefill of one layer leaves the others' alone.
+    A slot is a buffer on the execution device that contains the weights of one expert. Experts that run on the CPU and
+    are stored in files are memory-mapped instead; the number of slots then limits how many experts are in memory. Every
+    experts module has its own slots, for the same share of its experts. Slots shared by all layers would not have more
+    hits, because the layers run one after the other, and the prefill of one layer would replace the experts of the
+    others.
 
-    Where a device map left experts on `"cpu"` or `"disk"`, apart from the execution device, these are paged, and the
-    others stay resident; otherwise all are. Adapters of experts must run factored (`toolbox.expert_lora`); add them
-    after this, or PEFT puts them on the meta device with experts that are on disk.
+    If a device map has put some experts on `"cpu"` or `"disk"`, away from their execution device, only these are paged
+    and the others stay resident. Otherwise, all experts are paged. Adapters of experts must run factored
+    (`toolbox.expert_lora`). Add them after this call; otherwise, PEFT puts an adapter on the meta device if its
+    experts are on disk.
 
     Args:
         model (`nn.Module`):
-            The model, dispatched by Accelerate or simply loaded. In the latter case everything but the experts is moved
-            to the execution device.
-        expert_cache (`str` or `int`, defaults to `"2GiB"`):
-            The budget: bytes of all slots together (`"2GiB"`, `"500MB"`), or a number of experts in each module.
+            The model, dispatched by Accelerate or loaded without a device map. In the latter case, `execution_device`
+            also moves everything except the experts to that device.
+        expert_cache (`str` or `int`, *optional*, defaults to `"2GiB"`):
+            The budget: the number of bytes of all slots together, such as `"2GiB"` or `"500MB"`, or (as an `int`) the
+            number of slots of each experts module.
         execution_device (`str`, `int` or `torch.device`, *optional*):
-            Where the experts run. By default where they would without paging.
+            Device on which the experts run. By default, the device on which they would run without paging.
 
     Returns:
-        [`PagedExperts`]: statistics, and a context manager that ends with [`unpage_experts`].
+        [`PagedExperts`]: The counts of hits and misses, and a context manager that calls [`unpage_experts`] on exit.
 
     Raises:
-        ValueError: If the model has no such experts or has paged ones already, or if the budget cannot be read or does
-            not hold the experts of a token.
-        OSError: If a file with experts is gone or truncated, now or while the model runs.
+        ValueError: If the model has no such experts, if they are paged already, or if the budget is not readable or too
+            small for the experts of one token.
+        OSError: If a file with experts is missing or truncated, now or while the model runs.
     """
     base: Any = base_model_of(model)
     modules: dict[str, Any] = experts_modules(base)
@@ -139,7 +168,7 @@ def page_experts(
             "(`use_experts_implementation`)."
         )
     if any(isinstance(getattr(module, "_hf_hook", None), PagingHook) for module in modules.values()):
-        raise ValueError("the model's experts are paged already: call `unpage_experts` first.")
+        raise ValueError("the experts of the model are paged already: call `unpage_experts` first.")
     device = None if execution_device is None else _full(execution_device)
     devices = {name: device or _device(module) for name, module in modules.items()}
     apart = {
@@ -160,7 +189,7 @@ def page_experts(
     files = {source.path: source for source in every if isinstance(source, FileSource)}
     undo: list[Callable[[], object]] = [phase.remove]
     for name, module in base.named_modules():
-        if name.count(".") < 2:  # the model, and what `generate` may call before it, as encoders of pictures
+        if name.count(".") < 2:  # the model, and what `generate` may call before it, such as image encoders
             undo.append(module.register_forward_pre_hook(partial(_check, files)).remove)
     for module in _idle(base):
         if module not in modules.values():
@@ -174,8 +203,12 @@ def page_experts(
 
 def unpage_experts(model: nn.Module) -> None:
     """
-    Undoes [`page_experts`]: the slots are freed, and the experts run as before, with the hooks that Accelerate gave
-    them. Other modules stay on the device to which paging may have moved them.
+    Undoes [`page_experts`]: frees the slots and restores the hooks that Accelerate added to the experts. Other modules
+    stay on the device to which [`page_experts`] has moved them.
+
+    Args:
+        model (`nn.Module`):
+            The model. Nothing happens if its experts are not paged.
     """
     for module in list(model.modules()):
         hook = getattr(module, "_hf_hook", None)
@@ -188,7 +221,7 @@ def unpage_experts(model: nn.Module) -> None:
 
 
 class _OfThread(threading.local):
-    """The phase that a thread is in. Copies are empty."""
+    """The current phase of each thread. Copies and pickles are empty."""
 
     name: str | None = None
 
@@ -197,7 +230,7 @@ class _OfThread(threading.local):
 
 
 class Phase:
-    """Tells prefill from decoding by the number of tokens per row that the model is called with, in each thread."""
+    """Distinguishes prefill from decoding, per thread, by the number of tokens per row in a call of the model."""
 
     def __init__(self, model: nn.Module):
         self._of_thread = _OfThread()
@@ -220,6 +253,7 @@ class Phase:
         self._of_thread.name = name
 
     def of(self, num_tokens: int) -> str:
+        """Returns the phase of this thread. Outside of a call of the model, it depends on the number of tokens."""
         return self._of_thread.name or ("decode" if num_tokens == 1 else "prefill")
 
     def remove(self) -> None:
@@ -229,8 +263,8 @@ class Phase:
 
 class PagingHook(ModelHook):
     """
-    The hook on an experts module. It runs the module's forward with slots in the place of the parameters, in as many
-    passes as the slots ask for: the experts that are there first, while the missing ones are read.
+    The hook of an experts module. It runs the module's forward with the slots instead of the parameters, in as many
+    passes as the number of slots requires. Experts that are in slots run first, while the missing ones are read.
     """
 
     def __init__(
@@ -247,14 +281,14 @@ class PagingHook(ModelHook):
         self.num_slots = num_slots
         self.device = device
         self.phase = phase
-        self.undo = undo  # what is to be done once when paging ends; shared by the hooks of a model
+        self.undo = undo  # functions to call once when paging ends; the hooks of a model share the list
         self.counts: dict[str, PagingCounts] = defaultdict(PagingCounts)
-        self.current = "backward"  # the phase that reads are counted for
-        self.in_use = threading.Lock()  # of the slots, which serve one call at a time
+        self.current = "backward"  # the phase to which reads are counted
+        self.in_use = threading.Lock()  # lock of the slots, which serve one call at a time
 
     def init_hook(self, module: Any) -> nn.Module:
         self.replaced: ModelHook | None = getattr(module, "_hf_hook", None)
-        # Transformers asks the hook for parameters on the meta device when it saves a model.
+        # Transformers reads parameters on the meta device from this attribute when it saves a model.
         self.weights_map = getattr(self.replaced, "weights_map", None)
         dtypes = {name: getattr(module, name).dtype for name in self.sources}
         kind = MappedSlots if MappedSlots.serve(self.sources, dtypes, self.device) else ExpertSlots
@@ -262,7 +296,7 @@ class PagingHook(ModelHook):
         self.parameters = {name: nn.Parameter(stack, requires_grad=False) for name, stack in self.slots.stacks.items()}
         self.kept = {name: module._parameters[name] for name in self.sources}
         if kind is MappedSlots:
-            # No longer on the meta device, where adapters would follow them.
+            # Move them off the meta device, because new adapters use the device of the parameters.
             for name, stack in self.slots.stacks.items():
                 module._parameters[name] = nn.Parameter(stack, requires_grad=self.kept[name].requires_grad)
         self._forward = module._old_forward
@@ -273,17 +307,19 @@ class PagingHook(ModelHook):
 
     @property
     def is_read_only(self) -> bool:
-        """Whether the experts cannot be changed, as they are in files."""
+        """Whether the experts cannot be changed because they are read from files."""
         return any(isinstance(source, FileSource) for source in self.sources.values())
 
     def read_again(self, module: Any) -> None:
-        """Lets go of what the slots hold, since the experts in memory were changed."""
+        """Empties the slots, because the experts in memory were changed."""
         with self.in_use:
             self.sources.update(_sources(self.name, module, self.device.type == "cuda"))
             self.slots.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagingHook:
-        raise ValueError(f"{self.name} is paged, and its slots serve one model: call `unpage_experts` before a copy.")
+        raise ValueError(
+            f"{self.name} is paged, and its slots serve one model: call `unpage_experts` before a copy is made."
+        )
 
     def detach_hook(self, module: Any) -> nn.Module:
         module._old_forward = self._forward
@@ -294,14 +330,15 @@ class PagingHook(ModelHook):
     def _count(self, hits: int, misses: int, number_of_bytes: int) -> None:
         self.counts[self.current] += PagingCounts(hits, misses, number_of_bytes)
 
-    @torch.compiler.disable  # what is read depends on values
+    @torch.compiler.disable  # which experts are read depends on values of tensors
     def forward(self, module: Any, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         if parametrize.is_parametrized(module):
             raise ValueError(
-                f"an adapter folds itself into the parameters of {self.name}, of which only some are at hand as they "
-                "are paged. Run the adapter factored (`toolbox.expert_lora`), or call `unpage_experts` first."
+                f"an adapter merges its weights into the parameters of {self.name}, but only some of these experts are "
+                "in memory because they are paged. Run the adapter factored (`toolbox.expert_lora`), or call "
+                "`unpage_experts` first."
             )
-        # Models name the arguments differently, and agree on their order.
+        # Models use different names for the arguments, but the same order.
         inputs = (*args, *kwargs.values())
         hidden_states, top_k_index, top_k_weights = (tensor.to(self.device) for tensor in inputs)
         with self.in_use:
@@ -316,13 +353,13 @@ class PagingHook(ModelHook):
         return output.to(inputs[0].device)
 
     def _run_in_passes(self, module: Any, *inputs: torch.Tensor) -> torch.Tensor:
-        """Runs one pass after the other, each while the experts of the next one are read, where slots are to spare."""
+        """Runs the passes one after the other. Meanwhile, the experts of the next pass are read if slots are free."""
         hidden_states, top_k_index, top_k_weights = inputs
         slots, order, outputs = self.slots, [], []
         needed = [expert for expert in top_k_index.unique().tolist() if expert < slots.num_experts]
 
         def run(placement: dict[int, int]) -> None:
-            # Pairs of a token and an expert: each is in one pass, so that nothing is computed in vain.
+            # Pairs of a token and an expert. Each pair belongs to one pass, so nothing is computed twice.
             is_here = torch.zeros(slots.num_experts + 1, dtype=torch.bool, device=self.device)
             is_here[list(placement)] = True
             pairs = is_here[top_k_index].flatten().nonzero().squeeze(1)
@@ -349,7 +386,7 @@ class PagingHook(ModelHook):
         return output.view(*top_k_index.shape, -1).sum(dim=1)
 
     def _run(self, module: Any, placement: dict[int, int], *inputs: torch.Tensor) -> torch.Tensor:
-        """Runs the forward for inputs all of whose experts are in slots."""
+        """Runs the forward for inputs whose experts are all in slots."""
         hidden_states, top_k_index, top_k_weights = inputs
         slot_of, held = self.slots.tables()
         saved = (
@@ -360,7 +397,7 @@ class PagingHook(ModelHook):
 
 
 class _Frozen(torch.autograd.Function):
-    """The identity, for experts that require gradients, which they cannot have."""
+    """The identity. Its backward raises an error, because paged experts cannot have gradients."""
 
     @staticmethod
     def forward(ctx, output: torch.Tensor, name: str, *experts: torch.Tensor) -> torch.Tensor:
@@ -370,20 +407,20 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise ValueError(
-            f"{ctx.name} wants gradients, but paged experts cannot be trained: freeze them (`requires_grad_(False)`), "
-            "and train an adapter, or call `unpage_experts` first."
+            f"{ctx.name} requires gradients, but paged experts cannot be trained: freeze them "
+            "(`requires_grad_(False)`) and train an adapter, or call `unpage_experts` first."
         )
 
 
 @torch.compiler.disable
 def _check(files: Mapping[str, FileSource], *_: object) -> None:
-    """Looks after files before anything runs: weights of other modules, too, lie in them, mapped by Transformers."""
+    """Checks the files before a model runs. Transformers maps weights of other modules from the same files."""
     for file in files.values():
         file.check()
 
 
 def _device(module: Any) -> torch.device:
-    """Where Accelerate, or whoever loaded the model, lets a module run."""
+    """Returns the device on which a module runs: Accelerate's execution device, or the device of its weights."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if getattr(part, "execution_device", None) is not None:
@@ -393,8 +430,8 @@ def _device(module: Any) -> torch.device:
 
 def _idle(model: nn.Module) -> list[Any]:
     """
-    The modules inside a model before which Accelerate moves inputs to their device in vain, since all run on one. It
-    took 6 % of the time per token where that was measured, on a CPU.
+    Returns the modules with a hook of Accelerate that has no effect: it moves inputs to the device of the module, but
+    all modules run on the same device. On a CPU, these hooks took 6 % of the time per token.
     """
     hooks = {module: module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")}
     if len({_device(module) for module in hooks}) > 1:
@@ -407,12 +444,12 @@ def _idle(model: nn.Module) -> list[Any]:
 
 
 def _full(device: str | int | torch.device) -> torch.device:
-    """A device with its index."""
+    """Returns a device with its index."""
     return torch.empty(0, device=device).device
 
 
 def _sources(name: str, module: Any, pin: bool) -> dict[str, ExpertSource]:
-    """Where the experts lie. Those on the execution device itself, where that is a GPU, go to host memory."""
+    """Returns the sources of the experts, by parameter name. Moves experts that are on a GPU to pinned host memory."""
     stacks = parameters_by_expert(module)
     if all(stack.is_meta for stack in stacks.values()):
         hook = getattr(module, "_hf_hook", None)
@@ -432,7 +469,7 @@ def _experts_per_token(model: Any) -> int:
 
 
 def _share(expert_cache: str | int, modules: dict[str, Any], experts_per_token: int) -> dict[str, int]:
-    """The number of slots of each module."""
+    """Returns the number of slots of each module."""
     sizes: dict[str, int] = {name: module.num_experts for name, module in modules.items()}
     least = {name: min(experts_per_token, size) for name, size in sizes.items()}
     if isinstance(expert_cache, int) and not isinstance(expert_cache, bool):
@@ -457,7 +494,7 @@ def _share(expert_cache: str | int, modules: dict[str, Any], experts_per_token: 
             f"`expert_cache` is {expert_cache} ({budget} bytes), but the experts of one token take {needed} bytes in "
             f"{len(modules)} modules: raise it."
         )
-    # Whoever has the smallest share of its experts is given the next slot.
+    # The module with the smallest share of its experts in slots gets the next slot.
     slots, budget = dict(least), budget - needed
     queue = [(slots[name] / sizes[name], name) for name in modules if slots[name] < sizes[name]]
     heapq.heapify(queue)

@@ -1,4 +1,4 @@
-"""What autograd saves of slots: remembered as experts, since the slots may hold others when backward asks for it."""
+"""Saves experts instead of slots for the backward pass, because the slots may contain other experts by then."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .slots import ExpertSlots
 
 @dataclass(frozen=True)
 class _View:
-    """A view of a stack of slots, without the memory; `turn` is what a context around may want to do first."""
+    """A view of a stack of slots, without its memory. `turn` is an empty tensor saved by the outer context."""
 
     name: str
     size: torch.Size
@@ -33,16 +33,16 @@ def save_experts_for_backward(
     slots: ExpertSlots, placement: Mapping[int, int], in_use: AbstractContextManager
 ) -> Iterator[None]:
     """
-    What autograd saves of the slots inside this context is remembered as experts rather than as memory, and is put
-    back, read again where it must be, when backward asks for it.
+    A context in which autograd saves the numbers of the experts instead of the memory of the slots. In the backward
+    pass, the weights are taken from the slots, or read again if they are no longer there.
 
     Args:
         slots ([`~toolbox.paging.slots.ExpertSlots`]): The slots.
-        placement (`Mapping[int, int]`): The slots, by expert, that are computed with.
-        in_use (`AbstractContextManager`): Entered while the slots are looked at in backward.
+        placement (`Mapping[int, int]`): Slots that the computation uses, by expert.
+        in_use (`AbstractContextManager`): Lock that is entered while the backward pass accesses the slots.
     """
     names = {stack.untyped_storage().data_ptr(): name for name, stack in slots.stacks.items()}
-    # A context around this one, such as gradient checkpointing, keeps what is not of the slots.
+    # The outer context, such as gradient checkpointing, saves tensors that are not part of the slots.
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
     pack_outer, unpack_outer = outer or (torch.Tensor.detach, lambda saved: saved)
 
@@ -50,8 +50,8 @@ def save_experts_for_backward(
         name = names.get(tensor.untyped_storage().data_ptr()) if tensor.device == slots.device else None
         if name is None:
             return pack_outer(tensor)
-        # The context around it may compute again what it did not keep, and needs the slots for that: it has its turn
-        # first.
+        # The outer context may recompute what it did not save, which needs the slots. Its hook for this empty tensor
+        # runs before the slots are accessed.
         turn = pack_outer(tensor.new_empty(0))
         return _View(name, tensor.size(), tensor.stride(), int(tensor.storage_offset()), turn)
 

@@ -1,4 +1,4 @@
-"""A budget of slots on the execution device, filled with experts on demand, over those used least recently."""
+"""Slots on the execution device, which are filled with experts on demand."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ import torch
 from .assignment import SlotAssignment
 from .sources import ExpertSource, FileSource
 
-# Reading releases the interpreter's lock; more threads hardly read faster from memory.
+# Reading releases the global interpreter lock. More threads hardly read faster from memory.
 READERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="expert-reader")
 
 
 class ExpertSlots:
     """
-    Slots for the experts of one module. They serve one call at a time.
+    Slots for the experts of one module. A slot is a buffer that contains the weights of one expert. The slots serve one
+    call at a time.
 
     Args:
         sources (`Mapping[str, ExpertSource]`):
-            Where each parameter of the experts lies.
+            Source of each parameter of the experts, by name.
         dtypes (`Mapping[str, torch.dtype]`):
-            The type that each parameter has in the slots.
+            Data type of each parameter in the slots, by name.
         num_slots (`int`):
-            How many experts fit.
+            Number of slots.
         device (`torch.device`):
-            Where the slots are.
+            Device of the slots.
         count (`Callable[[int, int, int], None]`):
-            Is told how many experts are there when they are asked for, how many are not, and how many bytes these take
-            where they lie.
+            Called whenever experts are requested, with the number of hits, the number of misses, and the number of
+            bytes that the misses have in their source.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ExpertSlots:
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
         self._reads: list[Future] = []
         self._reading: Mapping[int, int] = {}
-        # A GPU copies beside its computations. For the CPU, a second pass costs more than it hides.
+        # A GPU copies during computations. On the CPU, a second pass costs more time than the overlap saves.
         self.overlaps = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -68,8 +69,9 @@ class ExpertSlots:
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        `(experts + 1,)`, the slot of every expert (for those in none, and for sentinels, the number of slots), and
-        `(slots,)`, the expert in every slot (0 for an empty one, whose content is not used).
+        Returns two tensors: the slot of every expert, `(experts + 1,)`, and the expert in every slot, `(slots,)`. An
+        expert without a slot, and the sentinel at the end, have the number of slots as their entry. An empty slot has
+        the entry 0; its content is not used.
         """
         if self._tables is None:
             slots = [len(self)] * (self.num_experts + 1)
@@ -81,16 +83,16 @@ class ExpertSlots:
         return self._tables
 
     def clear(self) -> None:
-        """Forgets the experts in the slots."""
+        """Empties the slots."""
         self._drop(self.assignment.clear())
         self._tables = None
 
     def plan(self, experts: Sequence[int], fixed: bool) -> Iterator[dict[int, int]]:
-        """In what passes, and in which slots, experts are to be used: see [`SlotAssignment.plan`]."""
+        """Plans the passes in which experts run, and their slots: see [`SlotAssignment.plan`]."""
         return self.assignment.plan(experts, fixed=fixed, overlaps=self.overlaps)
 
     def start(self, placement: Mapping[int, int]) -> None:
-        """Begins to read the experts that are not yet in the slots that `placement` names. `wait` ends it."""
+        """Starts to read the experts that are not yet in their slots in `placement`. `wait` waits for the reads."""
         missing = {e: slot for e, slot in placement.items() if self.assignment.experts[slot] != e}
         self.count(len(placement) - len(missing), len(missing), len(missing) * _bytes_of(self.sources.values()))
         if not missing:
@@ -104,7 +106,7 @@ class ExpertSlots:
 
     def _read(self, placement: Mapping[int, int]) -> None:
         if self._stream is not None:
-            # Computations that were launched before may still need what is overwritten.
+            # Computations launched earlier may still need the experts that are overwritten.
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         for expert, slot in placement.items():
             for name, source in self.sources.items():
@@ -120,10 +122,10 @@ class ExpertSlots:
             source.read(expert, target)
 
     def _drop(self, experts: Sequence[int]) -> None:
-        """Whatever there is to do when experts have lost their slots."""
+        """Called with experts that have lost their slots; does nothing here."""
 
     def wait(self) -> None:
-        """Waits for what was started. Computations that are launched from now on see the experts."""
+        """Waits for the reads that `start` has started. Computations launched from now on see the experts."""
         reading, self._reading = self._reading, {}
         with self._or_forget(reading):
             self._finish(reading)
@@ -137,7 +139,7 @@ class ExpertSlots:
 
     @contextmanager
     def _or_forget(self, placement: Mapping[int, int]) -> Iterator[None]:
-        """A slot that was not filled must not count as a hit later."""
+        """Removes the experts from their slots after an error: a slot that was not filled must not count as a hit."""
         try:
             yield
         except BaseException:
@@ -148,17 +150,17 @@ class ExpertSlots:
     @torch.no_grad()
     def rows(self, name: str, placement: Mapping[int, int], first: int, last: int) -> torch.Tensor:
         """
-        Rows of a stack as they were at an earlier call, in memory of their own: the slots may hold others by now, and
-        may be given to others at any time.
+        Returns rows of a stack as they were in an earlier call. The rows are a copy, because the slots may contain
+        other experts by now, and may be reassigned at any time.
 
         Args:
-            name (`str`): The stack.
-            placement (`Mapping[int, int]`): The slots that experts had. What was in other slots is not asked for.
+            name (`str`): Name of the stack.
+            placement (`Mapping[int, int]`): Slots in the earlier call, by expert. Rows of other slots are zero.
             first (`int`): The first row.
-            last (`int`): The last one.
+            last (`int`): The last row, included.
 
         Returns:
-            `torch.Tensor` of shape `(last - first + 1, ...)`.
+            `torch.Tensor` of shape `(last - first + 1, ...)`: The rows.
         """
         stack, source = self.stacks[name], self.sources[name]
         rows = stack.new_zeros(last - first + 1, *stack.shape[1:])
@@ -176,15 +178,16 @@ class ExpertSlots:
 
 class MappedSlots(ExpertSlots):
     """
-    Slots for experts that run on the CPU and lie in files. Nothing is copied: the whole stacks are mapped, and a slot
-    is the right of an expert to have its pages in the process's memory. Ids of experts stay as they are.
+    Slots for experts that run on the CPU and are stored in files. The stacks are memory-mapped, so there are no buffers
+    and no copies. The number of slots limits the number of experts whose pages are in memory: if an expert loses its
+    slot, its pages are released. Row numbers in the stacks are the numbers of the experts.
     """
 
     sources: Mapping[str, FileSource]  # type: ignore[assignment]
 
     @staticmethod
     def serve(sources: Mapping[str, ExpertSource], dtypes: Mapping[str, torch.dtype], device: torch.device) -> bool:
-        """Whether experts can be mapped: from files, as they are, on Linux."""
+        """Whether experts can be mapped: on Linux, on the CPU, and from files with the data type of the slots."""
         return (
             sys.platform == "linux"
             and device.type == "cpu"
@@ -216,7 +219,7 @@ class MappedSlots(ExpertSlots):
                 source.load(expert)
 
     def rows(self, name: str, placement: Mapping[int, int], first: int, last: int) -> torch.Tensor:
-        """Those of the mapped stack, of which nothing is ever overwritten; a row is an expert."""
+        """Returns rows of the mapped stack without a copy: rows are experts, and are never overwritten."""
         self.start({expert: slot for expert, slot in placement.items() if first <= expert <= last})
         self.wait()
         return self.stacks[name][first : last + 1]
@@ -228,5 +231,5 @@ class MappedSlots(ExpertSlots):
 
 
 def _bytes_of(sources: Iterable[ExpertSource]) -> int:
-    """Bytes of one expert, where it lies."""
+    """Returns the number of bytes of one expert in its sources."""
     return sum(math.prod(source.shape[1:]) * source.dtype.itemsize for source in sources)

@@ -1,4 +1,4 @@
-"""Where the experts of a module lie while they are paged: in host memory, or in files, read in place one by one."""
+"""Sources of paged experts: host memory, or files from which experts are read one by one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 
 from ...checkpoint_integrity import read_header
 
-# Names that the safetensors format has for types, https://github.com/huggingface/safetensors#format.
+# Names of data types in the safetensors format, https://github.com/huggingface/safetensors#format.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,23 +27,23 @@ SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-# Of Linux, since 5.14; Python's `mmap` has no name for it.
+# Available since Linux 5.14. Python's `mmap` has no name for it.
 MADV_POPULATE_READ = 22
 
 
 class ExpertSource(Protocol):
-    """One stacked parameter of an experts module, `(experts, ...)`, of which single experts are read."""
+    """A stacked parameter of an experts module, `(experts, ...)`, from which single experts can be read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    blocks: bool  # whether `read` waits for a device, so that it is worth a thread of its own
+    blocks: bool  # whether `read` waits for a storage device and should run in its own thread
 
     def read(self, expert: int, slot: torch.Tensor) -> None:
         """Copies an expert into `slot`, a tensor of an expert's shape, and converts it to the slot's dtype."""
 
 
 class MemorySource:
-    """Experts that lie in host memory; pinned, so that copies to a GPU run beside its computations."""
+    """Experts in host memory. If it is pinned, copies to a GPU run during computations."""
 
     blocks = False
 
@@ -58,16 +58,16 @@ class MemorySource:
 
 class FileSource:
     """
-    Experts that lie one behind the other in a file.
+    Experts that are stored contiguously in a file.
 
     Args:
-        path (`str`): The file.
-        offset (`int`): Where the first expert begins, in bytes.
+        path (`str`): Path to the file.
+        offset (`int`): Position of the first expert in the file, in bytes.
         shape (`tuple[int, ...]`): Shape of the stack, `(experts, ...)`.
-        dtype (`torch.dtype`): Type in the file.
+        dtype (`torch.dtype`): Data type in the file.
 
     Raises:
-        OSError: If the file is gone, or ends before the experts do, now or at a later call.
+        OSError: If the file is missing or too short for the experts, now or in a later call.
     """
 
     blocks = True
@@ -77,19 +77,19 @@ class FileSource:
         self.expert_bytes = math.prod(shape[1:]) * dtype.itemsize
         self._mapping: mmap.mmap | None = None
         with _explained(path):
-            # Stays open: the experts may outlive the file's name.
+            # The file stays open, because the experts may be needed after the file is deleted.
             self._file = Path(path).open("rb", buffering=0)  # noqa: SIM115
         self._end = offset + shape[0] * self.expert_bytes
         self.check()
-        self._end = os.fstat(self._file.fileno()).st_size  # other weights may follow
+        self._end = os.fstat(self._file.fileno()).st_size  # other weights may follow the experts
 
     def check(self) -> None:
-        """Whether all of the file is (still) there: to touch what is not, where it is mapped, ends the process."""
+        """Checks that the file is still complete. Accessing a missing part of a mapped file would kill the process."""
         size = os.fstat(self._file.fileno()).st_size
         if size < self._end:
             raise OSError(
-                f"{self.path} is truncated: weights lie in it up to byte {self._end}, but it has {size} bytes. Write "
-                "or download the file again, then load the model again."
+                f"{self.path} is truncated: it must contain weights up to byte {self._end}, but it has {size} bytes. "
+                "Write or download the file again, then load the model again."
             )
 
     def read(self, expert: int, slot: torch.Tensor) -> None:
@@ -98,7 +98,7 @@ class FileSource:
         array: Any = buffer.view(-1).view(torch.uint8).numpy()
         view = memoryview(array)
         position = self.offset + expert * self.expert_bytes
-        while view.nbytes:  # the system may hand over less than asked for
+        while view.nbytes:  # the system may return fewer bytes than requested
             self.check()
             with _explained(self.path):
                 count = os.preadv(self._file.fileno(), [view], position)
@@ -107,27 +107,27 @@ class FileSource:
             slot.copy_(buffer)
 
     def map(self) -> torch.Tensor:
-        """The whole stack, `(experts, ...)`, mapped into memory: what is not touched takes none."""
+        """Returns the whole stack, `(experts, ...)`, memory-mapped: experts that are not accessed take no memory."""
         self._mapping = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         count = math.prod(self.shape)
         return torch.frombuffer(self._mapping, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
 
     def announce(self, expert: int) -> None:
-        """Lets the system begin to read a mapped expert."""
+        """Tells the system to start reading a mapped expert."""
         self._advise(mmap.MADV_WILLNEED, *self._pages(expert))
 
     def load(self, expert: int) -> None:
-        """Brings the pages of a mapped expert into the process's memory."""
+        """Loads the pages of a mapped expert into the process's memory."""
         with _explained(self.path):
             try:
                 self._advise(MADV_POPULATE_READ, *self._pages(expert))
             except OSError as error:
-                # An older kernel does not know this: pages come when they are touched.
+                # Older kernels do not support this; pages are then loaded when they are accessed.
                 if error.errno != errno.EINVAL:
                     raise
 
     def drop(self, expert: int) -> None:
-        """Takes the pages of a mapped expert out of the process's memory, but for those that it shares with others."""
+        """Releases the pages of a mapped expert, except those that it shares with other experts."""
         first, last = self._pages(expert)
         if last - first > 2 * mmap.PAGESIZE:
             self._advise(mmap.MADV_DONTNEED, first + mmap.PAGESIZE, last - mmap.PAGESIZE)
@@ -144,18 +144,18 @@ class FileSource:
 
 @contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Says which file it was."""
+    """Adds the path of the file to errors."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the system's
-            raise OSError(f"{path} is no whole safetensors file. {error}") from error
+        if error.errno is None:  # not an error of the operating system
+            raise OSError(f"{path} is not a complete safetensors file. {error}") from error
         raise OSError(f"cannot read experts from {path}: {error.strerror}. Load the model again.") from error
 
 
 def find_sources(weights: Mapping[str, Any], names: Iterable[str], pin: bool) -> dict[str, ExpertSource]:
     """
-    Where offloaded parameters lie.
+    Finds the sources of offloaded parameters.
 
     Args:
         weights (`Mapping[str, torch.Tensor]`):
@@ -164,13 +164,13 @@ def find_sources(weights: Mapping[str, Any], names: Iterable[str], pin: bool) ->
         names (`Iterable[str]`):
             Names of parameters in `weights`.
         pin (`bool`):
-            Whether to pin what lies in host memory.
+            Whether to pin parameters in host memory.
 
     Returns:
-        `dict[str, ExpertSource]`: by name.
+        `dict[str, ExpertSource]`: Sources by name of the parameter.
 
     Raises:
-        OSError: If a file is gone, truncated or not what it should be.
+        OSError: If a file is missing or truncated, or does not contain the expected tensor.
     """
     headers: dict[str, tuple[dict[str, Any], int]] = {}
     return {name: _find_source(weights, name, pin, headers) for name in names}
@@ -197,6 +197,6 @@ def _find_source(weights: Any, name: str, pin: bool, headers: dict[str, tuple[di
     tensor = header.get(entry.get("weight_name", key))
     if tensor is None or tensor["dtype"] not in SAFETENSORS_DTYPES:
         found = "no such tensor" if tensor is None else f"the dtype {tensor['dtype']}, which cannot be paged"
-        raise OSError(f"{path} should hold {entry.get('weight_name', key)}, but has {found}. Load the model again.")
+        raise OSError(f"{path} should contain {entry.get('weight_name', key)}, but has {found}. Load the model again.")
     dtype = SAFETENSORS_DTYPES[tensor["dtype"]]
     return FileSource(path, start + tensor["data_offsets"][0], tuple(tensor["shape"]), dtype)
