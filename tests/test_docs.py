@@ -1,78 +1,103 @@
-"""The pages of the documentation: their Python blocks run as pasted, in order, and their links lead somewhere."""
+"""The pages of the documentation: their blocks run as pasted, in order, and their links lead somewhere."""
 
+import os
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from filelock import FileLock
 
-from tests.support import in_tree_models
+from tests.support import stand_ins
+from tests.support.pages import RUN, blocks_of, run_page
+from tests.support.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-PACKAGES = [
-    "",
-    *(f".toolbox.{path.parent.name}" for path in ROOT.glob("modeling_sparse_moe_vlm/toolbox/*/__init__.py")),
-]
-# A block may be marked as not run, with the reason.
-BLOCK = re.compile(r"(<!-- not run: (?P<reason>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
-# By name on the Hub, a small random model of the same class.
-SMALL = {"HuggingFaceTB/SmolVLM-256M-Instruct": "smolvlm", "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl"}
-
-
-@pytest.fixture
-def small_models(monkeypatch):
-    """Loads small models of the same classes in the place of those on the Hub."""
-    from_pretrained = AutoModelForImageTextToText.from_pretrained
-
-    def load(name, *args, **kwargs):
-        if name in SMALL:
-            return in_tree_models.make_model(SMALL[name])
-        return from_pretrained(name, *args, **kwargs)
-
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
+DOCS = ROOT / "docs"
+PAGES = [*sorted(path for path in DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+WITH_BLOCKS = [page for page in PAGES if any(block.reason is None for block in blocks_of(page.read_text()))]
+# Blocks that show something and are not run.
+SHOWN = ("text", "json", "yaml", "toml", "jinja")
+TOOLBOX = ROOT / "modeling_sparse_moe_vlm/toolbox"
+PACKAGES = ["", *sorted(f".toolbox.{path.parent.name}" for path in TOOLBOX.glob("*/__init__.py"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_blocks_run_as_pasted(page, tmp_path, monkeypatch, small_models):
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    names: dict = {}
-    for number, block in enumerate(BLOCK.finditer(page.read_text())):
-        if block["reason"] is None:
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory) -> Path:
+    """A folder with what the pages use, which workers of pytest-xdist make once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "furnished"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = folder.with_name("furnished-in-part")
+            made.mkdir()
+            before = os.getcwd()
+            os.chdir(made)
             try:
-                exec(compile(block["code"], f"{page.name}, block {number}", "exec"), names)
-            except Exception as error:
-                pytest.fail(f"{page.name}, block {number}: {error!r}\n{block['code']}")
+                stand_ins.furnish(made)
+            finally:
+                os.chdir(before)
+            made.rename(folder)
+    return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_and_files(page):
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
+def test_blocks_run_as_pasted(page, furnished, tmp_path, monkeypatch):
+    folder = tmp_path / "page"
+    shutil.copytree(furnished, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    torch.manual_seed(0)
+    run_page(page.read_text(), folder)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks_are_run_or_say_why_not(page):
     text = page.read_text()
-    for link in re.findall(r"\]\(((?!http)[^)#]+)", text):
-        assert (page.parent / link).exists(), link
-    for path in re.findall(r"`((?:tests|scripts|configuration)/[\w./]+)`", text):
+    blocks = blocks_of(text)
+    assert text.count("```") == 2 * len(blocks)  # indented ones and markers elsewhere would be missed
+    assert {block.language for block in blocks} <= {*RUN, *SHOWN}
+    assert text.count("<!-- not run") == sum(block.reason is not None for block in blocks)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_files(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(((?!http)[^)\s]*)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors_of(target), link
+    for path in re.findall(r"`((?:tests|scripts|configuration|docs|modeling_sparse_moe_vlm)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of a page's headings, made as MkDocs and GitHub make them from plain titles."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
 
 
 def test_every_page_is_in_the_navigation():
     listed = re.findall(r"- (?:[\w ]+: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
-    docs = ROOT / "docs"
-    assert sorted(listed) == sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_reference_has_every_public_name(package):
     module = import_module(f"modeling_sparse_moe_vlm{package}")
-    entries = re.findall(r"^::: (\S+)$", "".join(map(Path.read_text, (ROOT / "docs/api").rglob("*.md"))), re.MULTILINE)
+    entries = re.findall(r"^::: (\S+)$", "".join(map(Path.read_text, (DOCS / "api").rglob("*.md"))), re.MULTILINE)
     assert len(entries) == len(set(entries))
     described = []
     for entry in entries:
         parent, _, name = entry.rpartition(".")
         described.append(getattr(import_module(parent), name))
-    missing = [
-        name for name in getattr(module, "__all__", []) if not any(getattr(module, name) is x for x in described)
-    ]
-    assert missing == []
+    for name in getattr(module, "__all__", []):
+        assert any(getattr(module, name) is one for one in described), name

@@ -1,0 +1,205 @@
+"""
+Runs the blocks of a page of the documentation, in order and in one folder.
+
+Python blocks share one namespace. Shell blocks run in bash with `set -eu`. In them, the command `sparse-moe-vlm` and the
+scripts of the repository run in this process, which spares each the seconds of importing torch; all else runs as it is.
+Verbs that take a recipe get a small one.
+
+Expected output is compared. In Python it is the comment behind a `print(…)`, if it begins like a value, or lines with
+`#>` below a statement; in the shell it is all lines with `#>` of the block. An ellipsis (`…`) stands for any text.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling_sparse_moe_vlm.toolbox.commands.main import main
+from tests.support.processes import ROOT
+
+FENCE = re.compile(
+    r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+RUN = ("python", "bash")
+VALUE = re.compile(r"""[-\d\[({'"]|True\b|False\b|None\b|torch\.|tensor\(""")
+# Data and training of seconds, for verbs that take a recipe.
+SMALL_RECIPE = {
+    "data.num_train": 44,
+    "data.num_heldout": 11,
+    "training.max_steps": 2,
+    "training.per_device_train_batch_size": 4,
+    "training.logging_steps": 1,
+    "training.save_steps": 2,
+    "training.dataloader_num_workers": 0,
+    "training.dataloader_persistent_workers": "false",
+}
+WITH_RECIPE = ("train", "evaluate", "lora")
+# Sends its arguments to the process of the tests, and prints what comes back.
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+arguments = [{name!r}, *sys.argv[1:]]
+if {name!r} == "python" and not "".join(sys.argv[1:2]).startswith("scripts/"):
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect({address!r})
+    connection.sendall(json.dumps([arguments, os.getcwd()]).encode())
+    connection.shutdown(socket.SHUT_WR)
+    code, output, errors = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+sys.stdout.write(output)
+sys.stderr.write(errors)
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code on a page; `reason` says why it is not run."""
+
+    language: str
+    code: str
+    reason: str | None
+
+
+def blocks_of(text: str) -> list[Block]:
+    """All fenced blocks of a page."""
+    return [Block(found["language"], found["code"], found["reason"]) for found in FENCE.finditer(text)]
+
+
+def run_page(text: str, folder: Path) -> None:
+    """
+    Runs the blocks of a page in `folder`, which is the working directory.
+
+    Raises:
+        AssertionError: If a block fails, or its output is not what the page says.
+    """
+    names: dict = {"__name__": "__main__"}
+    for number, block in enumerate(blocks_of(text)):
+        if block.reason is None and block.language in RUN:
+            try:
+                run_python(block.code, names) if block.language == "python" else run_shell(block.code, folder)
+            except (Exception, SystemExit) as error:
+                message = f"block {number} ({block.language}): {error!r}\n{block.code}\n{traceback.format_exc()}"
+                raise AssertionError(message) from error
+
+
+def run_python(code: str, names: dict) -> None:
+    """Runs the statements one by one and compares what each prints."""
+    lines = code.split("\n")
+    statements = ast.parse(code).body
+    ends = [statement.lineno - 1 for statement in statements[1:]] + [len(lines)]
+    for statement, end in zip(statements, ends, strict=True):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(ast.Module([statement], []), "<page>", "exec"), names)
+        if (expected := expected_output(statement, lines[statement.end_lineno - 1 : end])) is not None:
+            compare(printed.getvalue(), expected)
+
+
+def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
+    """What a statement prints according to the comment behind it, or to the lines below it."""
+    below = [line[2:].removeprefix(" ") for line in lines[1:] if line.startswith("#>")]
+    if below:
+        return "\n".join(below)
+    is_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
+    comment = lines[0].encode()[statement.end_col_offset :].decode().partition("#")[2].strip()
+    return comment if is_print and VALUE.match(comment) else None
+
+
+def run_shell(code: str, folder: Path) -> None:
+    """Runs the lines in bash and compares what they print."""
+    with tempfile.TemporaryDirectory() as programs, socket.socket(socket.AF_UNIX) as server:
+        address = f"{programs}/socket"
+        server.bind(address)
+        server.listen()
+        server.settimeout(0.1)
+        for name in ("sparse-moe-vlm", "python"):
+            client = Path(programs, name)
+            client.write_text(CLIENT.format(python=sys.executable, name=name, address=address))
+            client.chmod(client.stat().st_mode | stat.S_IEXEC)
+        environment = os.environ | {
+            "PATH": f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }
+        with open(f"{programs}/output", "w+") as output, open(f"{programs}/errors", "w+") as errors:
+            process = subprocess.Popen(
+                ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env=environment, stdout=output, stderr=errors
+            )
+            while process.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    _serve(server.accept()[0])
+            output.seek(0)
+            errors.seek(0)
+            assert process.returncode == 0, f"exit code {process.returncode}\n{output.read()}\n{errors.read()}"
+            expected = [line[2:].removeprefix(" ") for line in code.split("\n") if line.startswith("#>")]
+            if expected:
+                compare(output.read(), "\n".join(expected))
+
+
+def _serve(connection: socket.socket) -> None:
+    with connection:
+        (name, *arguments), folder = json.loads(b"".join(iter(lambda: connection.recv(65536), b"")))
+        output, errors, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                if name == "python":
+                    _run_script(*arguments)
+                else:
+                    main(with_small_recipe(arguments))
+            except SystemExit as leaving:
+                code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+            except Exception:
+                traceback.print_exc()
+                code = 1
+        connection.sendall(json.dumps([code, output.getvalue(), errors.getvalue()]).encode())
+
+
+def _run_script(path: str, *arguments: str) -> None:
+    with _arguments([path, *with_small_recipe([_verb(path), *arguments])[1:]]):
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+
+
+def _verb(path: str) -> str:
+    return {"finetune_lora": "lora"}.get(Path(path).stem, Path(path).stem)
+
+
+@contextlib.contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, arguments
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def with_small_recipe(arguments: list[str]) -> list[str]:
+    """The arguments of a verb; if it takes a recipe, with changes that make it small."""
+    if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
+        changes = {key: value for key, value in SMALL_RECIPE.items() if arguments[0] != "evaluate" or "data" in key}
+        return [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
+    return arguments
+
+
+def compare(printed: str, expected: str) -> None:
+    """
+    Compares printed text with what a page says.
+
+    Raises:
+        AssertionError: If they differ.
+    """
+    pattern = ".*".join(re.escape(part.strip(" ")) for part in expected.strip().split("…"))
+    found = "\n".join(line.rstrip() for line in printed.strip().split("\n"))
+    assert re.fullmatch(pattern.replace(".*", r"[\s\S]*"), found), f"The page says {expected!r}, but got {found!r}."
