@@ -1,9 +1,9 @@
 """
 Runs the blocks of a page of the documentation, in order and in one folder.
 
-Python blocks share one namespace. Shell blocks run in bash with `set -eu`. In them, the command `sparse-moe-vlm` and the
-scripts of the repository run in this process, which spares each the seconds of importing torch; all else runs as it is.
-Verbs that take a recipe get a small one.
+Python blocks share one namespace. Shell blocks run in bash with `set -eu`. In them, the command `sparse-moe-vlm` and
+the scripts of the repository run in the process of the tests, which saves the time of importing torch for each; all
+other programs run as they are. Verbs that take a recipe get a small one.
 
 Expected output is compared. In Python it is the comment behind a `print(…)`, if it begins like a value, or lines with
 `#>` below a statement; in the shell it is all lines with `#>` of the block. An ellipsis (`…`) stands for any text.

@@ -1,6 +1,6 @@
 """
-What the pages of the documentation find in their folder: small random models under the names of models on the Hub, which
-Transformers loads from there as it would a folder, a demo model that has hardly been trained, and an image.
+The folder in which the blocks of the documentation run. It has small random models in folders with the names of models
+on the Hub, so that Transformers loads these instead, a demo model after two training steps, and an image.
 """
 
 from __future__ import annotations
