@@ -1,5 +1,6 @@
-# Two commands do everything: `make demo` trains, evaluates and saves the demo model; `make test` runs the checks.
-# Both make a virtual environment in .venv first. PIP_CONSTRAINT, where set, chooses the versions (of torch, say).
+# `make demo` trains, evaluates and saves the demo model, `make test` runs the checks, and `make gpu` runs the numeric
+# tests and the benchmarks on a GPU. All make a virtual environment in .venv first. PIP_CONSTRAINT, where set, chooses the
+# versions (of torch, say).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,10 @@ BIN := $(VENV)/bin
 IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check docs install clean
+# Options of scripts/gpu.py: GPU='--only tests moe_layer', say.
+GPU ?=
+
+.PHONY: demo test check docs gpu install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py
@@ -24,6 +28,10 @@ check: $(INSTALLED)
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "The documentation is in build/site/index.html"
+
+# The numeric tests and the benchmarks; on the CPU, with small sizes, where there is no GPU.
+gpu: $(INSTALLED)
+	$(BIN)/python scripts/gpu.py $(GPU)
 
 install: $(INSTALLED)
 

@@ -11,9 +11,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix=f"modules-{worker}-")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests marked `numeric` run: cpu (default), cuda, cuda:1, …")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """With `--dist loadgroup`, one worker runs everything that starts several processes: not two at a time."""
+    """
+    Tests that take the device from `--device` are marked `numeric`. With `--dist loadgroup`, one worker runs everything
+    that starts several processes: not two at a time.
+    """
+    for item in items:
+        values = item.callspec.params if hasattr(item, "callspec") else {}
+        if "device" in item.fixturenames and "device" not in values:
+            item.add_marker(pytest.mark.numeric)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             if item.path.parent.name == "integration" or item.get_closest_marker("slow"):
@@ -29,6 +40,16 @@ def restored_logging():
     logging.warning_once.cache_clear()
     yield
     logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device that a test computes on, `--device`; in full float32, as on the CPU."""
+    import torch
+
+    if request.config.getoption("--device").startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.empty(0, device=request.config.getoption("--device")).device
 
 
 @pytest.fixture(params=["hybrid", "joint", "isolated"])

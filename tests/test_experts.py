@@ -16,7 +16,6 @@ from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, make_block, run_blo
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 TEXT, IMAGE = 0, 1
 MIXED = torch.tensor([[TEXT, IMAGE, IMAGE, IMAGE, TEXT, TEXT, IMAGE], [TEXT] * 7])
-DEVICE = torch.device("cpu")
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -25,15 +24,22 @@ def implementation(request) -> str:
 
 
 @pytest.fixture
-def hidden_states() -> torch.Tensor:
-    return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
+def hidden_states(device) -> torch.Tensor:
+    return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
 
 
-def poison_memory() -> None:
+def place_block(device, **options):
+    """A block on the device, and its planner of routing, which is given modality ids from anywhere."""
+    block, config = make_block(**options)
+    planner = RoutingPlanner(config)
+    return block.to(device), config, lambda ids: planner(None if ids is None else ids.to(device), device)
+
+
+def poison_memory(device) -> None:
     """Fills memory that the next tensors are likely to get with NaN, as a kernel that skips rows would leave it."""
     for size in (24, 32, 48):
         for rows in range(1, 64):
-            torch.full((rows, size), torch.nan)
+            torch.full((rows, size), torch.nan, device=device)
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -44,10 +50,10 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_experts_matter(name, hidden_states):
+def test_experts_matter(name, hidden_states, device):
     """What the comparisons below rest on: silencing any part of the block moves its output."""
-    block, config = make_block(**ARRANGEMENTS[name])
-    routing = RoutingPlanner(config)(MIXED, DEVICE)
+    block, _, plan = place_block(device, **ARRANGEMENTS[name])
+    routing = plan(MIXED)
     expected = block(hidden_states, routing)
     for parameter_name, parameter in block.named_parameters():
         silenced = copy.deepcopy(block)
@@ -59,19 +65,20 @@ def test_experts_matter(name, hidden_states):
 
 @pytest.mark.parametrize("ids", [MIXED, torch.ones_like(MIXED), None], ids=["mixed", "images", "text"])
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_forward_and_gradients_are_the_literal_ones(name, ids, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
+def test_forward_and_gradients_are_the_literal_ones(name, ids, implementation, hidden_states, device):
+    block, config, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
     direction = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(2))
-    output = block(hidden_states, RoutingPlanner(config)(ids, DEVICE))
-    (output * direction).sum().backward()
+    output = block(hidden_states, plan(ids))
+    (output * direction.to(device)).sum().backward()
 
-    literal_input = hidden_states.detach().double().requires_grad_()
+    # The literal form runs on the CPU, in float64.
+    literal_input = hidden_states.detach().cpu().double().requires_grad_()
     modality_ids = torch.zeros_like(MIXED) if ids is None else ids
-    literal, literal_block = run_block(block, config, literal_input.flatten(0, 1), modality_ids.flatten())
+    literal, literal_block = run_block(block.cpu(), config, literal_input.flatten(0, 1), modality_ids.flatten())
     (literal.view(2, 7, 32) * direction.double()).sum().backward()
 
-    torch.testing.assert_close(output, literal.view(2, 7, 32).float(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(hidden_states.grad, literal_input.grad.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.cpu(), literal.view(2, 7, 32).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hidden_states.grad.cpu(), literal_input.grad.float(), rtol=1e-4, atol=1e-4)
     for parameter, expected in gradients(literal_block).items():
         # The literal loop never touches experts that no token goes to; here they have a gradient of zero.
         actual = gradients(block)[parameter]
@@ -100,7 +107,7 @@ def test_always_on_experts_are_a_sum_over_experts():
 
 
 @pytest.mark.parametrize("num_used", [0, 1, 3])
-def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used):
+def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used, device):
     """Slots with the id E count for nothing, whatever memory the kernel leaves unwritten behind them."""
     experts = make_block(implementation=implementation, **ARRANGEMENTS["joint-by_modality"])[0].experts
     x = torch.randn(16, 32, requires_grad=True)
@@ -114,10 +121,16 @@ def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used):
             hidden = torch.nn.functional.silu(gate @ x[token]) * (up @ x[token])
             expected[token] += weights[token, slot] * (experts.down_proj[index[token, slot]] @ hidden)
     expected = expected.detach()
+    experts.to(device)
+    x, index, weights = (
+        x.detach().to(device).requires_grad_(),
+        index.to(device),
+        weights.detach().to(device).requires_grad_(),
+    )
     for _ in range(20):
-        poison_memory()
+        poison_memory(device)
         output = experts(x, index, weights)
-        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(output.cpu(), expected, rtol=1e-4, atol=1e-5)
         output.square().sum().backward()
         assert all(gradient.isfinite().all() for gradient in gradients(experts).values())
         # Without any expert there may be no path from the inputs to the output.
@@ -128,12 +141,12 @@ def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used):
 
 
 @pytest.mark.parametrize("name", ["isolated", "many", "hybrid"])
-def test_group_without_tokens_has_zero_gradients_in_training(name, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
+def test_group_without_tokens_has_zero_gradients_in_training(name, implementation, hidden_states, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
     block.train()
     for ids in (None, torch.zeros_like(MIXED)):
         block.zero_grad()
-        block(hidden_states, RoutingPlanner(config)(ids, DEVICE)).sum().backward()
+        block(hidden_states, plan(ids)).sum().backward()
         for parameter_name, gradient in gradients(block).items():
             assert gradient is not None, parameter_name
             serves_images_alone = any(f"{group}." in parameter_name for group in ("image", "vision"))
@@ -141,30 +154,30 @@ def test_group_without_tokens_has_zero_gradients_in_training(name, implementatio
 
 
 @pytest.mark.parametrize("name", ["isolated", "many", "hybrid"])
-def test_text_needs_no_image_expert_in_memory(name, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
+def test_text_needs_no_image_expert_in_memory(name, implementation, hidden_states, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
     block.eval()
-    expected = block(hidden_states, RoutingPlanner(config)(None, DEVICE))
+    expected = block(hidden_states, plan(None))
     for module_name, module in block.named_modules():
         if module_name.endswith((".image", ".vision")):
             module.to("meta")
     assert any(parameter.is_meta for parameter in block.parameters())
-    assert torch.equal(block(hidden_states, RoutingPlanner(config)(None, DEVICE)), expected)
-    assert torch.equal(block(hidden_states, RoutingPlanner(config)(torch.zeros_like(MIXED), DEVICE)), expected)
+    assert torch.equal(block(hidden_states, plan(None)), expected)
+    assert torch.equal(block(hidden_states, plan(torch.zeros_like(MIXED))), expected)
 
 
-def test_no_group_is_left_out_among_several_processes(implementation, hidden_states, monkeypatch):
+def test_no_group_is_left_out_among_several_processes(implementation, hidden_states, monkeypatch, device):
     """They gather sharded weights together, also in evaluation."""
     monkeypatch.setattr("modeling_sparse_moe_vlm.experts.is_one_of_several_processes", lambda: True)
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS["many"])
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS["many"])
     block.eval()
-    block(hidden_states, RoutingPlanner(config)(None, DEVICE)).sum().backward()
+    block(hidden_states, plan(None)).sum().backward()
     assert all(gradient is not None for gradient in gradients(block).values())
 
 
-def test_no_token_at_all(implementation):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS["many"])
-    output = block(torch.zeros(1, 0, 32), RoutingPlanner(config)(torch.zeros(1, 0, dtype=torch.long), DEVICE))
+def test_no_token_at_all(implementation, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS["many"])
+    output = block(torch.zeros(1, 0, 32, device=device), plan(torch.zeros(1, 0, dtype=torch.long)))
     assert output.shape == (1, 0, 32)
     output.sum().backward()
     for experts in (block.experts, block.shared_experts):
@@ -175,64 +188,79 @@ def test_no_token_at_all(implementation):
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_output_of_a_token_depends_on_the_token_alone(name, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
-    planner = RoutingPlanner(config)
+def test_output_of_a_token_depends_on_the_token_alone(name, implementation, hidden_states, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
     ids = torch.stack([MIXED[0], MIXED[0].flip(0)])
     x = hidden_states.detach()
-    together = block(x, planner(ids, DEVICE))
-    assert torch.equal(block(x, planner(ids, DEVICE)), together)
+    together = block(x, plan(ids))
+    assert torch.equal(block(x, plan(ids)), together)
     order = torch.randperm(14, generator=torch.Generator().manual_seed(3))
-    permuted = block(x.view(1, 14, 32)[:, order], planner(ids.view(1, 14)[:, order], DEVICE))
+    permuted = block(x.view(1, 14, 32)[:, order], plan(ids.view(1, 14)[:, order]))
     torch.testing.assert_close(permuted[0], together.view(14, 32)[order], rtol=1e-5, atol=1e-5)
     for row in range(2):
         for position in range(7):
             cell = slice(row, row + 1), slice(position, position + 1)
-            alone = block(x[cell], planner(ids[cell], DEVICE))
+            alone = block(x[cell], plan(ids[cell]))
             torch.testing.assert_close(alone, together[cell], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["many-top_p", "many-by_modality", "hybrid"])
-def test_compiled_without_a_graph_break(name, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
-    planner = RoutingPlanner(config)
+def test_compiled_without_a_graph_break(name, implementation, hidden_states, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
 
     def run(x, ids):
-        return block(x, planner(ids, DEVICE))
+        return block(x, plan(ids))
 
+    ids = MIXED.to(device)
     torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(hidden_states, MIXED), run(hidden_states, MIXED), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(compiled(hidden_states, ids), run(hidden_states, ids), rtol=1e-5, atol=1e-5)
     # Transformers 5.20 cannot compile the backward pass of its `grouped_mm` in float32.
     if implementation == "batched_mm" or hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
-        (expected,) = torch.autograd.grad(run(hidden_states, MIXED).square().sum(), hidden_states)
-        (actual,) = torch.autograd.grad(compiled(hidden_states, MIXED).square().sum(), hidden_states)
+        (expected,) = torch.autograd.grad(run(hidden_states, ids).square().sum(), hidden_states)
+        (actual,) = torch.autograd.grad(compiled(hidden_states, ids).square().sum(), hidden_states)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- precision
 
 
-def test_bfloat16_is_within_its_rounding(implementation):
-    block, _ = make_block(**ARRANGEMENTS["joint"])
-    experts = block.experts
-    x, weights = torch.randn(16, 32), torch.rand(16, 2)
-    index = torch.stack([torch.randperm(4)[:2] for _ in range(16)])
-    exact = experts(x, index, weights)
-    experts.config._experts_implementation = implementation
-    rough = copy.deepcopy(experts).bfloat16()(x.bfloat16(), index, weights.bfloat16())
-    assert rough.dtype == torch.bfloat16
-    # Rounding to 8 bits of five factors in a row: inputs, two weights, an intermediate product and the output.
-    assert (rough.float() - exact).norm() / exact.norm() < 5 * 2**-8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_within_its_rounding(dtype, implementation, device):
+    """Forward and gradients, against float64."""
+    experts = make_block(**ARRANGEMENTS["joint"])[0].experts
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(16)])
+    x, weights = torch.randn(16, 32, generator=generator), torch.rand(16, 2, generator=generator)
+    direction = torch.randn(16, 32, generator=generator)
+
+    def run(experts, place, dtype, implementation):
+        experts = copy.deepcopy(experts).to(place, dtype)
+        experts.config._experts_implementation = implementation
+        inputs = [tensor.to(place, dtype).requires_grad_() for tensor in (x, weights)]
+        output = experts(inputs[0], index.to(place), inputs[1])
+        assert output.dtype == dtype
+        (output * direction.to(place, dtype)).sum().backward()
+        results = {"output": output, "x": inputs[0].grad, "weights": inputs[1].grad, **gradients(experts)}
+        return {name: tensor.detach().cpu().double() for name, tensor in results.items()}
+
+    exact = run(experts, "cpu", torch.float64, "eager")
+    rough = run(experts, device, dtype, implementation)
+    # Rounding of five factors in a row: inputs, two weights, an intermediate product and the output. A gradient has two
+    # more, those of the output's gradient and of the product with it.
+    unit = torch.finfo(dtype).eps / 2
+    for name, expected in exact.items():
+        bound = (5 if name == "output" else 7) * unit
+        assert (rough[name] - expected).norm() / expected.norm() < bound, name
 
 
 @pytest.mark.parametrize("name", ["hybrid", "many-top_p"])
-def test_autocast(name, implementation, hidden_states):
-    block, config = make_block(implementation=implementation, **ARRANGEMENTS[name])
-    with torch.autocast("cpu", torch.bfloat16):
-        output = block(hidden_states, RoutingPlanner(config)(MIXED, DEVICE))
+def test_autocast(name, implementation, hidden_states, device):
+    block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
+    with torch.autocast(device.type, torch.bfloat16):
+        output = block(hidden_states, plan(MIXED))
     output.float().sum().backward()
     assert output.dtype == torch.float32
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients(block).values())

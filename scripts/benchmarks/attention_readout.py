@@ -5,7 +5,8 @@ and what reading out costs a whole model that generates.
     python scripts/benchmarks/attention_readout.py --json
 
 The sequence is text (1/8), an image (1/2), text; its rows share that layout, and nothing is padded. On the CPU runs of
-one modality are attended part by part, elsewhere the weights ride in extra channels of the backend's own call.
+one modality are attended part by part, elsewhere the weights ride in extra channels of the backend's own call. On a GPU
+everything is in bfloat16, and is measured twice: with the kernel that torch chooses, and with FlashAttention.
 
 - `forward_with_readout`: forward, returning the weights and the count-free weights;
 - `train_step_with_priors`: forward and backward, with learned priors by head;
@@ -20,10 +21,12 @@ one modality are attended part by part, elsewhere the weights ride in extra chan
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from harness import Row, parse_arguments, report, time_interleaved
+from harness import Row, is_cuda, parse_arguments, report, time_interleaved
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
@@ -37,7 +40,7 @@ BARS = {"forward_with_readout": 1.15, "train_step_with_priors": 1.15, "decode_wi
 BARS_FROM = 1024  # tokens
 GENERATE_BAR = 1.05
 DECODED_LAYERS = 8
-PROMPT_TEXT, NEW_TOKENS = 128, 32
+PROMPT_TEXT = 128
 SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
@@ -50,19 +53,29 @@ class Layer(torch.nn.Module):
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    on_gpu = is_cuda(arguments.device)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     rows: list[Row] = []
-    for length in (256, 1024) if arguments.quick else (256, 1024, 2048, 4096):
+    lengths = (32, 64) if arguments.quick else (256, 1024, 2048, 4096, 8192) if on_gpu else (256, 1024, 2048, 4096)
+    for length in lengths:
         for metric, (ours, plain) in make_runs(length, arguments.device, dtype).items():
-            seconds = time_interleaved({"ours": ours, "plain": plain}, arguments.device, arguments.repetitions)
-            case = f"1 × {HEADS} heads × {length} × {HEAD_DIM}, {str(dtype).removeprefix('torch.')}"
-            bar = BARS[metric] if length >= BARS_FROM else None
-            rows.append(Row(case, metric, seconds["ours"], seconds["plain"], bar))
-    rows.append(time_generation("tiny" if arguments.quick else "small", arguments.device, dtype, arguments.repetitions))
-    report("attention_readout", arguments.device, rows, arguments.json)
+            for kernel, context in kernels(arguments.device).items():
+                with context:
+                    seconds = time_interleaved({"ours": ours, "plain": plain}, arguments.device, arguments.repetitions)
+                case = f"1 × {HEADS} heads × {length} × {HEAD_DIM}, {str(dtype).removeprefix('torch.')}{kernel}"
+                bar = BARS[metric] if length >= BARS_FROM else None
+                rows.append(Row(case, metric, seconds["ours"], seconds["plain"], bar))
+    preset, new_tokens = ("tiny", 4) if arguments.quick else ("small", 32)
+    rows.append(time_generation(preset, new_tokens, arguments.device, dtype, arguments.repetitions))
+    report("attention_readout", arguments, rows)
 
 
-def time_generation(preset: str, device: str, dtype: torch.dtype, repetitions: int) -> Row:
+def kernels(device: str) -> dict[str, AbstractContextManager]:
+    """Contexts that choose the kernel of SDPA, by what a case is called with it."""
+    return {"": nullcontext()} | ({", flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)} if is_cuda(device) else {})
+
+
+def time_generation(preset: str, new_tokens: int, device: str, dtype: torch.dtype, repetitions: int) -> Row:
     """Seconds per token that `generate` makes, the prompt's pass included, with and without the read-out."""
     torch.manual_seed(0)
     config = load_config(preset)
@@ -75,7 +88,7 @@ def time_generation(preset: str, device: str, dtype: torch.dtype, repetitions: i
         "attention_mask": torch.ones_like(input_ids).to(device),
         "pixel_values": torch.randn(1, 3, size, size).to(device, dtype),
     }
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     runs = {
         "ours": lambda: model.generate(**inputs, **options, output_modality_weights=True),
         "plain": lambda: model.generate(**inputs, **options),
@@ -83,9 +96,9 @@ def time_generation(preset: str, device: str, dtype: torch.dtype, repetitions: i
     ours, plain = (run().sequences for run in runs.values())
     if not torch.equal(ours, plain):
         raise AssertionError("the read-out has changed the tokens: the comparison would be unfair.")
-    seconds = {name: value / NEW_TOKENS for name, value in time_interleaved(runs, device, repetitions).items()}
+    seconds = {name: value / new_tokens for name, value in time_interleaved(runs, device, repetitions).items()}
     print(", ".join(f"{name}: {1 / value:.1f} tokens/s" for name, value in seconds.items()))
-    case = f"{preset}, {NEW_TOKENS} tokens after {input_ids.shape[1]}, {str(dtype).removeprefix('torch.')}"
+    case = f"{preset}, {new_tokens} tokens after {input_ids.shape[1]}, {str(dtype).removeprefix('torch.')}"
     bar = GENERATE_BAR if preset == "small" else None
     return Row(case, "generate_with_readout", seconds["ours"], seconds["plain"], bar)
 
@@ -125,7 +138,7 @@ def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[C
             tensor.grad = None
 
     form = partial(AttentionParts, ids, NUM_MODALITIES)
-    if device == "cpu":
+    if not is_cuda(device):
         runs = find_runs(ids)
         assert runs is not None
         form = partial(RunParts, ids, NUM_MODALITIES, runs=runs)

@@ -3,32 +3,33 @@ LoRA on experts, factored, against PEFT's path and against no adapter.
 
     python scripts/benchmarks/expert_lora.py --json
 
-Four layers of Transformers' Qwen3-VL-MoE experts (hidden 1024, width 512, 32 experts, top-4, rank 8, float32; smaller
-with `--quick`), evenly random routing. `ours` runs factored; the peer is
+Four layers of Transformers' Qwen3-VL-MoE experts (hidden 1024, width 512, 32 experts, top-4, rank 8, float32; much
+smaller with `--quick`), evenly random routing. `ours` runs factored; the peer is
 
 - `decode_vs_adapter_free`: tokens one by one through the same layers without an adapter; `decode_vs_peft`: one token
   through PEFT's layers;
 - `train_step_vs_adapter_free`: forward and backward over 512 tokens of the same layers without an adapter, their
   weights trained; `train_step_vs_frozen`: their weights frozen, so that the step does no more than pass gradients on;
   `train_step_vs_peft`: with PEFT's layers;
-- `extra_memory_vs_peft`: peak memory (bytes) of such a step with frozen weights, over that without an adapter, each in
-  a process of its own.
+- `forward_vs_peft`: forward of those 512 tokens without gradients, through PEFT's layers;
+- `extra_memory_vs_peft`, `forward_extra_memory_vs_peft`: peak memory (bytes) of the training step and of that forward,
+  minus that of the same layers without an adapter and with frozen weights. Each variant runs in its own process.
+
+`--size large` is one layer of 128 experts (hidden 2048, width 768, top-8, rank 16, 4,096 tokens, bfloat16), for GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import harness
 import torch
-from harness import Row, report, time_interleaved
+from harness import Row, peak_memory, report, time_interleaved
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3VLMoeTextConfig
@@ -64,6 +65,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(hidden=128, width=64, experts=8, layers=2, tokens=64),  # of `--quick`; the figures mean nothing
     "small": Size(hidden=512, width=256, layers=2),
     "default": Size(),
     # That of https://github.com/huggingface/peft/pull/3577: 2.56 ms and 1.30 GB on its author's H100.
@@ -96,11 +98,12 @@ class Layers(nn.Module):
 def main() -> None:
     arguments = parse_arguments()
     if arguments.memory_of:
-        print(json.dumps(peak_memory(arguments)))
+        print(json.dumps(measure_memory(arguments)))
         return
     size = SIZES[arguments.size]
     rows = []
-    for implementation in ("grouped_mm",) if arguments.quick else ("grouped_mm", "batched_mm", "eager"):
+    only_grouped = arguments.quick or arguments.size == "large"  # other implementations take minutes at such sizes
+    for implementation in ("grouped_mm",) if only_grouped else ("grouped_mm", "batched_mm", "eager"):
         models = make_all(size, implementation, arguments.device)
         case = f"{size} {implementation}"
         for peer, peers, steps in (("adapter_free", "frozen", DECODED), ("peft", "peft", 1)):
@@ -116,18 +119,15 @@ def main() -> None:
             arguments.repetitions,
         )
         rows += compare(case, "train_step", seconds, {"adapter_free": "trained", "frozen": "frozen", "peft": "peft"})
-        del models
+        forwards = {name: forward(models[name], size, arguments.device) for name in ("factored", "peft")}
+        seconds = time_interleaved(forwards, arguments.device, arguments.repetitions)
+        rows += compare(case, "forward", seconds, {"peft": "peft"})
+        del models, forwards
     memory = {name: memory_in_process(name, arguments) for name in ("factored", "peft", "frozen")}
-    rows.append(
-        Row(
-            f"{size} grouped_mm",
-            "extra_memory_vs_peft",
-            memory["factored"] - memory["frozen"],
-            memory["peft"] - memory["frozen"],
-            BARS["extra_memory_vs_peft"],
-        )
-    )
-    report("expert_lora", arguments.device, rows, arguments.json)
+    for what, metric in (("train_step", "extra_memory_vs_peft"), ("forward", "forward_extra_memory_vs_peft")):
+        ours, peer = (memory[name][what] - memory["frozen"][what] for name in ("factored", "peft"))
+        rows.append(Row(f"{size} grouped_mm", metric, ours, peer, BARS.get(metric)))
+    report("expert_lora", arguments, rows)
 
 
 def compare(case: str, what: str, seconds: dict[str, float], peers: dict[str, str]) -> list[Row]:
@@ -195,26 +195,32 @@ def trainer(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
     return step
 
 
-def memory_in_process(variant: str, arguments: argparse.Namespace) -> int:
+def forward(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
+    """Forward without gradients of as many tokens as a training step has."""
+    tokens = draw_tokens(size.tokens, size, device)
+
+    @torch.no_grad()
+    def run() -> None:
+        model(*tokens)
+
+    return run
+
+
+def memory_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, int]:
     command = [sys.executable, __file__, "--memory-of", variant, "--size", arguments.size, "--device", arguments.device]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
-def peak_memory(arguments: argparse.Namespace) -> int:
-    """Peak memory, in bytes, of training steps: of the device, or of this process."""
+def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
+    """Peak memory of a variant, in bytes, of forwards and of training steps."""
     size = SIZES[arguments.size]
     base = make_layers(size, "grouped_mm", arguments.device)
-    step = trainer(make(arguments.memory_of, size, "grouped_mm", arguments.device, base), size, arguments.device)
-    if arguments.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # from here on (Linux)
-    for _ in range(3):
-        step()
-    if arguments.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    model = make(arguments.memory_of, size, "grouped_mm", arguments.device, base)
+    measured = {}
+    for what, make_run in (("forward", forward), ("train_step", trainer)):
+        run = make_run(model, size, arguments.device)
+        measured[what] = peak_memory(lambda run=run: [run() for _ in range(3)], arguments.device)
+    return measured
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -224,7 +230,7 @@ def parse_arguments() -> argparse.Namespace:
         size={"choices": SIZES, "help": "sizes of the experts"},
         memory_of={"choices": VARIANTS, "help": argparse.SUPPRESS},
     )
-    arguments.size = arguments.size or ("small" if arguments.quick else "default")
+    arguments.size = arguments.size or ("tiny" if arguments.quick else "default")
     return arguments
 
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-from harness import Row, report
+from harness import Row, is_cuda, make_parser, report
 from transformers import TrainingArguments, set_seed
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
@@ -24,13 +25,16 @@ from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch
 
 PRESET = Path(__file__).resolve().parents[2] / "configuration/models/tiny.json"
+BATCH, VALIDATION = 64, 1000
+QUICK_STEPS, QUICK_BATCH, QUICK_VALIDATION = 2, 8, 16
 POOLS = {"expert_pool": [0, 0, 1, 1], "num_experts": 5, "expert_groups": "hybrid"}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    train = scenes("train", arguments.steps * 64, cell_size=16)
-    validation = scenes("validation", 1000, cell_size=16)
+    recipe = Recipe(arguments.steps, arguments.batch_size, not is_cuda(arguments.device))
+    train = scenes("train", arguments.steps * arguments.batch_size, cell_size=16)
+    validation = scenes("validation", arguments.validation, cell_size=16)
     base, processor = from_scratch(str(PRESET), train, vocab_size=512)
     pooled = copy.deepcopy(base.config)
     pooled.text_config = type(pooled.text_config).from_dict(pooled.text_config.to_dict() | POOLS)
@@ -45,29 +49,38 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         losses = {
-            name: train_and_evaluate(config, processor, train, validation, seed, arguments.steps)
+            name: train_and_evaluate(config, processor, train, validation, seed, recipe)
             for name, config in configs.items()
         }
-        case = f"seed {seed}, {arguments.steps} steps of batch 64"
+        case = f"seed {seed}, {arguments.steps} steps of batch {arguments.batch_size}"
         rows.append(Row(case, "validation_loss", losses["with pools"], losses["without"]))
     means = [sum(values) / len(rows) for values in ([row.ours for row in rows], [row.peer for row in rows])]
     rows.append(Row(f"mean of {len(rows)} seeds", "validation_loss", *means))
-    report("expert_pools", "cpu", rows, arguments.json)
+    report("expert_pools", arguments, rows)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained."""
+
+    steps: int
+    batch_size: int
+    use_cpu: bool
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of batch 64")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="20 steps of one seed, within a minute")
-    arguments = parser.parse_args()
+    steps = {"type": int, "default": 400, "help": f"training steps of batch {BATCH}"}
+    arguments = make_parser(
+        __doc__, steps=steps, seeds={"type": int, "default": 3, "help": "number of seeds"}
+    ).parse_args()
+    arguments.batch_size, arguments.validation = BATCH, VALIDATION
     if arguments.quick:
-        arguments.steps, arguments.seeds = 20, 1
+        arguments.steps, arguments.seeds = QUICK_STEPS, 1
+        arguments.batch_size, arguments.validation = QUICK_BATCH, QUICK_VALIDATION
     return arguments
 
 
-def train_and_evaluate(config, processor, train, validation, seed: int, steps: int) -> float:
+def train_and_evaluate(config, processor, train, validation, seed: int, recipe: Recipe) -> float:
     set_seed(seed)
     model = SparseMoeVlmForConditionalGeneration(copy.deepcopy(config))
     with tempfile.TemporaryDirectory() as folder:
@@ -75,12 +88,14 @@ def train_and_evaluate(config, processor, train, validation, seed: int, steps: i
             model=model,
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=64,
+                max_steps=recipe.steps,
+                use_cpu=recipe.use_cpu,
+                disable_tqdm=True,
+                per_device_train_batch_size=recipe.batch_size,
                 per_device_eval_batch_size=100,
                 learning_rate=2e-3,
                 lr_scheduler_type="cosine",
-                warmup_steps=min(100, steps // 4),
+                warmup_steps=min(100, recipe.steps // 4),
                 adam_beta2=0.98,
                 seed=seed,
                 remove_unused_columns=False,
@@ -94,7 +109,7 @@ def train_and_evaluate(config, processor, train, validation, seed: int, steps: i
             eval_dataset=conversations(validation),
         )
         trainer.train()
-        model.config.text_config.output_router_logits = False  # the language loss alone
+        model.config.text_config.output_router_logits = False  # only the language loss
         return trainer.evaluate()["eval_loss"]
 
 

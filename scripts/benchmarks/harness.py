@@ -1,10 +1,12 @@
-"""What the benchmarks share: interleaved timing, and one form of report.
+"""Timing, memory and reports, shared by the benchmarks.
 
-Every benchmark prints a table and, with `--json`, as its last line one object::
+Every benchmark accepts `--json`, `--quick` and `--device`. It prints a table and, with `--json`, one object as the last
+line::
 
     {"benchmark", "device", "versions", "rows": [{"case", "metric", "ours", "peer", "ratio", "bar", "holds"}], "holds"}
 
-`ratio` is ours / peer, of medians measured in turn in one process; `bar` is the largest ratio that holds, or null.
+`ratio` is ours / peer. `bar` is the largest ratio that is good enough, or null where there is no such limit. `peer` and
+`ratio` are null where there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -13,21 +15,34 @@ import argparse
 import json
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 MIN_REPETITIONS = 7
+LIBRARIES = ("torch", "transformers", "accelerate", "peft")
 
 
 @dataclass
 class Row:
-    """One comparison: `ours` and `peer` in seconds (or bytes), and the largest ratio that is good enough."""
+    """
+    One comparison.
+
+    Args:
+        case (`str`): What was measured, with the sizes.
+        metric (`str`): Name of the figure.
+        ours (`float`): Our figure: seconds, bytes or a loss.
+        peer (`float`): The figure of what we are compared with.
+        bar (`float`, *optional*): The largest ratio that is good enough.
+    """
 
     case: str
     metric: str
@@ -36,85 +51,164 @@ class Row:
     bar: float | None = None
 
     @property
-    def ratio(self) -> float:
-        return self.ours / self.peer
+    def ratio(self) -> float | None:
+        return self.ours / self.peer if self.peer else None
 
     @property
     def holds(self) -> bool:
-        return self.bar is None or self.ratio <= self.bar
+        return self.bar is None or (self.ratio is not None and self.ratio <= self.bar)
+
+    def as_dict(self) -> dict[str, Any]:
+        figures = asdict(self)
+        bar = figures.pop("bar")
+        return figures | {"ratio": self.ratio, "bar": bar, "holds": self.holds}
 
 
-def parse_arguments(description: str | None, *, repetitions: int = 15, **own: dict[str, object]) -> argparse.Namespace:
+def parse_arguments(description: str | None, *, repetitions: int = 15, **own: dict[str, Any]) -> argparse.Namespace:
     """
-    `--json`, `--quick`, `--repetitions` and `--device`, and what a benchmark has of its own: by the option's name, the
-    arguments of `add_argument`.
+    Reads the options of a benchmark that measures speed: those of [`make_parser`] and `--repetitions`.
+
+    Args:
+        description (`str`): Text for `--help`.
+        repetitions (`int`): Default of `--repetitions`.
+        **own (`dict[str, Any]`): Further options: by name, the arguments of `add_argument`.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
+    parser = make_parser(description, **own)
     parser.add_argument(
         "--repetitions", type=int, default=repetitions, help=f"timed runs of each, at least {MIN_REPETITIONS}"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, options in own.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repetitions = MIN_REPETITIONS
     if arguments.repetitions < MIN_REPETITIONS:
         parser.error(f"--repetitions must be at least {MIN_REPETITIONS}")
     return arguments
 
 
+def make_parser(description: str | None, **own: dict[str, Any]) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark, `--json`, `--quick` and `--device`, and with further ones."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
+    parser.add_argument(
+        "--device", type=known_device, default=default_device(), help="cpu, cuda or cuda:1, say (default: %(default)s)"
+    )
+    for name, options in own.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def known_device(name: str) -> str:
+    """Returns the name of a device that can be measured here, or raises `argparse.ArgumentTypeError`."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: only cpu and cuda can be measured")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{name}: torch {torch.__version__} finds no such GPU")
+    return name
+
+
+def is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def time_interleaved(runs: dict[str, Callable[[], object]], device: str, repetitions: int) -> dict[str, float]:
     """
-    Median seconds of each run. The runs take turns, each time in another order, so that a drift of the machine and what
-    the run before left in the caches meet all alike.
+    Returns the median seconds of each run. The runs take turns in a random order, so that changes of the machine's
+    speed and the state of the caches affect all of them alike.
 
     Args:
-        runs (`dict[str, Callable]`): What is timed, by name.
-        device (`str`): `"cuda"` waits for the device around each run.
-        repetitions (`int`): Timed runs of each; two more come first, to warm up.
+        runs (`dict[str, Callable]`): The functions to time, by name.
+        device (`str`): Where they run.
+        repetitions (`int`): Timed runs of each. Two more runs come first, to warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
     for repetition in range(-2, repetitions):
         for name in order.sample(list(runs), len(runs)):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            runs[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
+            elapsed = seconds_of(runs[name], device)
             if repetition >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Returns the seconds of one run: between two events of the stream on a GPU, otherwise of the clock."""
+    if is_cuda(device):
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1000  # from milliseconds
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def peak_memory(run: Callable[[], object], device: str) -> int:
+    """Returns the peak memory of a run, in bytes: allocated on the GPU, otherwise resident in this process (Linux)."""
+    if is_cuda(device):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    run()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
 def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if is_cuda(device):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.upper()}, {torch.get_num_threads()} threads"
 
 
-def report(benchmark: str, device: str, rows: list[Row], as_json: bool) -> None:
-    """Prints the table and, if asked, the JSON object."""
-    print(f"\n{benchmark} on {device_name(device)}")
-    print(f"{'case':<44}{'metric':<34}{'ours':>11}{'peer':>11}{'ratio':>8}{'bar':>7}  holds")
+def versions(device: str) -> dict[str, str | None]:
+    """Versions of the libraries that are installed, and of CUDA where it is used."""
+    found: dict[str, str | None] = {"cuda": torch.version.cuda} if is_cuda(device) else {}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def report(benchmark: str, arguments: argparse.Namespace, rows: list[Row]) -> None:
+    """Prints the table and, with `--json`, the JSON object."""
+    print(f"\n{benchmark} on {device_name(arguments.device)}")
+    width = 2 + max(len(row.case) for row in rows)
+    print(f"{'case':<{width}}{'metric':<34}{'ours':>11}{'peer':>11}{'ratio':>8}{'bar':>7}  holds")
     for row in rows:
         bar = "" if row.bar is None else f"{row.bar:.2f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
         print(
-            f"{row.case:<44}{row.metric:<34}{row.ours:>11.4g}{row.peer:>11.4g}{row.ratio:>8.3f}{bar:>7}  "
+            f"{row.case:<{width}}{row.metric:<34}{row.ours:>11.4g}{row.peer:>11.4g}{ratio:>8}{bar:>7}  "
             f"{'' if row.bar is None else 'yes' if row.holds else 'NO'}"
         )
-    if as_json:
-        print_json(benchmark, device, [asdict(row) | {"ratio": row.ratio, "holds": row.holds} for row in rows])
+    if arguments.quick:
+        print("\nThese are the sizes of a quick test: figures of time and memory mean nothing.")
+    if arguments.json:
+        print_json(benchmark, arguments.device, [row.as_dict() for row in rows])
 
 
 def print_json(benchmark: str, device: str, rows: list[dict[str, Any]], **more: Any) -> None:
-    """Prints the JSON object, with what a benchmark adds to it; what is not a number cannot be in it."""
+    """Prints the JSON object, with further entries of a benchmark. Raises `ValueError` for NaN and infinity."""
     result = {
         "benchmark": benchmark,
         "device": device_name(device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(device),
         "rows": rows,
         "holds": all(row["holds"] for row in rows),
     }

@@ -17,19 +17,21 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from harness import print_json
+from harness import make_parser, print_json
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 
 from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.demo import scenes, to_messages
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
+from modeling_sparse_moe_vlm.toolbox.training import from_scratch
 
 ABLATIONS = ("swapped", "blank", "masked")
 STEERING = (
@@ -42,13 +44,14 @@ STEERING = (
 BATCH_SIZE = 50
 BOOTSTRAP_SAMPLES = 1000
 DEMO = "outputs/demo/model"
+PRESET = Path(__file__).resolve().parents[2] / "configuration/models/tiny.json"
 
 
 def main() -> None:
     arguments = parse_arguments()
     set_seed(0)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
+    model, processor = load(arguments.model)
+    model = model.to(arguments.device).eval()
     data = scenes("test", arguments.examples, cell_size=arguments.cell_size)
     measured = pd.DataFrame(list(measure(model, processor, data)))
     measured["objects"] = [sum(name != "" for name in scene) for scene in data["scene"]]
@@ -74,23 +77,36 @@ def main() -> None:
     for row in steered:
         print(f"{row['steering']:<42}{row['original']:>28.1f}{row['same']:>21.1f}")
     if arguments.json:
-        print_json("modality_ablation", "cpu", [as_comparison(row) for row in rows], steering=steered)
+        print_json("modality_ablation", arguments.device, [as_comparison(row) for row in rows], steering=steered)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEMO, help="checkpoint")
-    parser.add_argument("--examples", type=int, default=1000, help="number of held-out questions")
-    parser.add_argument("--steered", type=int, default=500, help="number of questions that are answered with steering")
-    parser.add_argument("--cell-size", type=int, default=16, help="pixels per cell of a scene, as in training")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="fewer questions, within a minute")
+    parser = make_parser(
+        __doc__,
+        model={"default": DEMO, "help": "checkpoint (default: %(default)s)"},
+        examples={"type": int, "default": 1000, "help": "number of held-out questions"},
+        steered={"type": int, "default": 500, "help": "number of questions that are answered with steering"},
+        cell_size={"type": int, "default": 16, "help": "pixels per cell of a scene, as in training"},
+    )
     arguments = parser.parse_args()
     if arguments.model == DEMO and not Path(DEMO).exists():
-        parser.error(f"there is no {DEMO} yet: run `make demo`, or name a checkpoint with --model")
+        if not arguments.quick:
+            parser.error(f"there is no {DEMO} yet: run `make demo`, or name a checkpoint with --model")
+        print(f"There is no {DEMO}: the model is a random one, and the figures mean nothing.", file=sys.stderr)
+        arguments.model = None
     if arguments.quick:
         arguments.examples, arguments.steered = min(arguments.examples, 100), min(arguments.steered, 50)
+    if arguments.model is None:
+        arguments.examples, arguments.steered = min(arguments.examples, 10), min(arguments.steered, 2)
     return arguments
+
+
+def load(checkpoint: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A checkpoint's model and processor, or random ones of the tiny preset."""
+    if checkpoint is None:
+        return from_scratch(str(PRESET), scenes("train", 50, cell_size=16), vocab_size=512)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
+    return model, AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
 
 
 def as_comparison(row: dict) -> dict:
@@ -108,7 +124,7 @@ def measure(model, processor, data) -> Iterator[dict[str, float]]:
     collator = VisionLanguageCollator(processor)
     rows = [to_messages(row) for row in data]
     for start in tqdm(range(0, len(rows), BATCH_SIZE), desc="Measuring", unit="batch"):
-        batch = collator(rows[start : start + BATCH_SIZE])
+        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + BATCH_SIZE]).items()}
         labels = batch.pop("labels")
         outputs = model(**batch, output_modality_weights=True)
         with_picture = log_probability(outputs.logits, labels)

@@ -15,8 +15,10 @@ backward; the optimizer's part is the same for all and would only dilute the rat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from harness import Row, parse_arguments, report, time_interleaved
+from harness import Row, is_cuda, parse_arguments, report, time_interleaved
 from transformers import DynamicCache
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
@@ -25,17 +27,36 @@ from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig, SparseMoeVlmTextMode
 from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 
 PEER, FLOOR = "qwen3_vl_moe", "dense"
-NUM_EXPERTS, TOP_K, WIDTH, HIDDEN, HEADS = 32, 4, 512, 1024, 16
+HEAD_DIM = 64
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of the decoders, and the numbers of tokens."""
+
+    hidden: int = 1024
+    width: int = 512
+    experts: int = 32
+    top_k: int = 4
+    layers: int = 4
+    vocabulary: int = 8192
+    prompt: int = 1024
+    train_batch: tuple[int, int] = (4, 256)
+
+
+# Of `--quick`; the figures mean nothing.
+QUICK = Size(hidden=128, width=64, experts=8, layers=2, vocabulary=256, prompt=64, train_batch=(2, 32))
 
 
 def main() -> None:
     arguments = parse_arguments(__doc__)
-    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    models = {name: model.to(arguments.device, dtype).eval() for name, model in build(num_layers=4).items()}
+    size = QUICK if arguments.quick else Size()
+    dtype = torch.bfloat16 if is_cuda(arguments.device) else torch.float32
+    models = {name: model.to(arguments.device, dtype).eval() for name, model in build(size).items()}
     check_equal(models["joint"], models[PEER], arguments.device)
 
-    prompt, train_batch = (256, (2, 128)) if arguments.quick else (1024, (4, 256))
+    prompt, train_batch = size.prompt, size.train_batch
     rows: list[Row] = []
     for metric, case, make_run in (
         ("prefill", f"1 × {prompt} tokens", lambda model: prefill(model, prompt, arguments.device)),
@@ -49,22 +70,22 @@ def main() -> None:
             label = f"{ours}, {case}, {str(dtype).removeprefix('torch.')}"
             rows.append(Row(label, f"{metric}_vs_{PEER}", seconds[ours], seconds[PEER], bar=1.0))
             rows.append(Row(label, f"{metric}_vs_dense_floor", seconds[ours], seconds[FLOOR]))
-    report("throughput", arguments.device, rows, arguments.json)
+    report("throughput", arguments, rows)
 
 
-def build(num_layers: int) -> dict[str, torch.nn.Module]:
-    """The models, all with the sizes above."""
+def build(size: Size) -> dict[str, torch.nn.Module]:
+    """The models, by name."""
     torch.manual_seed(0)
     sizes = {
-        "vocab_size": 8192,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "head_dim": HIDDEN // HEADS,
+        "vocab_size": size.vocabulary,
+        "hidden_size": size.hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.hidden // HEAD_DIM,
+        "num_key_value_heads": size.hidden // HEAD_DIM,
+        "head_dim": HEAD_DIM,
         "max_position_embeddings": 4096,
     }
-    experts = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "moe_intermediate_size": WIDTH}
+    experts = {"num_experts": size.experts, "num_experts_per_tok": size.top_k, "moe_intermediate_size": size.width}
     peer_rope = ROPE | {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
     peer = Qwen3VLMoeTextModel._from_config(
         Qwen3VLMoeTextConfig(**sizes, **experts, rope_parameters=peer_rope), experts_implementation="grouped_mm"
@@ -72,9 +93,10 @@ def build(num_layers: int) -> dict[str, torch.nn.Module]:
     joint = ours(**sizes, **experts, expert_groups="joint")
     joint.load_state_dict(peer.state_dict())
     # Two of the experts become the always-on ones, so totals agree, and one slot of a token is theirs.
-    fewer = {"num_experts": NUM_EXPERTS - 2, "num_experts_per_tok": TOP_K - 1, "moe_intermediate_size": WIDTH}
+    fewer = experts | {"num_experts": size.experts - 2, "num_experts_per_tok": size.top_k - 1}
     hybrid = ours(**sizes, **fewer, expert_groups="hybrid")
-    dense = ours(**sizes, **experts, intermediate_size=TOP_K * WIDTH, mlp_only_layers=list(range(num_layers)))
+    dense_width, dense_layers = size.top_k * size.width, list(range(size.layers))
+    dense = ours(**sizes, **experts, intermediate_size=dense_width, mlp_only_layers=dense_layers)
     return {"joint": joint, "hybrid": hybrid, PEER: peer, FLOOR: dense}
 
 
@@ -87,7 +109,9 @@ def ours(**config) -> SparseMoeVlmTextModel:
 def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) -> dict[str, torch.Tensor]:
     """Token ids and, for our models, modality ids: first half image, then text."""
     generator = torch.Generator().manual_seed(1)
-    batch = {"input_ids": torch.randint(0, 8192, (batch_size, length), generator=generator).to(device)}
+    batch = {
+        "input_ids": torch.randint(0, model.config.vocab_size, (batch_size, length), generator=generator).to(device)
+    }
     if isinstance(model, SparseMoeVlmTextModel):
         batch["mm_token_type_ids"] = (torch.arange(length, device=device) < length // 2).long().repeat(batch_size, 1)
     return batch

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import print_json
+from harness import make_parser, print_json
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig, set_seed
@@ -164,12 +164,12 @@ class Run:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        start = time.process_time()  # there is one thread, and what else the machine does counts little
+        start = clock(self.model.device)
         self.model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._seconds += time.process_time() - start
+        self._seconds += clock(self.model.device) - start
         self._tokens += int(batch["attention_mask"].sum())
 
     def evaluate(self, step: int, held_out: HeldOut) -> None:
@@ -182,6 +182,14 @@ class Run:
         self.points.append(Point(step, self._tokens, self._tokens * self.flops_per_token, self._seconds, scores))
 
 
+def clock(device: torch.device) -> float:
+    """Seconds: of the processor, on which there is one thread and other programs count little, or of a GPU's work."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
@@ -192,7 +200,7 @@ def main() -> None:
     knowledge = Knowledge(sizes.num_emoji)
     first, further = (Relations(sizes.num_scenes, seed) for seed in range(2))
     tokenizer = train_tokenizer([*knowledge.texts(), *first.texts()], sizes.vocab_size)
-    collator = Collator(tokenizer, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2)
+    collator = Collator(tokenizer, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2, device=arguments.device)
     held_out = {
         name: held_out_batches(task, sizes.num_held_out, collator)
         for name, task in (("knowledge", knowledge), ("relations", first))
@@ -202,7 +210,7 @@ def main() -> None:
     starts: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     for seed in range(sizes.seeds):
         set_seed(seed)
-        dense = make_dense(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"))
+        dense = make_dense(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")).to(arguments.device)
         data = batches(shares | {first: sizes.num_relations}, collator, sizes.pretraining_steps, f"first/{seed}")
         train({DENSE: dense}, data, sizes.pretraining_steps, sizes.learning_rate)
         models = {DENSE: dense}
@@ -221,15 +229,12 @@ def main() -> None:
     if arguments.quick:
         print("\nThese are the sizes of a quick test: the figures mean nothing.")
     if arguments.json:
-        print_json("upcycling", "cpu", rows, sizes=asdict(sizes), curves=curves(by_seed))
+        print_json("upcycling", arguments.device, rows, sizes=asdict(sizes), curves=curves(by_seed))
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--seeds", type=int, choices=range(1, len(T_PERCENTILES) + 2), help="number of seeds")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, within a minute; the figures mean nothing")
-    return parser.parse_args()
+    seeds = {"type": int, "choices": range(1, len(T_PERCENTILES) + 2), "help": "number of seeds"}
+    return make_parser(__doc__, seeds=seeds).parse_args()
 
 
 def make_dense(vocab_size: int, image_token_id: int) -> LlavaForConditionalGeneration:

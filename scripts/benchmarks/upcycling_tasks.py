@@ -127,9 +127,12 @@ class Collator:
             With `<image>`, `<|im_start|>` (which stands before an answer) and `<|im_end|>`.
         image_seq_length (`int`):
             Number of tokens of an image.
+        device (`str`, defaults to `"cpu"`):
+            Where the batches go.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_seq_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_seq_length: int, device: str = "cpu"):
+        self._device = device
         image, start = tokenizer.convert_tokens_to_ids(["<image>", "<|im_start|>"])
         self._image, self._start, self._end = [image] * image_seq_length, [start], [tokenizer.eos_token_id]
         self._padding = tokenizer.pad_token_id
@@ -150,7 +153,8 @@ class Collator:
             labels[row, len(prompt) : end] = torch.tensor(answer)
         pixels = torch.stack([example.image for example in examples]).float() / 127.5 - 1
         is_real = (input_ids != self._padding).long()
-        return {"input_ids": input_ids, "attention_mask": is_real, "pixel_values": pixels, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": is_real, "pixel_values": pixels, "labels": labels}
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._ids:

@@ -1,10 +1,12 @@
 """How scripts are run: in a process of their own, or faster in that of the tests."""
 
+import importlib.util
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from filelock import FileLock
@@ -103,3 +105,33 @@ def run_verb(capsys):
         return capsys.readouterr().out
 
     return run
+
+
+@pytest.fixture
+def load_benchmark(monkeypatch):
+    """Imports a benchmark by name, each time as a new module."""
+    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"benchmarks/{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def load_gpu(monkeypatch):
+    """Imports gpu.py, each time as a new module."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+    def load() -> ModuleType:
+        spec = importlib.util.spec_from_file_location("gpu", SCRIPTS / "gpu.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "gpu", module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -1,7 +1,5 @@
 """modality_ablation.py, with a model that has learned nothing: the form of what it reports."""
 
-import importlib.util
-import json
 import sys
 
 import pandas as pd
@@ -15,26 +13,20 @@ PRESET = SCRIPTS.parent / "configuration/models/tiny.json"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
-    spec = importlib.util.spec_from_file_location("modality_ablation", SCRIPTS / "benchmarks/modality_ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def benchmark(load_benchmark, monkeypatch):
+    module = load_benchmark("modality_ablation")
     monkeypatch.setattr(module, "BOOTSTRAP_SAMPLES", 10)
     return module
 
 
-def test_report(benchmark, monkeypatch, capsys, tmp_path):
+def test_report(benchmark, load_gpu, monkeypatch, capsys, tmp_path):
     for part in from_scratch(str(PRESET), scenes("train", 50, cell_size=16), vocab_size=512):
         part.save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--json", "--quick", "--examples", "8", "--steered", "2"]
     monkeypatch.setattr(sys, "argv", ["modality_ablation.py", *arguments])
     benchmark.main()
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    result = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    result = load_gpu().read_result(capsys.readouterr().out)
     assert result.keys() == {"benchmark", "device", "versions", "rows", "holds", "steering"}
     rows = {(row["metric"], row["case"]): row for row in result["rows"]}
     for ablation in benchmark.ABLATIONS:
@@ -60,3 +52,13 @@ def test_without_the_demo(benchmark, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "there is no outputs/demo/model yet: run `make demo`" in capsys.readouterr().err
+
+
+def test_quick_without_the_demo(benchmark, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["modality_ablation.py", "--quick", "--examples", "5", "--device", "cpu"])
+    arguments = benchmark.parse_arguments()
+    assert (arguments.model, arguments.examples, arguments.steered) == (None, 5, 2)
+    assert "the model is a random one" in capsys.readouterr().err
+    model, processor = benchmark.load(None)
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)

@@ -1,0 +1,305 @@
+"""
+Runs the numeric tests and every benchmark on a GPU, and writes one table.
+
+    python scripts/gpu.py
+
+`make gpu` installs the package first and then runs this. Where torch finds no GPU, everything runs on the CPU with
+small sizes (`--quick`), so that the command itself stays tested.
+
+Results go to `outputs/gpu/<device>-<date>/`: for every benchmark its JSON object and its log, and for all of them
+`table.md`. A run that was interrupted resumes: what has finished is not run again, unless with `--again`. A test or a
+benchmark that fails does not stop the others; the exit code is then 1. A ratio above its bar is shown, but is not a
+failure.
+
+Benchmarks that train models (`expert_pools`, `upcycling`, `modality_ablation`) compare quality, which does not depend
+on the device, and take long. They always run with `--quick`. Their own scripts run them in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = ("benchmark", "device", "versions", "rows", "holds")
+ROW_KEYS = ("case", "metric", "ours", "peer", "ratio", "bar", "holds")
+TESTS = "tests"
+SHOWN_LINES = 20  # of the output of what failed
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """
+    One run of a benchmark.
+
+    Args:
+        name (`str`): Name of the run.
+        script (`str`): Name of the script in `scripts/benchmarks/`.
+        options (`tuple[str, ...]`): Options of a full run, besides `--json` and `--device`.
+        needs_gpu (`bool`): Whether the sizes are for a GPU only.
+        is_long (`bool`): Whether it always runs with `--quick`.
+        limit (`int`): Seconds after which it is stopped.
+    """
+
+    name: str
+    script: str
+    options: tuple[str, ...] = ()
+    needs_gpu: bool = False
+    is_long: bool = False
+    limit: int = 150
+
+
+BENCHMARKS = (
+    Benchmark("moe_layer", "moe_layer"),
+    Benchmark("expert_lora_large", "expert_lora", ("--size", "large"), needs_gpu=True),
+    Benchmark("attention_readout", "attention_readout"),
+    Benchmark("expert_offload", "expert_offload"),
+    Benchmark("throughput", "throughput"),
+    Benchmark("expert_lora", "expert_lora"),
+    Benchmark("expert_pools", "expert_pools", is_long=True),
+    Benchmark("upcycling", "upcycling", is_long=True),
+    Benchmark("modality_ablation", "modality_ablation", is_long=True),
+)
+TESTS_LIMIT = 300
+
+
+class Failure(Exception):
+    """What was run failed; the message says how."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    folder = options.output or ROOT / "outputs/gpu" / folder_name(options.device, options.quick)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{harness.device_name(options.device)}; results go to {folder}")
+    for problem in missing_requirements():
+        print(f"warning: {problem}")
+    failures: dict[str, str] = {}
+    try:
+        for name in options.only:
+            try:
+                run_step(name, folder, options)
+            except Failure as failure:
+                failures[name] = str(failure)
+                print(f"{name} FAILED: {failure}", flush=True)
+    finally:  # also when interrupted
+        table = make_table(folder, options, failures)
+        (folder / "table.md").write_text(table)
+        print(f"\n{table}")
+    return 1 if failures else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=harness.known_device, default=harness.default_device(), help="where to run")
+    parser.add_argument("--quick", action="store_true", help="small sizes; always so on the CPU")
+    parser.add_argument("--again", action="store_true", help="also run what has finished before")
+    parser.add_argument("--output", type=Path, help="folder for the results")
+    steps = [TESTS, *(benchmark.name for benchmark in BENCHMARKS)]
+    parser.add_argument("--only", nargs="+", choices=steps, metavar="STEP", help=f"some of: {', '.join(steps)}")
+    options = parser.parse_args(arguments)
+    on_gpu = harness.is_cuda(options.device)
+    options.quick = options.quick or not on_gpu
+    if options.only is None:
+        gpu_sizes = {benchmark.name for benchmark in BENCHMARKS if benchmark.needs_gpu}
+        options.only = [step for step in steps if step not in gpu_sizes or not options.quick]
+    return options
+
+
+def folder_name(device: str, quick: bool) -> str:
+    """Name of the device and the date; results of small sizes have a folder for themselves."""
+    slug = re.sub(r"[^a-z0-9]+", "-", harness.device_name(device).lower()).strip("-")
+    return f"{slug}-{date.today().isoformat()}{'-quick' if quick else ''}"
+
+
+def missing_requirements() -> list[str]:
+    """What the package requires and is missing or too old here."""
+    problems = []
+    for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        requirement = Requirement(text)
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            problems.append(f"{text} is required, but is not installed")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            problems.append(f"{text} is required, but {found} is installed")
+    return problems
+
+
+def run_step(name: str, folder: Path, options: argparse.Namespace) -> None:
+    """Runs the tests or a benchmark, unless it has finished before, and writes its JSON object."""
+    benchmark = next((each for each in BENCHMARKS if each.name == name), None)
+    command = tests_command(options.device, folder) if benchmark is None else benchmark_command(benchmark, options)
+    path = folder / f"{name}.json"
+    if not options.again and has_finished(path, command):
+        print(f"{name}: finished before", flush=True)
+        return
+    path.unlink(missing_ok=True)
+    print(f"{name} …", flush=True)
+    start = time.monotonic()
+    limit = TESTS_LIMIT if benchmark is None else benchmark.limit
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if benchmark is not None and harness.is_cuda(options.device):
+        environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(options.device)
+    printed = run(command, folder / f"{name}.log", environment, limit)
+    result = read_tests(printed) if benchmark is None else read_result(printed)
+    seconds = round(time.monotonic() - start, 1)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result | {"command": command, "seconds": seconds}, indent=1))
+    unfinished.replace(path)
+    print(f"{name}: {seconds:.0f} s", flush=True)
+
+
+def tests_command(device: str, folder: Path) -> list[str]:
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadgroup"] if is_installed("pytest-xdist") else []
+    return [sys.executable, "-m", "pytest", str(ROOT / "tests"), "-m", "numeric", "--device", device, *workers]
+
+
+def benchmark_command(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
+    # The only GPU that it sees is the first one.
+    device = "cuda" if harness.is_cuda(options.device) else options.device
+    command = [sys.executable, str(ROOT / f"scripts/benchmarks/{benchmark.script}.py"), "--json", "--device", device]
+    return [*command, "--quick"] if options.quick or benchmark.is_long else [*command, *benchmark.options]
+
+
+def is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def visible_gpu(device: str) -> str:
+    """The value of `CUDA_VISIBLE_DEVICES` with which a process sees only this GPU of those that this process sees."""
+    index = int(device.partition(":")[2] or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index].strip() if visible else str(index)
+
+
+def has_finished(path: Path, command: list[str]) -> bool:
+    try:
+        return json.loads(path.read_text())["command"] == command
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def run(command: list[str], log: Path, environment: dict[str, str], limit: int) -> str:
+    """
+    Runs a command, and its processes with it.
+
+    Returns:
+        `str`: what it printed to its standard output.
+
+    Raises:
+        Failure: If it fails, or does not end within `limit` seconds.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        try:
+            printed, _ = process.communicate(timeout=limit)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Failure(f"it did not end within {limit} s; see {log}") from error
+            raise
+    with log.open("a") as file:
+        file.write(printed)
+    if process.returncode != 0:
+        lines = log.read_text().splitlines()[-SHOWN_LINES:]
+        raise Failure(f"exit code {process.returncode}; see {log}\n" + "\n".join(f"    {line}" for line in lines))
+    return printed
+
+
+def read_tests(printed: str) -> dict[str, Any]:
+    """How many tests passed and were skipped, from the last line that pytest prints."""
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
+    if not counts.get("passed"):
+        raise Failure("no test passed")
+    return {"passed": counts["passed"], "skipped": counts.get("skipped", 0)}
+
+
+def read_result(printed: str) -> dict[str, Any]:
+    """
+    The object that a benchmark prints as its last line.
+
+    Raises:
+        Failure: If the line is not JSON, or does not have the form that all benchmarks share.
+    """
+    lines = printed.splitlines()
+    try:
+        result = json.loads(lines[-1] if lines else "", parse_constant=_refuse)
+    except ValueError as error:
+        raise Failure(
+            f"the last line is not JSON ({error}): {lines[-1] if lines else 'nothing was printed'}"
+        ) from error
+    missing = [key for key in KEYS if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise Failure(f"the JSON object has no {', '.join(missing)}")
+    if not result["rows"]:
+        raise Failure("the JSON object has no rows")
+    for row in result["rows"]:
+        if missing := [key for key in ROW_KEYS if key not in row]:
+            raise Failure(f"the row {row} has no {', '.join(missing)}")
+    if result["holds"] != all(row["holds"] for row in result["rows"]):
+        raise Failure("`holds` is not whether all rows hold")
+    return result
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def make_table(folder: Path, options: argparse.Namespace, failures: dict[str, str]) -> str:
+    """All results of a folder in Markdown."""
+    results = {}
+    for name in [TESTS, *(benchmark.name for benchmark in BENCHMARKS)]:
+        path = folder / f"{name}.json"
+        if path.exists():
+            results[name] = json.loads(path.read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in harness.versions(options.device).items())
+    lines = [f"# {harness.device_name(options.device)}", "", versions, ""]
+    if options.quick:
+        lines += ["Small sizes (`--quick`): figures of time and memory mean nothing.", ""]
+    if TESTS in results:
+        tests = results.pop(TESTS)
+        lines += [f"Numeric tests: {tests['passed']} passed, {tests['skipped']} skipped.", ""]
+    lines += [f"**{name} failed**: {message.splitlines()[0]}\n" for name, message in failures.items()]
+    lines += [
+        "| benchmark | case | metric | ours | peer | ratio | bar | holds |",
+        "| --- | --- | --- |" + " ---: |" * 4 + " --- |",
+    ]
+    for name, result in results.items():
+        for row in result["rows"]:
+            figures = (_shown(row[key]) for key in ("ours", "peer", "ratio", "bar"))
+            holds = "" if row["bar"] is None else "yes" if row["holds"] else "**no**"
+            lines.append(f"| {name} | {row['case']} | {row['metric']} | {' | '.join(figures)} | {holds} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.4g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
