@@ -5,8 +5,8 @@ Python blocks share one namespace. Shell blocks run in bash with `set -eu`. In t
 the scripts of the repository run in the process of the tests, which saves the time of importing torch for each; all
 other programs run as they are. Verbs that take a recipe get a small one.
 
-Expected output is compared. In Python it is the comment behind a `print(…)`, if it begins like a value, or lines with
-`#>` below a statement; in the shell it is all lines with `#>` of the block. An ellipsis (`…`) stands for any text.
+Expected output is compared. In Python it is the comment behind a `print(…)`, if that is a value, or lines with `#>`
+below a statement; in the shell it is all lines with `#>` of the block. An ellipsis (`…`) stands for any text.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN = ("python", "bash")
-VALUE = re.compile(r"""[-\d\[({'"]|True\b|False\b|None\b|torch\.|tensor\(""")
 # Data and training of seconds, for verbs that take a recipe.
 SMALL_RECIPE = {
     "data.num_train": 44,
@@ -116,7 +115,16 @@ def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
         return "\n".join(below)
     is_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
     comment = lines[0].encode()[statement.end_col_offset :].decode().partition("#")[2].strip()
-    return comment if is_print and VALUE.match(comment) else None
+    return comment if is_print and is_value(comment) else None
+
+
+def is_value(comment: str) -> bool:
+    """Whether a comment is a value and not a text: a literal, or a tensor or its size."""
+    try:
+        ast.literal_eval(re.sub(r"^(?:torch\.Size|tensor)(?=\()", "", comment.replace("…", "0")))
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def run_shell(code: str, folder: Path) -> None:
@@ -195,11 +203,12 @@ def with_small_recipe(arguments: list[str]) -> list[str]:
 
 def compare(printed: str, expected: str) -> None:
     """
-    Compares printed text with what a page says.
+    Compares printed text with what a page says. `torch.Size([1, 2])` may be written as `(1, 2)`.
 
     Raises:
         AssertionError: If they differ.
     """
-    pattern = ".*".join(re.escape(part.strip(" ")) for part in expected.strip().split("…"))
-    found = "\n".join(line.rstrip() for line in printed.strip().split("\n"))
-    assert re.fullmatch(pattern.replace(".*", r"[\s\S]*"), found), f"The page says {expected!r}, but got {found!r}."
+    printed, expected = (re.sub(r"torch\.Size\(\[(.*?)\]\)", r"(\1)", text).strip() for text in (printed, expected))
+    pattern = r"[\s\S]*".join(re.escape(part.strip(" ")) for part in expected.split("…"))
+    found = "\n".join(line.rstrip() for line in printed.split("\n"))
+    assert re.fullmatch(pattern, found), f"The page says {expected!r}, but got {found!r}."
