@@ -2,13 +2,14 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from modeling_sparse_moe_vlm import __version__
-from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS, build_parser, main
+from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS, build_parser, main, run_script
 from modeling_sparse_moe_vlm.toolbox.commands.mistakes import mistakes_in_one_line
 from tests.scripts.conftest import SCRIPTS
 
@@ -205,3 +206,14 @@ def test_scripts_are_the_verbs(verb, run_here, capsys):
 def test_every_script_is_a_verb():
     of_clones = {"upcycling_census.py"}  # makes a page of the documentation
     assert {path.name for path in SCRIPTS.glob("*.py")} == set(SCRIPTS_OF_VERBS.values()) | of_clones
+
+
+@pytest.mark.parametrize("as_script", [False, True])
+def test_ctrl_c(as_script, monkeypatch, capsys):
+    monkeypatch.setattr(VERBS["info"], "run", lambda arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sys, "argv", ["count_parameters.py", "tiny"])
+    with pytest.raises(SystemExit) as stopped:
+        run_script("info") if as_script else main(["info", "tiny"])
+    assert stopped.value.code == 130
+    assert stopped.value.__suppress_context__
+    assert capsys.readouterr() == ("", "interrupted\n")

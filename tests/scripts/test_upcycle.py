@@ -10,12 +10,14 @@ from transformers import (
     AutoProcessor,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
+from modeling_sparse_moe_vlm.toolbox.upcycling import checkpoints, native_checkpoint
 from modeling_sparse_moe_vlm.toolbox.upcycling.checkpoints import plan_checkpoint
 from tests.support.in_tree_models import make_llava
 from tests.support.models import TINY_DECODER, TINY_TOWER
@@ -201,6 +203,72 @@ def test_native_models_of_dense_and_of_upcycled_ones(dense, tmp_path, run_verb):
         assert "saved as a `LlavaForConditionalGeneration`" in card.text
         assert "Before any training: parity on" in card.text
         assert f'AutoProcessor.from_pretrained("{name}")' in card.text
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch):
+    for owner, name in ((checkpoints, "upcycle"), (native_checkpoint, "to_native"), (checkpoints, "DenseCheckpoint")):
+        monkeypatch.setattr(owner, name, None)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", None)
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--native",), "`expert_groups['text']` serves text only"),
+        (("--native", "--expert-groups", "joint", "--set", "router=top_p"), '`router` is "top_p"'),
+        (("--data", "absent.jsonl"), "absent.jsonl"),
+        (("--data", "rows.jsonl"), "rows.jsonl, line 1 must be an object with `messages`"),
+        (("--data", "images.jsonl"), "row 0 has 0 images in `images`, but 1 placeholders in `messages`"),
+        (("--router-init", "data"), "--router-init data needs --data"),
+        (("--dtype", "int8"), "`dtype` must be"),
+        (("--max-shard-size", "5 apples"), '`max_shard_size` must be a number of bytes, or a text such as "5GB"'),
+        (("--output", "other"), "other holds a model already"),
+        (("--parity-bound", "-1"), "`parity_bound` must be a number from 0, got -1.0"),
+        (("--seed", "0", "--set", "seed=1"), "--set seed=…: it is not a field"),
+    ],
+)
+def test_what_is_refused_is_refused_before_weights_are_read(
+    options, message, dry_run, dense, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").touch()
+    (tmp_path / "rows.jsonl").write_text("[]\n")
+    messages = [{"role": "user", "content": [{"type": "image"}]}]
+    (tmp_path / "images.jsonl").write_text(json.dumps({"messages": messages}))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["upcycle", str(dense), "--output", "new", *options, *(["--dry-run"] if dry_run else [])]
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_of_native_models(dense, tmp_path, capsys):
+    joint = ("--expert-groups", "joint", "--set", "router_bias_update_rate=1e-3", "--json")
+    planned, made = [], []
+    for source, options in ((dense, joint), (tmp_path / "sparse", ("--json",))):
+        if source != dense:
+            main(["upcycle", str(dense), "--output", str(source), *joint])
+            capsys.readouterr()
+        for outcomes, more in ((planned, ["--dry-run"]), (made, ["--output", str(tmp_path / f"{source.name}-twin")])):
+            main(["upcycle", str(source), "--native", *options, *more])
+            printed = capsys.readouterr()
+            outcomes.append(json.loads(printed.out))
+            assert ("dry run: nothing was written" in printed.err) == (more == ["--dry-run"])
+    for of_dry_run, of_run in zip(planned, made, strict=True):
+        assert of_dry_run["model_class"] == "LlavaForConditionalGeneration"
+        assert (of_dry_run["output"], of_dry_run["processor"]) == (None, None)
+        assert {"name": "copy", "seed": 0, "router_init": "random"}.items() <= of_dry_run["start"].items()
+        assert {name: of_dry_run[name] for name in ("source", "model_class", "dense", "sparse")} == {
+            name: of_run[name] for name in ("source", "model_class", "dense", "sparse")
+        }
 
 
 @pytest.mark.parametrize(

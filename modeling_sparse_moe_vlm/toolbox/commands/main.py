@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from ... import __version__
 from . import evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
 
 COMMAND = "sparse-moe-vlm"
+EXIT_CODE_OF_INTERRUPTS = 130  # 128 + the number of SIGINT
 # Each verb is a module with `add_arguments`, `run` and a docstring, which is the help text and shows an example.
 VERBS: dict[str, ModuleType] = {
     "upcycle": upcycle,
@@ -33,25 +35,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Arguments after the name of the command. By default, those of the process (`sys.argv[1:]`).
 
     Raises:
-        SystemExit: With exit code 2 for wrong usage and for mistakes in the input; with exit code 0 after `--help` and
-            `--version`.
+        SystemExit: With exit code 2 for wrong usage and for mistakes in the input, 130 if the user interrupts the
+            command (Ctrl-C), and 0 after `--help` and `--version`.
     """
     parser = build_parser()
     parsed = parser.parse_args(arguments)
     if parsed.verb is None:
         parser.print_help()
     else:
-        # Makes our classes known to the auto classes, which importing the package does not do.
-        from ... import registered  # noqa: F401
-
-        VERBS[parsed.verb].run(parsed)
+        _run(parsed.verb, parsed)
 
 
 def run_script(verb: str) -> None:
     """Runs a verb as a separate script, with the arguments of the process."""
     parser = argparse.ArgumentParser(**_texts(VERBS[verb]))
     VERBS[verb].add_arguments(parser)
-    VERBS[verb].run(parser.parse_args())
+    _run(verb, parser.parse_args())
+
+
+def _run(verb: str, arguments: argparse.Namespace) -> None:
+    """Runs a verb. If the user interrupts it (Ctrl-C), says so in one line and exits as shells expect."""
+    try:
+        # Makes our classes known to the auto classes, which importing the package does not do.
+        from ... import registered  # noqa: F401
+
+        VERBS[verb].run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(EXIT_CODE_OF_INTERRUPTS) from None
 
 
 def build_parser() -> argparse.ArgumentParser:

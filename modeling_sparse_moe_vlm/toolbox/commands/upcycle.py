@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,43 +69,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..upcycling.checkpoints import plan_checkpoint, upcycle_checkpoint
-    from ..upcycling.native_checkpoint import export_checkpoint, is_upcycled_checkpoint
+    from ..upcycling.native_checkpoint import export_checkpoint, is_upcycled_checkpoint, plan_export
+    from ..upcycling.output_folder import check_files
     from ..upcycling.parts_checkpoint import upcycle_parts_checkpoint
+    from ..upcycling.upcycle import check_arguments
 
     with only_json(arguments.json), mistakes_in_one_line():
         _check_usage(arguments)
         request = _request(arguments)
-        how = {"router_init": arguments.router_init, "seed": arguments.seed}
-        of_source = {"revision": arguments.revision, "gguf_file": arguments.gguf_file}
+        rows = [] if arguments.data is None else read_rows(Path(arguments.data))
+        how = {"router_init": arguments.router_init, "seed": arguments.seed, "rows": rows, **request}
+        of_source = {"revision": arguments.revision, "gguf_file": arguments.gguf_file, "native": arguments.native}
+        of_files = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "overwrite")}
+        is_export = arguments.native and arguments.gguf_file is None
+        is_export = is_export and is_upcycled_checkpoint(arguments.source, arguments.revision)
+        if is_export:
+            _check_export(arguments)
         if arguments.dry_run:
-            made = plan_checkpoint(arguments.source, **of_source, **how, **request)
-        else:
-            of_files = {name: getattr(arguments, name) for name in ("dtype", "max_shard_size", "overwrite")}
-            rows = [] if arguments.data is None else read_rows(Path(arguments.data))
-            of_output = {**of_files, "rows": rows}
-            if (
-                arguments.native
-                and arguments.gguf_file is None
-                and is_upcycled_checkpoint(arguments.source, arguments.revision)
-            ):
-                _check_export(arguments)
-                made = export_checkpoint(arguments.source, arguments.output, revision=arguments.revision, **of_files)
-            elif arguments.source is None:
-                made = upcycle_parts_checkpoint(
-                    arguments.text, arguments.vision, arguments.output, **of_output, **how, **request
-                )
+            check_arguments(arguments.router_init, arguments.seed, parity_bound=arguments.parity_bound)
+            check_files(arguments.output, arguments.source, **of_files)
+            if is_export:
+                made = plan_export(arguments.source, revision=arguments.revision)
             else:
-                made = upcycle_checkpoint(
-                    arguments.source,
-                    arguments.output,
-                    native=arguments.native,
-                    compare=not arguments.no_comparison,
-                    parity_bound=arguments.parity_bound,
-                    **of_source,
-                    **of_output,
-                    **how,
-                    **request,
-                )
+                made = plan_checkpoint(arguments.source, **of_source, **how)
+            print("dry run: nothing was written", file=sys.stderr)
+        elif is_export:
+            made = export_checkpoint(arguments.source, arguments.output, revision=arguments.revision, **of_files)
+        elif arguments.source is None:
+            made = upcycle_parts_checkpoint(arguments.text, arguments.vision, arguments.output, **of_files, **how)
+        else:
+            made = upcycle_checkpoint(
+                arguments.source,
+                arguments.output,
+                compare=not arguments.no_comparison,
+                parity_bound=arguments.parity_bound,
+                **of_source,
+                **of_files,
+                **how,
+            )
     print(json.dumps(made.to_dict()) if arguments.json else str(made))
 
 
@@ -121,7 +123,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     given = [name for name in of_source if getattr(arguments, name) not in (None, False)]
     if parts and given:
         raise ValueError(f"--{given[0].replace('_', '-')} does not go with --text.")
-    if arguments.router_init == "data" and arguments.data is None and not arguments.dry_run:
+    if arguments.router_init == "data" and arguments.data is None:
         raise ValueError("--router-init data needs --data, a file of conversations.")
 
 

@@ -19,15 +19,15 @@ from .blocks import DenseBlocks, find_blocks
 from .costs import costs_of
 from .dense_checkpoint import DenseCheckpoint, LoadedModel, load_gguf
 from .errors import UpcyclingError
-from .native import to_native
+from .native import native_on_meta, to_native
 from .outcome import UpcycledCheckpoint, class_name
-from .output_folder import check_dtype, check_output, whole_folder
+from .output_folder import check_files, whole_folder
 from .processors import batches_of, load_processor, save_processor
 from .receipt import check_receipt, default_bound
 from .router_rows import BlockInputs, collect_block_inputs
 from .shard_files import MAX_SHARD_SIZE
 from .streaming import write_sparse_weights
-from .upcycle import ROUTER_INITS, check_base, experts_config, upcycle, with_sparse_blocks
+from .upcycle import check_arguments, check_base, experts_config, upcycle, with_sparse_blocks
 from .written_parity import written_parity
 
 
@@ -39,14 +39,21 @@ class _Plan(NamedTuple):
     start: Start
     sparse: Any
 
-    def outcome(self, source: Any, output: Path | None = None, processor: Any = None) -> UpcycledCheckpoint:
+    def outcome(
+        self,
+        source: Any,
+        output: Path | None = None,
+        processor: Any = None,
+        twin: PreTrainedModel | None = None,
+    ) -> UpcycledCheckpoint:
+        made = self.sparse if twin is None else twin
         return UpcycledCheckpoint(
             source=str(source),
             output=None if output is None else str(output),
-            model_class=type(self.sparse).__name__,
+            model_class=type(made).__name__,
             start=experts_config_of(self.sparse.config).start,
             dense=costs_of(self.dense),
-            sparse=costs_of(self.sparse),
+            sparse=costs_of(made),
             processor=class_name(processor),
         )
 
@@ -56,6 +63,8 @@ def plan_checkpoint(
     *,
     revision: str | None = None,
     gguf_file: str | None = None,
+    native: bool = False,
+    rows: Sequence[Mapping[str, Any]] = (),
     router_init: str = "random",
     seed: int = 0,
     **request: Any,
@@ -64,7 +73,7 @@ def plan_checkpoint(
     Works out what [`upcycle_checkpoint`] would make, without reading weights.
 
     Args:
-        source, revision, gguf_file, router_init, seed, request:
+        source, revision, gguf_file, native, rows, router_init, seed, request:
             See [`upcycle_checkpoint`].
 
     Returns:
@@ -73,7 +82,9 @@ def plan_checkpoint(
     Raises:
         OSError, ValueError: As [`upcycle_checkpoint`] does.
     """
-    return _plan(_on_meta(source, revision, gguf_file), router_init, seed, request).outcome(source)
+    plan = _plan(_on_meta(source, revision, gguf_file), router_init, seed, request)
+    _inputs(source, gguf_file, revision, rows, router_init)
+    return plan.outcome(source, twin=native_on_meta(plan.sparse) if native else None)
 
 
 def upcycle_checkpoint(
@@ -142,14 +153,14 @@ def upcycle_checkpoint(
         ValueError: If a value is wrong.
     """
     output = Path(output)
-    check_dtype(dtype)
-    check_output(output, source, overwrite)
+    check_files(output, source, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+    check_arguments(router_init, seed, parity_bound=parity_bound)
     on_meta, options = _on_meta(source, revision, gguf_file), _given(revision=revision)
-    _plan(on_meta, router_init, seed, request)  # so that what cannot be is said before anything is read
-    processor = load_processor(source, gguf_file, **options)
-    batches = batches_of(processor, rows)
-    if router_init == "data" and not batches:
-        raise UpcyclingError('`router_init="data"` needs examples: give some as `rows`.')
+    # What cannot be made is refused before any weights are read.
+    planned = _plan(on_meta, router_init, seed, request)
+    if native:
+        native_on_meta(planned.sparse)
+    processor, batches = _inputs(source, gguf_file, revision, rows, router_init)
 
     def load() -> PreTrainedModel:
         if gguf_file is not None:
@@ -233,11 +244,25 @@ def _on_meta(source: str | os.PathLike, revision: str | None, gguf_file: str | N
     return model_on_meta_device(AutoConfig.from_pretrained(source, **options))
 
 
+def _inputs(
+    source: str | os.PathLike,
+    gguf_file: str | None,
+    revision: str | None,
+    rows: Sequence[Mapping[str, Any]],
+    router_init: str,
+) -> tuple[Any, list[Mapping[str, Any]]]:
+    """The source's processor, and the rows as inputs of the model."""
+    processor = load_processor(source, gguf_file, **_given(revision=revision))
+    batches = batches_of(processor, rows)
+    if router_init == "data" and not batches:
+        raise UpcyclingError('`router_init="data"` needs examples: give some as `rows`.')
+    return processor, batches
+
+
 def _plan(dense: PreTrainedModel, router_init: str, seed: int, request: Mapping[str, Any]) -> _Plan:
     """What becomes of a dense model on the meta device."""
     check_base(dense)
-    if router_init not in ROUTER_INITS:
-        raise UpcyclingError(f"`router_init` must be one of {ROUTER_INITS}, got {router_init!r}.")
+    check_arguments(router_init, seed, layers=request.get("layers"), modalities=request.get("modalities"))
     request = {"modalities": None, "placeholders": None, **request}
     found = find_blocks(dense, request.pop("layers", None), request.pop("include_dense_layers_of_moe", False))
     start, config = experts_config(dense, found, seed=seed, router_init=router_init, **request)

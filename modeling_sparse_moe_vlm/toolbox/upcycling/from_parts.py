@@ -20,6 +20,7 @@ from .arrangement import experts_fields
 from .decoder_layout import DecoderLayout, read_decoder
 from .decoder_parity import check_decoder
 from .decoders import decoder_layers
+from .dense_weights import check_seed, check_weights_at_hand
 from .errors import UpcyclingError
 from .parts_weights import copy_decoder, copy_tower, empty_model, initialize_rest, start_experts
 from .router_rows import collect_block_inputs
@@ -136,7 +137,11 @@ def upcycle_from_parts(
         raise UpcyclingError(f'`router_init` must be "random" or "data", got {router_init!r}.')
     if (router_init == "data") != (batch is not None):
         raise UpcyclingError('`batch` and `router_init="data"` belong together: give both, or neither.')
+    check_seed(seed)
     _check_names(fields, vision_encoder is not None)
+    for part in (language_model, vision_encoder):
+        if part is not None:
+            check_weights_at_hand(part)
     vision_config = None if vision_encoder is None else _vision_config(vision_encoder)
     layout = read_decoder(language_model)
     widths = _widths(layout, layers)

@@ -39,6 +39,8 @@ from .native_twins import COMPOSITE_TWINS, TWINS, SparseLayers, Twin
 
 # In this order, the kinds of models that an upcycled model may be.
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModel)
+# What the names of router biases end with.
+ROUTER_BIAS = "e_score_correction_bias"
 _MODELS_OF_TRANSFORMERS = "transformers.models."
 
 # Fields of a base's configuration that a twin may lack, whatever they say: they change no output, are about dense
@@ -88,14 +90,48 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
         UpcyclingError: If Transformers has no class that computes what the model does; the message says why for
             each class that comes near.
     """
+    _check_is_upcycled(model)
+    _check_weights_are_plain(model)
+    return _twin_of(model, model.state_dict())
+
+
+def native_on_meta(model: PreTrainedModel, bias: torch.Tensor | None = None) -> PreTrainedModel:
+    """
+    Finds the twin of an upcycled model without weights: see [`to_native`].
+
+    Args:
+        model (`PreTrainedModel`):
+            The upcycled model, on the meta device.
+        bias (`torch.Tensor` of shape `(num_modalities, E)`, *optional*):
+            The bias of each router that has one (`router_bias_update_rate`), which decides what twins it can have. By
+            default zeros, as before training.
+
+    Returns:
+        `PreTrainedModel`: on the meta device.
+
+    Raises:
+        UpcyclingError: If Transformers has no class that computes what the model does.
+    """
+    _check_is_upcycled(model)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith(ROUTER_BIAS):
+            state[name] = torch.zeros(tensor.shape) if bias is None else bias.expand(tensor.shape)
+    return _twin_of(model, state)
+
+
+def _check_is_upcycled(model: PreTrainedModel) -> None:
     experts = getattr(model.config, SparseMoeVlmExpertsConfig.base_config_key, None)
     if getattr(experts, "blocks", None) is None:
         raise UpcyclingError(f"{type(model).__name__} is not an upcycled model: only those have twins in Transformers.")
-    _check_weights_are_plain(model)
+
+
+def _twin_of(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The twin of an upcycled model whose tensors are those of a state."""
+    experts = getattr(model.config, SparseMoeVlmExpertsConfig.base_config_key)
     base_class = _class_of_transformers(model)
     base = base_config(model.config)
     decoder = base.get_text_config()
-    state = model.state_dict()
     blocks = _names_of_blocks(model, experts, state)
     layers = _sparse_layers(experts, state, blocks)
 
@@ -212,7 +248,7 @@ def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[st
         shared_width=shared_width,
         router=experts.router,
         norm_topk_prob=experts.norm_topk_prob,
-        has_bias=any(_bias(state, block).any() for block in blocks),
+        has_bias=any(bool(_bias(state, block).any()) for block in blocks if f"{block}.gate.{ROUTER_BIAS}" in state),
         dense_width=_dense_width(state, blocks[0]),
     )
 
@@ -228,7 +264,7 @@ def _dense_width(state: dict[str, torch.Tensor], block: str) -> int | None:
 def _bias(state: dict[str, torch.Tensor], block: str) -> torch.Tensor:
     """The bias `(E,)` of a router, which is zero where it has none."""
     weight = state[f"{block}.gate.weight"]
-    bias = state.get(f"{block}.gate.e_score_correction_bias")
+    bias = state.get(f"{block}.gate.{ROUTER_BIAS}")
     if bias is None:
         return torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
     if not torch.equal(bias, bias[:1].expand_as(bias)):

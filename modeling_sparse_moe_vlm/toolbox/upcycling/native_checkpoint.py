@@ -6,16 +6,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ... import modeling_upcycled
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ..hub import write_model_card
+from ..meta_model import model_on_meta_device
 from .costs import costs_of
 from .errors import UpcyclingError
-from .native import dense_config, to_native
+from .native import ROUTER_BIAS, dense_config, native_on_meta, to_native
 from .outcome import UpcycledCheckpoint, class_name
-from .output_folder import check_dtype, check_output, whole_folder
+from .output_folder import check_files, whole_folder
 from .processors import load_processor, save_processor
 from .shard_files import MAX_SHARD_SIZE
 
@@ -61,37 +64,80 @@ def export_checkpoint(
             holds a model; nothing is written then.
     """
     output = Path(output)
-    check_dtype(dtype)
-    check_output(output, source, overwrite)
+    check_files(output, source, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     options = {} if revision is None else {"revision": revision}
-    config = _config_dict(source, revision)
-    name = (config.get("architectures") or [""])[0]
-    model_class: Any = getattr(modeling_upcycled, name, None)
-    if _experts_of(config) is None or model_class is None:
-        raise UpcyclingError(f"{source} is not an upcycled model: there is nothing to export.")
+    model_class, config = _upcycled_class(source, revision)
+    native_on_meta(model_on_meta_device(config))  # before any weights are read
     model = model_class.from_pretrained(source, dtype=dtype, **options)
     twin = to_native(model)
-    dense = dense_config(model.config)
+    dense = dense_config(config)
     processor = load_processor(source, config=dense, **options)
     with whole_folder(output, sum(tensor.nbytes for tensor in twin.state_dict().values())) as stage:
         twin.save_pretrained(stage, max_shard_size=max_shard_size)
         save_processor(processor, stage)
         name = output.resolve().name
-        write_model_card(stage, config=twin.config, start=experts_config_of(model.config).start, model_name=name)
+        write_model_card(stage, config=twin.config, start=experts_config_of(config).start, model_name=name)
+    return _outcome(source, config, twin, output=str(output), processor=class_name(processor))
+
+
+def plan_export(source: str | os.PathLike, *, revision: str | None = None) -> UpcycledCheckpoint:
+    """
+    Works out what [`export_checkpoint`] would make. Of the weights, at most the biases of routers are read: whether a
+    twin can have them depends on their values. If the source is on the Hub, they count as trained.
+
+    Args:
+        source, revision:
+            See [`export_checkpoint`].
+
+    Returns:
+        [`UpcycledCheckpoint`]
+
+    Raises:
+        OSError, UpcyclingError: As [`export_checkpoint`] does.
+    """
+    _, config = _upcycled_class(source, revision)
+    bias = None
+    if experts_config_of(config).router_bias_update_rate is not None:
+        bias = _trained_bias(Path(source)) if os.path.isdir(source) else torch.ones(())
+    return _outcome(source, config, native_on_meta(model_on_meta_device(config), bias))
+
+
+def _upcycled_class(source: str | os.PathLike, revision: str | None) -> tuple[Any, Any]:
+    """This package's class for the upcycled model in a checkpoint, and its configuration."""
+    found = _config_dict(source, revision)
+    model_class: Any = getattr(modeling_upcycled, (found.get("architectures") or [""])[0], None)
+    if _experts_of(found) is None or model_class is None:
+        raise UpcyclingError(f"{source} is not an upcycled model: there is nothing to export.")
+    return model_class, model_class.config_class.from_dict(found)
+
+
+def _trained_bias(folder: Path) -> torch.Tensor | None:
+    """A router's bias `(num_modalities, E)` in a checkpoint that differs by modality, or else one that is not zero."""
+    found = None
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                bias = file.get_tensor(name) if name.endswith(ROUTER_BIAS) else torch.zeros(1)
+                if not bias.equal(bias[:1].expand_as(bias)):
+                    return bias
+                found = bias if bias.any() else found
+    return found
+
+
+def _outcome(
+    source: Any, config: Any, twin: PreTrainedModel, output: str | None = None, processor: str | None = None
+) -> UpcycledCheckpoint:
     # What was measured when the experts started says nothing about a trained model.
-    start = {
-        key: value
-        for key, value in experts_config_of(model.config).start.items()
-        if key not in ("parity", "block_error")
-    }
+    measured = ("parity", "block_error")
+    start = {key: value for key, value in experts_config_of(config).start.items() if key not in measured}
     return UpcycledCheckpoint(
         source=str(source),
-        output=str(output),
+        output=output,
         model_class=type(twin).__name__,
         start=start,
-        dense=costs_of(dense),
+        dense=costs_of(dense_config(config)),
         sparse=costs_of(twin),
-        processor=class_name(processor),
+        processor=processor,
     )
 
 

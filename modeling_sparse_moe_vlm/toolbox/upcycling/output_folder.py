@@ -12,6 +12,7 @@ import torch
 
 from ...staged_saves import staged_folder
 from .errors import UpcyclingError
+from .shard_files import check_shard_size
 
 # Files that a folder with a model has some of.
 _OF_MODELS = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf")
@@ -42,6 +43,21 @@ def check_output(output: Path, source: str | os.PathLike | None = None, overwrit
             f"{output} holds a model already ({found[0]}): choose another folder, or replace the model with "
             "`overwrite=True` (--overwrite)."
         )
+
+
+def check_files(
+    output: str | os.PathLike | None,
+    source: str | os.PathLike | None,
+    *,
+    dtype: str,
+    max_shard_size: int | str,
+    overwrite: bool,
+) -> None:
+    """Raises `UpcyclingError` unless a model can be written so: see [`~checkpoints.upcycle_checkpoint`]."""
+    check_dtype(dtype)
+    check_shard_size(max_shard_size)
+    if output is not None:
+        check_output(Path(output), source, overwrite)
 
 
 def check_dtype(dtype: str) -> None:

@@ -13,7 +13,7 @@ from ..hub import write_model_card
 from .costs import costs_of
 from .from_parts import upcycle_from_parts
 from .outcome import UpcycledCheckpoint, class_name
-from .output_folder import check_dtype, check_output, whole_folder
+from .output_folder import check_files, whole_folder
 from .parts_processor import processor_from_parts
 from .processors import batches_of, save_processor
 from .shard_files import MAX_SHARD_SIZE
@@ -53,9 +53,8 @@ def upcycle_parts_checkpoint(
         UpcyclingError: If the parts do not fit, or the output folder holds a model; nothing is written then.
     """
     output = Path(output)
-    check_dtype(dtype)
     for part in (language_model, vision_encoder):
-        check_output(output, part, overwrite)
+        check_files(output, part, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
     tokenizer: Any = AutoTokenizer.from_pretrained(language_model)
     decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     encoder = None if vision_encoder is None else AutoModel.from_pretrained(vision_encoder, dtype=dtype)

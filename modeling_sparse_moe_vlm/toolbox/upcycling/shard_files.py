@@ -12,6 +12,8 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .errors import UpcyclingError
+
 MAX_SHARD_SIZE = "50GB"  # as of `save_pretrained`
 
 # The format's names of types, in the order in which the library sorts tensors: the last first.
@@ -115,6 +117,18 @@ class ShardFiles:
             file.write(len(content).to_bytes(8, "little") + content)
             file.truncate(data + begin)
         self._places |= {name: (path, data + offset) for name, offset in offsets.items()}
+
+
+def check_shard_size(max_shard_size: int | str) -> None:
+    """Raises `UpcyclingError` unless a size is one of `save_pretrained`: a number of bytes, or such as `"5GB"`."""
+    try:
+        split_state_dict_into_shards_factory(
+            {"": 0}, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=max_shard_size
+        )
+    except (TypeError, ValueError) as error:
+        raise UpcyclingError(
+            f'`max_shard_size` must be a number of bytes, or a text such as "5GB", got {max_shard_size!r}.'
+        ) from error
 
 
 def _sorted(tensors: Mapping[str, torch.Tensor]) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from .arrangement import Start
 from .block_parity import block_error
 from .blocks import DenseBlocks
 from .dense_checkpoint import DenseCheckpoint, LoadedModel
+from .dense_weights import check_finite
 from .errors import UpcyclingError
 from .router_rows import BlockInputs
 from .shard_files import MAX_SHARD_SIZE, ShardFiles
@@ -64,7 +65,8 @@ def write_sparse_weights(
         [`~block_parity.block_error`].
 
     Raises:
-        UpcyclingError: If the tensors that are written are not those of the sparse model.
+        UpcyclingError: If a weight of the dense model is NaN or infinite, or if the tensors that are written are not
+            those of the sparse model.
     """
     return _Run(checkpoint, sparse, dense_blocks, start, folder, seed, inputs or {}, max_shard_size).write()
 
@@ -87,6 +89,7 @@ class _Run:
         self.config = experts_config_of(sparse.config)
         self.blocks = {block.layer: block for block in dense_blocks.blocks}
         self.pools = f"{dense_blocks.decoder}.expert_pools".removeprefix(".")
+        self.parameters = {name for name, _ in checkpoint.model.named_parameters()}
         self.errors: dict[int, float] = {}
         # Looked up once for all tensors: for that the library's base model is made each time.
         sparse._weight_conversions = saving_conversions(sparse)
@@ -145,7 +148,7 @@ class _Run:
         replaced = tuple(f"{block.name}." for block in self.blocks.values())
         left = [name for name in self.checkpoint.names if not name.startswith(replaced)]
         while left:
-            loaded = self.checkpoint.read(left[:1])
+            loaded = self._read(left[:1])
             left = [name for name in left if name not in loaded]
             tied = {name for name in loaded if name not in self.state}
             self._write({name: tensor for name, tensor in loaded.items() if name not in tied})
@@ -172,9 +175,15 @@ class _Run:
     def _weights(self, layer: int) -> GatedWeights:
         block = self.blocks[layer]
         places = {part: (f"{block.name}.{name}", rows) for part, (name, rows) in block.parameters.items()}
-        loaded = self.checkpoint.read(name for name, _ in places.values())
+        loaded = self._read(name for name, _ in places.values())
         parts = {part: loaded[name] if rows is None else loaded[name][rows] for part, (name, rows) in places.items()}
         return GatedWeights(**parts)
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors of the dense model. Its parameters must be finite; buffers need not be, since masks are buffers."""
+        loaded = self.checkpoint.read(names)
+        check_finite((name, tensor) for name, tensor in loaded.items() if name in self.parameters)
+        return loaded
 
     def _dtype(self, layer: int) -> torch.dtype:
         block = self.blocks[layer]

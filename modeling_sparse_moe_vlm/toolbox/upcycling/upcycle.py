@@ -18,6 +18,7 @@ from ...expert_groups import BUILTIN_MODALITIES
 from ...modeling_upcycled import put_experts_in
 from .arrangement import Start, check_not_of_dense_model, experts_fields
 from .blocks import DenseBlocks, block_weights, find_blocks, placeholder_ids, takes_images_by_cross_attention
+from .dense_weights import check_seed, check_weights_at_hand
 from .errors import UpcyclingError
 from .receipt import ParityReceipt, check_receipt, default_bound, dense_outputs, made_batch, parity
 from .router_rows import BlockInputs, collect_block_inputs
@@ -114,12 +115,11 @@ def upcycle(
     ```
     """
     check_base(model)
-    if router_init not in ROUTER_INITS:
-        raise UpcyclingError(f"`router_init` must be one of {ROUTER_INITS}, got {router_init!r}.")
-    _check_arguments(layers=layers, modalities=modalities, parity_bound=parity_bound)
+    check_arguments(router_init, seed, layers=layers, modalities=modalities, parity_bound=parity_bound)
     batches = _as_list(batch)
     if router_init == "data" and not batches:
         raise UpcyclingError('`router_init="data"` needs a `batch`: inputs as the base\'s processor makes them.')
+    check_weights_at_hand(model)
     found = find_blocks(model, layers, include_dense_layers_of_moe)
     chosen, config = experts_config(
         model,
@@ -161,10 +161,7 @@ def check_base(model: Any) -> None:
     if getattr(getattr(model, "config", None), "experts_config", None) is not None:
         raise UpcyclingError(f"{name} is upcycled already.")
     if not isinstance(model, PreTrainedModel):
-        raise UpcyclingError(
-            f"`upcycle` takes a model of Transformers, got {name}."
-            + (" Merge its adapters first: `model.merge_and_unload()`." if hasattr(model, "merge_and_unload") else "")
-        )
+        raise UpcyclingError(f"`upcycle` takes a model of Transformers, got {name}.{_advice_on_wrapper(model)}")
     if any(name in table.values() for table in _OTHER_HEADS):
         raise UpcyclingError(
             f"{name} has a head that experts are not trained with. Upcycle the language model that it is made from "
@@ -176,6 +173,17 @@ def check_base(model: Any) -> None:
                 f"{kind.__name__} is not a class that Transformers exports, so an upcycled model of it could not be "
                 "loaded elsewhere. Models with code of their own are not supported."
             )
+
+
+def _advice_on_wrapper(model: Any) -> str:
+    """What to do about an object that has a model of Transformers inside."""
+    if hasattr(model, "merge_and_unload"):
+        return " Merge its adapters first: `model.merge_and_unload()`."
+    if hasattr(model, "_orig_mod"):
+        return " Pass the model that was compiled (`model._orig_mod`), and compile the result."
+    if isinstance(getattr(model, "module", None), PreTrainedModel):
+        return " Pass the model that it wraps (`model.module`)."
+    return ""
 
 
 def experts_config(
@@ -248,8 +256,13 @@ def _input_modalities(model: PreTrainedModel) -> Sequence[str]:
     return (found,) if isinstance(found, str) else found
 
 
-def _check_arguments(*, layers: Any, modalities: Any, parity_bound: Any) -> None:
-    """Raises `UpcyclingError` for arguments of a wrong kind."""
+def check_arguments(
+    router_init: Any, seed: Any, *, layers: Any = None, modalities: Any = None, parity_bound: Any = None
+) -> None:
+    """Raises `UpcyclingError` for arguments of [`upcycle`] that have a wrong type or value."""
+    if router_init not in ROUTER_INITS:
+        raise UpcyclingError(f"`router_init` must be one of {ROUTER_INITS}, got {router_init!r}.")
+    check_seed(seed)
     for name, value in (("layers", layers), ("modalities", modalities)):
         if value is not None and (isinstance(value, str) or not isinstance(value, Collection)):
             raise UpcyclingError(f"`{name}` must be a list, got {value!r}.")

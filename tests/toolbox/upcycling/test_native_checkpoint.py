@@ -1,12 +1,18 @@
 """Folders of upcycled models become folders of their twins."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_sparse_moe_vlm.toolbox.upcycling import UpcyclingError, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.costs import costs_of
-from modeling_sparse_moe_vlm.toolbox.upcycling.native_checkpoint import export_checkpoint, is_upcycled_checkpoint
+from modeling_sparse_moe_vlm.toolbox.upcycling.native_checkpoint import (
+    export_checkpoint,
+    is_upcycled_checkpoint,
+    plan_export,
+)
 from tests.support.processors import make_tokenizer
 from tests.toolbox.upcycling.native_models import make_dense, make_input_ids, randomize
 
@@ -55,6 +61,50 @@ def test_type_and_folder(trained, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32
     with pytest.raises(UpcyclingError, match="`dtype` must be"):
         export_checkpoint(folder, tmp_path, dtype="int8", overwrite=True)
+
+
+def test_a_plan_is_what_the_export_makes(trained, tmp_path):
+    folder, _ = trained
+    made = export_checkpoint(folder, tmp_path / "twin")
+    planned = plan_export(folder)
+    assert planned == replace(made, output=None, processor=None)
+
+
+def test_a_plan_reads_no_weights_but_biases(tmp_path):
+    folder = tmp_path / "sparse"
+    sparse = upcycle(make_dense("qwen3"), "joint", num_experts=4, router_bias_update_rate=1e-3)
+    biases = [buffer for name, buffer in sparse.named_buffers() if name.endswith("e_score_correction_bias")]
+    sparse.save_pretrained(folder)
+    assert plan_export(folder).model_class == "Qwen3MoeForCausalLM"
+    biases[-1][0, 2] = 1.0
+    sparse.save_pretrained(folder)
+    for refuse in (plan_export, lambda source: export_checkpoint(source, tmp_path / "twin")):
+        with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias"):
+            refuse(folder)
+
+
+def test_a_plan_where_biases_differ_between_modalities(tmp_path):
+    sparse = upcycle(
+        make_dense("qwen3"), "joint", router_bias_update_rate=1e-3, router="sigmoid", modalities=["text", "image"]
+    )
+    biases = [buffer for name, buffer in sparse.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    biases[0][:, 2] = 1.0
+    sparse.save_pretrained(tmp_path)
+    assert plan_export(tmp_path).model_class == "Glm4MoeForCausalLM"
+    biases[1][1, 0] = 1.0
+    sparse.save_pretrained(tmp_path)
+    with pytest.raises(UpcyclingError, match="differ between modalities"):
+        plan_export(tmp_path)
+
+
+def test_exports_are_refused_before_weights_are_read(tmp_path):
+    upcycle(make_dense("qwen3")).save_pretrained(tmp_path / "hybrid")
+    (tmp_path / "hybrid/model.safetensors").unlink()
+    with pytest.raises(UpcyclingError, match="qwen3_moe: it has no always-on experts"):
+        export_checkpoint(tmp_path / "hybrid", tmp_path / "twin")
+    with pytest.raises(UpcyclingError, match="qwen3_moe: it has no always-on experts"):
+        plan_export(tmp_path / "hybrid")
 
 
 def test_nothing_is_written_of_what_has_no_twin(tmp_path):

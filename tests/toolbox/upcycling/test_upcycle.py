@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from modeling_sparse_moe_vlm.toolbox.upcycling import ParityReceipt, UpcyclingError, upcycle
-from modeling_sparse_moe_vlm.toolbox.upcycling.receipt import default_bound
+from modeling_sparse_moe_vlm.toolbox.upcycling.receipt import default_bound, parity
 from tests.support.in_tree_models import GREEDY, make_mllama
 from tests.support.upcycled import make_dense, make_dense_inputs
 
@@ -235,12 +235,12 @@ def test_bounds():
     assert "not exact by design" in str(ParityReceipt(relative_difference=9.0, bound=None, **values))
 
 
-def test_weights_that_are_not_numbers_do_not_hold():
-    dense = make_dense("llama")
-    with torch.no_grad():
-        dense.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(UpcyclingError, match="relative difference inf"):
-        upcycle(dense, "joint")
+def test_outputs_that_are_not_numbers_do_not_hold():
+    sparse = upcycle(make_dense("llama"), "joint")
+    batch = {"input_ids": torch.arange(5, 15)[None]}
+    found = parity(torch.full((1, 10, 99), float("nan")), sparse, batch, is_given=True, bound=float("inf"))
+    assert found.relative_difference == float("inf")
+    assert not ParityReceipt(**found.to_dict() | {"bound": 1e9}).holds
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "hidden_act", "widths"])
@@ -273,6 +273,9 @@ def test_models_with_other_heads():
         ({"parity_bound": "x"}, "`parity_bound` must be a number from 0, got 'x'"),
         ({"batch": torch.zeros(1, 2)}, r"`batch` must be inputs .* got Tensor"),
         ({"batch": 3}, r"`batch` must be inputs .* got int"),
+        ({"seed": None}, "`seed` must be an integer, got None"),
+        ({"seed": True}, "`seed` must be an integer, got True"),
+        ({"seed": 0.5}, r"`seed` must be an integer, got 0\.5"),
     ],
 )
 def test_arguments_of_a_wrong_kind(arguments, message):
