@@ -1,4 +1,4 @@
-"""Plans of where the parts of a model lie: device maps from memory budgets."""
+"""Plans device maps for mixture-of-experts models from memory budgets."""
 
 from .plan import DeviceShare, describe_placement, plan_expert_placement
 

@@ -1,4 +1,4 @@
-"""Budgets of memory by device: what a user writes, in bytes."""
+"""Memory budgets by device, converted to bytes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ SLOW_DEVICES = ("cpu", "disk")
 
 def read_budgets(max_memory: Mapping[Device, int | float | str]) -> Budgets:
     """
-    Bytes by device, accelerators first, then the CPU, then the disk.
+    Converts the budgets of a user to bytes.
 
     Args:
         max_memory (`Mapping[int | str, int | float | str]`):
-            Budgets in Accelerate's form, also in tera and tebibytes.
+            Budgets in Accelerate's form. Terabytes (`"1TB"`) and tebibytes (`"1TiB"`) are accepted as well.
+
+    Returns:
+        `dict[int | str, float]`: Bytes by device: accelerators in the user's order, then `"cpu"`, then `"disk"`.
 
     Raises:
-        ValueError: If there are none, or a device or a size is wrong; the message names it.
+        ValueError: If there are no budgets, or if a device or a size is invalid. The message names it.
     """
     if not max_memory:
         raise ValueError('`max_memory` names no device: give budgets such as {0: "80GB", "cpu": "200GB"}.')
     wrong = [device for device in max_memory if device not in ("mps", *SLOW_DEVICES) and not _is_number(device)]
     if wrong:
         raise ValueError(f"`max_memory` names {wrong}: devices are numbers of accelerators, 'mps', 'cpu' and 'disk'.")
-    # The order of the user's accelerators is kept.
+    # The sort is stable, so the accelerators keep the user's order.
     devices = sorted(max_memory, key=lambda device: SLOW_DEVICES.index(device) + 1 if device in SLOW_DEVICES else 0)
     budgets: Budgets = {}
     for device in devices:
@@ -40,12 +43,12 @@ def read_budgets(max_memory: Mapping[Device, int | float | str]) -> Budgets:
 
 
 def fast_devices(budgets: Budgets) -> list[Device]:
-    """The accelerators, or the next best device where there are none."""
+    """Returns the accelerators or, if there are none, the fastest device."""
     return [device for device in budgets if device not in SLOW_DEVICES] or [next(iter(budgets))]
 
 
 def readable_size(size: float) -> str:
-    """`"1.50 GB"`, `"20.00 kB"`, `"7 bytes"`."""
+    """Formats a number of bytes, such as `"1.50 GB"`, `"20.00 kB"` or `"7 bytes"`."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
@@ -58,7 +61,7 @@ def _bytes(size: int | float | str) -> float:
             raise ValueError("a number of bytes is at least 0.")
         return size
     if isinstance(size, str):
-        # Accelerate stops at giga.
+        # Accelerate does not support units above GB and GiB.
         for unit, smaller, factor in (("TIB", "GiB", 1024), ("TB", "GB", 1000)):
             if size.upper().endswith(unit):
                 size = f"{factor * float(size[: -len(unit)])}{smaller}"

@@ -1,4 +1,4 @@
-"""The share of the routed work that falls on each experts module, from measured routing in any of its forms."""
+"""Computes the load of each experts module from measured routing, in any of its forms."""
 
 from __future__ import annotations
 
@@ -11,56 +11,62 @@ from transformers import PreTrainedConfig
 
 from ..expert_modules import first_number, place_of, places_of_layers
 
-# By experts module, by modality, the share of the modality's choices; sums to 1 over modules.
+# Share of a modality's choices, by experts module and modality. The shares of a modality sum to 1 over modules.
 Loads = dict[str, dict[str, float]]
-# The same of each of its experts, in the units of the measurement.
+# Choices of each expert, by experts module and modality, in the unit of the measurement.
 Counts = dict[str, dict[str, list[float]]]
-# By modality, by sparse layer, by expert of the layer, a count or share.
+# Counts or shares by modality, sparse layer and expert of the layer.
 _Table = dict[str, list[list[float]]]
 
-EVEN = "all"  # the one "modality" where nothing was measured
+EVEN = "all"  # the only "modality" if no routing was measured
 
 
 def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Loads:
     """
-    The share of every modality's choices that falls on each experts module.
+    Computes the share of every modality's choices that falls on each experts module.
 
     Args:
         sizes (`Mapping[str, int]`):
-            By name of an experts module, in the model's order, its number of experts.
+            Number of experts by name of the experts module, in the model's order.
         config (`PreTrainedConfig`):
             Configuration of the decoder.
         routing (*optional*):
-            See [`~toolbox.placement.plan_expert_placement`]. Without it, all experts are expected to do the same.
+            Measured routing, see [`~toolbox.placement.plan_expert_placement`]. By default, all experts of a layer have
+            the same load.
 
     Returns:
-        `dict[str, dict[str, float]]`: by module, by modality. Modalities that chose nothing are left out.
+        `dict[str, dict[str, float]]`: Shares by module and modality. Modalities without choices are left out.
 
     Raises:
-        ValueError: As [`expert_counts`], and if the routing has no choice at all.
+        ValueError: In the same cases as [`expert_counts`], and if the routing contains no choices.
     """
     counts = expert_counts(sizes, config, routing)
     if sizes and not any(sum(of_experts) for of in counts.values() for of_experts in of.values()):
         raise ValueError(
             "`routing` is empty: no token chose any expert. Measure it on some batches, or leave it out to plan by "
-            "bytes alone."
+            "bytes only."
         )
     return _normalise({name: {m: sum(of_experts) for m, of_experts in of.items()} for name, of in counts.items()})
 
 
 def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Counts:
     """
-    What falls on each expert of each module, in the units of the routing.
+    Computes the choices of each expert of each module, in the unit of the routing.
 
     Args:
-        sizes, config, routing: As of [`expert_loads`].
+        sizes (`Mapping[str, int]`):
+            Number of experts by name of the experts module, in the model's order.
+        config (`PreTrainedConfig`):
+            Configuration of the decoder.
+        routing (*optional*):
+            Measured routing, as for [`expert_loads`].
 
     Returns:
-        `dict[str, dict[str, list[float]]]`: by module, by modality, of each expert.
+        `dict[str, dict[str, list[float]]]`: Choices of each expert, by module and modality.
 
     Raises:
-        ValueError: If the routing does not fit the model, has a negative or infinite count, a modality that the model
-            does not have, or nothing for a layer; the message names the modality, the layer and the count.
+        ValueError: If the routing does not fit the model, or if it has a negative or infinite count, an unknown
+            modality, or no entry for a layer. The message names the modality, the layer and the count.
     """
     if routing is None:
         return _even_counts(sizes, config)
@@ -72,7 +78,7 @@ def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: A
 
 
 def _even_counts(sizes: Mapping[str, int], config: PreTrainedConfig) -> Counts:
-    """As if each sparse layer made one choice, of all its experts alike."""
+    """Distributes one choice per sparse layer evenly over its experts."""
     members = _members(sizes, config)
     layers = places_of_layers(members, config)
     num_experts = {place: sum(sizes[name] for name in names) for place, names in members.items()}
@@ -102,7 +108,7 @@ def _counts_of_table(table: _Table, sizes: Mapping[str, int], config: PreTrained
 
 
 def _members(sizes: Iterable[str], config: PreTrainedConfig) -> dict[str, list[str]]:
-    """By place, the experts modules in it."""
+    """Returns the names of the experts modules of each place."""
     members: dict[str, list[str]] = {}
     for name in sizes:
         members.setdefault(place_of(name, config)[0], []).append(name)
@@ -116,7 +122,7 @@ def _check_modality(modality: str, config: PreTrainedConfig) -> None:
 
 
 def _checked(counts: Sequence[Any], modality: str, place: str) -> list[float]:
-    """The counts of a layer's experts, with 0 for gaps."""
+    """Checks the counts of a layer's experts, and returns them with 0 instead of NaN."""
     for expert, count in enumerate(counts):
         is_number = isinstance(count, int | float) and not isinstance(count, bool)
         if not is_number or count < 0 or math.isinf(count):
@@ -128,7 +134,7 @@ def _checked(counts: Sequence[Any], modality: str, place: str) -> list[float]:
 
 
 def _add(counts: Counts, names: list[str], sizes: Mapping[str, int], modality: str, numbers: Sequence[float]) -> None:
-    """Adds the numbers of consecutive experts to those of the modules that hold them."""
+    """Adds the numbers of consecutive experts to the counts of the modules that contain these experts."""
     first = 0
     for name in names:
         own = numbers[first : first + sizes[name]]
@@ -147,7 +153,7 @@ def _normalise(loads: Loads) -> Loads:
 
 
 def _rows(routing: Any) -> list[Mapping[str, Any]] | None:
-    """Rows by place, group and modality, where the routing has them ([`RoutingStatistics`], or its JSON)."""
+    """Returns the rows of the routing if it is a [`RoutingStatistics`] or its JSON form; `None` otherwise."""
     rows = routing.get("rows") if isinstance(routing, Mapping) else getattr(routing, "rows", None)
     if rows is None:
         return None
@@ -165,7 +171,9 @@ def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int],
     for row in rows:
         names = modules.get((row["place"], row["group"]))
         if names is None:
-            raise ValueError(f"`routing` has {row['place']!r} with group {row['group']!r}, which the model has not.")
+            raise ValueError(
+                f"`routing` has {row['place']!r} with group {row['group']!r}, which the model does not have."
+            )
         _check_modality(row["modality"], config)
         numbers = _checked(row["wanted"], row["modality"], row["place"])
         if sum(sizes[name] for name in names) != len(numbers):
@@ -182,18 +190,18 @@ def _counts_of_rows(rows: Iterable[Mapping[str, Any]], sizes: Mapping[str, int],
 
 
 def _names_of_places(sizes: Mapping[str, int], config: Any) -> dict[str, str]:
-    """By place, what statistics call it: `"layer_3"` or `"pool_0"`."""
+    """Returns the name of each place in routing statistics, such as `"layer_3"` or `"pool_0"`."""
     places = list(_members(sizes, config))
     if not hasattr(config, "sparse_layers"):
         return {place: f"layer_{first_number(place)}" for place in places}
-    # By the order of the layers: a model around the decoder may have numbers in its names, too.
+    # By the order of the layers, not by name: names of modules outside the decoder may contain numbers as well.
     numbered = zip(config.sparse_layers, places_of_layers(places, config))
     pools = ((layer, place, config.layer_pool(layer)) for layer, place in numbered)
     return {place: f"layer_{layer}" if pool is None else f"pool_{pool}" for layer, place, pool in pools}
 
 
 def _table(routing: Any, config: PreTrainedConfig) -> _Table:
-    """Counts by layer and expert: of each modality in a mapping or in [`RoutingCounts`], or of all tokens together."""
+    """Returns counts by modality, layer and expert, from a mapping, a [`RoutingCounts`], or one table of all tokens."""
     if hasattr(routing, "wanted"):
         return {name: routing.wanted[:, m].tolist() for m, name in enumerate(config.modalities)}
     by_modality = routing if isinstance(routing, Mapping) else {EVEN: routing}

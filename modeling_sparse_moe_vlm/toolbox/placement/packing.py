@@ -1,4 +1,4 @@
-"""Packing of weighted items into devices: in order and evenly, or apart from each other and evenly."""
+"""Packs weighted items into devices evenly: in order, or with related items on different devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Item:
-    """What goes onto one device as a whole: bytes, and its shares of the bytes and of each modality's load."""
+    """
+    Parts that go to one device together.
+
+    Args:
+        names (`list[str]`): Names of the parts.
+        bytes (`int`): Number of bytes.
+        shares (`list[float]`): Share of all bytes, followed by the share of each modality's load.
+    """
 
     names: list[str]
     bytes: int
@@ -18,7 +25,15 @@ class Item:
 
 @dataclass
 class Bin:
-    """A device with room for some bytes."""
+    """
+    A device that is filled with items.
+
+    Args:
+        capacity (`float`): Number of bytes that fit.
+        names (`list[str]`): Names of the parts on the device.
+        bytes (`int`): Number of their bytes.
+        shares (`list[float]`): Sums of the shares of the items, as in [`Item`]. Empty without items.
+    """
 
     capacity: float
     names: list[str] = field(default_factory=list)
@@ -26,16 +41,17 @@ class Bin:
     shares: list[float] = field(default_factory=list)
 
     def fits(self, item: Item, limit: float = float("inf")) -> bool:
-        """Whether there is room for the item, and no share would grow beyond `limit`."""
+        """Whether the item fits, and none of its shares would raise a share of the device above `limit`."""
         return self.bytes + item.bytes <= self.capacity and all(
             share <= limit for share, own in zip(self.with_item(item), item.shares, strict=True) if own
         )
 
     def with_item(self, item: Item) -> list[float]:
-        """The shares that it would have with the item."""
+        """Returns the shares that the device would have with the item."""
         return _add(self.shares or [0.0] * len(item.shares), item.shares)
 
     def add(self, item: Item) -> None:
+        """Adds an item."""
         self.shares = self.with_item(item)
         self.bytes += item.bytes
         self.names += item.names
@@ -43,11 +59,15 @@ class Bin:
 
 def partition(items: Sequence[Item], bins: list[Bin]) -> bool:
     """
-    Adds the items to the bins, in order: each bin gets a run of them, such that the largest share of any bin is as
-    small as it can be.
+    Adds the items to the bins in order. Each bin gets consecutive items, such that the largest share of any bin is as
+    small as possible.
+
+    Args:
+        items (`Sequence[Item]`): The items.
+        bins (`list[Bin]`): The devices, in order; filled in place.
 
     Returns:
-        `bool`: whether there was room; if not, the bins are as they were.
+        `bool`: Whether all items fit. If they do not, the bins are unchanged.
     """
     best = _fill(items, bins, float("inf"))
     if best is None:
@@ -78,16 +98,20 @@ def _fill(items: Sequence[Item], bins: Sequence[Bin], limit: float) -> list[Bin]
 
 def spread(families: Sequence[Sequence[Item]], bins: list[Bin]) -> bool:
     """
-    Adds families of items (the shards and groups of one layer) to the bins: heavy items first, each where its family
-    has little yet, and where there is little altogether.
+    Adds families of items (the shards and groups of one layer) to the bins. The largest items are placed first. Each
+    goes to a bin in which both its family and all items together have small shares.
+
+    Args:
+        families (`Sequence[Sequence[Item]]`): The items of each family.
+        bins (`list[Bin]`): The devices; filled in place.
 
     Returns:
-        `bool`: whether there was room.
+        `bool`: Whether all items fit.
     """
     for family in families:
         totals = [sum(shares) or 1.0 for shares in zip(*(item.shares for item in family), strict=True)]
         of_family = [[0.0] * len(totals) for _ in bins]
-        # What a bin has when all are even, once the family is there.
+        # The shares of a bin if this family and everything before it were spread evenly.
         shares = zip(*(full.shares or [0.0] * len(totals) for full in bins), strict=True)
         even = [(sum(of_all) + total) / len(bins) for of_all, total in zip(shares, totals, strict=True)]
         for item in sorted(family, key=lambda item: -max(item.shares)):
@@ -105,7 +129,10 @@ def spread(families: Sequence[Sequence[Item]], bins: list[Bin]) -> bool:
 
 
 def _cost(altogether: list[float], of_family: list[float], totals: list[float], even: list[float]) -> float:
-    """How uneven a bin would be: in bytes or the busiest modality and on average, within the family and altogether."""
+    """
+    Returns how uneven a bin would be: the largest and the mean share of the family in the bin, plus the largest and the
+    mean excess of all items over an even spread. Shares are those of the bytes and of each modality's load.
+    """
     own = [share / total for share, total in zip(of_family, totals, strict=True)]
     excess = [(share - mean) / total for share, mean, total in zip(altogether, even, totals, strict=True)]
     return max(own) + sum(own) / len(own) + max(excess) + sum(excess) / len(excess)

@@ -1,4 +1,4 @@
-"""The parts of a model that a device map names: layers, experts modules, and what lies beside them."""
+"""The parts of a model that a device map names: layers, experts modules, and everything else."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ DeviceMap = dict[str, Device]
 @dataclass(frozen=True)
 class Part:
     """
-    What a device map names: an experts module, or what lies beside the experts.
+    An entry of a device map: an experts module, or another module, parameter or buffer.
 
     Args:
         name (`str`): Name of the module, parameter or buffer.
-        bytes (`int`): Bytes of its parameters and buffers; tied ones count where they come first.
+        bytes (`int`): Bytes of its parameters and buffers. Tied tensors count only where they occur first.
         is_experts (`bool`): Whether it is an experts module.
-        layer (`str`, *optional*): The decoder layer that it lies in.
-        is_last (`bool`): Whether it follows the layers (final norm, head).
-        place (`str`): Of experts, the layer's experts or the pool that they are a part of.
-        is_apart (`bool`): Whether it is experts that may lie elsewhere than the attention of their layer.
-        load (`dict[str, float]`): Of experts, by modality, the share of its choices that falls on them.
-        tied_to (`str`, *optional*): The part that it has to lie with.
+        layer (`str`, *optional*): Name of the decoder layer that contains it.
+        is_last (`bool`): Whether it comes after the layers (final norm, head).
+        place (`str`): Name of the place (the experts of a layer, or a pool) to which an experts module belongs.
+        is_apart (`bool`): Whether it is an experts module that can be on another device than its layer's attention.
+        load (`dict[str, float]`): For experts, the share of each modality's choices that falls on them, by modality.
+        tied_to (`str`, *optional*): Name of the part that must be on the same device because they share a tensor.
     """
 
     name: str
@@ -48,15 +48,18 @@ class Part:
 
 def parts_of(model: PreTrainedModel, loads: Loads, is_measured: bool) -> list[Part]:
     """
-    The parts of a model, in its order.
+    Splits a model into parts, in the model's order.
 
     Args:
         model (`PreTrainedModel`):
             The model, on the meta device or not.
         loads (`dict[str, dict[str, float]]`):
-            By experts module, by modality, the share of the modality's choices that falls on it.
+            Share of each modality's choices that falls on each experts module, by module and modality.
         is_measured (`bool`):
-            Whether the loads are measured: groups of a layer then are worth being told apart.
+            Whether the loads are measured. If they are, the expert groups of a layer can be on different devices.
+
+    Returns:
+        `list[Part]`: The parts. Together they contain every parameter and buffer once.
     """
     config: Any = experts_config_of(model.config)
     layers = decoder_layers(model, list(loads))
@@ -76,7 +79,7 @@ def parts_of(model: PreTrainedModel, loads: Loads, is_measured: bool) -> list[Pa
             bytes=sizes[name],
             is_experts=is_experts,
             layer=layer,
-            # Rotary tables and the like stand behind the layers, too, but are read before them.
+            # Rotary tables and similar buffers also come after the layers, but are used before them.
             is_last=layer is None and number > first_layer and name in trained,
             place=places.get(name, ""),
             is_apart=is_experts and (layer is None or ".shards." in name or (has_siblings and is_measured)),
@@ -88,7 +91,7 @@ def parts_of(model: PreTrainedModel, loads: Loads, is_measured: bool) -> list[Pa
 
 
 def tensor_sizes(model: nn.Module) -> dict[str, int]:
-    """Bytes of every parameter and buffer by name: 0 where it is tied to one that came before."""
+    """Returns the bytes of every parameter and buffer, by name; 0 if it is tied to an earlier one."""
     sizes: dict[str, int] = {}
     seen = set()
     tied = getattr(model, "all_tied_weights_keys", {})
@@ -100,8 +103,8 @@ def tensor_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def decoder_layers(model: PreTrainedModel, experts: Sequence[str]) -> list[str]:
-    """Names of the decoder's layers: the list that the blocks lie in, also those whose experts are pooled."""
-    around = prefixes(decoder_name(model))  # in which there may be other lists
+    """Returns the names of the decoder's layers: the elements of the module list that contains the sparse blocks."""
+    around = prefixes(decoder_name(model))  # modules that may contain other lists
     for name in sparse_blocks(model) or experts:
         for container in prefixes(name):
             layers = model.get_submodule(container)
@@ -111,7 +114,7 @@ def decoder_layers(model: PreTrainedModel, experts: Sequence[str]) -> list[str]:
 
 
 def device_map_of(parts: Sequence[Part], devices: Mapping[str, Device]) -> DeviceMap:
-    """The device map, in the model's order, with layers that lie on one device by their own name."""
+    """Returns the device map, in the model's order. A layer that is on a single device is one entry."""
     of_layers: dict[str | None, set[Device]] = {}
     for part in parts:
         of_layers.setdefault(part.layer, set()).add(devices[part.name])
@@ -124,25 +127,32 @@ def device_map_of(parts: Sequence[Part], devices: Mapping[str, Device]) -> Devic
 
 def device_of(device_map: Mapping[str, Device], name: str) -> Device:
     """
-    The device of a module or tensor: that of the longest name in the map that it lies under.
+    Returns the device of a module or tensor: the device of the longest name in the map that contains it.
+
+    Args:
+        device_map (`Mapping[str, int | str]`): The device map.
+        name (`str`): Name of the module or tensor.
+
+    Returns:
+        `int` or `str`: The device.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If no name in the map contains it.
     """
     for prefix in (*reversed(prefixes(name)), ""):
         if prefix in device_map:
             return device_map[prefix]
-    raise ValueError(f"the device map gives no device for {name!r}: name it, or a module that it lies in.")
+    raise ValueError(f"the device map gives no device for {name!r}: add an entry for it or for a module around it.")
 
 
 def prefixes(name: str) -> list[str]:
-    """The modules that a name lies in, from the outermost on, and the name itself."""
+    """Returns the names of the modules that contain a name, starting with the outermost, and the name itself."""
     pieces = name.split(".")
     return [".".join(pieces[:end]) for end in range(1, len(pieces) + 1)]
 
 
 def _sizes_of_prefixes(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The bytes in every module, parameter and buffer."""
+    """Returns the bytes of every module, parameter and buffer, by name."""
     sums: dict[str, int] = {}
     for name, size in sizes.items():
         for prefix in prefixes(name):
@@ -153,13 +163,13 @@ def _sizes_of_prefixes(sizes: Mapping[str, int]) -> dict[str, int]:
 def _part_names(
     model: nn.Module, experts: Collection[str], layers: Sequence[str], filled: Collection[str]
 ) -> list[str]:
-    """Names that cover the model: down to the layers and the experts, and no further."""
+    """Returns the names of parts that cover the model, in which layers and experts modules are not split further."""
     parents = {name.rsplit(".", depth)[0] for name in (*experts, *layers) for depth in range(1, name.count(".") + 1)}
     return list(_names_within(model, "", parents - set(experts), filled))
 
 
 def _names_within(module: nn.Module, name: str, parents: set[str], filled: Collection[str]) -> Iterator[str]:
-    """Names that cover the module. Empty modules have none."""
+    """Yields the names of parts that cover a module. Modules without tensors are left out."""
     if name and name not in parents:
         if name in filled:
             yield name
@@ -177,7 +187,7 @@ def _layer_of(name: str, layers: Sequence[str]) -> str | None:
 
 
 def _ties(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
-    """By part, the other part that it shares a tensor with."""
+    """Returns, for each part that shares a tensor with another part, the name of that part."""
     ties = {}
     for tied, source in getattr(model, "all_tied_weights_keys", {}).items():
         part, other = (next(name for name in prefixes(tensor) if name in names) for tensor in (tied, source))

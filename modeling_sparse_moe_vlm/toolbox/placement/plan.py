@@ -1,4 +1,4 @@
-"""Plans of where a mixture-of-experts model lies: an Accelerate device map from a configuration and memory budgets."""
+"""Plans an Accelerate device map for a mixture-of-experts model from a configuration and memory budgets."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ logger = logging.get_logger(__name__)
 @dataclass(frozen=True)
 class DeviceShare:
     """
-    What a device map puts on one device.
+    The share of a model that a device map puts on one device.
 
     Args:
-        device (`int` or `str`): The device.
-        bytes (`int`): Bytes of parameters and buffers; tied ones count once.
-        expert_bytes (`int`): Of these, the routed experts'.
-        load (`dict[str, float]`): By modality, the share of its choices of experts that falls on the device.
+        device (`int` or `str`): The device: number of an accelerator, `"mps"`, `"cpu"` or `"disk"`.
+        bytes (`int`): Bytes of parameters and buffers. Tied ones count once.
+        expert_bytes (`int`): Bytes of the routed experts, which are part of `bytes`.
+        load (`dict[str, float]`): Share of the choices of experts that falls on the device, by modality, from 0 to 1.
     """
 
     device: Device
@@ -46,38 +46,41 @@ def plan_expert_placement(
     dtype: torch.dtype | str | None = None,
 ) -> DeviceMap:
     """
-    Plans where the parts of a mixture-of-experts model lie. Nothing is allocated: a configuration is enough.
+    Plans the device of every part of a mixture-of-experts model. A configuration is enough: no memory is allocated for
+    weights.
 
-    Layers follow each other over the accelerators, evenly by bytes. Where they do not hold everything, experts go to
-    `"cpu"`, then to `"disk"`, and the attention of their layers to the device on which Accelerate runs what is
-    offloaded, which keeps room for it. Shards of experts (`config.num_expert_shards`, for models that have it), cross-
-    layer pools, and with `routing` groups of experts may lie on another accelerator than their layer: those of one
-    layer lie apart, so that the accelerators work at once. With `routing` the load of every modality is spread like the
-    bytes, and the coldest experts are offloaded first.
+    Consecutive layers go to the same accelerator, and the bytes are spread evenly over the accelerators. If the
+    accelerators are too small for the model, experts are offloaded to `"cpu"`, then to `"disk"`. Accelerate runs
+    offloaded experts on the first accelerator; the plan puts the attention of their layers on it, and keeps memory free
+    for the experts. Shards of experts (`config.num_expert_shards`, in models that have it), cross-layer pools, and with
+    `routing` expert groups, can be on another accelerator than their layer. Those of one layer go to different
+    accelerators, which then work at the same time. With `routing`, the load of every modality is also spread evenly,
+    and the least used experts are offloaded first.
 
     Args:
         config_or_model (`PreTrainedConfig` or `PreTrainedModel`):
-            Configuration of any Transformers model with the experts interface, or such a model, on the meta device or
-            not. Of a configuration, the class that `architectures` or the auto classes name is planned for.
+            Configuration of any Transformers model that uses the experts interface, or such a model, which can be on
+            the meta device. For a configuration, the model class is the one named in `architectures` or chosen by the
+            auto classes.
         max_memory (`Mapping[int | str, int | float | str]`):
-            Bytes that the weights may take, by device, in Accelerate's form: `{0: "80GB", 1: 80e9, "cpu": "200GB",
-            "disk": "1TB"}`. Other devices are not used; leave room for caches and activations.
+            Bytes that the weights may take on each device, in Accelerate's form: `{0: "80GB", 1: 80e9, "cpu": "200GB",
+            "disk": "1TB"}`. Other devices are not used. Leave room for key/value caches and activations.
         routing (*optional*):
-            Measured routing, in any of these forms: what [`~toolbox.routing.measure_routing`],
-            [`~toolbox.routing.routing_statistics`] or [`~toolbox.routing.expert_load`] return, as it is or read
-            back from JSON; by modality, a tensor or lists of shape `(layers with experts, experts)`; or one such tensor
-            of all tokens. Counts and shares are finite and at least 0. NaN stands for an expert that the layer does not
-            have, or that does not serve the modality, as in what `expert_load` returns.
+            Measured routing. One of: the return value of [`~toolbox.routing.measure_routing`],
+            [`~toolbox.routing.routing_statistics`] or [`~toolbox.routing.expert_load`], also after a round trip through
+            JSON; a mapping from modalities to tensors or lists of shape `(layers with experts, experts)`; or one such
+            tensor for all tokens. Counts and shares must be finite and at least 0. NaN marks an expert that the layer
+            does not have or that does not serve the modality, as in the return value of `expert_load`.
         dtype (`torch.dtype` or `str`, *optional*):
-            Type of the weights; that of the configuration (or model) when `None`.
+            Data type of the weights. By default, the data type of the configuration or model.
 
     Returns:
-        `dict[str, int | str]`: an Accelerate device map with every parameter and buffer once, for
-        `from_pretrained(device_map=…)` or `accelerate.dispatch_model`.
+        `dict[str, int | str]`: An Accelerate device map that contains every parameter and buffer once. Pass it to
+        `from_pretrained(device_map=...)` or `accelerate.dispatch_model`.
 
     Raises:
-        ValueError: If the model does not fit, with the number of bytes that are missing; if it has no experts; or if
-            budgets or routing are wrong; the message names the device, or the modality, the layer and the count.
+        ValueError: If the model does not fit (the message says how many bytes are missing), if it has no experts, or if
+            the budgets or the routing are invalid (the message names the device, or the modality, layer and count).
     """
     model = model_on_meta_device(config_or_model, dtype)
     if not experts_modules(model):
@@ -97,8 +100,8 @@ def plan_expert_placement(
     devices = assign(parts, budgets)
     if devices is None and (devices := assign(parts, budgets, keeps_room=False)) is not None:
         logger.warning(
-            "`max_memory` leaves %s no room to run the largest offloaded part whole, as Accelerate does: page the "
-            "experts (`page_experts`), or raise it.",
+            "`max_memory` leaves device %s no room to run the largest offloaded part, which Accelerate loads whole: page "
+            "the experts (`page_experts`), or raise `max_memory`.",
             fast_devices(budgets)[0],
         )
     if devices is None:
@@ -106,7 +109,7 @@ def plan_expert_placement(
         raise ValueError(
             f"`max_memory` is too small by {readable_size(missing_bytes(parts, budgets))} on each of "
             f"{fast_devices(budgets)}: the weights take {readable_size(needed)} of {readable_size(offered)}, but parts "
-            f"are not divisible (the largest, {largest.name!r}, takes {readable_size(largest.bytes)}). Raise it, or "
+            f"cannot be split (the largest, {largest.name!r}, takes {readable_size(largest.bytes)}). Raise it, or "
             "cut the experts into more shards (`num_expert_shards`, where the model has it)."
         )
     return device_map_of(parts, devices)
@@ -119,19 +122,23 @@ def describe_placement(
     dtype: torch.dtype | str | None = None,
 ) -> list[DeviceShare]:
     """
-    Bytes and expected load of each device under a map, be it planned here or otherwise.
+    Computes the bytes and the expected load of each device under any device map.
 
     Args:
-        config_or_model, routing, dtype:
-            As for [`plan_expert_placement`]. Without `routing` all experts of a layer are expected to do the same.
+        config_or_model (`PreTrainedConfig` or `PreTrainedModel`):
+            Configuration of the model, or the model, as for [`plan_expert_placement`].
         device_map (`Mapping[str, int | str]`):
-            An Accelerate device map.
+            An Accelerate device map, from [`plan_expert_placement`] or any other source.
+        routing (*optional*):
+            Measured routing, as for [`plan_expert_placement`]. By default, all experts of a layer have the same load.
+        dtype (`torch.dtype` or `str`, *optional*):
+            Data type of the weights. By default, the data type of the configuration or model.
 
     Returns:
-        `list[DeviceShare]`: in the order in which the map names the devices.
+        `list[DeviceShare]`: One entry per device, in the order in which the map names the devices.
 
     Raises:
-        ValueError: If the map leaves out a part of the model.
+        ValueError: If the map leaves out a part of the model, or if the routing is invalid.
     """
     model = model_on_meta_device(config_or_model, dtype)
     loads = _loads(model, routing)

@@ -1,4 +1,4 @@
-"""The search for a placement: which parts are offloaded, and on which device the others lie."""
+"""Searches a placement: which parts are offloaded, and the device of every other part."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Devices = dict[str, Device]
 
 def assign(parts: Sequence[Part], budgets: Budgets, keeps_room: bool = True) -> Devices | None:
     """
-    The device of every part, with as few offloaded as will do.
+    Chooses the device of every part, with as few offloaded parts as possible.
 
     Args:
         parts (`Sequence[Part]`):
             The parts of the model.
         budgets (`dict[int | str, float]`):
-            Bytes by device, the fast ones first.
-        keeps_room (`bool`, defaults to `True`):
-            Whether the first device keeps room for the largest offloaded part, which Accelerate runs there.
+            Bytes by device, fast devices first.
+        keeps_room (`bool`, *optional*, defaults to `True`):
+            Whether to keep memory free on the first device for the largest offloaded part, which Accelerate runs there.
 
     Returns:
-        `dict[str, int | str]`: device by name of a part, or `None` if they do not fit.
+        `dict[str, int | str]`: Device by name of the part, or `None` if the parts do not fit.
     """
     candidates = offload_order(parts)
     room = sum(budgets[device] for device in fast_devices(budgets))
@@ -32,8 +32,8 @@ def assign(parts: Sequence[Part], budgets: Budgets, keeps_room: bool = True) -> 
     while rest > room and offloaded < len(candidates):
         rest -= candidates[offloaded].bytes
         offloaded += 1
-    # A few more, since parts are not divisible and what is offloaded needs room to run: first tried in growing steps,
-    # then as few as will do.
+    # More parts may have to be offloaded, because parts cannot be split and offloaded parts need memory to run.
+    # Increase the number in growing steps until the rest fits, then find the smallest number by bisection.
     step, failed = 1, offloaded - 1
     while (devices := assign_with(parts, candidates[:offloaded], budgets, keeps_room)) is None:
         if offloaded == len(candidates):
@@ -50,7 +50,7 @@ def assign(parts: Sequence[Part], budgets: Budgets, keeps_room: bool = True) -> 
 
 
 def missing_bytes(parts: Sequence[Part], budgets: Budgets) -> int:
-    """How many bytes more, on each of the fast devices, would do."""
+    """Returns how many more bytes each of the fast devices would need."""
     fast = fast_devices(budgets)
     low, high = 0, sum(part.bytes for part in parts)
     while high - low > max(1, high // 1000):
@@ -61,9 +61,12 @@ def missing_bytes(parts: Sequence[Part], budgets: Budgets) -> int:
 
 
 def offload_order(parts: Sequence[Part]) -> list[Part]:
-    """What is offloaded first: experts from the least used per byte on, then layers, then the rest from its end on."""
+    """
+    Returns the parts in the order in which they are offloaded: experts (the least load per byte first), the rest of
+    the layers, and the other parts (those after the layers first).
+    """
     experts = [part for part in parts if part.is_experts and part.bytes]
-    # Rounded, so that equal loads come in the order of the layers.
+    # Rounded, so that experts with equal loads stay in the order of the layers.
     experts.sort(key=lambda part: float(f"{sum(part.load.values()) / part.bytes:.6g}"))
     layers = [part for part in parts if part.layer is not None and not part.is_experts]
     others = [part for part in parts if part.layer is None and not part.is_experts and part.tied_to is None]
@@ -71,7 +74,7 @@ def offload_order(parts: Sequence[Part]) -> list[Part]:
 
 
 def assign_with(parts: Sequence[Part], offloaded: Sequence[Part], budgets: Budgets, keeps_room: bool) -> Devices | None:
-    """The device of every part, where these are offloaded and no others; `None` if they do not fit."""
+    """Chooses the device of every part if exactly these parts are offloaded; `None` if they do not fit."""
     devices = place_offloaded(offloaded, budgets)
     if devices is None:
         return None
@@ -89,8 +92,8 @@ def assign_with(parts: Sequence[Part], offloaded: Sequence[Part], budgets: Budge
 
 def place_offloaded(offloaded: Sequence[Part], budgets: Budgets) -> Devices | None:
     """
-    The slow device of every offloaded part: the most used ones take what room the CPU has, the others go to the disk.
-    `None` if they do not fit.
+    Chooses the slow device of every offloaded part: the most used parts go to the CPU as long as they fit, the others
+    to the disk. Returns `None` if they do not fit.
     """
     fast = fast_devices(budgets)
     room = {device: size for device, size in budgets.items() if device not in fast}
@@ -110,29 +113,29 @@ def pack(kept: Sequence[Part], bins: list[Bin], touched: Collection[str]) -> boo
 
     Args:
         kept (`Sequence[Part]`):
-            The parts.
+            Parts that are not offloaded.
         bins (`list[Bin]`):
             The devices, in order; filled in place.
         touched (`Collection[str]`):
-            The layers that have something offloaded.
+            Layers of which a part is offloaded.
 
     Returns:
-        `bool`: whether there was room.
+        `bool`: Whether all parts fit.
     """
     scale = _Scale(kept)
-    # What comes before the layers, and what is left of layers that run on the first device anyway.
+    # Parts before the layers, and the rest of the layers with offloaded parts, which run on the first device anyway.
     first = [part for part in kept if part.layer is None and not part.is_last and not part.is_experts]
     first += [part for part in kept if part.layer in touched and not part.is_apart]
     if not bins[0].fits(scale.weigh(first)):
         return False
     bins[0].add(scale.weigh(first))
-    # Whole layers, in order, and what follows them.
+    # Whole layers, in order, and the parts after them.
     layers = list(dict.fromkeys(part.layer for part in kept if part.layer is not None and part.layer not in touched))
     runs = [[part for part in kept if part.layer == layer and not part.is_apart] for layer in layers]
     runs.append([part for part in kept if part.is_last and not part.is_experts])
     if not partition([scale.weigh(run) for run in runs if run], bins):
         return False
-    # Experts that may lie anywhere: those of one place lie apart.
+    # Experts that can be on any device: those of one place go to different devices.
     families: dict[str, list[Item]] = {}
     for part in kept:
         if part.is_apart:
@@ -141,7 +144,7 @@ def pack(kept: Sequence[Part], bins: list[Bin], touched: Collection[str]) -> boo
 
 
 class _Scale:
-    """Weighs parts against all those that are kept: their shares of the bytes and of each modality's load."""
+    """Computes the shares of parts in the bytes, and in the load of each modality, of all parts that are kept."""
 
     def __init__(self, kept: Sequence[Part]):
         experts = [part for part in kept if part.is_experts]
@@ -150,6 +153,7 @@ class _Scale:
         self.loads = {modality: sum(part.load[modality] for part in experts) for modality in modalities}
 
     def weigh(self, parts: Sequence[Part]) -> Item:
+        """Returns parts as one item, with their shares."""
         loads = [
             sum(part.load.get(modality, 0.0) for part in parts) / total if total else 0.0
             for modality, total in self.loads.items()

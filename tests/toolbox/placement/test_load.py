@@ -131,7 +131,7 @@ def test_rows_that_do_not_fit():
         (ROWS[:-1], "has no row for 'layer_1' with group 'image'"),
         ([*ROWS, ROWS[0]], "has 'layer_0' with group 'text' twice for 'text'"),
         ([*ROWS[:-1], ROWS[-1] | {"wanted": [1]}], "has 1 experts for 'layer_1', unlike the model"),
-        ([*ROWS, ROWS[0] | {"group": "sounds"}], "has 'layer_0' with group 'sounds', which the model has not"),
+        ([*ROWS, ROWS[0] | {"group": "sounds"}], "has 'layer_0' with group 'sounds', which the model does not have"),
         ([], "has no row for 'layer_0' with group 'text'"),
     ):
         with pytest.raises(ValueError, match=message):
