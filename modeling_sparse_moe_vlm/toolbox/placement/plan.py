@@ -100,8 +100,8 @@ def plan_expert_placement(
     devices = assign(parts, budgets)
     if devices is None and (devices := assign(parts, budgets, keeps_room=False)) is not None:
         logger.warning(
-            "`max_memory` leaves device %s no room to run the largest offloaded part, which Accelerate loads whole: page "
-            "the experts (`page_experts`), or raise `max_memory`.",
+            "`max_memory` leaves device %s no room to run the largest offloaded part, which Accelerate loads whole: "
+            "page the experts (`page_experts`), or raise `max_memory`.",
             fast_devices(budgets)[0],
         )
     if devices is None:

@@ -1,4 +1,4 @@
-"""What routers do: counted, reported, and balanced in training."""
+"""Counts and reports how routers distribute tokens over experts, and balances them in training."""
 
 from .counts import RoutingCounts, count_batch, count_routing, measure_routing
 from .monitor import RoutingMonitor

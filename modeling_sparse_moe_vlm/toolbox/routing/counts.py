@@ -1,4 +1,4 @@
-"""Counts of what routers do, from what they record in a forward pass: added up over batches, without waiting."""
+"""Counts the routing of forward passes. Counts stay on the device and can be added over batches."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from .watch import watch_routing
 @dataclass(frozen=True)
 class RoutingCounts:
     """
-    Counts of L sparse layers, M modalities, G routed groups (of the whole model, in order) and E experts (of the layer
-    with the most). Counts of several batches are added with `+`.
+    Routing counts of L sparse layers, M modalities, G routed groups (of the whole model, in the order of the
+    configuration) and E experts (the largest number in any layer). The operator `+` adds the counts of batches.
 
     Args:
-        tokens (`torch.Tensor` of shape `(M,)`): Number of tokens, without padding, of type int64.
-        wanted (`torch.Tensor` of shape `(L, M, E)`): Number of tokens that chose each expert, of type int64.
-        dropped (`torch.Tensor` of shape `(L, M, E)`): Of these, how many the expert had no capacity for.
+        tokens (`torch.Tensor` of shape `(M,)`):
+            Number of tokens of each modality, without padding, of type int64.
+        wanted (`torch.Tensor` of shape `(L, M, E)`):
+            Number of tokens that chose each expert, of type int64.
+        dropped (`torch.Tensor` of shape `(L, M, E)`):
+            Number of these tokens that exceeded the capacity of the expert, of type int64.
         entropy (`torch.Tensor` of shape `(L, M, G)`):
-            Sum over tokens of the entropy, in nats, of the router's probabilities within each group, of type float32.
+            Entropy of the router's probabilities within each group, in nats, summed over tokens, of type float32.
     """
 
     tokens: torch.Tensor
@@ -44,7 +47,10 @@ class RoutingCounts:
         return RoutingCounts(*(mine + its.to(mine.device) for mine, its in zip(self._tensors(), other._tensors())))
 
     def over_processes(self) -> RoutingCounts:
-        """The sum over data-parallel processes, all of which must call this; the counts themselves where it is one."""
+        """
+        Returns the sum over data-parallel processes, all of which must call this method. With a single process, returns
+        the counts themselves.
+        """
         if not is_one_of_several_processes():
             return self
         tensors = [tensor.clone() for tensor in self._tensors()]
@@ -65,27 +71,30 @@ def count_routing(
     router_dropped: Sequence[torch.Tensor] | None = None,
 ) -> RoutingCounts:
     """
-    Counts the routing of one forward pass. Since the logits are those that the model returned, activation checkpointing
-    counts nothing twice, and micro-batches add up.
+    Counts the routing of one forward pass from its outputs. Gradient checkpointing, which runs layers twice, therefore
+    counts nothing twice.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
             Configuration of the experts.
         router_logits (`Sequence[torch.Tensor]`):
-            One tensor `(batch_size * sequence_length, num_experts)` per sparse layer, as the model returns them.
+            Router logits that the model returned, `(batch_size * sequence_length, num_experts)` for each sparse layer.
         mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Modality id of every token; all text when `None`.
+            Modality id of every token. By default, all tokens are text.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            0 for padding, which does not count.
+            Mask that is 0 for padding, which is not counted. By default, there is no padding.
         biases (`Sequence[torch.Tensor]`, *optional*):
-            The routers' biases when the logits were made ([`~routing.router_biases`]). Only needed without
+            Biases of the routers in this forward pass ([`~routing.router_biases`]). Only used without
             `router_indices`.
-        router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
-            What was chosen, and dropped where experts have a capacity, as the model returns them; worked out from the
-            logits without `router_indices`.
+        router_indices (`Sequence[torch.Tensor]`, *optional*):
+            Numbers of the chosen experts that the model returned, `(batch_size * sequence_length, k)` for each sparse
+            layer. By default, they are computed from the logits.
+        router_dropped (`Sequence[torch.Tensor]`, *optional*):
+            Whether each chosen expert had no capacity for the token, as the model returned it, in the same shape and of
+            type bool. By default, nothing was dropped; without `router_indices`, this is computed from the logits.
 
     Returns:
-        [`RoutingCounts`], on the device of the first logits.
+        [`RoutingCounts`]: The counts, on the device of the first router logits.
     """
     device = router_logits[0].device
     ids, real = flat_tokens(mm_token_type_ids, attention_mask, router_logits[0].shape[0], device)
@@ -131,7 +140,7 @@ def _dropped(
     ids: torch.Tensor,
     real: torch.Tensor,
 ) -> list[torch.Tensor]:
-    """Which of the chosen experts `(T, k)` have no capacity for the token, by sparse layer."""
+    """Returns, for each sparse layer, which of the chosen experts have no capacity for the token, `(T, k)`."""
     dropped = []
     for layer, logits, chosen in zip(config.sparse_layers, router_logits, router_indices, strict=True):
         rule = RoutingRule.of(config, config.layer_expert_groups(layer, always_on=False))
@@ -142,7 +151,7 @@ def _dropped(
 
 
 def _count(index: torch.Tensor, num_experts: int, modality_ids: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """How often each of a layer's experts is among the chosen ones `(T, k)`, by modality, in the shape `(M, E)`."""
+    """Returns how often each expert of a layer is among the chosen experts `(T, k)`, by modality, `(M, E)`."""
     num_modalities, width = shape
     column = index.masked_fill(index == num_experts, width)  # sentinels
     cell = (modality_ids[:, None] * (width + 1) + column).flatten()
@@ -153,17 +162,18 @@ def _count(index: torch.Tensor, num_experts: int, modality_ids: torch.Tensor, sh
 @torch.inference_mode()
 def measure_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> RoutingCounts | None:
     """
-    Runs the model over batches and counts its routing.
+    Runs the model over batches and counts its routing. The model keeps its mode (training or evaluation).
 
     Args:
         model (`PreTrainedModel`):
             The model.
         batches (`Iterable[Mapping[str, torch.Tensor]]`):
-            Model inputs. Without `attention_mask` there is no padding; without `mm_token_type_ids` the placeholders
-            tell which tokens are images.
+            Model inputs, which are moved to the model's device; `labels` are ignored. Without `attention_mask`, there
+            is no padding. Without `mm_token_type_ids`, the placeholders define which tokens are images.
 
     Returns:
-        [`RoutingCounts`], or `None` for a model without sparse layers, or without batches.
+        [`RoutingCounts`]: The counts over all batches, or `None` if the model has no sparse layers or there are no
+        batches.
     """
     passes: list[RoutingCounts] = []
     handles = watch_routing(model, lambda config, tokens, layers: passes.append(count_layers(config, tokens, layers)))
@@ -180,7 +190,7 @@ def measure_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch
 def count_layers(
     config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
 ) -> RoutingCounts:
-    """Counts what the routers of one forward pass recorded."""
+    """Counts the routing that the routers recorded in one forward pass."""
     dropped = [layer.dropped for layer in layers if layer.dropped is not None]
     return count_routing(
         config,
@@ -200,26 +210,30 @@ def count_batch(
     router_dropped: Sequence[torch.Tensor] | None = None,
 ) -> RoutingCounts | None:
     """
-    Counts the routing of a model's forward pass, for training loops of your own.
+    Counts the routing of a model's forward pass, for custom training loops.
 
     Args:
         model (`PreTrainedModel`):
             The model, without a wrapper for parallelism.
         inputs (`Mapping[str, torch.Tensor]`):
-            What it was given.
-        router_logits, router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
-            What it returned. Without the indices, the choice of experts is worked out from the logits again, with the
-            biases that the routers have now.
+            Inputs of the forward pass.
+        router_logits (`Sequence[torch.Tensor]`, *optional*):
+            `outputs.router_logits` of the forward pass.
+        router_indices (`Sequence[torch.Tensor]`, *optional*):
+            `outputs.router_indices` of the forward pass. By default, the chosen experts are computed from the logits
+            and the current biases of the routers.
+        router_dropped (`Sequence[torch.Tensor]`, *optional*):
+            `outputs.router_dropped` of the forward pass.
 
     Returns:
-        [`RoutingCounts`], or `None` without router logits.
+        [`RoutingCounts`]: The counts, or `None` without router logits.
     """
     if not router_logits:
         return None
     ids = inputs.get("mm_token_type_ids")
     config = experts_config_of(model.config)
     if ids is None or getattr(model.config, "modality_encoders", None) or hasattr(config, "placeholders"):
-        # Wherever it is: the model may be wrapped, or our decoder alone, which reads nothing but text.
+        # Search all modules: the model may be wrapped, or it may be only our decoder, which reads only text.
         readers = [module for module in model.modules() if hasattr(module, "get_mm_token_type_ids")]
         if readers:
             ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)

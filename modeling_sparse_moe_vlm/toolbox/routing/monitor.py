@@ -1,4 +1,4 @@
-"""What a training loop does about routing: counts it, balances it, reports it and warns when it collapses."""
+"""A trainer callback that counts, balances and reports routing, and warns if it collapses."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ logger = logging.get_logger(__name__)
 
 class RoutingMonitor(TrainerCallback):
     """
-    A callback for any trainer (`Trainer`, TRL's, [`~toolbox.training.SparseMoeTrainer`], which has one already): adds
-    up the routing of micro-batches on their device, moves the routers' biases once per training step, and with every
-    log of the loss reports how experts were used since the last, with a warning where one has collapsed. Models of
-    other classes are left alone.
+    A callback that monitors routing in any trainer: `Trainer`, the trainers of TRL, or
+    [`~toolbox.training.SparseMoeTrainer`], which already includes it. It counts the routing of micro-batches on their
+    device, updates the biases of the routers once per training step, and reports how the experts were used whenever the
+    trainer logs the loss. It warns if the routing of a modality has collapsed. Models without our experts are ignored.
 
-    The report goes to the trainer's `state.log_history`, as `routing/<group>/<modality>/<figure>` (see
-    [`~toolbox.routing.RoutingStatistics`]). There is one where the model returns its router logits
-    (`config.output_router_logits`) or `config.router_bias_update_rate` is set.
+    The report is added to the trainer's `state.log_history` as `routing/<group>/<modality>/<figure>` (see
+    [`~toolbox.routing.RoutingStatistics`]). It requires that the model returns its router logits
+    (`config.output_router_logits`) or that `config.router_bias_update_rate` is set.
 
     Attributes:
-        statistics ([`~toolbox.routing.RoutingStatistics`], *optional*): Those of the last report.
+        statistics ([`~toolbox.routing.RoutingStatistics`], *optional*): Statistics of the last report.
+
+    Example:
 
     ```python
     >>> from transformers import Trainer
@@ -47,19 +49,19 @@ class RoutingMonitor(TrainerCallback):
     def __init__(self) -> None:
         self.statistics: RoutingStatistics | None = None
         self._config: SparseMoeVlmExpertsConfig | None = None
-        self._step: list[RoutingCounts] = []  # appended to, also by replicas of `DataParallel` in their threads
+        self._step: list[RoutingCounts] = []  # replicas of `DataParallel` append to it from their threads
         self._since_report: RoutingCounts | None = None
         self._alarmed: set[tuple[str, str, str]] = set()
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Called by `Trainer`: from here on the routing of every forward pass in training is counted."""
-        self._remove_hooks()  # of a training that was cut off
+        """Called by `Trainer`. From now on, the routing of every forward pass in training is counted."""
+        self._remove_hooks()  # hooks of an interrupted training
         self._step, self._since_report = [], None
         self._hooks = watch_routing(model, self._count, when=_is_counted)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Called by `Trainer`."""
+        """Called by `Trainer`. Stops counting."""
         self._remove_hooks()
 
     def _remove_hooks(self) -> None:
@@ -85,22 +87,28 @@ class RoutingMonitor(TrainerCallback):
         router_dropped: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """
-        Counts the routing of a forward pass in training, for training loops of your own: a trainer needs no call.
+        Counts the routing of a forward pass, for custom training loops. With a trainer, do not call this method: the
+        callback counts every forward pass.
 
         Args:
             model (`PreTrainedModel`):
                 The model, without a wrapper for parallelism.
             inputs (`Mapping[str, torch.Tensor]`):
-                What it was given.
-            router_logits, router_indices, router_dropped (`Sequence[torch.Tensor]`, *optional*):
-                What it returned.
+                Inputs of the forward pass.
+            router_logits (`Sequence[torch.Tensor]`, *optional*):
+                `outputs.router_logits` of the forward pass. Nothing is counted if it is `None`.
+            router_indices (`Sequence[torch.Tensor]`, *optional*):
+                `outputs.router_indices` of the forward pass. By default, the chosen experts are computed from the
+                logits and the current biases of the routers.
+            router_dropped (`Sequence[torch.Tensor]`, *optional*):
+                `outputs.router_dropped` of the forward pass.
         """
         counts = count_batch(model, inputs, router_logits, router_indices, router_dropped) if decoders(model) else None
         if counts is not None:
             self._add(experts_config_of(model.config), counts)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Called by `Trainer` after the optimizer's step."""
+        """Called by `Trainer` after the optimizer's step. Updates the biases of the routers."""
         if not self._step or self._config is None:
             return
         first, *others = self._step
@@ -111,7 +119,7 @@ class RoutingMonitor(TrainerCallback):
         self._since_report = counts if self._since_report is None else self._since_report + counts
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Called by `Trainer` in all processes, after the log has become the last entry of the history."""
+        """Called by `Trainer` in all processes, after it has appended the log to the history. Adds the report to it."""
         if logs is not None and "loss" in logs:
             figures = {f"routing/{name}": round(value, 4) for name, value in self.report().items()}
             if figures:
@@ -119,8 +127,13 @@ class RoutingMonitor(TrainerCallback):
 
     def report(self) -> dict[str, float]:
         """
-        The summary of the routing since the last report, over all data-parallel processes, all of which must call this.
-        Warns of every layer, group and modality that has collapsed since.
+        Summarises the routing since the last report, over all data-parallel processes. All of them must call this
+        method. The first process logs a warning for every layer, group and modality that has collapsed since the last
+        report.
+
+        Returns:
+            `dict[str, float]`: The figures of [`RoutingStatistics.summary`], by `"<group>/<modality>/<figure>"`. Empty
+            if nothing was counted.
         """
         if self._since_report is None or self._config is None:
             return {}
@@ -136,7 +149,7 @@ class RoutingMonitor(TrainerCallback):
 
 
 def _is_counted(decoder: Any) -> bool:
-    """Whether the next forward pass is one of training: not an evaluation, generation or reference model's."""
+    """Whether the next forward pass is part of training, not of evaluation, generation or a reference model."""
     is_training = decoder.training and torch.is_grad_enabled()
     config = experts_config_of(decoder.config)
     return is_training and bool(config.output_router_logits or config.router_bias_update_rate)

@@ -1,4 +1,4 @@
-"""Loss-free balancing: after every training step, the bias of each router moves against the observed load."""
+"""Auxiliary-loss-free load balancing: updates the router biases after every training step, against the load."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .counts import RoutingCounts
 
 def bias_direction(chosen: torch.Tensor, serving: torch.Tensor) -> torch.Tensor:
     """
-    Direction in which the bias of every expert moves: sign(c̄ − c), with c the number of tokens that chose the expert
-    and c̄ its mean over the experts that serve the modality (arXiv 2408.15664, algorithm 1; DeepSeek-V3, arXiv
-    2412.19437, sec. 2.1.2).
+    Computes the direction of the bias update of every expert: sign(c̄ − c), where c is the number of tokens that chose
+    the expert, and c̄ is its mean over the experts that serve the modality (arXiv 2408.15664, algorithm 1; DeepSeek-V3,
+    arXiv 2412.19437, section 2.1.2).
 
     Args:
         chosen (`torch.Tensor` of shape `(M, E)`):
@@ -23,10 +23,10 @@ def bias_direction(chosen: torch.Tensor, serving: torch.Tensor) -> torch.Tensor:
             Whether the expert serves the modality.
 
     Returns:
-        `torch.Tensor`: `(M, E)`, of values -1, 0 and 1; 0 where an expert does not serve the modality, and for a
-        modality of which there was no token.
+        `torch.Tensor` of shape `(M, E)`: Values -1, 0 and 1. They are 0 for an expert that does not serve the modality,
+        and for a modality without tokens.
     """
-    # Times the number of experts, so that equal counts are equal.
+    # Multiplied by the number of experts, so that equal counts compare equal in integers.
     total, number = chosen.sum(dim=-1, keepdim=True), serving.sum(dim=-1, keepdim=True)
     return torch.sign(total - number * chosen) * serving
 
@@ -34,30 +34,30 @@ def bias_direction(chosen: torch.Tensor, serving: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def update_router_bias(model: PreTrainedModel, counts: RoutingCounts, rate: float | None = None) -> None:
     """
-    Moves the bias of every router by `rate`, towards the experts that were chosen too rarely. To be called once per
-    training step, after the optimizer's, with the counts of all its micro-batches; all data-parallel processes must
-    call it, and move their biases alike.
+    Updates the bias of every router by `rate`, in favour of experts that were chosen too rarely (auxiliary-loss-free
+    load balancing, arXiv 2408.15664). Call it once per training step, after the optimizer's step, with the counts of
+    all micro-batches. All data-parallel processes must call it; they make the same update.
 
-    The load of a modality is judged by its own tokens and over the experts that serve it: each modality has a bias of
-    its own, so a joint expert may be overloaded with text and idle for images, and both are corrected. Routers whose
-    layers share experts move together, by the load of the shared experts. Frozen routers keep their biases, as with an
-    adapter, which would not be saved with them.
+    Each modality has its own bias, which is updated by the load of that modality over the experts that serve it. If a
+    joint expert is overloaded with text and idle for images, both are corrected. Routers whose layers share experts are
+    updated together, by the load of the shared experts. Frozen routers keep their biases: when an adapter is trained,
+    for example, the biases would not be saved with it.
 
     Args:
         model (`PreTrainedModel`):
-            The model, with biases (`config.router_bias_update_rate`) and without a wrapper for parallelism.
+            The model, whose routers have biases (`config.router_bias_update_rate`), without a wrapper for parallelism.
         counts ([`RoutingCounts`]):
-            What was routed in this step, in this process.
+            Routing counts of this step in this process.
         rate (`float`, *optional*):
-            How far to move, in units of scores; `config.router_bias_update_rate` by default.
+            Size of the update, in units of router scores. By default, `config.router_bias_update_rate`.
 
     Raises:
-        ValueError: If the model's routers have no bias.
+        ValueError: If the routers of the model have no bias.
     """
     routers = routers_with_bias(model)
     if not routers:
         raise ValueError(
-            "The model's routers have no bias: set `router_bias_update_rate` in its configuration when it is made."
+            "The model's routers have no bias: set `router_bias_update_rate` in its configuration when it is created."
         )
     config = experts_config_of(model.config)
     rate = config.router_bias_update_rate if rate is None else rate

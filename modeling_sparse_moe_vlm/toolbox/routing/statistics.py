@@ -1,4 +1,4 @@
-"""Routing statistics: how the tokens of each modality spread over the routed experts, and whether one has collapsed."""
+"""Routing statistics: how each modality is distributed over the routed experts, and whether its routing collapsed."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from transformers import PreTrainedModel
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .counts import RoutingCounts, measure_routing
 
-# What is told of every place, group and modality; properties of [`GroupRouting`].
+# Figures that are reported for every place, group and modality; properties of [`GroupRouting`].
 FIGURES = ("max_violation", "entropy", "effective_experts", "dead_experts", "dropped_share", "experts_per_token")
-# A modality has collapsed within a group if less than this part of what could be used is: 0 is the fewest experts that
-# its tokens can share, 1 all of them evenly.
+# Routing has collapsed if the effective number of experts is below this point between the smallest possible number (0)
+# and all experts (1).
 COLLAPSED_BELOW = 0.25
-# With fewer choices per expert, chance alone leaves experts idle.
+# With fewer choices per expert, some experts may be idle by chance.
 CHOICES_PER_EXPERT = 8
 
 
 @dataclass(frozen=True)
 class GroupRouting:
     """
-    Routing of one modality within one routed group of one place: a layer, or a pool of layers that share experts.
+    Routing of one modality within one routed group of one place. A place is a layer, or a pool of layers that share
+    experts.
 
     Args:
-        place (`str`): `"layer_3"` or `"pool_0"`.
-        group (`str`): Name of the group.
+        place (`str`): Name of the place, such as `"layer_3"` or `"pool_0"`.
+        group (`str`): Name of the expert group.
         modality (`str`): Name of the modality.
-        num_tokens (`int`): Number of its tokens, counted once per layer of a pool.
-        wanted (`tuple[int, ...]`): How many of them chose each expert of the group.
-        dropped (`tuple[int, ...]`): Of these, how many the expert had no capacity for.
+        num_tokens (`int`): Number of tokens of the modality. In a pool, a token counts once per layer.
+        wanted (`tuple[int, ...]`): Number of tokens that chose each of the E experts of the group.
+        dropped (`tuple[int, ...]`): Number of these tokens that exceeded the capacity of the expert.
         entropy (`float`):
-            Mean entropy, in nats, of the router's probabilities within the group: log E where it is undecided, 0 where
-            it is sure. Not a number without tokens.
+            Mean entropy of the router's probabilities within the group, in nats: log E if they are uniform, 0 if they
+            select one expert. NaN without tokens.
     """
 
     place: str
@@ -50,13 +51,15 @@ class GroupRouting:
 
     @property
     def load(self) -> list[float]:
-        """Share of each expert in the choices that fell on the group; sums to 1, or is 0 where none did."""
+        """Share of each expert in the choices of the group. The sum is 1, or 0 without choices."""
         return [count / max(sum(self.wanted), 1) for count in self.wanted]
 
     @property
     def max_violation(self) -> float:
-        """Excess of the largest load over the mean one, relative to it (MaxVio, arXiv 2408.15664). Balanced: 0.
-        Not a number where no choice fell on the group."""
+        """
+        Relative excess of the largest load over the mean load (MaxVio, arXiv 2408.15664): 0 if the load is balanced,
+        NaN without choices.
+        """
         return len(self.wanted) * max(self.load) - 1 if any(self.wanted) else math.nan
 
     @property
@@ -66,49 +69,52 @@ class GroupRouting:
 
     @property
     def dropped_share(self) -> float:
-        """Share of the choices that the experts had no capacity for."""
+        """Share of the choices that exceeded the capacity of the experts."""
         return sum(self.dropped) / max(sum(self.wanted), 1)
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of the group's experts that a token went to. Not a number without tokens."""
+        """Mean number of experts of the group that processed a token. NaN without tokens."""
         return (sum(self.wanted) - sum(self.dropped)) / self.num_tokens if self.num_tokens else math.nan
 
     @property
     def effective_experts(self) -> float:
-        """Number of experts that, evenly used, would be as diverse: the exponential of the load's entropy."""
+        """Effective number of experts: the exponential of the load's entropy, which is E if the load is balanced."""
         return math.exp(-sum(share * math.log(share) for share in self.load if share > 0))
 
     @property
     def is_collapsed(self) -> bool:
         """
-        Whether the tokens share far fewer experts than they could. No judgement on few tokens, nor where every token
-        goes to all experts.
+        Whether the tokens use far fewer experts than they could. Always `False` for fewer than 8 choices per expert,
+        and if every token goes to all experts.
         """
         num_experts, choices = len(self.wanted), sum(self.wanted)
         if choices < CHOICES_PER_EXPERT * num_experts:
             return False
-        fewest = max(choices / self.num_tokens, 1.0)  # a token that goes to two experts uses two
+        fewest = max(choices / self.num_tokens, 1.0)  # a token that chooses two experts uses at least two
         return self.effective_experts - fewest < COLLAPSED_BELOW * (num_experts - fewest)
 
     def figures(self) -> dict[str, float]:
-        """The figures by name."""
+        """Returns the figures (`max_violation`, `entropy` and so on) by name."""
         return {name: getattr(self, name) for name in FIGURES}
 
 
 @dataclass(frozen=True)
 class RoutingStatistics:
     """
-    Routing by place, group and modality that the group serves.
+    Routing statistics by place, group, and modality that the group serves. `str()` formats them as a table.
 
     Args:
-        rows (`tuple[GroupRouting, ...]`): In the order of layers, then groups, then modalities.
+        rows (`tuple[GroupRouting, ...]`): One row for each, in the order of layers, groups and modalities.
     """
 
     rows: tuple[GroupRouting, ...]
 
     def metrics(self) -> dict[str, float]:
-        """Every figure of every row, by `"<place>/<group>/<modality>/<figure>"`; none of absent modalities."""
+        """
+        Returns every figure of every row, by `"<place>/<group>/<modality>/<figure>"`. Modalities without tokens and
+        figures that are NaN are left out.
+        """
         return {
             f"{row.place}/{row.group}/{row.modality}/{name}": value
             for row in self.rows
@@ -118,8 +124,8 @@ class RoutingStatistics:
 
     def summary(self) -> dict[str, float]:
         """
-        The figures by `"<group>/<modality>/<figure>"`: the worst place's violation, the fewest effective experts, the
-        sum of dead ones, and else the mean over places.
+        Returns the figures over all places, by `"<group>/<modality>/<figure>"`: the maximum of `max_violation`, the
+        minimum of `effective_experts`, the sum of `dead_experts`, and the mean of all others.
         """
         by_name: dict[str, list[float]] = {}
         for name, value in self.metrics().items():
@@ -133,8 +139,11 @@ class RoutingStatistics:
 
     def alarms(self) -> dict[tuple[str, str, str], str]:
         """
-        One message for every place, group and modality that has collapsed. Each modality is judged by itself, since the
-        total may look fine while one has collapsed.
+        Returns a message for every place, group and modality whose routing has collapsed. Each modality is checked
+        separately, because the total can look balanced although one modality has collapsed.
+
+        Returns:
+            `dict[tuple[str, str, str], str]`: Messages by place, group and modality.
         """
         alarms = {}
         for row in self.rows:
@@ -163,7 +172,7 @@ class RoutingStatistics:
         )
 
     def __str__(self) -> str:
-        """A table with one line per row."""
+        """Returns a table with one line per row."""
         lines = [["place", "group", "modality", "tokens", *FIGURES]]
         for row in self.rows:
             numbers = [f"{value:.0f}" if isinstance(value, int) else f"{value:.3f}" for value in row.figures().values()]
@@ -180,7 +189,7 @@ class RoutingStatistics:
 
 def routing_statistics(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> RoutingStatistics:
     """
-    Statistics of what was counted. Waits for the device once per tensor of counts.
+    Computes the statistics of routing counts. It copies the counts to the CPU, which waits for the device.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -189,7 +198,7 @@ def routing_statistics(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts)
             Counts of any number of batches.
 
     Returns:
-        [`RoutingStatistics`]
+        [`RoutingStatistics`]: The statistics.
     """
     tokens, wanted, dropped, entropy = (
         tensor.tolist() for tensor in (counts.tokens, counts.wanted, counts.dropped, counts.entropy)
@@ -224,19 +233,20 @@ def routing_statistics(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts)
 
 def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """
-    Measures how the tokens of each modality spread over the routed experts. Padding does not count.
+    Measures how the tokens of each modality are distributed over the routed experts. Padding is not counted.
 
     Args:
         model (`PreTrainedModel`):
             The model.
         batches (`Iterable[Mapping[str, torch.Tensor]]`):
-            Model inputs. Without `attention_mask` there is no padding; without `mm_token_type_ids` the placeholders
-            tell which tokens are images.
+            Model inputs. Without `attention_mask`, there is no padding. Without `mm_token_type_ids`, the placeholders
+            define which tokens are images.
 
     Returns:
-        `dict[str, torch.Tensor]`: by modality, `(sparse layers, num_experts)`, the share of the modality's choices that
-        fell on each expert. Rows sum to 1, or are 0 where no such token came, and are NaN where the layer has no such
-        expert, or one that does not serve the modality. Empty for a model without sparse layers.
+        `dict[str, torch.Tensor]`: Share of the modality's choices that fell on each expert, by modality, as tensors
+        `(sparse layers, num_experts)` of type float32 on the CPU. The sum of a row is 1, or 0 without tokens of the
+        modality. An entry is NaN if the layer has no such expert, or if the expert does not serve the modality. Empty
+        if the model has no sparse layers or there are no batches.
     """
     counts = measure_routing(model, batches)
     return {} if counts is None else load_of_counts(experts_config_of(model.config), counts)
@@ -244,7 +254,7 @@ def expert_load(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
 
 def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> dict[str, torch.Tensor]:
     """
-    The load of the experts, as [`expert_load`] returns it.
+    Computes the load of the experts from routing counts, in the form that [`expert_load`] returns.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -253,7 +263,7 @@ def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> 
             Counts of any number of batches.
 
     Returns:
-        `dict[str, torch.Tensor]`: by modality, `(sparse layers, num_experts)`.
+        `dict[str, torch.Tensor]`: Load by modality, `(sparse layers, num_experts)`.
     """
     wanted = counts.wanted.cpu().float()
     load = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -264,7 +274,7 @@ def load_of_counts(config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> 
 
 
 def _gaps(config: SparseMoeVlmExpertsConfig, layers: list[int], modality: str) -> torch.Tensor:
-    """`(layers, num_experts)`: 0 for an expert that serves the modality, NaN where there is none."""
+    """Returns `(layers, num_experts)`: 0 for experts that serve the modality, NaN for others and missing ones."""
     of_layers = [
         [0.0 if group.serves(modality) else torch.nan for group in groups for _ in range(group.num_experts)]
         for groups in (config.layer_expert_groups(layer, always_on=False) for layer in layers)

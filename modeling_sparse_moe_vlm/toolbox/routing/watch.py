@@ -1,4 +1,4 @@
-"""Hooks that tell what routers do in the forward passes of a model, whoever calls it."""
+"""Hooks that report the routing of every forward pass of a model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Listener = Callable[[SparseMoeVlmExpertsConfig, TokenModalities, Sequence[LayerR
 
 
 def decoders(model: nn.Module) -> list[Any]:
-    """The modules within a model that plan the routing of a pass: its decoder, wherever wrappers put it."""
-    # By attribute, since the classes of a checkpoint that came with its code are others.
+    """Returns the modules in a model that plan the routing of a forward pass: its decoder, also inside wrappers."""
+    # Checks an attribute, not the class: a checkpoint that contains its own code has its own classes.
     return [module for module in model.modules() if hasattr(module, "routing_planner")]
 
 
@@ -25,19 +25,22 @@ def watch_routing(
     model: nn.Module, listener: Listener, when: Callable[[Any], bool] = lambda decoder: True
 ) -> list[RemovableHandle]:
     """
-    Tells a listener, once per forward pass, what each router did. Activation checkpointing, which runs layers again,
-    tells nothing twice.
+    Calls a listener with the routing of every router, once per forward pass. Gradient checkpointing, which runs layers
+    again, does not call it twice.
 
     Args:
         model (`nn.Module`):
-            A model with our decoder in it, in a wrapper or with adapters.
+            A model that contains our decoder. It can be wrapped or have adapters.
         listener (`Callable`):
-            Takes the configuration of the experts, the tokens of the pass and the routing of every sparse layer.
+            Function that is called with the configuration of the experts, the tokens of the pass and the routing of
+            every sparse layer.
         when (`Callable`, *optional*):
-            Takes the decoder before a pass; `False` to leave that pass alone.
+            Function that is called with the decoder and returns whether to record the pass. By default, all passes are
+            recorded.
 
     Returns:
-        `list[RemovableHandle]`: the hooks; remove them to stop watching. Empty for a model of another class.
+        `list[RemovableHandle]`: Handles of the hooks; remove them to stop watching. Empty if the model does not contain
+        our decoder.
     """
 
     def before(decoder: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
