@@ -24,7 +24,8 @@ def wheel(tmp_path, monkeypatch):
 def test_in_a_clone():
     assert shipped_files.PACKAGE == ROOT / "modeling_sparse_moe_vlm"
     assert shipped_root() == working_root() == ROOT
-    assert shipped_presets("training") == {"demo": ROOT / "configuration/training/demo.yaml"}
+    recipes = {name: ROOT / f"configuration/training/{name}.yaml" for name in ("demo", "quickstart")}
+    assert shipped_presets("training") == recipes
     assert list(shipped_presets("lora")) == ["all", "attention", "experts", "image_experts"]
     assert list(shipped_presets("models")) == ["large", "small", "tiny"]
 

@@ -2,6 +2,7 @@
 Trains a model from a recipe, saves it, evaluates it and draws its answers.
 
     sparse-moe-vlm train                                        # the demo: a tiny model of scenes of emoji
+    sparse-moe-vlm train --recipe quickstart                    # fewer emoji and steps: about two minutes
     sparse-moe-vlm train --set training.max_steps=200           # change a value of the recipe
     sparse-moe-vlm train --resume                               # resume an interrupted run
 
@@ -10,8 +11,8 @@ The demo takes a few minutes on two CPU cores. To use several processes (the sec
     torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
-The command writes to the output folder: the model with its model card (folder `model`), `metrics.json`, `answers.png`
-and `expert_load.png`. Models without experts of this package get no `expert_load.png`.
+The command writes to the output folder: the model with its model card (folder `model`), `metrics.json`, `scene.png`,
+`answers.png` and `expert_load.png`. Models without experts of this package get no `expert_load.png`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .options import add_json_option, add_recipe_options, only_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "demo", "demo")
-    parser.add_argument("--output-dir", help="folder to write to (default: outputs/demo)")
+    add_recipe_options(parser, "demo", "demo, quickstart")
+    parser.add_argument("--output-dir", help="folder to write to (default: outputs/RECIPE, such as outputs/demo)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     add_json_option(parser)
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     from ..training.recipe_run import TrainingRun
     from ..training.recipes import load_recipe
 
-    output_dir = Path(arguments.output_dir or working_root() / "outputs/demo")
+    output_dir = Path(arguments.output_dir or working_root() / "outputs" / Path(arguments.recipe).stem)
     with only_json(arguments.json):
         with mistakes_in_one_line():
             recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)

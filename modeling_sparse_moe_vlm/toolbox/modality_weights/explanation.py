@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from matplotlib import colormaps
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from PIL.Image import Image
 from transformers import ProcessorMixin
 
@@ -14,6 +18,9 @@ from ...checks import check
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ..demo.drawings import save_figure
 from ..demo.scenes import to_messages
+
+MAX_SHOWN_LAYERS = 6  # spread evenly over the sparse layers
+MAX_NUMBERED_SIDE = 6  # with more tokens, the numbers of the experts do not fit
 
 
 @dataclass
@@ -115,7 +122,8 @@ def explain(
 
 def draw_explanation(explanation: Explanation, picture: Image, question: str, path: str | Path) -> None:
     """
-    Draws the image with the attention that it got, α and β of every word, and the experts of its tokens.
+    Draws three panels: the image with the distribution of the attention to it, α and β of every word of the answer, and
+    for every sparse layer a map of the routed experts that the image tokens went to.
 
     Args:
         explanation (`Explanation`):
@@ -127,34 +135,65 @@ def draw_explanation(explanation: Explanation, picture: Image, question: str, pa
         path (`str` or `Path`):
             Where to write the PNG.
     """
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
     figure.suptitle(f"{question}  –  {''.join(explanation.words)}", parse_math=False)
-    shown, bars, chosen = figure.subplots(1, 3)
+    attention, words, experts = figure.subfigures(1, 3, width_ratios=[1, 1.15, 1.35])
+    _draw_attention(attention, explanation, picture)
+    _draw_words(words, explanation)
+    _draw_experts(experts, explanation.experts, picture)
+    save_figure(figure, path)
+
+
+def _draw_attention(panel: SubFigure, explanation: Explanation, picture: Image) -> None:
+    panel.suptitle("Attention to the image", fontsize=11)
+    axes = panel.subplots()
     extent = (0, picture.width, picture.height, 0)
+    axes.imshow(picture.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
+    heat = axes.imshow(
+        explanation.looked.numpy(), cmap="magma", vmin=0, alpha=0.6, extent=extent, interpolation="nearest"
+    )
+    panel.colorbar(heat, ax=axes, location="bottom", shrink=0.8, label="share of the attention to the image")
+    axes.set_axis_off()
 
-    shown.imshow(picture, interpolation="nearest", extent=extent)
-    shown.imshow(explanation.looked.numpy(), cmap="magma", alpha=0.45, extent=extent)
-    shown.set_title("where attention to the image fell")
 
+def _draw_words(panel: SubFigure, explanation: Explanation) -> None:
+    panel.suptitle("Attention of each word", fontsize=11)
+    axes = panel.subplots()
     positions = torch.arange(len(explanation.words)).numpy()
     alpha, beta = explanation.alpha.numpy(), 1 - explanation.alpha.numpy()
-    bars.bar(positions, alpha, color="tab:orange", label="α: image")
-    bars.bar(positions, beta, bottom=alpha, color="tab:blue", label="β: text")
-    bars.plot(positions, explanation.count_free_alpha.numpy(), "ko", label="count-free α")
-    bars.set_xticks(positions, explanation.words, rotation=45, parse_math=False)
-    bars.set(ylim=(0, 1), ylabel="share of attention", title="word by word")
-    bars.legend(loc="upper right", fontsize=8)
+    axes.bar(positions, alpha, color="tab:orange", label="α: share on the image")
+    axes.bar(positions, beta, bottom=alpha, color="tab:blue", label="β: share on the text")
+    axes.plot(positions, explanation.count_free_alpha.numpy(), "ko", label="count-free α")
+    axes.set_xticks(positions, explanation.words, rotation=45, parse_math=False)
+    axes.set(ylim=(0, 1), ylabel="share of attention")
+    panel.legend(loc="outside lower center", ncols=3, fontsize=8)
 
-    chosen.imshow(picture, interpolation="nearest", extent=extent, alpha=0.5)
-    side = explanation.looked.shape[0]
-    for row in range(side):
-        for column in range(side):
-            numbers = " ".join(str(int(expert)) for expert in explanation.experts[:, row, column])
-            chosen.text(
-                (column + 0.5) * picture.width / side, (row + 0.5) * picture.height / side, numbers,
-                ha="center", va="center", fontsize=12, bbox={"facecolor": "white", "alpha": 0.8},
-            )  # fmt: skip
-    chosen.set_title("experts of its tokens, layer by layer")
-    for axes in (shown, chosen):
+
+def _draw_experts(panel: SubFigure, experts: torch.Tensor, picture: Image) -> None:
+    panel.suptitle("Routed expert of each image token", fontsize=11)
+    shown = torch.linspace(0, len(experts) - 1, min(len(experts), MAX_SHOWN_LAYERS)).round().long().tolist()
+    columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
+    plots = panel.subplots(-(-len(shown) // columns), columns, squeeze=False).flat
+    side = experts.shape[-1]
+    numbers = sorted(set(experts[shown].flatten().tolist()))
+    palette = colormaps["tab20" if len(numbers) > 10 else "tab10"]
+    colours = {expert: palette(position % palette.N) for position, expert in enumerate(numbers)}
+    extent = (0, picture.width, picture.height, 0)
+    for axes in plots:
         axes.set_axis_off()
-    save_figure(figure, path)
+    for layer, axes in zip(shown, panel.axes, strict=False):
+        axes.set_title(f"sparse layer {layer}", fontsize=9)
+        axes.imshow(picture.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
+        cells = [[colours[expert] for expert in row] for row in experts[layer].tolist()]
+        axes.imshow(torch.tensor(cells).numpy(), alpha=0.65, extent=extent, interpolation="nearest")
+        if side > MAX_NUMBERED_SIDE:
+            continue
+        for row, column in product(range(side), range(side)):
+            axes.text(
+                (column + 0.5) * picture.width / side, (row + 0.5) * picture.height / side,
+                str(int(experts[layer, row, column])), ha="center", va="center", fontsize=9, color="white",
+                path_effects=[withStroke(linewidth=2, foreground="black")],
+            )  # fmt: skip
+    if len(numbers) <= palette.N:
+        key = [Patch(color=colours[expert], label=f"expert {expert}") for expert in numbers]
+        panel.legend(handles=key, loc="outside lower center", ncols=min(len(key), 5), fontsize=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ..data import VisionLanguageCollator
 from ..demo import conversations, drawings, load_scenes
 from ..evaluation import generate_answers
 from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, score_table
+from ..evaluation.metrics.exact_match.exact_match import is_right
 from ..expert_modules import our_experts_config
 from ..hub import write_model_card
 from ..model_size import describe_size
@@ -128,10 +128,19 @@ class TrainingRun:
         return self.metrics
 
     def draw(self) -> None:
-        """Draws some answers (`answers.png`) and the load of the experts (`expert_load.png`)."""
+        """Writes `scene.png` (an image to ask about), `answers.png` and `expert_load.png` (the load of the experts)."""
         test, answers = self.data["test"], self.answers["test"]
-        shown = random.Random(0).sample(range(len(test)), k=min(NUM_DRAWN_ANSWERS, len(test)))
-        drawings.draw_answers([test[i] for i in shown], [answers[i] for i in shown], self.output_dir / "answers.png")
+        test[0]["image"].save(self.output_dir / "scene.png")
+        is_correct = [is_right(answer, row) for answer, row in zip(answers, test["answer"], strict=True)]
+        shown = drawings.some_of_each(is_correct, NUM_DRAWN_ANSWERS)
+        num_wrong = sum(not is_correct[i] for i in shown)
+        drawings.draw_answers(
+            [test[i] for i in shown],
+            [answers[i] for i in shown],
+            self.output_dir / "answers.png",
+            title=f"{sum(is_correct)} of {len(test)} held-out questions answered correctly. "
+            f"Shown: {len(shown) - num_wrong} correct and {num_wrong} wrong answers.",
+        )
         rows = conversations(test.select(range(min(NUM_ROUTED_ROWS, len(test)))))
         batches = DataLoader(rows, batch_size=ROUTED_BATCH, collate_fn=self.collator)
         has_groups = our_experts_config(self.model.config) is not None
@@ -139,11 +148,12 @@ class TrainingRun:
         if load:
             drawings.draw_expert_load(load, self.output_dir / "expert_load.png")
         else:
-            print("No picture of the load of the experts: the model has no routed experts of ours.")
+            print("`expert_load.png` is not written: the model has no routed experts of this package.")
 
     def print_how_to_load(self) -> None:
         """Prints a program that asks the trained model a question."""
-        print(HOW_TO_LOAD.format(output_dir=self.output_dir, model_dir=self.model_dir))
+        question = self.data["test"][0]["question"]
+        print(HOW_TO_LOAD.format(output_dir=self.output_dir, model_dir=self.model_dir, question=question))
 
 
 def resizing_note(model, size: tuple[int, int]) -> str | None:
@@ -166,14 +176,18 @@ def resizing_note(model, size: tuple[int, int]) -> str | None:
 
 
 HOW_TO_LOAD = """
-Wrote the model, the metrics and the pictures to {output_dir}.
-Ask it about a new picture:
+The model, its metrics and the figures are in {output_dir}.
+Ask the model about an image:
+
+    sparse-moe-vlm generate --model {model_dir} --image {output_dir}/scene.png --question "{question}"
+
+Or in Python, without this package:
 
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained("{model_dir}", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained("{model_dir}", trust_remote_code=True)
-    content = [{{"type": "image", "path": "PICTURE.png"}}, {{"type": "text", "text": "Can you see the cat?"}}]
+    content = [{{"type": "image", "path": "{output_dir}/scene.png"}}, {{"type": "text", "text": "{question}"}}]
     inputs = processor.apply_chat_template(
         [{{"role": "user", "content": content}}],
         add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

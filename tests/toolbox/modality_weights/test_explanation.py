@@ -142,26 +142,55 @@ def test_the_drawing_shows_the_figures(monkeypatch, tmp_path):
     ((figure, path),) = drawn
     assert path == tmp_path / "file.png"
     assert figure.get_suptitle() == "Why?  –  no $!"
-    shown, bars, chosen = figure.axes
+    shown, scale, bars, *chosen = figure.axes
     image, attention = shown.images
-    assert image.get_array().shape == (24, 20, 3)
+    assert image.get_array().shape == (24, 20)
+    assert scale.get_xlabel() == "share of the attention to the image"
+    assert attention.get_clim() == pytest.approx((0, 0.4))
     assert attention.get_array().tolist() == explanation.looked.tolist()
     assert tuple(attention.get_extent()) == tuple(image.get_extent()) == (0, 20, 24, 0)
 
     assert [bar.get_height() for bar in bars.patches[:3]] == [0.25, 0.5, 0.75]
     assert [bar.get_height() for bar in bars.patches[3:]] == [0.75, 0.5, 0.25]
     assert [bar.get_y() for bar in bars.patches[3:]] == [0.25, 0.5, 0.75], "β on top of α"
-    assert [bars.patches[0].get_label(), bars.containers[0].get_label()] == ["_nolegend_", "α: image"]
-    assert bars.containers[1].get_label() == "β: text"
+    assert [bars.patches[0].get_label(), bars.containers[0].get_label()] == ["_nolegend_", "α: share on the image"]
+    assert bars.containers[1].get_label() == "β: share on the text"
     (points,) = bars.lines
     assert points.get_xdata().tolist() == [0, 1, 2]
     torch.testing.assert_close(torch.tensor(points.get_ydata()), explanation.count_free_alpha)
     assert [label.get_text() for label in bars.get_xticklabels()] == ["no", " $", "!"]
     assert bars.get_ylim() == (0, 1)
 
-    # Layer by layer in the middle of each token.
-    expected = {(5, 6): "0 4", (15, 6): "1 5", (5, 18): "2 6", (15, 18): "3 7"}
-    assert {text.get_position(): text.get_text() for text in chosen.texts} == expected
+    # One map per layer, with the number of the expert in the middle of each token, and its colour in the key.
+    assert [axes.get_title() for axes in chosen] == ["sparse layer 0", "sparse layer 1"]
+    key = figure.subfigs[2].legends[0]
+    key = {text.get_text(): patch.get_facecolor() for text, patch in zip(key.get_texts(), key.get_patches())}
+    assert list(key) == [f"expert {expert}" for expert in range(8)]
+    assert len(set(key.values())) == 8
+    for axes, experts in zip(chosen, explanation.experts, strict=True):
+        middles = {(5, 6): experts[0, 0], (15, 6): experts[0, 1], (5, 18): experts[1, 0], (15, 18): experts[1, 1]}
+        assert {text.get_position(): int(text.get_text()) for text in axes.texts} == middles
+        _, colours = axes.images
+        assert [[tuple(cell) for cell in row] for row in colours.get_array().tolist()] == [
+            [key[f"expert {expert}"] for expert in row] for row in experts.tolist()
+        ]
+
+
+def test_of_many_layers_some_are_shown_and_of_many_tokens_no_numbers(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
+    explanation = Explanation(
+        words=["yes"],
+        alpha=torch.tensor([0.25]),
+        count_free_alpha=torch.tensor([0.1]),
+        looked=torch.full((7, 7), 1 / 49),
+        experts=torch.arange(11 * 49).view(11, 7, 7) % 30,
+    )
+    draw_explanation(explanation, make_picture(0), "Why?", tmp_path / "file.png")
+    chosen = drawn[0].axes[3:]
+    assert [axes.get_title() for axes in chosen] == [f"sparse layer {layer}" for layer in (0, 2, 4, 6, 8, 10)]
+    assert not any(axes.texts for axes in chosen)
+    assert not drawn[0].subfigs[2].legends, "30 experts have no colours of their own"
 
 
 # ---------------------------------------------------------------- a real model
