@@ -76,6 +76,7 @@ def test_two_processes_that_hold_half_a_model_each_leave_one(tmp_path):
         "checkpoints",
         "model",
         "metrics.json",
+        "scene.png",
         "answers.png",
         "expert_load.png",
     }

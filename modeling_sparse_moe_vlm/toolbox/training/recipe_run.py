@@ -176,7 +176,7 @@ def resizing_note(model, size: tuple[int, int]) -> str | None:
 
 
 HOW_TO_LOAD = """
-The model, its metrics and the figures are in {output_dir}.
+Wrote the model, the metrics and the figures to {output_dir}.
 Ask the model about an image:
 
     sparse-moe-vlm generate --model {model_dir} --image {output_dir}/scene.png --question "{question}"
