@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure, SubFigure
@@ -138,10 +137,10 @@ def draw_explanation(explanation: Explanation, picture: Image, question: str, pa
     """
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     figure.suptitle(f"{question}  –  {''.join(explanation.words)}", parse_math=False)
-    attention, words, experts = np.ravel(figure.subfigures(1, 3, width_ratios=[1, 1.15, 1.35]))
-    _draw_attention(attention, explanation, picture)
-    _draw_words(words, explanation)
-    _draw_experts(experts, explanation.experts, picture)
+    columns = figure.add_gridspec(1, 3, width_ratios=[1, 1.15, 1.35])
+    _draw_attention(figure.add_subfigure(columns[0]), explanation, picture)
+    _draw_words(figure.add_subfigure(columns[1]), explanation)
+    _draw_experts(figure.add_subfigure(columns[2]), explanation.experts, picture)
     save_figure(figure, path)
 
 
