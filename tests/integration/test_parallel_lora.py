@@ -111,7 +111,7 @@ for name in MODELS:
             else:
                 adapted = factor_expert_lora(PeftModel.from_pretrained(spread, saved, is_trainable=True)).train()
             if name == "dora" and sizes == {"tp_size": 2}:
-                fails(lambda: adapted(**whole_batch), "DoRA needs the norms of whole ones")
+                fails(lambda: adapted(**whole_batch), "DoRA needs the norms of whole matrices")
                 continue
             compare(model, adapted, sizes, f"{name} {experts} {sizes}")
             saves_the_same(adapted, folder / "again", saved)

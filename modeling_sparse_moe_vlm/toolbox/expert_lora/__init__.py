@@ -1,4 +1,7 @@
-"""LoRA on experts of any Transformers model: a PEFT adapter on disk, factored in execution."""
+"""
+LoRA on the experts of any Transformers model. The adapter is a standard PEFT adapter on disk and runs factored: x·W +
+(x·A)·B instead of x·(W + A·B).
+"""
 
 from .config import ExpertLoraConfig, num_adapter_parameters
 from .loading import factor_expert_lora, load_expert_lora

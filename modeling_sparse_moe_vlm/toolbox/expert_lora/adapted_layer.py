@@ -1,7 +1,8 @@
-"""PEFT's LoRA layer for the parameters of an experts module, run factored.
+"""
+PEFT's LoRA layer for the parameters of an experts module, in a variant that runs factored.
 
-What is used of PEFT's internals is here: `ParamWrapper`, its name and the layout of its weights,
-and `LoraConfig._register_custom_module`. Wrappers nest, one per adapted parameter: `down(gate_up(experts))`.
+This module relies on internals of PEFT: `ParamWrapper`, its name and the layout of its weights, and
+`LoraConfig._register_custom_module`. The layers are nested, one for each adapted parameter: `down(gate_up(experts))`.
 """
 
 from __future__ import annotations
@@ -28,24 +29,31 @@ from .merging import MergingLayer
 from .processes import check_is_alike, share_of
 from .switches import Switches, SwitchingLayer
 
-# `grouped_mm` wants rows of a multiple of so many bytes.
+# `grouped_mm` needs rows whose size is a multiple of this number of bytes.
 ROW_BYTES = 16
 
 
 class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
     """
-    `ParamWrapper` that multiplies with W + scaling·B·A expert by expert, without adding it up: x·W + (x·A)·B. What is
-    saved, loaded and merged is PEFT's. Besides what PEFT can, it takes dropout, DoRA and rows with an adapter each.
+    A `ParamWrapper` that multiplies with W + scaling·B·A without computing the sum: x·W + (x·A)·B for each expert.
+    Adapters are saved, loaded and merged as by PEFT. In addition to PEFT's features, it supports dropout, DoRA and a
+    different adapter for each row of the batch.
 
-    The layout of the adapter of a stack of E experts: `lora_A.weight (E·r, in)`, the expert slowest; `lora_B.weight
-    (out, r·E)`, the expert fastest; with DoRA also magnitudes `(E, out)`.
+    The adapter of a stack of E experts consists of `lora_A.weight` of shape `(E·r, in)`, where the expert is the slow
+    index, and `lora_B.weight` of shape `(out, r·E)`, where the expert is the fast index. With DoRA, it also has
+    magnitudes of shape `(E, out)`.
 
     Args:
-        base_layer (`nn.Module`): The experts module, or the layer of another of its stacks.
-        adapter_name (`str`): Name of the first adapter.
-        parameter_name (`str`): Name of the stack.
-        config (`LoraConfig`): The adapter's configuration.
-        **kwargs: As for `ParamWrapper`.
+        base_layer (`nn.Module`):
+            Experts module, or the layer of another stack of the same module.
+        adapter_name (`str`):
+            Name of the first adapter.
+        parameter_name (`str`):
+            Name of the stack.
+        config (`LoraConfig`):
+            Configuration of the adapter.
+        kwargs:
+            Additional arguments of `ParamWrapper`.
     """
 
     def __init__(
@@ -58,15 +66,15 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
 
     @classmethod
     def take_over(cls, layer: ParamWrapper, stack_name: str) -> None:
-        """Makes a layer that PEFT made one of these; `stack_name` is the stack's name in the model."""
+        """Turns a layer of PEFT into a layer of this class. `stack_name` is the name of the stack in the model."""
         layer.__class__ = cls
         layer.stack_name = stack_name
         layer._prepare()
 
     def _prepare(self) -> None:
-        # By adapter: which outputs it may change, where it may not change all.
+        # Mask of the outputs that an adapter may change, by adapter. An adapter without a mask may change all outputs.
         self.output_masks: dict[str, torch.Tensor] = {}
-        # Where other processes have parts of the stack, what this one has.
+        # The part of the stack that this process has; `None` if it has the whole stack.
         self.share = share_of(self.get_param(), self._did_swap_in_out_features)
         self._memory = StepMemory()
         self.merged_rescale: dict[str, torch.Tensor] = {}
@@ -75,16 +83,16 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=_plain(config), **kwargs)
-        if hasattr(self, "_memory"):  # not while PEFT's constructor runs
+        if hasattr(self, "_memory"):  # missing while the constructor of PEFT runs
             self._extend(adapter_name, config)
 
     def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
-        # Weights that are offloaded are on the meta device, where adapters would be lost.
+        # Offloaded weights are on the meta device. PEFT would move the adapter there, and its values would be lost.
         with align_module_device(self.get_base_layer()):
             super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
 
     def _extend(self, adapter_name: str, config: LoraConfig) -> None:
-        """Adds to an adapter what PEFT's layer refuses."""
+        """Adds the features that PEFT's layer does not support to an adapter."""
         if config.lora_dropout:
             self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
         if config.use_dora:
@@ -98,11 +106,11 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
             settle(self, adapter_name)
 
     def out_first(self, stack: torch.Tensor) -> torch.Tensor:
-        """A stack in the orientation of the parameter, as `(E, out, in)`."""
+        """Returns a stack, given in the orientation of the parameter, with shape `(E, out, in)`."""
         return stack if self._did_swap_in_out_features else stack.transpose(1, 2)
 
     def keep_zero_outputs(self, adapter_name: str) -> None:
-        """Lets a loaded adapter that left a half of the outputs alone, as one of the gate does, go on to."""
+        """Restricts a loaded adapter of only the gate or only the up projection to its half of the outputs."""
         weight = self.lora_B[adapter_name].weight
         if weight.is_meta or self.parameter_name != "gate_up_proj" or adapter_name in self.output_masks:
             return
@@ -113,7 +121,7 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
                 self.output_masks[adapter_name] = mask
 
     def output_mask(self, projection: str) -> torch.Tensor:
-        """Which outputs of the stack of gates and ups are those of `"gate"` or `"up"`: `(out,)` of type bool."""
+        """Returns a bool mask of shape `(out,)` of the outputs of `"gate"` or `"up"` in the fused stack of both."""
         size = self.lora_B[next(iter(self.lora_B))].weight.shape[0]
         index = torch.arange(size)
         is_gate = index < size // 2 if self.get_base_layer().is_concatenated else index % 2 == 0
@@ -121,10 +129,15 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
 
     def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        An adapter's factors, in their own dtype.
+        Returns the factors of an adapter, in their own dtype.
+
+        Args:
+            adapter_name (`str`):
+                Name of the adapter.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: A `(E, r, in)` and Bᵀ `(E, r, out)`, views of the weights.
+            `tuple[torch.Tensor, torch.Tensor]`: A of shape `(E, r, in)` and Bᵀ of shape `(E, r, out)`. They are views
+            of the weights, except for Bᵀ of an adapter with an output mask.
         """
         lora_a, lora_b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
         b = lora_b.view(lora_b.shape[0], -1, self.num_experts).permute(2, 1, 0)
@@ -133,14 +146,14 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
         return lora_a.view(self.num_experts, -1, lora_a.shape[-1]), b
 
     def update(self, adapter_name: str) -> LowRankUpdate:
-        """The adapter's update of the stack, in its orientation, ready to be multiplied with."""
+        """Returns the update of the stack by an adapter, in the orientation of the stack and in its dtype."""
         dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
         a, b = self.factors(adapter_name)
         if a.is_meta:
             raise ValueError(
                 f"the adapter {adapter_name!r} of {self.stack_name!r} has no values: PEFT puts adapters of offloaded "
-                "weights on the meta device. Call `page_experts` before `get_peft_model`, or load a trained adapter by "
-                "`load_expert_lora`."
+                "weights on the meta device. Call `page_experts` before `get_peft_model`, or load a trained adapter "
+                "with `load_expert_lora`."
             )
         if self.share is not None and not self.share.is_whole:
             check_is_alike(self.lora_A[adapter_name].weight, self.stack_name, adapter_name)
@@ -149,7 +162,7 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
             a, b = a.to(dtype), b.to(dtype)
         b, scaling = b.contiguous(), self.scaling[adapter_name]
         if not torch.is_grad_enabled():
-            b, scaling = b * scaling, 1.0  # once, instead of at every product
+            b, scaling = b * scaling, 1.0  # once, instead of in every product
         padding = -a.shape[1] % (ROW_BYTES // a.element_size())
         if padding:
             a, b = (F.pad(factor, (0, 0, 0, padding)) for factor in (a, b))
@@ -159,15 +172,18 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
 
     def rescale(self, adapter_name: str, stack: torch.Tensor, experts: torch.Tensor | None = None) -> torch.Tensor:
         """
-        DoRA's factor of each output, m / ‖W + scaling·B·A‖.
+        Computes the factor by which DoRA rescales each output, m / ‖W + scaling·B·A‖.
 
         Args:
-            adapter_name (`str`): The adapter.
-            stack (`torch.Tensor`): W, in the orientation of the parameter.
-            experts (`torch.Tensor`, *optional*): Which experts the stack has, where not all.
+            adapter_name (`str`):
+                Name of the adapter.
+            stack (`torch.Tensor`):
+                W, in the orientation of the parameter.
+            experts (`torch.Tensor`, *optional*):
+                Indices of the experts in `stack`. By default, it contains all experts.
 
         Returns:
-            `torch.Tensor` of shape `(E, out)`.
+            `torch.Tensor` of shape `(E, out)`, in the dtype of `stack`.
         """
         if self.share is not None:
             experts = self.share.experts
@@ -193,7 +209,7 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
         return self.run(self.active_adapters, x, *args, **kwargs)
 
     def run(self, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The experts with these adapters, at once for all layers around them."""
+        """Runs the experts with these adapters, for all nested layers in one call."""
         adapters: dict[str, expert_seam.Adapt] = {}
         experts: Any = self
         num_tokens = next(iter((*args, *kwargs.values()))).shape[0]
@@ -214,8 +230,8 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
                 layer = layer._modules["base_layer"]
 
     def _updates(self, adapter_names: Sequence[str]) -> Sequence[LowRankUpdate]:
-        """The updates of adapters; at a step of generation, those of the step before."""
-        # Past `nn.Module.__getattr__`, which a step of generation would notice.
+        """Returns the updates of adapters. In a decoding step, those of the previous step are reused."""
+        # Reads the dictionaries directly: `nn.Module.__getattr__` is slow enough to matter in a decoding step.
         factors = [self._modules[factor]._modules for factor in ("lora_A", "lora_B")]
         weights = [factor[name]._parameters["weight"] for name in adapter_names for factor in factors]
         dtype = self.get_base_layer()._parameters[self.parameter_name].dtype
@@ -223,17 +239,17 @@ class FactoredExpertsLayer(MergingLayer, SwitchingLayer):
         return self._memory.get("updates", weights, settings, lambda: [self.update(name) for name in adapter_names])
 
 
-# PEFT knows its own layers, within which the next one of a module goes, by the name of their class.
+# PEFT recognises its own layers, into which it nests the next layer of a module, by the name of their class.
 FactoredExpertsLayer.__name__ = ParamWrapper.__name__
 
 
 def run_factored(config: LoraConfig, experts: Iterable[nn.Module]) -> None:
-    """Lets PEFT adapt experts modules of these classes with [`FactoredExpertsLayer`] instead of its own layer."""
+    """Makes PEFT adapt experts modules of these classes with [`FactoredExpertsLayer`] instead of its own layer."""
     config._register_custom_module({expert_seam.class_of(module): FactoredExpertsLayer for module in experts})
 
 
 def _plain(config: LoraConfig) -> LoraConfig:
-    """What PEFT's own layer takes of a configuration."""
+    """Returns a copy of a configuration without the features that PEFT's own layer refuses."""
     config = copy.copy(config)
     config.lora_dropout, config.use_dora = 0.0, False
     return config

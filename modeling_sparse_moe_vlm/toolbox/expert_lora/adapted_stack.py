@@ -1,4 +1,4 @@
-"""What an experts module finds in the place of a stack that has adapters."""
+"""The replacement of a stack that has adapters, while an experts module runs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,19 @@ from .factored_weight import FactoredWeight, LowRankUpdate
 
 class AdaptedStack(FactoredWeight):
     """
-    The stack of a layer's experts with adapters.
+    The stack of a layer with adapters.
 
     Args:
-        layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]): The layer.
-        adapter_names (`Sequence[str]`): The adapters of the layer that are to run.
-        updates (`Sequence[LowRankUpdate]`): Their updates, of all experts.
-        stack (`torch.Tensor`): The stack, in the orientation of the parameter.
-        held (`torch.Tensor`, *optional*): Which experts the stack has, where not all.
+        layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]):
+            Layer of the stack.
+        adapter_names (`Sequence[str]`):
+            Names of the adapters to run.
+        updates (`Sequence[LowRankUpdate]`):
+            Updates of all experts by these adapters.
+        stack (`torch.Tensor`):
+            The stack, in the orientation of the parameter.
+        held (`torch.Tensor`, *optional*):
+            Indices of the experts in `stack`. By default, it contains all experts.
     """
 
     def __init__(
@@ -39,7 +44,7 @@ class AdaptedStack(FactoredWeight):
 
     @property
     def rescale(self) -> torch.Tensor | None:  # type: ignore[override]
-        """DoRA's factor of each output, made when it is asked for."""
+        """The factor by which DoRA rescales each output, computed at the first access."""
         if self._rescale is None and self._layer.use_dora.get(self._adapter):
             self._rescale = self._layer.rescale(self._adapter, self.base, self._held)
         return self._rescale
@@ -53,7 +58,7 @@ class AdaptedStack(FactoredWeight):
         return self.base.requires_grad
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The parameter elsewhere: so Accelerate sends it away again."""
+        """Returns the stack on another device. Accelerate calls this to offload the stack again."""
         return self.base.to(*args, **kwargs)
 
     def __getitem__(self, index: Any) -> Any:
@@ -68,7 +73,7 @@ class AdaptedStack(FactoredWeight):
         return FactoredWeight(self.base[index], updates, None if rescale is None else rescale[index])
 
     def _element(self, expert: int, *place: int) -> torch.Tensor:
-        """A number within the weights, which keeps the adapters of experts without tokens in the graph."""
+        """Returns one element of the adapted weights. Models use it to keep experts without tokens in the graph."""
         matrix = self[expert]
         weight = matrix.base + sum(update.product() for update in matrix.updates)
         if matrix.rescale is not None:
@@ -78,5 +83,5 @@ class AdaptedStack(FactoredWeight):
 
 
 def _is_one(index: int | torch.Tensor) -> bool:
-    """Whether an index is that of one expert, known here."""
+    """Whether an index selects one expert and its value is known now, that is, not while a call is compiled."""
     return not isinstance(index, torch.Tensor) or (index.dim() == 0 and not torch.compiler.is_compiling())

@@ -1,4 +1,7 @@
-"""An adapter's two files, read and checked: PEFT fills what is missing with its defaults, or with nothing."""
+"""
+Reading and checking of the two files of an adapter. PEFT itself replaces missing fields by defaults and ignores missing
+weights.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,30 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
 from ...checkpoint_integrity import ADVICE, check_weights
 
-# Each factor is nothing without the other.
+# The two factors of an adapter. Neither is of use without the other.
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
 
 def read_adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """
-    Reads a LoRA adapter.
+    Reads the files of a LoRA adapter.
 
     Args:
         folder (`Path`):
-            The adapter's folder.
+            Folder of the adapter.
 
     Returns:
-        `tuple[dict[str, Any], dict[str, torch.Tensor]]`: the content of `adapter_config.json`, and the tensors by their
-        names on disk.
+        `tuple[dict[str, Any], dict[str, torch.Tensor]]`: The content of `adapter_config.json`, and the tensors, by
+        their names on disk.
 
     Raises:
-        OSError: If a file is missing or damaged, or a factor lacks its other one; the message names the file.
-        ValueError: If the configuration lacks a field, or is not of a LoRA adapter.
+        OSError: If a file is missing or damaged, or contains only one of the two factors of an adapter. The message
+            names the file.
+        ValueError: If a field of the configuration is missing or wrong, or if it is not a LoRA adapter.
     """
     config = _read_config(folder / CONFIG_NAME)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if path.exists() or not list(folder.glob("adapter_model.*")):  # PEFT also reads an older format
+    if path.exists() or not list(folder.glob("adapter_model.*")):  # PEFT also reads an older file format
         check_weights([path])
     weights = load_peft_weights(str(folder), device="cpu")
     for name in weights:
@@ -61,5 +65,5 @@ def _read_config(path: Path) -> dict[str, Any]:
     if type(alpha) not in (int, float):
         raise ValueError(f"{path} should give the scale `lora_alpha`, a number, but gives {alpha!r}.")
     if not (config.get("target_modules") or config.get("target_parameters")):
-        raise ValueError(f"{path} names no `target_modules` or `target_parameters`, which the adapter belongs to.")
+        raise ValueError(f"{path} names no `target_modules` or `target_parameters` that the adapter belongs to.")
     return config

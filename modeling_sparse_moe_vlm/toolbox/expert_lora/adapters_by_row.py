@@ -1,9 +1,9 @@
 """
-Adapters by row: `adapter_names=["a", "b", "__base__"]` names one for each row of the batch, in any layer of PEFT.
+A different adapter for each row of the batch: `adapter_names=["a", "b", "__base__"]` works in all layers of PEFT.
 
-PEFT puts hooks on its layers while such a call runs, which other threads run into, and hands linear layers names by
-row, though experts get tokens without rows. Here a call's names belong to the thread that made it, and a layer that
-gets tokens is given the name of each.
+In PEFT itself, such a call registers hooks on the layers while it runs, which also affect the calls of other threads.
+PEFT also passes one name per row to every layer, but experts get tokens that are no longer arranged in rows. Here, the
+names belong to the thread that makes the call, and a layer that gets tokens receives the name of each token.
 """
 
 from __future__ import annotations
@@ -25,46 +25,55 @@ from ...checks import check
 from .batch_rows import check_not_compiled, check_number_of_names, num_rows_of, rows_of_tokens
 from .switches import switches_of
 
-# The names of the rows of the call that this thread is in.
+# Names of the rows of the call that runs in this thread.
 _names: ContextVar[list[str] | None] = ContextVar("names", default=None)
 _registering = threading.Lock()
 
 
 def run_by_row(layer: Any, adapter_names: list[str], x: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
     """
-    Runs experts with an adapter for each row of the batch: once per adapter, on the tokens of its rows.
+    Runs experts with a different adapter for each row of the batch: once per adapter, on the tokens of its rows.
 
     Args:
-        layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]): The outermost layer of the experts.
-        adapter_names (`list[str]`): The adapter of each row; `"__base__"` for none.
-        x (`torch.Tensor` of shape `(tokens, ...)`): The experts' input.
-        *args (`torch.Tensor` of shape `(tokens, ...)`): Their other inputs.
+        layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]):
+            Outermost layer of the experts.
+        adapter_names (`list[str]`):
+            Name of the adapter of each row, `"__base__"` for no adapter.
+        x (`torch.Tensor` of shape `(tokens, ...)`):
+            Input of the experts.
+        args (`torch.Tensor` of shape `(tokens, ...)`):
+            Other inputs of the experts.
+
+    Returns:
+        `torch.Tensor`: The output of the experts, of the same shape and dtype as `x`.
 
     Raises:
-        ValueError: If adapters are merged, several processes share the experts, or there is not a name for each row.
+        ValueError: If adapters are merged, if several processes share the experts, or if the number of names differs
+            from the number of rows.
     """
     check(not layer.merged, "`adapter_names` needs adapters that are not merged: call `unmerge_adapter` first.")
     check(
         layer.share is None,
-        f"several processes share {layer.stack_name!r}, so that rows of a batch cannot have an adapter "
-        "each: leave out `adapter_names`, and switch by `set_adapter`, or run the model in one process.",
+        f"several processes share {layer.stack_name!r}, so the rows of a batch cannot have different adapters: leave "
+        "out `adapter_names` and switch adapters with `set_adapter`, or run the model in one process.",
     )
     rows = rows_of_tokens(layer, x.shape[0], len(adapter_names)).to(x.device)
     output = torch.zeros_like(x)
     for name in dict.fromkeys(adapter_names):
-        is_its = torch.tensor([other == name for other in adapter_names], device=x.device)
-        tokens = is_its[rows].nonzero().squeeze(1)
+        has_it = torch.tensor([other == name for other in adapter_names], device=x.device)
+        tokens = has_it[rows].nonzero().squeeze(1)
         output[tokens] = layer.run([name], x[tokens], *(arg[tokens] for arg in args)).to(output.dtype)
     return output
 
 
 def take_names_by_call(model: nn.Module) -> None:
     """
-    Lets every call of a model have names of its own, also where threads call it at once, and refuses the answer of a
-    call during which another thread switched adapters.
+    Gives every call of a model its own `adapter_names`, even if several threads call it at the same time. A call
+    without names raises an error if another thread switches adapters while it runs.
 
     Args:
-        model (`nn.Module`): The model with adapters, changed in place where it is a `PeftModel`. Again harmless.
+        model (`nn.Module`):
+            Model with adapters. It is changed in place if it is a `PeftModel`. A second call has no effect.
     """
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model
@@ -73,7 +82,7 @@ def take_names_by_call(model: nn.Module) -> None:
 
 @contextmanager
 def _around_a_call(tuner: Any, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator[None]:
-    """Stands in for a method of PEFT's models, which wraps `forward` and `generate` and gets their arguments."""
+    """Replaces the method of PEFT's models that wraps `forward` and `generate` and gets their arguments."""
     switches = switches_of(tuner)
     with type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs):
         if adapter_names is None:
@@ -91,11 +100,11 @@ def _around_a_call(tuner: Any, *args: Any, adapter_names: list[str] | None = Non
 
 
 def _checked(tuner: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """The names of the rows that the layers get, as PEFT and `generate` make them."""
+    """Checks the names, and returns one for each row that the layers get: `generate` repeats rows, as for beams."""
     check(isinstance(names, list | tuple), f"`adapter_names` must be a list of names, got {names!r}.")
     check(not tuner.training, "Cannot pass `adapter_names` when the model is in training mode.")
     compiled = [module for module in tuner.modules() if module._compiled_call_impl is not None]
-    check(not compiled, "`adapter_names` does not go with `compile()`, by which a part of the model was compiled.")
+    check(not compiled, "`adapter_names` does not go with `compile()`, but a part of the model was compiled with it.")
     layers = [layer for layer in tuner.modules() if isinstance(layer, LoraLayer)]
     known = {name for layer in layers for of in (layer.lora_A, layer.lora_embedding_A) for name in of}
     unknown = sorted(set(names) - known - {"__base__"})
@@ -119,11 +128,11 @@ def _give_names_to_layers(tuner: nn.Module) -> None:
 
 def _give_names(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     if torch.compiler.is_compiling():
-        return None  # such a call has no names
+        return None  # calls that are compiled have no names
     names = _names.get()
     if names is None:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
-    if x.dim() == 2 and not isinstance(layer, ParamWrapper):  # tokens without rows
+    if x.dim() == 2 and not isinstance(layer, ParamWrapper):  # tokens that are not arranged in rows
         names = [names[row] for row in rows_of_tokens(layer, x.shape[0], len(names)).tolist()]
     return args, kwargs | {"adapter_names": names}

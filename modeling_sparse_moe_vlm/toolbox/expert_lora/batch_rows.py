@@ -1,4 +1,4 @@
-"""Which rows of the batch the tokens of a module are of, also where its model hands it only some of them."""
+"""Finds the row of the batch of each token that a module gets, even if the model passes only some tokens to it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from torch import nn
 from ...checks import check
 from ..expert_modules import base_model_of
 
-# ERNIE-4.5-VL-MoE: in every block a bank of experts for text, and one for images.
+# In ERNIE-4.5-VL-MoE, every block has one bank of experts for text and one for images.
 BANKS = {"text_moe": False, "vision_moe": True}
 
 
 @dataclass(frozen=True)
 class _Call:
     """
-    A call in progress, of the model or of a module that hands parts of it some of the tokens.
+    A running call of the model, or of a module that passes some of its tokens to each of its parts.
 
     Args:
-        module (`nn.Module`): The module.
-        num_tokens (`int`): How many tokens it got, of all rows.
-        outer (`_Call`, *optional*): The call that it is a part of.
-        num_rows (`int`, *optional*): Of the model: how many rows it got.
+        module (`nn.Module`):
+            The called module.
+        num_tokens (`int`):
+            Number of tokens of the call, over all rows.
+        outer (`_Call`, *optional*):
+            The call around this one.
+        num_rows (`int`, *optional*):
+            Number of rows, for a call of the model.
         places (`Mapping[str, torch.Tensor | None]`):
-            By name of a part: which of the tokens it gets, `None` for all.
+            Indices of the tokens that each part gets, by name of the part. `None` means all tokens.
     """
 
     module: nn.Module
@@ -39,17 +43,18 @@ class _Call:
     places: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
 
 
-# A thread's innermost call.
+# The innermost running call of this thread.
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
 def tell_token_rows(model: nn.Module) -> None:
     """
-    Lets adapters see of which row of the batch each token is: in our models, in ERNIE-4.5-VL-MoE, and wherever experts
-    get all tokens in order.
+    Registers hooks with which [`rows_of_tokens`] finds the row of each token. They work for models of this package, for
+    ERNIE-4.5-VL-MoE, and for all models whose experts get all tokens in order.
 
     Args:
-        model (`nn.Module`): The model, which gets hooks. Again harmless.
+        model (`nn.Module`):
+            Model to register the hooks on. A second call has no effect.
     """
     base: Any = base_model_of(model)
     for module in base.modules():
@@ -63,18 +68,22 @@ def tell_token_rows(model: nn.Module) -> None:
 
 def rows_of_tokens(module: nn.Module, num_inputs: int, num_names: int) -> torch.Tensor:
     """
-    The row of the batch that each input of a module is of.
+    Returns the row of the batch to which each token of a module belongs.
 
     Args:
-        module (`nn.Module`): The module, within a call of its model.
-        num_inputs (`int`): How many tokens it got.
-        num_names (`int`): For how many rows the caller has something.
+        module (`nn.Module`):
+            Module that runs within a call of its model.
+        num_inputs (`int`):
+            Number of tokens that the module gets.
+        num_names (`int`):
+            Number of rows that the caller expects.
 
     Returns:
-        `torch.Tensor` of shape `(num_inputs,)`.
+        `torch.Tensor` of shape `(num_inputs,)`: The index of the row of each token, of type int64.
 
     Raises:
-        ValueError: If the batch has another number of rows, or it is unknown which tokens the module got.
+        ValueError: If the batch has another number of rows, if it is unknown which tokens the module gets, or if the
+            model is compiled.
     """
     check_not_compiled()
     call, places, num_tokens = _call.get(), None, None
@@ -86,18 +95,18 @@ def rows_of_tokens(module: nn.Module, num_inputs: int, num_names: int) -> torch.
     if call is not None:
         check_number_of_names(num_names, call.num_rows)
     if num_tokens is None:
-        # A module that gets one vector for each row, or all tokens.
+        # The module gets one vector for each row, or all tokens.
         num_tokens = num_inputs if call is None or num_inputs == num_names else call.num_tokens
     check(
         num_tokens % num_names == 0 and num_inputs == (num_tokens if places is None else len(places)),
         f"`adapter_names` has {num_names} names, but a module of type {type(module).__name__} got {num_inputs} of "
-        f"{num_tokens} tokens, and of which rows they are is unknown: leave out `adapter_names`.",
+        f"{num_tokens} tokens, and it is unknown which rows they belong to: leave out `adapter_names`.",
     )
     return (torch.arange(num_tokens) if places is None else places) // (num_tokens // num_names)
 
 
 def check_not_compiled() -> None:
-    """Compiled code does not run the hooks below, or those of before it was compiled."""
+    """Raises `ValueError` in a compiled call, because compiled code does not run the hooks of this module."""
     check(
         not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None,
         "`adapter_names` does not go with `torch.compile`: call the model that was not compiled.",
@@ -105,6 +114,7 @@ def check_not_compiled() -> None:
 
 
 def check_number_of_names(num_names: int, num_rows: int | None) -> None:
+    """Raises `ValueError` if the number of names differs from the number of rows, unless that is unknown."""
     check(
         num_rows is None or num_names == num_rows,
         f"`adapter_names` has {num_names} names, but the batch has {num_rows} rows: give one for each row.",
@@ -112,7 +122,7 @@ def check_number_of_names(num_names: int, num_rows: int | None) -> None:
 
 
 def num_rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Size | None:
-    """The shape `(rows, tokens)` of what a model is called with."""
+    """Returns the shape `(rows, tokens)` of the inputs of a model, or `None` if they have no such shape."""
     given = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds")]
     tokens = next((tensor for tensor in (*given, *args[:1]) if isinstance(tensor, torch.Tensor)), None)
     return None if tokens is None or tokens.dim() < 2 else tokens.shape[:2]
@@ -139,7 +149,7 @@ def _tell_of_groups(groups: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     given = inspect.signature(type(groups).forward).bind(groups, *args, **kwargs).arguments
     hidden_states, tokens = given["hidden_states"], given.get("tokens") or {}
-    # A mask instead of places: the group gets all tokens.
+    # If a group has a mask instead of indices, it gets all tokens.
     places = {name: None if (of := tokens.get(name)) is None or of.dtype == torch.bool else of for name in groups}
     _call.set(_Call(groups, hidden_states.shape[0], _call.get(), places=places))
 

@@ -1,4 +1,4 @@
-"""Configuration of LoRA on experts, and how many parameters it trains."""
+"""The configuration of LoRA on experts, and the number of parameters that it trains."""
 
 from __future__ import annotations
 
@@ -15,16 +15,24 @@ from .adapted_layer import FactoredExpertsLayer
 @dataclass
 class ExpertLoraConfig(LoraConfig):
     """
-    A `LoraConfig` whose adapters of experts are factored from the start, and may have what PEFT alone refuses. On disk
-    it is a plain `LoraConfig`: dropout is for training, and is saved as 0 where experts have adapters, since PEFT alone
-    would refuse to load them otherwise; ranks and projections are seen from the zeros in the weights.
+    Configuration of LoRA (Hu et al., arXiv 2106.09685) on experts. [`~toolbox.expert_lora.expert_lora_config`] makes
+    it. Adapters of experts run factored and may use features that PEFT itself refuses for them, such as dropout and
+    DoRA.
+
+    The configuration is saved as a plain `LoraConfig`, so PEFT can load the adapter without this package. If experts
+    have adapters, `lora_dropout` is saved as 0, because PEFT would refuse to load the adapter otherwise; dropout only
+    affects training. `expert_ranks` and `gate_up` are not saved, because they can be seen from the zeros in the
+    weights.
 
     Args:
         expert_ranks (`dict[str, list[int]]`, *optional*):
-            By name of a stack, as `target_parameters` has it, the rank of each expert, at most `r`; 0 for none.
-            Of experts with less, the other rows are 0 and stay so. `lora_alpha / r` scales all alike.
+            Rank of each expert, by name of the stack as in `target_parameters`. Each rank is from 0 (no adapter) to
+            `r`. Rows of the factors beyond the rank of an expert are 0 and stay 0. The scaling is `lora_alpha / r` for
+            all experts.
         gate_up (`str`, *optional*):
-            `"gate"` or `"up"` where only this half of the stack of gates and ups is adapted.
+            `"gate"` or `"up"` to adapt only this half of a fused stack `gate_up_proj`. By default, both are adapted.
+        kwargs:
+            All arguments of [`~peft.LoraConfig`].
     """
 
     expert_ranks: dict[str, list[int]] = field(default_factory=dict)
@@ -40,7 +48,20 @@ class ExpertLoraConfig(LoraConfig):
 
     @torch.no_grad()
     def settle(self, layer: FactoredExpertsLayer, adapter_name: str) -> None:
-        """Confines a layer's new adapter to the ranks and outputs that it may use."""
+        """
+        Restricts a new adapter of a layer to the ranks and outputs that it may use. [`FactoredExpertsLayer`] calls this
+        once it has made the adapter.
+
+        Args:
+            layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]):
+                Layer of the adapter.
+            adapter_name (`str`):
+                Name of the adapter.
+
+        Raises:
+            ValueError: If `expert_ranks` does not have one rank from 0 to `r` for each expert of the stack. The message
+                names the stack.
+        """
         if self.gate_up is not None and layer.parameter_name == "gate_up_proj":
             layer.output_masks[adapter_name] = layer.output_mask(self.gate_up)
         ranks = next((ranks for name, ranks in self.expert_ranks.items() if layer.stack_name.endswith(name)), None)
@@ -54,14 +75,22 @@ class ExpertLoraConfig(LoraConfig):
             )
         used = torch.arange(a.shape[1], device=a.device) < torch.tensor(ranks, device=a.device)[:, None]
         a.mul_(used[:, :, None])
-        # Zeros in both factors get no gradient, and stay.
+        # Rows that are 0 in both factors get no gradient, so they stay 0.
         layer.lora_B[adapter_name].weight.view(-1, a.shape[1], a.shape[0]).mul_(used.T)
 
 
 def num_adapter_parameters(model: nn.Module) -> int:
     """
-    Number of trainable adapter parameters that can change: without the rows beyond an expert's rank, and the outputs
-    that an adapter may not change. PEFT's own count has the zeros, too.
+    Counts the trainable parameters of a model with adapters. Entries that always stay 0 are not counted: those beyond
+    the rank of an expert, and those of outputs that an adapter must not change. The count of PEFT
+    (`print_trainable_parameters`) includes them.
+
+    Args:
+        model (`nn.Module`):
+            Model with adapters, as `get_peft_model` returns it.
+
+    Returns:
+        `int`: The number of parameters that training can change.
     """
     total = 0
     counted: set[nn.Parameter] = set()

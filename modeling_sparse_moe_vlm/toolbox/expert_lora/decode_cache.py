@@ -1,4 +1,4 @@
-"""What is made of an adapter's weights, kept between the steps of generation."""
+"""A cache of values that are computed from the weights of adapters, reused between decoding steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 class StepMemory(threading.local):
     """
-    Keeps what is made of weights as long as calls have few tokens, and as many as the call before, as the steps of
-    generation do. In other calls all is made again, since nothing tells of weights that were written through `.data`,
-    as PEFT's hotswapping does, and it costs little beside the products of many tokens.
+    A cache of values computed from weights, for decoding steps. A call counts as a decoding step if it has few tokens,
+    and as many as the previous call. In all other calls, the values are computed again: they cost little compared with
+    the products of many tokens, and writes through `.data`, as in PEFT's hotswapping, cannot be detected.
 
-    Every thread has its own, since another thread's calls say nothing about the steps of this one. Copies and pickles
-    are empty.
+    Every thread has its own cache, because calls of other threads are not steps of this thread's generation. Copies and
+    pickles are empty.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StepMemory(threading.local):
         return type(self), ()
 
     def begin(self, num_tokens: int, most: int) -> None:
-        """A call with so many tokens begins; one of fewer than `most` may be a step."""
+        """Marks the begin of a call with `num_tokens` tokens. It can be a decoding step if it has fewer than `most`."""
         if torch.compiler.is_compiling():
             return
         self._is_step = num_tokens < most and not torch.is_grad_enabled()
@@ -37,12 +37,15 @@ class StepMemory(threading.local):
         self._num_tokens = num_tokens
 
     def end(self) -> None:
-        """What is asked for outside of calls is made again."""
+        """Marks the end of a call. Outside of calls, values are always computed again."""
         if not torch.compiler.is_compiling():
             self._is_step = False
 
     def get(self, key: Hashable, weights: Sequence[torch.Tensor], settings: Iterable[Any], make: Callable[[], Any]):
-        """What `make` returned at an earlier step, if these weights and settings are still the same; or returns now."""
+        """
+        Returns the value of an earlier decoding step if the weights and settings have not changed since, or else the
+        result of `make`.
+        """
         if torch.compiler.is_compiling() or not self._is_step or any(weight.is_inference() for weight in weights):
             return make()
         state = [*settings]

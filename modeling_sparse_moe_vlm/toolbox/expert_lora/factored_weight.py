@@ -1,7 +1,10 @@
-"""A stack of expert weights with low-rank updates that multiplies without being added up: x·W + (x·Lᵀ)·R.
+"""
+A stack of expert weights with low-rank updates. Products are computed without adding the updates to the weights: x·W +
+(x·Lᵀ)·R.
 
-It stands in for the stack while an experts module runs. Transformers' experts implementations, and the forwards that
-models bring along, take experts from it and multiply with them; both are passed on to the stack and to the factors.
+An object of this kind replaces the stack while an experts module runs. The experts implementations of Transformers, and
+the forwards of models that do not use them, index it and multiply with it. Both operations are applied to the stack and
+to the factors.
 """
 
 from __future__ import annotations
@@ -13,19 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Up to which the CPU is faster with the products of each expert than with a grouped one, which looks at all experts.
+# Up to this number of rows, separate products for each expert are faster on the CPU than a grouped product, which
+# processes all experts.
 FEW_ROWS = 32
 
 
 class LowRankUpdate:
     """
-    Updates scaling·Lᵀ·R of E matrices, or of one.
+    The low-rank updates scaling·Lᵀ·R of E matrices, or of one matrix.
 
     Args:
-        rows (`torch.Tensor` of shape `(E, r, rows)` or `(r, rows)`): L, the factor on the side of the matrix's rows.
-        columns (`torch.Tensor` of shape `(E, r, columns)` or `(r, columns)`): R, that of its columns.
-        scaling (`float`): Factor of the product.
-        dropout (`nn.Module`, *optional*): Applied to what the update is multiplied with, not to what W is.
+        rows (`torch.Tensor` of shape `(E, r, rows)` or `(r, rows)`):
+            L, the factor that belongs to the rows of the matrix.
+        columns (`torch.Tensor` of shape `(E, r, columns)` or `(r, columns)`):
+            R, the factor that belongs to the columns of the matrix.
+        scaling (`float`):
+            Factor of the product Lᵀ·R.
+        dropout (`nn.Module`, *optional*):
+            Dropout for the inputs of the update. The inputs of W are not affected.
     """
 
     __slots__ = ("_columns_t", "_matrices", "_transposed", "columns", "dropout", "rows", "scaling")
@@ -35,7 +43,7 @@ class LowRankUpdate:
         self.columns = columns
         self.scaling = scaling
         self.dropout = dropout
-        # Views, made once: an update may be kept for many steps of generation.
+        # Views are made once, because an update may be used in many decoding steps.
         self._transposed: LowRankUpdate | None = None
         self._columns_t: torch.Tensor | None = None
         self._matrices: dict[int, LowRankUpdate] = {}
@@ -44,7 +52,7 @@ class LowRankUpdate:
         return LowRankUpdate(self.rows[index], self.columns[index], self.scaling, self.dropout)
 
     def matrix(self, expert: int) -> LowRankUpdate:
-        """The update of one of the matrices."""
+        """Returns the update of the matrix of one expert."""
         matrix = self._matrices.get(expert)
         if matrix is None:
             matrix = self._matrices[expert] = self[expert]
@@ -71,18 +79,25 @@ class LowRankUpdate:
         return reduced if self.scaling == 1 else reduced * self.scaling
 
     def adds_in_place(self, inputs: torch.Tensor, output: torch.Tensor) -> bool:
-        """Whether the update's product can be added to the stack's as it is computed."""
+        """Whether the product with the update can be added to `output` in place, in one operation."""
         return not torch.is_grad_enabled() and inputs.dtype == output.dtype == self.rows.dtype
 
 
 class FactoredWeight:
     """
-    A stack of E matrices W + Σ scaling·Lᵀ·R, each output of which may be rescaled; or one matrix, or a selection.
+    A stack of E matrices W + Σ scaling·Lᵀ·R, whose outputs may be rescaled. An index selects some of the matrices, or a
+    single one, whose tensors have no dimension E.
 
     Args:
-        base (`torch.Tensor`): W, `(E, rows, columns)`.
-        updates (`Sequence[LowRankUpdate]`): The updates, in the orientation of W.
-        rescale (`torch.Tensor` of shape `(E, outputs)`, *optional*): Factor of each output.
+        base (`torch.Tensor` of shape `(E, rows, columns)`):
+            W.
+        updates (`Sequence[LowRankUpdate]`):
+            The updates, in the orientation of W.
+        rescale (`torch.Tensor` of shape `(E, outputs)`, *optional*):
+            Factor of each output, for DoRA.
+
+    Raises:
+        NotImplementedError: If the object is used in an operation other than a product.
     """
 
     def __init__(self, base: torch.Tensor, updates: Sequence[LowRankUpdate], rescale: torch.Tensor | None = None):
@@ -110,9 +125,11 @@ class FactoredWeight:
         return FactoredWeight(self.base[index], [update[index] for update in self.updates], rescale)
 
     def transpose(self, dim0: int, dim1: int) -> FactoredWeight:
-        """With the last two dimensions swapped, as products ask for it."""
+        """Swaps the last two dimensions. Raises `ValueError` for other dimensions."""
         if (dim0, dim1) not in SWAPS:
-            raise ValueError(f"a stack of experts has no transpose({dim0}, {dim1}) but that of its matrices.")
+            raise ValueError(
+                f"a stack of experts has no transpose({dim0}, {dim1}): only its last two dimensions can be swapped."
+            )
         return FactoredWeight(self.base.transpose(1, 2), [update.transpose() for update in self.updates], self.rescale)
 
     def _linear(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -139,7 +156,7 @@ class FactoredWeight:
             return output
         if offsets is not None:
             owners = _owners(offsets, output.shape[0])
-            # Rows of nobody were not written, and what they hold must not get into the gradients of `rescale`.
+            # Rows that belong to no expert are uninitialised. They must not reach the gradients of `rescale`.
             output = output.masked_fill((owners == rescale.shape[0]).unsqueeze(-1), 0.0)
             return output * rescale[owners.clamp(max=rescale.shape[0] - 1)]
         return output * (rescale.unsqueeze(-2) if rescale.dim() == 2 else rescale)
@@ -149,21 +166,21 @@ class FactoredWeight:
             rows.shape[0] <= FEW_ROWS
             and rows.device.type == "cpu"
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")  # which grouped products do not heed
-            and rows.dtype == self.base.dtype != torch.float16  # whose vectors are slow
+            and not torch.is_autocast_enabled("cpu")  # grouped products ignore autocast
+            and rows.dtype == self.base.dtype != torch.float16  # products with vectors are slow in float16
             and all(update.rows.dtype == rows.dtype for update in self.updates)
             and self.rescale is None
             and not torch.compiler.is_compiling()
         )
 
     def _by_expert(self, inputs: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """A grouped product as one of each expert that has rows. Rows of nobody are not written."""
+        """Computes a grouped product expert by expert. Rows that belong to no expert are not written."""
         matrices, updates, start = self.base.transpose(1, 2), self.updates, 0
         output = inputs.new_empty(inputs.shape[0], matrices.shape[1])
         for expert, end in enumerate(offsets.tolist()):
             if end == start:
                 continue
-            if end == start + 1:  # as vectors, which is faster
+            if end == start + 1:  # products with vectors are faster
                 part, its_output = inputs[start], output[start]
                 torch.mv(matrices[expert], part, out=its_output)
                 for update in updates:
@@ -204,8 +221,8 @@ class FactoredWeight:
         if function in PRODUCTS and isinstance(first, cls):
             return first._from_the_left(function, second)
         raise NotImplementedError(
-            f"the experts' forward calls `{getattr(function, '__name__', function)}`, which factored adapters do not "
-            'know. `experts_implementation` "eager", "grouped_mm" or "batched_mm" runs factored.'
+            f"the forward of the experts calls `{getattr(function, '__name__', function)}`, which factored adapters do "
+            'not know: set `experts_implementation` to "eager", "grouped_mm" or "batched_mm".'
         )
 
 
@@ -224,6 +241,9 @@ PRODUCTS = {torch.mm, torch.bmm, torch.matmul, torch.Tensor.matmul, torch.Tensor
 
 
 def _owners(offsets: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The expert of each row, from the ends of the experts' rows. Rows behind the last belong to nobody, E."""
+    """
+    Returns the expert of each row. `offsets` contains the end of the rows of each of E experts. Rows after the last end
+    belong to no expert and get the value E.
+    """
     rows = torch.arange(num_rows, device=offsets.device, dtype=offsets.dtype)
     return torch.searchsorted(offsets, rows, right=True)

@@ -1,8 +1,12 @@
-"""LoRA on experts: a standard PEFT adapter on disk, factored in execution, on any Transformers mixture of experts.
+"""
+Loading of LoRA adapters on experts, and running them factored. The adapter is a standard PEFT adapter on disk, for any
+mixture-of-experts model of Transformers.
 
-config = expert_lora_config(model, r=8)         # or a LoraConfig with `target_parameters`
+```python
+config = expert_lora_config(model, r=8)  # or a `LoraConfig` with `target_parameters`
 model = get_peft_model(model, config)
-factor_expert_lora(model)                       # needed with a plain LoraConfig, harmless otherwise
+factor_expert_lora(model)  # only needed for a plain `LoraConfig`, otherwise without effect
+```
 """
 
 from __future__ import annotations
@@ -27,24 +31,27 @@ from .shards import load_onto
 
 def factor_expert_lora(model: nn.Module) -> nn.Module:
     """
-    Lets a model's LoRA adapters on experts run factored, as x·W + (x·A)·B, instead of adding W + B·A up for all experts
-    in every forward pass. For any model whose experts use Transformers' experts interface, after `get_peft_model`,
-    `PeftModel.from_pretrained`, `model.add_adapter` or `model.load_adapter`. Results are PEFT's, up to rounding;
-    adapters are saved, loaded, switched, disabled and merged as before.
+    Makes the LoRA adapters on the experts of a model run factored, as x·W + (x·A)·B. PEFT itself computes the sum of
+    the weights and the update of all experts in every forward pass, which costs time and memory.
 
-    Where several processes share the model (`DistributedConfig`), each calls it, after every new adapter: all get the
-    values of the first, and the gradients of one process with all batches.
+    Call it after `get_peft_model`, `PeftModel.from_pretrained`, `model.add_adapter` or `model.load_adapter`, for any
+    model whose experts use the experts interface of Transformers. The results equal those of PEFT up to rounding.
+    Adapters are saved, loaded, switched, disabled and merged as before.
+
+    If several processes share the model (`DistributedConfig`), every process must call it, after each new adapter. All
+    processes then get the adapter values of the first one. The gradients are those that a single process would get
+    with all batches.
 
     Args:
-        model (`nn.Module`): The model with adapters, changed in place.
+        model (`nn.Module`):
+            Model with adapters. It is changed in place.
 
     Returns:
-        `nn.Module`: the model.
+        `nn.Module`: The same model.
 
     Raises:
-        ValueError:
-            If no expert has an adapter, if one was trained by PEFT before 0.19, which took its inputs for outputs, or
-            if processes share the model in a way that adapters cannot follow.
+        ValueError: If no expert has an adapter, if an adapter was trained by PEFT before 0.19 (which swapped the inputs
+            and outputs of experts), or if the model is distributed in a way that adapters on experts do not support.
     """
     layers = {
         name: module
@@ -53,7 +60,7 @@ def factor_expert_lora(model: nn.Module) -> nn.Module:
     }
     if not layers:
         raise ValueError(
-            "no expert of the model has an adapter: make one with `expert_lora_config`, or with "
+            "no expert of the model has an adapter: create one with `expert_lora_config`, or with "
             '`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])`.'
         )
     for name, layer in layers.items():
@@ -79,24 +86,28 @@ def load_expert_lora(
     **hub_options: Any,
 ) -> PeftModel:
     """
-    Loads an adapter as `PeftModel.from_pretrained` does, run factored. Beyond that it loads DoRA of experts, loads onto
-    a model whose experts are offloaded or in shards, and refuses adapters of a PEFT that took the experts' inputs for
-    outputs.
+    Loads an adapter as `PeftModel.from_pretrained` does, and makes it run factored. It also loads adapters of experts
+    with DoRA, supports models whose experts are offloaded or in shards, and checks the files of the adapter.
 
     Args:
-        model (`nn.Module`): The model, without adapters, or a `PeftModel` to add this adapter to.
-        path (`str` or `os.PathLike`): The adapter's folder, or its name on the Hub.
-        adapter_name (`str`): The name that it gets.
-        is_trainable (`bool`): Whether it is trained further.
-        **hub_options: `revision`, `token`, `cache_dir`.
+        model (`nn.Module`):
+            Model without adapters, or a `PeftModel` to add the adapter to.
+        path (`str` or `os.PathLike`):
+            Folder of the adapter, or its name on the Hub.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            Name of the adapter in the model.
+        is_trainable (`bool`, *optional*, defaults to `False`):
+            Whether to train the adapter further. If `False`, the model is put in evaluation mode.
+        hub_options:
+            `revision`, `token` and `cache_dir` for an adapter on the Hub.
 
     Returns:
-        `PeftModel`: the model with the adapter.
+        `PeftModel`: The model with the adapter.
 
     Raises:
-        OSError: If a file of the adapter is missing or damaged; the message names it.
-        ValueError:
-            If the adapter was trained by PEFT before 0.19, has no adapters of experts, or does not fit the model.
+        OSError: If a file of the adapter is missing or damaged. The message names the file.
+        ValueError: If the adapter was trained by PEFT before 0.19 (which swapped the inputs and outputs of experts),
+            contains no adapters of experts, is not a LoRA adapter or does not fit the model.
     """
 
     def prepare(config: LoraConfig) -> None:

@@ -1,4 +1,4 @@
-"""Merging of adapters into stacks of experts: with DoRA, and refused where the stack is not available."""
+"""Merging of adapters into stacks of experts, with support for DoRA and checks that the stack is available."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from .switches import Switches
 
 class MergingLayer(ParamWrapper):
     """
-    The part of [`~adapted_layer.FactoredExpertsLayer`] that merges.
+    The part of [`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`] that merges adapters.
 
     Attributes:
-        stack_name (`str`): The stack's name in the model.
-        rescale (`Callable`): DoRA's factor of each output, `(E, out)`, from an adapter's name and the stack.
-        merged_rescale (`dict[str, torch.Tensor]`): By adapter with DoRA, its factors when it was merged.
+        stack_name (`str`):
+            Name of the stack in the model.
+        rescale (`Callable`):
+            Function that returns the factor by which DoRA rescales each output, of shape `(E, out)`, from the name of
+            an adapter and the stack.
+        merged_rescale (`dict[str, torch.Tensor]`):
+            These factors at the time of merging, for each merged adapter with DoRA.
     """
 
     stack_name: str
@@ -30,7 +34,7 @@ class MergingLayer(ParamWrapper):
     rescale: Callable[..., torch.Tensor]
 
     def get_delta_weight(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What merging adds to the stack, in its orientation."""
+        """Returns what merging adds to the stack, in the orientation of the stack."""
         delta = super().get_delta_weight(adapter_name, *args, **kwargs)
         if not self.use_dora.get(adapter_name):
             return delta
@@ -44,8 +48,8 @@ class MergingLayer(ParamWrapper):
         names = self.active_adapters if adapter_names is None else adapter_names
         if self.get_param().is_meta or expert_seam.is_read_only(self.get_base_layer()):
             raise ValueError(
-                f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: load the model without "
-                "offloading, and its adapter again, to merge."
+                f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: to merge, load the model "
+                "again without offloading, and then the adapter."
             )
         if is_spread(self.get_param()):
             raise ValueError(

@@ -1,13 +1,15 @@
 """
-Adapters of experts that PEFT wrote before 0.19: recognised, and brought into today's layout.
+Recognition and conversion of adapters of experts that were saved by PEFT before 0.19.
 
-Of a stack of E experts of shape `(E, out, in)`, both write `lora_A` with the expert slowest and `lora_B` with the
-expert fastest. Until 0.19 PEFT took the outputs for inputs::
+PEFT before 0.19 swapped the inputs and the outputs of a stack of E experts of shape `(E, out, in)`. In both layouts,
+the expert is the slow index of `lora_A` and the fast index of `lora_B`:
 
-    before: lora_A (E·r, out), lora_B (in, r·E), update[e, o, i] = scaling · Σᵣ lora_A[e, r, o] · lora_B[i, r, e]
-    since:  lora_A (E·r, in), lora_B (out, r·E), update[e, o, i] = scaling · Σᵣ lora_B[o, r, e] · lora_A[e, r, i]
+```
+before 0.19: lora_A (E·r, out), lora_B (in, r·E), update[e, o, i] = scaling · Σᵣ lora_A[e, r, o] · lora_B[i, r, e]
+since 0.19:  lora_A (E·r, in), lora_B (out, r·E), update[e, o, i] = scaling · Σᵣ lora_B[o, r, e] · lora_A[e, r, i]
+```
 
-Stacks of shape `(E, in, out)` (`is_transposed`) are the same in both.
+For stacks of shape `(E, in, out)` (`is_transposed`), both layouts are the same.
 """
 
 from __future__ import annotations
@@ -35,21 +37,25 @@ ORIENTED_SINCE = Version("0.19.0")
 
 def upgrade_expert_adapter(source: str | os.PathLike, target: str | os.PathLike, model: nn.Module) -> None:
     """
-    Converts a folder with an adapter of experts that PEFT wrote before 0.19 into today's layout: the merged weights are
-    the same. Adapters of other modules within it are copied.
+    Converts an adapter of experts that was saved by PEFT before 0.19 into today's layout. The update of the weights
+    stays the same. Adapters of other modules in the same folder are copied.
 
     Args:
-        source (`str` or `os.PathLike`): The folder with `adapter_config.json` and the weights.
-        target (`str` or `os.PathLike`): Another folder, for the result.
-        model (`nn.Module`): The model that the adapter is for.
+        source (`str` or `os.PathLike`):
+            Folder with `adapter_config.json` and the weights.
+        target (`str` or `os.PathLike`):
+            Folder to write the converted adapter to. It must differ from `source`.
+        model (`nn.Module`):
+            Model that the adapter belongs to.
 
     Raises:
-        ValueError:
-            If the adapter is in today's layout, has no adapters of experts, does not fit the model, or does not tell in
-            which layout it is: its stacks are square, and no version of PEFT is named.
+        OSError: If a file of the adapter is missing or damaged. The message names the file.
+        ValueError: If `target` is the same folder as `source`, if the adapter already has today's layout or contains no
+            adapters of experts, if it is not a LoRA adapter or does not fit the model, or if the layout is unknown (the
+            matrices of the experts are square, and the configuration has no `peft_version`).
     """
     source, target = Path(source), Path(target)
-    check(source.resolve() != target.resolve(), f"the result must go to another folder than {str(source)!r}.")
+    check(source.resolve() != target.resolve(), f"the result must be written to another folder than {str(source)!r}.")
     config, weights = read_adapter_files(source)
     check(
         is_old(config, weights, model),
@@ -67,15 +73,22 @@ def upgrade_expert_adapter(source: str | os.PathLike, target: str | os.PathLike,
 
 def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model: nn.Module) -> bool:
     """
-    Whether an adapter has the layout of PEFT before 0.19. Shapes tell; where stacks are square, the version.
+    Whether an adapter has the layout of PEFT before 0.19. The shapes of the factors decide. If all matrices are square,
+    the version of PEFT in the configuration decides.
 
     Args:
-        config (`Mapping[str, Any]`): The content of `adapter_config.json`.
-        weights (`Mapping[str, torch.Tensor]`): The tensors, by their names on disk.
-        model (`nn.Module`): The model that the adapter is for.
+        config (`Mapping[str, Any]`):
+            Content of `adapter_config.json`.
+        weights (`Mapping[str, torch.Tensor]`):
+            Tensors of the adapter, by their names on disk.
+        model (`nn.Module`):
+            Model that the adapter belongs to.
+
+    Returns:
+        `bool`: `False` also if no stack of shape `(E, out, in)` has an adapter.
 
     Raises:
-        ValueError: If the adapter does not fit the model, or if neither shapes nor version tell.
+        ValueError: If the adapter does not fit the model, or if the layout is unknown.
     """
     layouts = set()
     adapted = list(_adapted_stacks(model, config, weights))
@@ -90,7 +103,11 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
         )
         if fits_old != fits_new:
             layouts.add(fits_old)
-    check(len(layouts) < 2, "some experts' factors have today's layout, and some that of PEFT before 0.19.")
+    check(
+        len(layouts) < 2,
+        "the factors of some experts have today's layout, and those of others the layout of PEFT before 0.19: train or "
+        "download the adapter again.",
+    )
     if layouts:
         return layouts.pop()
     if not adapted:
@@ -98,23 +115,27 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
     version = config.get("peft_version") or ""
     check(
         bool(version),
-        "the experts are square and the adapter names no `peft_version`, so that inputs and outputs of its factors "
-        "cannot be told apart: write the version of PEFT that trained it into its `adapter_config.json`.",
+        "the matrices of the experts are square and the adapter names no `peft_version`, so that the inputs and "
+        "outputs of its factors cannot be distinguished: write the version of PEFT that trained it to the field "
+        "`peft_version` of its `adapter_config.json`.",
     )
     return is_old_version(version)
 
 
 def read_adapter(path: str | os.PathLike, model: nn.Module, **hub_options: Any) -> tuple[Path, dict[str, torch.Tensor]]:
     """
-    Reads an adapter of today's layout.
+    Reads an adapter in today's layout.
 
     Args:
-        path (`str` or `os.PathLike`): The adapter's folder, or its name on the Hub.
-        model (`nn.Module`): The model that it is for.
-        **hub_options: `revision`, `token`, `cache_dir`.
+        path (`str` or `os.PathLike`):
+            Folder of the adapter, or its name on the Hub.
+        model (`nn.Module`):
+            Model that the adapter belongs to.
+        hub_options:
+            `revision`, `token` and `cache_dir` for an adapter on the Hub.
 
     Returns:
-        `tuple[Path, dict[str, torch.Tensor]]`: its folder, and its tensors by their names on disk.
+        `tuple[Path, dict[str, torch.Tensor]]`: The folder of the adapter, and its tensors, by their names on disk.
 
     Raises:
         OSError: If a file is missing or damaged.
@@ -123,32 +144,32 @@ def read_adapter(path: str | os.PathLike, model: nn.Module, **hub_options: Any) 
     folder = Path(path)
     if not folder.is_dir():
         folder = Path(snapshot_download(str(path), allow_patterns="adapter_*", **hub_options))
-    # Not by `PeftConfig`, which takes an adapter that names no version for one of the version at hand.
+    # `PeftConfig` is not used: it would set a missing `peft_version` to the installed version.
     config, weights = read_adapter_files(folder)
     check(not is_old(config, weights, model), misread(str(path), config.get("peft_version") or "before 0.18"))
     return folder, weights
 
 
 def misread(name: str, version: str) -> str:
-    """What is wrong with an adapter of experts that PEFT wrote before 0.19, and what to do."""
+    """Returns the error message for an adapter of experts that was saved by PEFT before 0.19."""
     return (
-        f"the adapter {name!r} was saved by PEFT {version}, which took the inputs of experts for outputs, so that it "
-        "would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
+        f"the adapter {name!r} was saved by PEFT {version}, which swapped the inputs and outputs of experts, so that "
+        "it would be misread: convert its folder with `upgrade_expert_adapter`, and load the result."
     )
 
 
 def is_old_version(version: str) -> bool:
-    """Whether it is a version of PEFT that took the outputs of experts for inputs."""
-    # Of a version under development PEFT names the commit, too: "0.19.0.dev0@…".
+    """Whether a version of PEFT swaps the inputs and outputs of experts."""
+    # For a development version, PEFT also names the commit: "0.19.0.dev0@…".
     return Version(version.partition("@")[0]) < ORIENTED_SINCE
 
 
 def _adapted_stacks(
     model: nn.Module, config: Mapping[str, Any], weights: Iterable[str]
 ) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """The adapted stacks of shape `(E, out, in)`: before which names on disk, and the shape."""
+    """Yields the adapted stacks of shape `(E, out, in)`: the prefix of their names on disk, and the shape."""
     targets = config.get("target_parameters") or []
-    modules: dict[str, list[Any]] = {}  # one, or its shards
+    modules: dict[str, list[Any]] = {}  # by name: one module, or its shards
     for module_name, module in experts_modules(model).items():
         if not module.is_transposed:
             modules.setdefault(name_without_shard(name_without_adapters(module_name)), []).append(module)
@@ -158,7 +179,7 @@ def _adapted_stacks(
             for name, _ in parts[0].named_parameters(recurse=False)
             if any(f".{module_name}.{name}".endswith(f".{target}") for target in targets)
         ]
-        # The last one is outermost.
+        # The layer of the last parameter is the outermost one.
         for depth, name in enumerate(reversed(adapted)):
             prefix = f"base_model.model.{module_name}{'.base_layer' * depth}"
             stacks = [getattr(part, name) for part in parts]

@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA from a recipe: a trained model learns a drawing style, scored before and after."""
+"""Fine-tuning with LoRA from a recipe. A trained model learns a drawing style and is scored before and after."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ SPLIT_TITLES = {"test_style": "the new style", "test": "the style that the model
 
 class LoraRun:
     """
-    Draws the data of a recipe and puts adapters on its model. Methods are to be called in the order `train`,
-    `evaluate`; what they print is for people.
+    A fine-tuning run. The constructor makes the data of a recipe and adds adapters to its model. Call `train` before
+    `evaluate`. The methods print their results as text.
 
     Args:
         recipe ([`~toolbox.expert_lora.recipes.LoraRecipe`]):
-            What the run is made of.
+            Recipe of the run.
         output_dir (`Path`):
-            Where everything is written.
-        resume (`bool`, defaults to `False`):
-            Whether to go on from the last whole checkpoint in the output folder.
+            Folder to write to.
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether to resume from the last complete checkpoint in `output_dir`.
 
     Raises:
-        ValueError: If a value of the recipe is not possible, or there is no checkpoint to go on from.
-        OSError: If the model cannot be read, or the folder not be written to.
+        ValueError: If a value of the recipe is invalid, or if there is no checkpoint to resume from.
+        OSError: If the model cannot be read, or if `output_dir` cannot be written to.
     """
 
     def __init__(self, recipe: LoraRecipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
-        hidden = {"label_names": ["labels"]}  # an adapter hides them from Trainer
+        hidden = {"label_names": ["labels"]}  # `Trainer` cannot find them in the signature of a model with adapters
         self.arguments, self.checkpoint = start_run(output_dir, resume, **hidden, **recipe.training)
         self.data = load_new_style(**recipe.data)
         model, self.processor = from_checkpoint(recipe.model)
@@ -57,11 +57,11 @@ class LoraRun:
 
     @property
     def adapter_dir(self) -> Path:
-        """Where the trained adapter is saved."""
+        """Folder of the trained adapter."""
         return self.output_dir / "adapter"
 
     def print_size(self) -> None:
-        """Prints how many parameters are trained."""
+        """Prints the number of parameters that are trained."""
         if self.arguments.process_index == 0:
             share = f"{self.num_trained / self.num_parameters:.1%} of the model's {self.num_parameters:,}"
             print(f"Trains {self.num_trained:,} parameters, {share}.")
@@ -71,7 +71,7 @@ class LoraRun:
         Trains the adapter and saves it.
 
         Returns:
-            `bool`: whether this process does what remains: the first one does.
+            `bool`: Whether this process does the rest. Only the main process does.
         """
         start = time.time()
         trainer = SparseMoeTrainer(
@@ -87,21 +87,21 @@ class LoraRun:
             "num_trained_parameters": self.num_trained,
             "training_seconds": round(time.time() - start, 1),
         }
-        trainer.processing_class = None  # the model's own is enough: none is saved with the adapter
+        trainer.processing_class = None  # not saved with the adapter, because the model has its processor
         if not save_and_part(trainer, self.adapter_dir):
             return False
-        if self.arguments.world_size > 1:  # this process may hold only a part of the trained model
+        if self.arguments.world_size > 1:  # this process may have only a part of the trained model
             base = from_checkpoint(self.recipe.model)[0]
             self.model = PeftModel.from_pretrained(base, self.adapter_dir).to(self.arguments.device)
         return True
 
     def evaluate(self) -> dict[str, Any]:
         """
-        Scores the model without and with the adapter, and writes `metrics.json`.
+        Scores the model without and with the adapter, prints the scores and writes `metrics.json`.
 
         Returns:
-            `dict[str, Any]`: numbers of parameters, seconds and, by split, the exact match in percent `before` and
-            `after`.
+            `dict[str, Any]`: `num_parameters`, `num_trained_parameters`, `training_seconds` and, for each split, the
+            exact match in percent `before` and `after`.
         """
         with self.model.disable_adapter():
             before = {split: self._score(self.data[split]) for split in SPLIT_TITLES}
@@ -114,7 +114,7 @@ class LoraRun:
         return self.metrics
 
     def print_how_to_load(self) -> None:
-        """Prints a program that loads the adapter."""
+        """Prints the Python code that loads the adapter."""
         has_experts = bool(self.model.active_peft_config.target_parameters)
         texts = {"output_dir": self.output_dir, "adapter_dir": self.adapter_dir, "model": self.recipe.model}
         print(HOW_TO_LOAD.format(**texts, **(FACTORED if has_experts else dict.fromkeys(FACTORED, ""))))
@@ -134,5 +134,5 @@ Load it:
     model = PeftModel.from_pretrained(model, "{adapter_dir}"){factored}"""
 FACTORED = {
     "imported": "from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora\n    ",
-    "factored": "\n    factor_expert_lora(model)  # not needed, but fast",
+    "factored": "\n    factor_expert_lora(model)  # optional: runs the adapter faster",
 }

@@ -1,4 +1,4 @@
-"""Recipes of fine-tuning with LoRA: which experts get adapters, as a YAML file."""
+"""Recipes for fine-tuning with LoRA on experts, as YAML files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from peft import LoraConfig
 from ..training.recipes import data_arguments, read_recipe, training_arguments
 from .selection import expert_lora_config
 
-# What `expert_lora_config` makes of the model and its other arguments.
+# Arguments that a recipe cannot set: `expert_lora_config` sets them itself.
 SET_BY_SELECTION = {"target_modules", "target_parameters", "modules_to_save", "model", "options"}
 
 
 @dataclass
 class LoraRecipe:
     """
-    What fine-tuning with LoRA is made of.
+    A recipe for fine-tuning with LoRA.
 
     Args:
         model (`str`):
-            The trained model: a checkpoint's folder, or its name on the Hub.
+            Trained model to start from: folder of a checkpoint, or name on the Hub.
         lora (`dict`):
             Arguments of [`~toolbox.expert_lora.expert_lora_config`].
         data (`dict`):
-            Arguments of [`~toolbox.demo.load_scenes`]; `held_out_style` is the style to be learned.
+            Arguments of [`~toolbox.demo.load_scenes`]. `held_out_style` is the drawing style to learn.
         training (`dict`):
             Arguments of [`~transformers.TrainingArguments`], as in [`~toolbox.training.recipes.Recipe`].
     """
@@ -45,23 +45,24 @@ def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRec
 
     Args:
         path (`str` or `Path`):
-            The YAML file.
-        overrides (`Sequence[str]`):
-            Values to change, as `"lora.r=16"`.
+            Path to the YAML file.
+        overrides (`Sequence[str]`, *optional*):
+            Values to change, such as `"lora.r=16"`.
 
     Returns:
-        [`LoraRecipe`]
+        [`LoraRecipe`]: The recipe.
 
     Raises:
         ValueError: As [`~toolbox.training.recipes.load_recipe`] does.
+        OSError: If the file cannot be read.
     """
     sections = {"lora": lora_arguments(), "data": data_arguments(), "training": training_arguments()}
     return LoraRecipe(**read_recipe(path, overrides, sections))
 
 
 def lora_arguments() -> dict[str, Any]:
-    """What the section `lora` of a recipe may have, with the types."""
-    # PEFT says that it takes whole numbers as `lora_alpha`, but it takes any.
+    """Returns the keys that the section `lora` of a recipe can have, with their types."""
+    # PEFT declares `lora_alpha` as an integer, but it takes any number.
     types = get_type_hints(LoraConfig) | get_type_hints(expert_lora_config) | {"lora_alpha": float}
     known = [*inspect.signature(expert_lora_config).parameters, *(entry.name for entry in fields(LoraConfig))]
     return {name: types[name] for name in known if name not in SET_BY_SELECTION}

@@ -1,9 +1,12 @@
-"""Which experts get adapters: by layer, group, modality, index, projection or measured load.
+"""
+Selection of the experts that get adapters: by layer, group, modality, index, projection or measured load.
 
+```python
 config = expert_lora_config(model, modalities=["image"], r=8)
 busy = busiest_experts(model, measure_routing(model, batches), share=0.25, modality="image")
 config = expert_lora_config(model, experts=busy, attention=True)
 model = get_peft_model(model, config)
+```
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from .batch_rows import tell_token_rows
 from .config import ExpertLoraConfig
 from .processes import prepare_for_adapters
 
-# What the modules that choose experts are called.
+# Names of the modules that choose experts.
 ROUTER_NAMES = ("gate", "router")
 
 
@@ -54,42 +57,56 @@ def expert_lora_config(
     **options: Any,
 ) -> ExpertLoraConfig:
     """
-    The PEFT configuration of LoRA on some of a model's experts, all of them by default: for `get_peft_model`, or for
-    `model.add_adapter`. The adapters run factored at once. All names in it are full, so nothing else is adapted.
+    Makes the PEFT configuration for LoRA on the experts of a model. By default, all experts get adapters. The arguments
+    `layers`, `groups`, `modalities`, `experts` and `projections` restrict the selection, and can be combined.
 
-    Always-on groups of the configuration are experts, too: dense networks, which have adapters as such. Groups of one
-    modality leave tokens of the others as they are; attention and routers serve all.
+    Pass the configuration to `get_peft_model` or `model.add_adapter`. The adapters run factored without a call of
+    [`~toolbox.expert_lora.factor_expert_lora`]. The configuration contains full module names, so no other module gets
+    an adapter.
+
+    Always-on groups are experts, too. They are dense networks, whose linear layers get adapters. Adapters on a group
+    apply only to tokens of the modalities that it serves. For example, adapters on groups that serve only images do not
+    change the outputs for inputs without images. Attention and routers serve all modalities.
 
     Args:
         model (`PreTrainedModel`):
-            Any model whose experts use Transformers' experts interface.
+            Any model whose experts use the experts interface of Transformers.
         layers (`Collection[int]`, *optional*):
-            Only these layers. Layers that share a pool of experts go together.
+            Indices of the layers to adapt. Either all or none of the layers that share a pool of experts must be
+            included.
         groups (`Collection[str]`, *optional*):
-            Only these groups of experts. Where the configuration has none: parts of module names, as `"vision_moe"`.
+            Names of the groups of experts to adapt. If the configuration of the model has no groups, parts of module
+            names, such as `"vision_moe"`.
         modalities (`Collection[str]`, *optional*):
-            Only groups that serve no other modality than these.
+            Adapts only groups that serve no modalities other than these.
         experts (`Collection[int]` or `Mapping[str, Collection[int]]`, *optional*):
-            Only these routed experts, by index within their group: of every experts module alike, or by the name of one
-            (or the end of it), as [`busiest_experts`] returns them. Empty for none: attention or routers alone.
+            Indices of the routed experts to adapt, within their group. Either the same indices for all experts modules,
+            or indices by name of a module (or by the end of its name), as [`busiest_experts`] returns them. Pass an
+            empty list to adapt no experts, only attention. Always-on groups are not adapted if `experts` is given.
         projections (`Collection[str]`, *optional*):
-            Only some of `"gate"`, `"up"` and `"down"`.
+            Projections to adapt, some of `"gate"`, `"up"` and `"down"`.
         expert_ranks (`Sequence[int]` or `Mapping[str, Sequence[int]]`, *optional*):
-            Rank of each routed expert, at most `r`, 0 for none; for every experts module alike, or by name.
-        attention (`bool`, defaults to `False`):
-            Whether the linear layers of the decoder's attention get adapters.
-        routers (`bool`, defaults to `False`):
-            Whether the routers of these groups are trained, in full, and saved with the adapter; else they are frozen.
-        r (`int`, defaults to 8):
-            The rank.
-        **options:
-            Further arguments of [`~toolbox.expert_lora.ExpertLoraConfig`], as `lora_alpha`, `lora_dropout`, `use_dora`.
+            Rank of each routed expert, from 0 (no adapter) to `r`. Either the same ranks for all experts modules, or
+            ranks by name of a module. Cannot be combined with `experts`. Always-on groups are not adapted if
+            `expert_ranks` is given.
+        attention (`bool`, *optional*, defaults to `False`):
+            Whether to adapt the linear layers of the attention of the decoder, in the selected layers.
+        routers (`bool`, *optional*, defaults to `False`):
+            Whether to train the routers of the selected experts in full and save them with the adapter. Otherwise, the
+            routers are frozen.
+        r (`int`, *optional*, defaults to 8):
+            Rank of the adapters.
+        options:
+            Additional arguments of [`~toolbox.expert_lora.ExpertLoraConfig`], such as `lora_alpha`, `lora_dropout` or
+            `use_dora`.
 
     Returns:
-        [`~toolbox.expert_lora.ExpertLoraConfig`]
+        [`~toolbox.expert_lora.ExpertLoraConfig`]: The configuration.
 
     Raises:
-        ValueError: If something that is asked for is not there; the message says what there is.
+        ValueError: If the model has no experts, if the model does not have something that is selected (the message says
+            what it has), if nothing would get an adapter, or if several processes share the model and its linear layers
+            or routers cannot be adapted.
     """
     model = base_model_of(model)
     config = experts_config_of(model.config)
@@ -116,7 +133,7 @@ def expert_lora_config(
     is_fused = any({"gate", "up"} <= of for bank in banks if not bank.always_on for of in bank.weights.values())
     lora = ExpertLoraConfig(
         r=r,
-        # Empty rather than `None`, for which PEFT would take what it knows of the type of model.
+        # If this were `None` instead of an empty list, PEFT would use its defaults for the type of the model.
         target_modules=target_modules,
         target_parameters=target_parameters or None,
         modules_to_save=_routers(model, banks) if routers else None,
@@ -134,29 +151,31 @@ def busiest_experts(
     model: PreTrainedModel, routing: Any, *, share: float = 0.25, modality: str | None = None
 ) -> dict[str, list[int]]:
     """
-    The routed experts that most tokens chose, for `expert_lora_config(model, experts=…)`.
+    Returns the routed experts that were chosen by most tokens, for the argument `experts` of [`expert_lora_config`].
 
     Args:
         model (`PreTrainedModel`):
             The model.
         routing ([`~toolbox.routing.RoutingStatistics`], [`~toolbox.routing.RoutingCounts`], …):
-            Measured routing, in any form that [`~toolbox.placement.plan_expert_placement`] takes: also counts of shape
-            `(layers, experts)`, or such by modality.
-        share (`float`, defaults to 0.25):
-            Which share of the experts of each group in each place to take, rounded up.
+            Measured routing, in any form that [`~toolbox.placement.plan_expert_placement`] takes. These include counts
+            of shape `(layers, experts)`, and dicts of such counts by modality.
+        share (`float`, *optional*, defaults to 0.25):
+            Share of the experts of each experts module to return, greater than 0 and at most 1. The number of experts
+            is rounded up.
         modality (`str`, *optional*):
-            The modality whose tokens count; all by default.
+            Modality of the tokens to count. By default, tokens of all modalities count.
 
     Returns:
-        `dict[str, list[int]]`: by name of an experts module, the indices, busiest first. Experts that no such token
-        chose are not among them.
+        `dict[str, list[int]]`: Indices of the experts by name of an experts module, busiest first. Experts that were
+        not chosen by any counted token are left out.
 
     Raises:
-        ValueError: If the routing does not fit the model or has no such tokens, or `share` is not in (0, 1].
+        ValueError: If `routing` does not fit the model, if it has no tokens of this modality, if no counted token chose
+            an expert, or if `share` is out of range.
     """
     check(0 < share <= 1, f"`share` must be greater than 0 and at most 1, got {share!r}.")
     model = base_model_of(model)
-    # What is measured in a model with expert groups says nothing of experts that it had before.
+    # In a model with expert groups, only experts of these groups are measured, not those that the model had before.
     has_no_groups = our_experts_config(model.config) is None
     banks = [bank for bank in expert_banks(model) if not bank.always_on and (has_no_groups or bank.group is not None)]
     sizes = {bank.name: sum(bank.sizes) for bank in banks}
@@ -182,7 +201,10 @@ def busiest_experts(
 def _in_layers(
     banks: list[ExpertBank], layers: Collection[int] | None, config: PreTrainedConfig, some: bool
 ) -> list[ExpertBank]:
-    """The banks of these layers, each of which must have experts unless `some` is enough."""
+    """
+    Returns the banks of these layers. Each layer must have experts, unless `some` is true, in which case layers without
+    experts are allowed.
+    """
     if layers is None:
         return banks
     check(len(layers) > 0, "`layers` is empty: leave it out for all of them.")
@@ -221,14 +243,14 @@ def _in_groups(
     there = "; ".join(f"{name}: {', '.join(served.get(name, known))}" for name in _group_names(banks))
     check(
         bool(found),
-        f"no group of experts serves only {list(modalities)} ({there}): adapters on others would change other "
-        "modalities, too. Choose by `groups` if that is meant.",
+        f"no group of experts serves only {list(modalities)} ({there}): adapters on other groups would also change "
+        "other modalities. To allow that, choose by `groups` instead.",
     )
     return found
 
 
 def _group_names(banks: list[ExpertBank]) -> list[str]:
-    """The groups of the configuration, or what tells names of modules apart."""
+    """Returns the groups of the configuration, or else the parts of the module names that differ between the banks."""
     of_banks = [
         [bank.group] if bank.group is not None else [part for part in bank.name.split(".") if not part.isdigit()]
         for bank in banks
@@ -252,7 +274,7 @@ def _projections(banks: list[ExpertBank], projections: Collection[str] | None) -
 def _targets(
     banks: list[ExpertBank], projections: set[str], experts: Any, expert_ranks: Any, r: int
 ) -> tuple[list[str], list[str], dict[str, list[int]]]:
-    """Names of the dense networks' and of the stacks' weights, and the ranks of the latter's experts."""
+    """Returns the names of the linear layers of dense networks, the names of stacks, and the ranks of their experts."""
     given = experts if expert_ranks is None else expert_ranks
     _check_names(banks, given)
     modules: list[str] = []
@@ -263,7 +285,7 @@ def _targets(
         for part, of_part in _by_part(bank, of_experts):
             names = [f"{part}.{weight}" for weight, of in bank.weights.items() if of & projections]
             if bank.always_on:
-                # Chosen by index, routed experts alone are meant.
+                # A choice by index only applies to routed experts.
                 modules += names if given is None else []
             elif of_part is None:
                 parameters += names
@@ -277,7 +299,7 @@ def _check_pools(banks: list[ExpertBank], layers: Collection[int] | None) -> Non
     for bank in banks:
         check(
             layers is None or set(bank.layers) <= set(layers),
-            f"layers {list(bank.layers)} share the experts of {bank.name}: have all in `layers`, or none.",
+            f"layers {list(bank.layers)} share the experts of {bank.name}: include all of them in `layers`, or none.",
         )
 
 
@@ -285,7 +307,7 @@ def _check_names(banks: list[ExpertBank], given: Any) -> None:
     if isinstance(given, Mapping):
         names = [bank.name for bank in banks if not bank.always_on]
         unknown = [key for key in given if not any(_ends_with(name, key) for name in names)]
-        check(not unknown, f"{unknown} name no routed experts that are chosen: those are {names}.")
+        check(not unknown, f"{unknown} name no routed experts of the selection, which are {names}.")
 
 
 def _ends_with(name: str, end: str) -> bool:
@@ -293,7 +315,7 @@ def _ends_with(name: str, end: str) -> bool:
 
 
 def _ranks(bank: ExpertBank, experts: Any, expert_ranks: Any, r: int) -> list[int]:
-    """The rank of each routed expert, from what is given of the two; none for always-on experts."""
+    """Returns the rank of each routed expert, from `experts` or `expert_ranks`; an empty list for always-on experts."""
     num_experts = 0 if bank.always_on else sum(bank.sizes)
     given = experts if expert_ranks is None else expert_ranks
     if isinstance(given, Mapping):
@@ -319,7 +341,7 @@ def _by_part(bank: ExpertBank, of_experts: list[int] | None) -> Iterator[tuple[s
 
 
 def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[str]:
-    """The linear layers within the attention of the decoder."""
+    """Returns the names of the linear layers in the attention of the decoder."""
     decoder = decoder_name(model)
     prefix = f"{decoder}." if decoder else ""
     layer_of = layers_of_modules(model)
@@ -334,7 +356,7 @@ def _attention(model: PreTrainedModel, layers: Collection[int] | None) -> list[s
 
 
 def _routers(model: PreTrainedModel, banks: list[ExpertBank]) -> list[str]:
-    """The routers that send tokens to these experts: modules beside them, or in the layers of their pool."""
+    """Returns the names of the routers of these experts: modules next to them, or in the layers of their pool."""
     routers = []
     blocks = sparse_blocks(model)
     for name, module in modules_of(model):
@@ -345,5 +367,9 @@ def _routers(model: PreTrainedModel, banks: list[ExpertBank]) -> list[str]:
         in_pool = any(blocks[block].layer_idx in bank.layers for bank in pooled)
         if in_pool or any(bank.name.startswith(f"{block}.") for bank in banks):
             routers.append(name)
-    check(bool(routers), f"no router was found: no module beside the experts is called {' or '.join(ROUTER_NAMES)}.")
+    check(
+        bool(routers),
+        f"no router was found: no module next to the experts is called {' or '.join(ROUTER_NAMES)}. Pass "
+        "`routers=False`.",
+    )
     return list(dict.fromkeys(routers))

@@ -1,9 +1,11 @@
 """
-LoRA on experts that were loaded in shards (`num_expert_shards`): the same adapter on disk as of whole stacks.
+LoRA on experts that were loaded in shards (`num_expert_shards`). On disk, the adapter is the same as for whole stacks.
 
-    model = get_peft_model(model, lora_config_for_shards(config, model))
-    save_adapter(model, "adapter")                # `PeftModel.from_pretrained(whole_model, "adapter")` loads it
-    model = load_adapter(sharded_model, "adapter")  # or `load_expert_lora`, to run factored
+```python
+model = get_peft_model(model, lora_config_for_shards(config, model))
+save_adapter(model, "adapter")  # `PeftModel.from_pretrained(whole_model, "adapter")` can load it
+model = load_adapter(sharded_model, "adapter")  # or `load_expert_lora`, to run it factored
+```
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ from .peft_0_18 import read_adapter
 
 
 def _is_reached(name: str, targets: Iterable[str]) -> bool:
-    """Whether PEFT would find the parameter by the targets, which name its end."""
+    """Whether PEFT would match a parameter with one of the targets, that is, whether its name ends with the target."""
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 class _NamesOfStacks(LoraConfig):
-    """A configuration that is saved with the names that stacks have without shards."""
+    """A configuration that is saved with the names of whole stacks instead of the names of shards."""
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -53,17 +55,17 @@ class _NamesOfStacks(LoraConfig):
 
 def lora_config_for_shards(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """
-    A configuration whose `target_parameters`, which name stacks of experts, reach the shards of the stacks as well. It
-    is saved as it was given. For a model without shards it changes nothing.
+    Adds the shards of stacks of experts to the `target_parameters` of a configuration that name these stacks. The
+    configuration is still saved with the names of the stacks. For a model without shards, it stays the same.
 
     Args:
         config (`LoraConfig`):
-            Configuration of an adapter.
+            Configuration of an adapter for whole stacks.
         model (`nn.Module`):
-            The model that it is meant for.
+            Model to adapt.
 
     Returns:
-        `LoraConfig`: a copy, for `get_peft_model`.
+        `LoraConfig`: A copy of the configuration, for `get_peft_model`.
     """
     adapted = copy.copy(config)
     names = [name_without_adapters(name) for name, _ in model.named_parameters()]
@@ -81,15 +83,19 @@ def lora_config_for_shards(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 def save_adapter(model: PeftModel, folder: str | PathLike, adapter_name: str = "default") -> None:
     """
-    Saves an adapter as `PeftModel.save_pretrained` does, the shards of every stack of experts joined.
+    Saves an adapter as `PeftModel.save_pretrained` does, with the shards of every stack of experts joined.
 
     Args:
         model (`PeftModel`):
-            The model with the adapter, made with [`lora_config_for_shards`] or by [`load_adapter`].
+            Model with the adapter, made with [`lora_config_for_shards`] or [`load_adapter`].
         folder (`str` or `PathLike`):
-            Where to write the adapter; as with PEFT, one that is not `"default"` goes into a folder of its name there.
+            Folder to write the adapter to. As in PEFT, an adapter with a name other than `"default"` is written to a
+            subfolder of this name.
         adapter_name (`str`, *optional*, defaults to `"default"`):
             Name of the adapter.
+
+    Raises:
+        KeyError: If the model has no adapter of this name.
     """
     model.peft_config[adapter_name] = lora_config_for_shards(model.peft_config[adapter_name], model)
     model.save_pretrained(str(folder), selected_adapters=[adapter_name])
@@ -101,23 +107,25 @@ def load_adapter(
     model: nn.Module, folder: str | PathLike, adapter_name: str = "default", is_trainable: bool = False
 ) -> PeftModel:
     """
-    Loads an adapter of whole stacks of experts onto a model with any number of shards.
+    Loads an adapter of whole stacks of experts onto a model with any number of shards. It does not run factored; use
+    [`~toolbox.expert_lora.load_expert_lora`] for that.
 
     Args:
         model (`nn.Module`):
-            The model.
+            Model without adapters, or a `PeftModel` to add the adapter to.
         folder (`str` or `PathLike`):
             Folder of the adapter, or its name on the Hub.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Name that it gets.
+            Name of the adapter in the model.
         is_trainable (`bool`, *optional*, defaults to `False`):
-            Whether it can be trained on.
+            Whether the adapter can be trained further.
 
     Returns:
-        `PeftModel`: the model with the adapter, ready for inference.
+        `PeftModel`: The model with the adapter, in evaluation mode.
 
     Raises:
-        ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
+        OSError: If a file of the adapter is missing or damaged. The message names the file.
+        ValueError: If the adapter does not fit the model, is not a LoRA adapter, or was trained by PEFT before 0.19.
     """
     return load_onto(model, folder, adapter_name, is_trainable=is_trainable).eval()
 
@@ -132,30 +140,37 @@ def load_onto(
     **hub_options: Any,
 ) -> PeftModel:
     """
-    Loads an adapter of whole stacks of experts onto a model, in shards or not, offloaded or not, with or without other
+    Loads an adapter of whole stacks of experts onto a model. The model may have shards, offloaded weights and other
     adapters.
 
     Args:
-        model (`nn.Module`): The model, or a `PeftModel` to add this adapter to.
-        path (`str` or `PathLike`): The adapter's folder, or its name on the Hub.
-        adapter_name (`str`): The name that it gets.
-        is_trainable (`bool`): Whether it is trained further.
-        prepare (`Callable[[LoraConfig], None]`): Called with its configuration before PEFT is.
-        **hub_options: `revision`, `token`, `cache_dir`.
+        model (`nn.Module`):
+            Model without adapters, or a `PeftModel` to add the adapter to.
+        path (`str` or `PathLike`):
+            Folder of the adapter, or its name on the Hub.
+        adapter_name (`str`):
+            Name of the adapter in the model.
+        is_trainable (`bool`):
+            Whether the adapter can be trained further.
+        prepare (`Callable[[LoraConfig], None]`, *optional*):
+            Function that is called with the configuration of the adapter before PEFT adds the adapter.
+        hub_options:
+            `revision`, `token` and `cache_dir` for an adapter on the Hub.
 
     Returns:
-        `PeftModel`: the model with the adapter.
+        `PeftModel`: The model with the adapter.
 
     Raises:
-        OSError: If a file of the adapter is missing or damaged; the message names it.
-        ValueError: If the adapter does not fit the model, or was trained by PEFT before 0.19.
+        OSError: If a file of the adapter is missing or damaged. The message names the file.
+        ValueError: If the adapter does not fit the model, is not a LoRA adapter, or was trained by PEFT before 0.19.
     """
     folder, weights = read_adapter(path, model, **hub_options)
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = not is_trainable
     config = lora_config_for_shards(config, model)
     prepare(config)
-    # New values would be lost where PEFT puts them beside offloaded weights, on the meta device.
+    # PEFT puts adapters of offloaded weights on the meta device, where copied values would be lost. With
+    # `low_cpu_mem_usage`, it uses the loaded tensors themselves.
     is_offloaded = any(parameter.is_meta for parameter in model.parameters())
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config, low_cpu_mem_usage=is_offloaded)
@@ -176,7 +191,7 @@ def load_onto(
 
 
 def _sizes(model: nn.Module) -> dict[str, list[int]]:
-    """Numbers of experts of the shards, by the stack's name in the state of an adapter."""
+    """Returns the number of experts of each shard, by name of the stack in the state dict of an adapter."""
     sizes: dict[str, list[int]] = {}
     for name, module in experts_modules(model).items():
         stack, is_shard, _ = name.partition(".shards.")
@@ -185,11 +200,12 @@ def _sizes(model: nn.Module) -> dict[str, list[int]]:
     return sizes
 
 
-# `lora_A` of a stack is (experts · rank, in), with the expert slowest; `lora_B` (out, rank · experts), with the expert
-# fastest.
+# `lora_A` of a stack has shape (experts · rank, in), where the expert is the slow index. `lora_B` has shape
+# (out, rank · experts), where the expert is the fast index.
 
 
 def _join(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Joins the tensors of the shards of each stack in the state dict of an adapter."""
     joined: dict[str, torch.Tensor] = {}
     shards: dict[str, list[torch.Tensor]] = {}
     for name, tensor in state.items():
@@ -207,7 +223,7 @@ def _join(state: dict[str, torch.Tensor], sizes: dict[str, list[int]]) -> dict[s
 
 
 def split_over_shards(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter of whole stacks, split over the shards that the model, which has it, has of them."""
+    """Splits the tensors of an adapter of whole stacks into those of the shards of a model that has the adapter."""
     sizes = _sizes(model)
     split: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():

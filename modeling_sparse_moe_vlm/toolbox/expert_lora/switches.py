@@ -1,4 +1,7 @@
-"""Adapters that are switched while another thread's call runs: PEFT has one set of active adapters per model."""
+"""
+Detection of adapters that are switched while a call of another thread runs. PEFT has only one set of active adapters
+for all threads.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 
 class Switches:
-    """How often each thread has switched, disabled or merged the adapters of a layer."""
+    """Counts how often each thread has switched, disabled or merged the adapters of a layer."""
 
     def __init__(self) -> None:
         self._by_thread: Counter[int] = Counter()
@@ -27,10 +30,10 @@ class Switches:
     @contextmanager
     def forbidden(self) -> Iterator[None]:
         """
-        Context of a call, whose answer must not be that of several adapters.
+        Context of a call during which other threads must not switch adapters, because its result would mix them.
 
         Raises:
-            RuntimeError: If another thread switched meanwhile.
+            RuntimeError: If another thread has switched, disabled or merged adapters during the call.
         """
         if torch.compiler.is_compiling():
             yield
@@ -40,20 +43,20 @@ class Switches:
         if self.of_other_threads() != before:
             raise RuntimeError(
                 "another thread has switched, disabled or merged adapters of the model while this call ran, so that "
-                "its answer would be a mixture. Pass `adapter_names=[…]`, a name for each row, to choose in each call, "
-                "or switch while no call runs."
+                "its result would mix adapters. To choose adapters for each call, pass `adapter_names=[…]` with one "
+                "name per row, or switch adapters only while no call runs."
             )
 
 
 class SwitchingLayer(ParamWrapper):
-    """The part of [`~adapted_layer.FactoredExpertsLayer`] that counts switches."""
+    """The part of [`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`] that counts switches of adapters."""
 
     switches: Switches
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         before = list(self.active_adapters)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if list(self.active_adapters) != before and hasattr(self, "switches"):  # not while PEFT's constructor runs
+        if list(self.active_adapters) != before and hasattr(self, "switches"):  # missing in the constructor of PEFT
             self.switches.count()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -64,5 +67,8 @@ class SwitchingLayer(ParamWrapper):
 
 
 def switches_of(model: Any) -> Switches | None:
-    """Those of the first layer of experts: PEFT switches all layers of a model together."""
+    """
+    Returns the counts of the first layer of experts with adapters, or `None` without such a layer. They stand for all
+    layers, because PEFT switches all layers of a model together.
+    """
     return next((module.switches for module in model.modules() if hasattr(module, "switches")), None)

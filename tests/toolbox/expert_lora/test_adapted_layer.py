@@ -365,7 +365,7 @@ def test_dora_is_active_alone():
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True)))
     adapted.add_adapter("other", expert_config(model))
     adapted.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match="activate an adapter with `use_dora` alone"):
+    with pytest.raises(ValueError, match="activate an adapter with `use_dora` only by itself"):
         adapted(**make_inputs(model))
     adapted.set_adapter("other")
     adapted(**make_inputs(model))

@@ -148,7 +148,9 @@ def test_layers_whose_rows_are_unknown_are_refused():
     """Patches of the vision tower, of any number of images, without rows."""
     adapted = two_adapters("hybrid")
     adapted.get_base_model().lm_head.register_forward_pre_hook(lambda *_: rows_of_tokens(torch.nn.Identity(), 3, 2))
-    with pytest.raises(ValueError, match="of type Identity got 3 of 28 tokens, and of which rows they are is unknown"):
+    with pytest.raises(
+        ValueError, match="type Identity got 3 of 28 tokens, and it is unknown which rows they belong to"
+    ):
         adapted(**make_inputs())
     assert rows_of_tokens(torch.nn.Identity(), 6, 3).tolist() == [0, 0, 1, 1, 2, 2]
 

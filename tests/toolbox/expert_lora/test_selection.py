@@ -297,7 +297,11 @@ def test_the_busiest_experts_of_an_in_tree_model():
     [
         ("isolated", {"layers": [2]}, r"`layers` names \[2\], but the model has layers 0 to 1"),
         ("dense", {"layers": [0]}, r"`layers` names \[0\], which have no experts; layers with experts are \[1\]"),
-        ("pool", {"layers": [0]}, r"layers \[0, 1\] share the experts of .*expert_pools.0: have all in `layers`"),
+        (
+            "pool",
+            {"layers": [0]},
+            r"layers \[0, 1\] share the experts of .*pools.0: include all of them in `layers`",
+        ),
         ("isolated", {"groups": ["images"]}, r"`groups` names \['images'\], but .* are \['text', 'image'\]"),
         ("ernie4_5_vl_moe", {"groups": ["image"]}, r"groups of these layers are \['text_moe', 'vision_moe'\]"),
         ("isolated", {"modalities": ["audio"]}, r"`modalities` names \['audio'\], but the model's are \['text', 'im"),
