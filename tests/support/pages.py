@@ -6,7 +6,8 @@ the scripts of the repository run in the process of the tests, which saves the t
 other programs run as they are. Verbs that take a recipe get a small one.
 
 Expected output is compared. In Python it is the comment behind a `print(…)`, if that is a value, or lines with `#>`
-below a statement; in the shell it is all lines with `#>` of the block. An ellipsis (`…`) stands for any text.
+(`# >` once ruff has formatted the page) below a statement; in the shell it is all lines with `#>` of the block. An
+ellipsis (`…`) stands for any text.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def run_python(code: str, names: dict) -> None:
 
 def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
     """What a statement prints according to the comment behind it, or to the lines below it."""
-    below = [line[2:].removeprefix(" ") for line in lines[1:] if line.startswith("#>")]
+    below = [line.partition(">")[2].removeprefix(" ") for line in lines[1:] if line.startswith(("#>", "# >"))]
     if below:
         return "\n".join(below)
     is_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
