@@ -21,7 +21,7 @@ from .options import add_json_option, add_model_option, add_recipe_options, trai
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
-    add_recipe_options(parser, "demo", "demo")
+    add_recipe_options(parser, "demo", "demo, quickstart")
     add_json_option(parser)
 
 

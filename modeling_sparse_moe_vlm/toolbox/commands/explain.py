@@ -2,15 +2,11 @@
 Draws where a model looked in an image while it answered a question about it.
 
     sparse-moe-vlm explain --model outputs/demo/model --output explanation.png
+    sparse-moe-vlm explain --model outputs/demo/model --image outputs/demo/scene.png --question "Where is the pig?"
 
-To ask about an image file, here one that the first line makes:
-
-    python -c "from modeling_sparse_moe_vlm.toolbox import demo; demo.scenes('test', 1)[0]['image'].save('scene.png')"
-    sparse-moe-vlm explain --model outputs/demo/model --image scene.png --question "Where is the pig?"
-
-The model of the examples is written by `sparse-moe-vlm train`. For each word of the answer, the drawing shows α, the
-share of the attention that goes to the image, and β, the share that goes to the text. It also shows how the attention
-is spread over the image, and which expert of each layer each image token is routed to.
+The model and the image of the examples are written by `sparse-moe-vlm train`. For each word of the answer, the drawing
+shows α, the share of the attention that goes to the image, and β, the share that goes to the text. It also shows how
+the attention is spread over the image, and which expert of each layer each image token is routed to.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """
 Asks a model a question about one or more images, or about none.
 
-    python -c "from modeling_sparse_moe_vlm.toolbox import demo; demo.scenes('test', 1)[0]['image'].save('scene.png')"
-    sparse-moe-vlm generate --model outputs/demo/model --question "Can you see the pig?" --image scene.png
+    sparse-moe-vlm generate --model outputs/demo/model --image outputs/demo/scene.png --question "Where is the pig?"
 
-The first line makes an image to ask about. The model of the example is written by `sparse-moe-vlm train`.
+The model and the image of the example are written by `sparse-moe-vlm train`.
 """
 
 from __future__ import annotations
