@@ -132,7 +132,7 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         ),
         (["info", "wrong"], "Field 'hidden_size' expected int, got str (value: 'wide')"),
         (["train", "--output-dir", "file"], "File exists: 'file'"),
-        (["train", "--resume", "--output-dir", "new"], "There is no checkpoint in new/checkpoints to go on from"),
+        (["train", "--resume", "--output-dir", "new"], "There is no checkpoint in new/checkpoints to resume from"),
         (["lora", "--recipe", "nope"], "one of the names all, attention, experts, image_experts."),
         (["lora", "--set", "lora.rank=3"], "has keys ['rank'], which a recipe cannot set"),
         (["lora", "--model", "outputs/none/model"], "There is no trained model 'outputs/none/model' yet: `make demo`"),

@@ -150,7 +150,7 @@ def test_models_of_other_classes_train_too(is_upcycled, run_here, tmp_path):
         "train.py", *train_arguments(output_dir, max_steps=1), f"--set=model={tmp_path / 'llava'}", "--set=tokenizer={}"
     )
     assert ("LlavaForConditionalGeneration with" in printed) == (not is_upcycled)
-    assert "pictures of 32×32 pixels are resized to the 16×16 of the model" in printed
+    assert "images of 32×32 pixels are resized to the 16×16 of the model" in printed
     assert ("`expert_load.png` is not written" in printed) == (not is_upcycled)
     assert (output_dir / "answers.png").exists()
     assert (output_dir / "expert_load.png").exists() == is_upcycled

@@ -1,4 +1,4 @@
-"""Training with Transformers' `Trainer`."""
+"""Trains models with Transformers' `Trainer`."""
 
 from ..demo.conversations import conversations
 from .isolation import freeze_text

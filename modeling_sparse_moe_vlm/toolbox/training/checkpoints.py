@@ -1,4 +1,4 @@
-"""Checkpoints that an interrupted training goes on from: the newest one that was written to its end."""
+"""Finds the newest complete checkpoint, from which an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -37,18 +37,20 @@ logger = logging.get_logger(__name__)
 
 def last_whole_checkpoint(arguments: TrainingArguments) -> str:
     """
-    The checkpoint to go on from. `Trainer` takes the newest folder, but writes one file after the other: a process that
-    was killed meanwhile leaves a folder that cannot be loaded, or, worse, one that can, but without the optimizer.
+    Finds the checkpoint from which to resume. `Trainer` resumes from the newest folder, but it writes the files of a
+    checkpoint one after the other. If the process is killed meanwhile, the folder cannot be loaded or, worse, can be
+    loaded without the optimizer.
 
     Args:
         arguments (`TrainingArguments`):
-            Arguments of the training. With `save_only_model`, checkpoints without an optimizer are whole as well.
+            Arguments of the training. With `save_only_model`, checkpoints without an optimizer are also complete.
 
     Returns:
-        `str`: for `trainer.train(resume_from_checkpoint=…)`. Newer checkpoints that are not whole are warned of.
+        `str`: Path for `trainer.train(resume_from_checkpoint=...)`. The first process logs a warning that names the
+        newer checkpoints that are incomplete.
 
     Raises:
-        ValueError: If there is no whole checkpoint; the message says why.
+        ValueError: If there is no complete checkpoint. The message says what each checkpoint lacks.
     """
     folder = Path(str(arguments.output_dir))
     numbers = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in folder.glob("*/")}
@@ -58,16 +60,16 @@ def last_whole_checkpoint(arguments: TrainingArguments) -> str:
         damage = _find_damage(checkpoint, arguments.save_only_model)
         if damage is None:
             if broken and arguments.process_index == 0:
-                logger.warning(f"{' '.join(broken)} The training goes on from {checkpoint}.")
+                logger.warning(f"{' '.join(broken)} The training resumes from {checkpoint}.")
             return str(checkpoint)
         broken.append(f"The checkpoint {checkpoint} is not whole: {damage}.")
     raise ValueError(
-        f"There is no checkpoint in {folder} to go on from: start without resuming. {' '.join(broken)}".rstrip()
+        f"There is no checkpoint in {folder} to resume from: start without resuming. {' '.join(broken)}".rstrip()
     )
 
 
 def _find_damage(checkpoint: Path, only_model: bool) -> str | None:
-    """Says what a checkpoint lacks, or which of its files is not whole; `None` if it is whole."""
+    """Returns what a checkpoint lacks, or which of its files is incomplete; `None` if it is complete."""
     try:
         state = checkpoint / TRAINER_STATE_NAME
         if not state.exists():  # the last file to be written
@@ -87,7 +89,7 @@ def _find_damage(checkpoint: Path, only_model: bool) -> str | None:
 
 
 def _check_weights(checkpoint: Path) -> None:
-    """Raises `OSError` unless there are weights of a model, or adapters, with their configuration."""
+    """Raises `OSError` unless the checkpoint contains weights of a model or of adapters, with their configuration."""
     adapters = {
         path.parent for path in checkpoint.rglob("adapter_*") if path.stem in ("adapter_model", "adapter_config")
     }
@@ -107,13 +109,13 @@ def _check_weights(checkpoint: Path) -> None:
 
 
 def _require(folder: Path, *patterns: str) -> None:
-    """Raises `OSError` unless a folder has a file or folder that one of the patterns fits."""
+    """Raises `OSError` unless a folder contains a file or folder that matches one of the patterns."""
     if not any(list(folder.glob(pattern)) for pattern in patterns):
         raise OSError(f"{folder / patterns[0]} is missing")
 
 
 def _check_file(path: Path) -> None:
-    """Raises `OSError` if a file was cut off, as far as its format tells."""
+    """Raises `OSError` if a file is truncated, as far as its format allows to detect this."""
     if path.suffix == ".safetensors":
         check_weights([path])
     elif path.suffix == ".json":
@@ -121,7 +123,7 @@ def _check_file(path: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OSError(f"{path} is not whole ({error})") from error
-    elif path.suffix in (".pt", ".pth", ".bin"):  # archives, whose table of contents comes last
+    elif path.suffix in (".pt", ".pth", ".bin"):  # zip archives, whose table of contents is written last
         if not zipfile.is_zipfile(path):
             raise OSError(f"{path} is not whole")
     elif path.name == ".metadata":
@@ -133,7 +135,7 @@ def _check_file(path: Path) -> None:
 def _check_distributed(folder: Path) -> None:
     try:
         places = FileSystemReader(folder).read_metadata().storage_data.values()
-    except Exception as error:  # whatever reading a damaged pickle raises
+    except Exception as error:  # reading a damaged pickle can raise any error
         raise OSError(f"{folder}/.metadata is not whole ({error!r})") from error
     for place in places:
         _require(folder, place.relative_path)

@@ -1,4 +1,4 @@
-"""Isolation as a guarantee: everything that text uses stays as it is, to the bit, whatever the rest learns."""
+"""Freezes everything that text uses, so that training leaves text-only outputs bit-identical."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from ..expert_modules import expert_banks, name_without_adapters, names_for_text
 
 def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     """
-    Freezes everything that text tokens use: the decoder, the embeddings and the head. What is left to train is what
-    lies beside them (a vision tower with its connector, encoders of further modalities), the expert groups that do not
-    serve text, and the routers' weights for them. A text-only output is then bit-identical before and after training.
+    Freezes everything that text tokens use: the decoder, the embeddings and the head. The modules outside of these (a
+    vision encoder and its connector, encoders of further modalities), the expert groups that do not serve text, and
+    the router weights of these groups remain trainable. Text-only outputs are bit-identical before and after training.
 
-    A router has one weight for all experts, of which the rows of experts that serve text are put back after every step
-    of any of torch's optimizers: weight decay would move them even without a gradient.
+    A router has a single weight matrix for all experts. Its rows for experts that serve text are restored after every
+    step of any torch optimizer, because weight decay would change them even without a gradient.
 
     Args:
         model (`PreTrainedModel`):
-            A model of this package or an upcycled one, whose expert groups serve either text or other modalities, as
-            those of `expert_groups="isolated"`.
-            Its routers' weights must not be sharded (FSDP, ZeRO-3).
+            A model of this package or an upcycled model. Each of its expert groups must serve either text or other
+            modalities, as with `expert_groups="isolated"`. The router weights must not be sharded (FSDP, ZeRO-3).
 
     Returns:
-        `RemovableHandle`: its `remove()` ends the watch over the routers' weights. What is frozen stays frozen.
+        `RemovableHandle`: Handle whose `remove()` stops restoring the router weights. Frozen parameters stay frozen.
 
     Raises:
-        ValueError: If a group serves text and other modalities, which could then not learn; or if the routers' biases
-            for text would move.
+        ValueError: If an expert group serves text and other modalities, which could not learn with frozen experts, or
+            if training would update the router biases of text.
     """
     config = experts_config_of(model.config)
     shared = {
@@ -41,8 +40,8 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     }
     if shared:
         raise ValueError(
-            f"`expert_groups` share experts between text and other modalities: {shared}. Frozen for text, they could "
-            'learn nothing of the others. Give each its own groups, as `expert_groups="isolated"` does.'
+            f"`expert_groups` share experts between text and other modalities: {shared}. If they were frozen for text, "
+            'the other modalities could not train them. Give each its own groups, as `expert_groups="isolated"` does.'
         )
     if config.router_bias_update_rate:
         raise ValueError(
@@ -53,7 +52,7 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     without_text = {group["name"] for group in config.expert_groups if "text" not in group["modalities"]}
     banks = [bank for bank in expert_banks(model) if bank.group in without_text]
     blocks = sparse_blocks(model)
-    routers = [f"{name}.gate" for name in blocks]  # of which text uses some rows
+    routers = [f"{name}.gate" for name in blocks]  # text uses some of their rows
     left = tuple(f"{name}." for name in (*(name for bank in banks for name in bank.parts), *routers))
     for_text = names_for_text(model)
     for name, parameter in model.named_parameters():
@@ -61,7 +60,7 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
         if name.startswith(for_text) and not name.startswith(left):
             parameter.requires_grad_(False)
 
-    kept = []  # the router, the rows of experts that serve text, and what they are to be
+    kept = []  # the router, its rows for experts that serve text, and the values of these rows
     for block in blocks.values():
         router = block.gate
         groups = config.layer_expert_groups(block.layer_idx, always_on=False)

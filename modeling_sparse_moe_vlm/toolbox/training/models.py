@@ -1,4 +1,4 @@
-"""The model that training starts from, with its processor: from scratch, or a checkpoint."""
+"""Creates a new model or loads a checkpoint, with its processor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..installed_code import use_installed_code
 from ..shipped_files import shipped_presets
 from .recipes import find_model
 
-# About as many images tell the mean and the spread of their pixels.
+# About this many images are enough to estimate the mean and the standard deviation of the pixels.
 NUM_IMAGES_LOOKED_AT = 1000
 
 
@@ -33,20 +33,21 @@ def from_scratch(
     config_file: str, examples: Dataset, vocab_size: int = 1024
 ) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
-    A new model from a preset, with a tokenizer trained on the texts at hand, and an image processor that normalises by
-    the pixels of the images at hand.
+    Creates a new model from a preset, with a tokenizer trained on the texts of the examples, and an image processor
+    that normalises with the mean and standard deviation of the pixels of their images.
 
     Args:
         config_file (`str`):
-            Path to a model configuration (a JSON file), or the name of a preset (`"tiny"`). Vocabulary size and special
-            tokens are those of the tokenizer.
+            Path to a model configuration (a JSON file), or the name of a preset (`"tiny"`). The tokenizer replaces its
+            vocabulary size and special tokens.
         examples (`datasets.Dataset`):
-            Rows with `question`, `answer` and `image`.
-        vocab_size (`int`, defaults to 1024):
-            Largest size of the vocabulary.
+            Rows with the columns `question`, `answer` and `image`.
+        vocab_size (`int`, *optional*, defaults to 1024):
+            Maximum size of the vocabulary.
 
     Returns:
-        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`: The model, with random weights, and its
+        processor.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,7 +73,7 @@ def from_scratch(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],  # stands for images, which the model does not make
+        suppress_tokens=[config.image_token_id],  # a placeholder for images, which the model does not generate
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
@@ -81,7 +82,7 @@ def from_scratch(
 
 
 def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of the pixels of some images, by channel, as the processor reads them."""
+    """Returns the mean and standard deviation of the pixels of some resized images, by channel."""
     step = max(len(examples) // NUM_IMAGES_LOOKED_AT, 1)
     images = read_images([examples[i]["image"] for i in range(0, len(examples), step)])
     pixels = image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
@@ -91,16 +92,21 @@ def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPi
 
 def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    A trained model of any image-text-to-text class, with its processor.
+    Loads a trained model of any image-text-to-text class, with its processor. Checkpoints of this package run the
+    installed code.
 
     Args:
         path (`str`):
             Folder of the checkpoint, or its name on the Hub.
-        trust_remote_code (`bool`, defaults to `False`):
-            Whether to run the code that comes with the checkpoint.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code from the checkpoint.
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+        ValueError: If the checkpoint requires its own code and `trust_remote_code` is `False`.
     """
     use_installed_code(path)
     model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -109,14 +115,14 @@ def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
 
 def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
-    A trained model of this package or an upcycled one, ready to answer, with its processor.
+    Loads a trained model of this package or an upcycled model, with its processor.
 
     Args:
         path (`str`):
             Folder of the checkpoint, or its name on the Hub.
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor.
 
     Raises:
         ValueError: If the model has no experts of this package.
@@ -133,14 +139,15 @@ def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorM
 
 def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
-    A trained model of our class, ready to answer, with its processor.
+    Loads a trained model of the class `SparseMoeVlmForConditionalGeneration`, with its processor.
 
     Args:
         path (`str`):
             Folder of the checkpoint, or its name on the Hub.
 
     Returns:
-        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`
+        `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`: The model, in evaluation mode, and its
+        processor.
 
     Raises:
         ValueError: If it is a model of another class.
@@ -154,18 +161,18 @@ def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration
 
 def load_config(name: str) -> PreTrainedConfig:
     """
-    The configuration of a model.
+    Loads the configuration of a model.
 
     Args:
         name (`str`):
-            Short name of a preset, configuration file, folder of a checkpoint, or name on the Hub.
+            Short name of a preset, path to a configuration file, folder of a checkpoint, or name on the Hub.
 
     Returns:
-        `PreTrainedConfig`
+        `PreTrainedConfig`: The configuration.
 
     Raises:
-        FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
-        ValueError: If a file does not say what type of model it is of.
+        FileNotFoundError: If there is no such path, and the name cannot be a name on the Hub.
+        ValueError: If the configuration does not name its model type.
     """
     path = find_model(name)
     use_installed_code(path)

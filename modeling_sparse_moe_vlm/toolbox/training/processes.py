@@ -1,4 +1,4 @@
-"""What processes that run one training program together leave to the first of them: progress, evaluation, files."""
+"""Coordinates the processes of a training program. Only the first reports progress, evaluates and writes files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .checkpoints import last_whole_checkpoint
 
 def start_run(output_dir: Path, resume: bool, **training: Any) -> tuple[TrainingArguments, str | None]:
     """
-    Starts a run in a folder: joins the processes, makes the folder and sets the seed.
+    Starts a run: initialises the group of processes, creates the output folder and sets the seed.
 
     Args:
         output_dir (`Path`):
-            Where the run writes everything; its checkpoints go to `checkpoints` in it.
+            Folder for all outputs of the run. Its checkpoints go to the subfolder `checkpoints`.
         resume (`bool`):
-            Whether the run goes on from its last whole checkpoint.
-        training:
+            Whether to resume from the last complete checkpoint.
+        **training:
             Arguments of [`~transformers.TrainingArguments`].
 
     Returns:
-        `tuple[TrainingArguments, str | None]`: the arguments of the training, and the checkpoint to go on from.
+        `tuple[TrainingArguments, str | None]`: The arguments of the training, and the checkpoint from which to resume.
 
     Raises:
-        ValueError: If an argument is not possible, or there is no checkpoint to go on from.
-        OSError: If the folder cannot be made.
+        ValueError: If an argument is invalid, or if there is no checkpoint to resume from.
+        OSError: If the folder cannot be created.
     """
     arguments = TrainingArguments(output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **training)
     checkpoint = last_whole_checkpoint(arguments) if resume else None
@@ -44,11 +44,11 @@ def start_run(output_dir: Path, resume: bool, **training: Any) -> tuple[Training
 
 def silence_others(arguments: TrainingArguments) -> None:
     """
-    Switches off the progress bars of every process but the first.
+    Disables the progress bars of every process except the first.
 
     Args:
         arguments (`TrainingArguments`):
-            Arguments of the training, which know the processes.
+            Arguments of the training, which contain the number of this process.
     """
     if arguments.process_index != 0:
         disable_progress_bars()
@@ -57,26 +57,26 @@ def silence_others(arguments: TrainingArguments) -> None:
 
 def save_and_part(trainer: Trainer, folder: Path) -> bool:
     """
-    Saves the trained model whole, however it is spread over processes, and ends their group: the first can go on for
-    as long as it takes, and none waits for it. To be called by all. The folder keeps an older model until the new one
-    is written, and then has all of the new one.
+    Saves the complete trained model, even if it is sharded over processes, and ends the group of processes. The first
+    process can then continue for any time without the others waiting for it. All processes must call this function. An
+    older model stays in the folder until the new model is completely written.
 
     Args:
         trainer (`Trainer`):
-            A trainer that is done.
+            The trainer, after training.
         folder (`Path`):
-            Where to write the model, or the adapter, and the processor that the trainer has.
+            Folder for the model (or adapter) and the processor of the trainer.
 
     Returns:
-        `bool`: whether this process is the first. The others have nothing left to do. With several processes the
-        trainer's model may be only a part of the trained one, which can be read from the folder.
+        `bool`: Whether this process is the first. The others have nothing left to do. With several processes, the
+        trainer's model may be only a part of the trained model, which can be loaded from the folder.
     """
     stage = folder.parent / f".{folder.name}.saving"  # the same in all processes
     if trainer.is_world_process_zero():
-        shutil.rmtree(stage, ignore_errors=True)  # of an interrupted save
+        shutil.rmtree(stage, ignore_errors=True)  # left by an interrupted save
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(stage))
-    trainer.accelerator.wait_for_everyone()  # the end of the group would end what another process still receives
+    trainer.accelerator.wait_for_everyone()  # ending the group would interrupt processes that still receive data
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return False

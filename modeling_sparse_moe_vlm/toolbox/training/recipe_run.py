@@ -1,4 +1,4 @@
-"""A whole training run: from a recipe to a folder with the model, its card, its scores and drawings of what it does."""
+"""A training run: turns a recipe into a folder with the model, its model card, its scores and figures."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ ROUTED_BATCH = 64
 
 class TrainingRun:
     """
-    Draws the data of a recipe and makes its model. Methods are to be called in the order `train`, `evaluate`, `draw`;
-    what they print is for people.
+    A training run, which generates the data of a recipe and creates its model. Call the methods in the order `train`,
+    `evaluate`, `draw`. They print their results.
 
     Args:
         recipe ([`~toolbox.training.recipes.Recipe`]):
-            What the run is made of.
+            The recipe.
         output_dir (`Path`):
-            Where everything is written.
-        resume (`bool`, defaults to `False`):
-            Whether to go on from the last whole checkpoint in the output folder.
+            Folder for all outputs.
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether to resume from the last complete checkpoint in the output folder.
 
     Raises:
-        ValueError: If a value of the recipe is not possible, or there is no checkpoint to go on from.
-        OSError: If the model cannot be read, or the folder not be written to.
+        ValueError: If a value of the recipe is invalid, or if there is no checkpoint to resume from.
+        OSError: If the model cannot be read, or if the folder cannot be written to.
     """
 
     def __init__(self, recipe: Recipe, output_dir: Path, resume: bool = False) -> None:
@@ -67,11 +67,11 @@ class TrainingRun:
 
     @property
     def model_dir(self) -> Path:
-        """Where the trained model is saved."""
+        """Folder of the trained model."""
         return self.output_dir / "model"
 
     def print_model(self) -> None:
-        """Prints the size of the model and, where it resizes the images, to what size."""
+        """Prints the size of the model and, if it resizes the images, their new size."""
         if self.arguments.process_index == 0:
             print(describe_size(self.model))
             if note := resizing_note(self.model, self.data["train"][0]["image"].size):
@@ -82,7 +82,7 @@ class TrainingRun:
         Trains the model and saves it.
 
         Returns:
-            `bool`: whether this process does what remains: the first one does.
+            `bool`: Whether this process does the remaining steps. Only the first process does.
         """
         start = time.time()
         trainer = SparseMoeTrainer(
@@ -94,10 +94,10 @@ class TrainingRun:
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics["training_seconds"] = round(time.time() - start, 1)
-        # At once, so that nothing is lost when a later step fails.
+        # Save at once, so that nothing is lost if a later step fails.
         if not save_and_part(trainer, self.model_dir):
             return False
-        if self.arguments.world_size > 1:  # this process may hold only a part of the trained model
+        if self.arguments.world_size > 1:  # this process may have only a part of the trained model
             self.model = from_checkpoint(str(self.model_dir))[0].to(self.arguments.device)
         return True
 
@@ -106,8 +106,8 @@ class TrainingRun:
         Scores the answers to the held-out questions, and writes `metrics.json` and the model card.
 
         Returns:
-            `dict[str, Any]`: `training_seconds` and, by split, what [`~toolbox.evaluation.by_kind.score_by_kind`]
-            returns.
+            `dict[str, Any]`: `training_seconds`, and the scores of [`~toolbox.evaluation.by_kind.score_by_kind`] by
+            split.
         """
         for split in self.heldout:
             rows = self.data[split]
@@ -151,14 +151,14 @@ class TrainingRun:
             print("`expert_load.png` is not written: the model has no routed experts of this package.")
 
     def print_how_to_load(self) -> None:
-        """Prints a program that asks the trained model a question."""
+        """Prints a command and example code that ask the trained model a question."""
         question = self.data["test"][0]["question"]
         print(HOW_TO_LOAD.format(output_dir=self.output_dir, model_dir=self.model_dir, question=question))
 
 
 def resizing_note(model, size: tuple[int, int]) -> str | None:
     """
-    Tells when a model resizes the images that it gets.
+    Returns a note if a model resizes images of a given size.
 
     Args:
         model (`PreTrainedModel`):
@@ -167,12 +167,12 @@ def resizing_note(model, size: tuple[int, int]) -> str | None:
             Width and height of an image.
 
     Returns:
-        `str`, or `None` where the image has the size of the model, or the model takes any.
+        `str`: The note, or `None` if the image has the size of the model or the model accepts any size.
     """
     side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
     if not isinstance(side, int) or size == (side, side):
         return None
-    return f"Note: pictures of {size[0]}×{size[1]} pixels are resized to the {side}×{side} of the model."
+    return f"Note: images of {size[0]}×{size[1]} pixels are resized to the {side}×{side} of the model."
 
 
 HOW_TO_LOAD = """

@@ -1,4 +1,4 @@
-"""Recipes: a training run as a YAML file."""
+"""Recipes: training runs defined in YAML files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 
-# What a run decides itself.
+# Arguments that a run sets itself.
 SET_BY_RUN = {"output_dir", "remove_unused_columns"}
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
@@ -25,15 +25,15 @@ NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 @dataclass
 class Recipe:
     """
-    What a training run is made of.
+    The definition of a training run.
 
     Args:
         model (`str`):
-            Model configuration (JSON file) to train from scratch, or a checkpoint to go on from.
+            Model configuration (JSON file) to train from scratch, or a checkpoint to continue from.
         data (`dict`):
             Arguments of [`~toolbox.demo.load_scenes`].
         training (`dict`):
-            Arguments of [`~transformers.TrainingArguments`], but for `output_dir` and `remove_unused_columns`.
+            Arguments of [`~transformers.TrainingArguments`], except `output_dir` and `remove_unused_columns`.
         tokenizer (`dict`):
             Arguments of [`~toolbox.demo.train_tokenizer`], for a model from scratch.
     """
@@ -44,31 +44,32 @@ class Recipe:
     tokenizer: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that [`load_recipe`] reads."""
+        """Returns the recipe as YAML that [`load_recipe`] reads."""
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
-    Reads a recipe and changes some of its values.
+    Reads a recipe, and overrides some of its values.
 
     Args:
         path (`str` or `Path`):
             The YAML file.
         overrides (`Sequence[str]`):
-            Values to change, as `"training.max_steps=10"`; the right-hand side is YAML.
+            Values to override, such as `"training.max_steps=10"`. The right-hand side is YAML.
 
     Returns:
-        [`Recipe`]
+        [`Recipe`]: The recipe.
 
     Raises:
-        ValueError: If the file is not YAML; if the file or an override has a key that recipes do not have; if a value
-            that must be a number is not one; if an override has no value; or if the tokenizer cannot have its
-            `vocab_size`. The message names the file and the key.
+        ValueError: If the file is not YAML, if the file or an override has an unknown key, if a value has the wrong
+            type, if an override has no value, or if the tokenizer cannot have this `vocab_size`. The message names the
+            file and the key.
+        OSError: If the file cannot be read.
     """
     sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer_arguments()}
     recipe = Recipe(**read_recipe(path, overrides, sections))
-    # Now, since the data are made first, which may take minutes.
+    # Check this now: the run generates the data first, which may take minutes.
     if "vocab_size" in recipe.tokenizer:
         check_vocab_size(recipe.tokenizer["vocab_size"])
     return recipe
@@ -78,21 +79,21 @@ def read_recipe(
     path: str | Path, overrides: Sequence[str], sections: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """
-    Reads a recipe of any kind, as [`load_recipe`] does.
+    Reads a recipe with any sections, in the same way as [`load_recipe`].
 
     Args:
         path (`str` or `Path`):
             The YAML file.
         overrides (`Sequence[str]`):
-            Values to change.
+            Values to override.
         sections (`Mapping[str, Mapping[str, Any]]`):
-            By section, the keys that it may have, with the type of each value.
+            Keys that each section can have, with the type of each value, by section.
 
     Returns:
-        `dict[str, Any]`: the sections, empty ones included, and `model`.
+        `dict[str, Any]`: `model` and the sections, including empty ones.
 
     Raises:
-        ValueError: As [`load_recipe`] does.
+        ValueError: In the same cases as [`load_recipe`], except `vocab_size`.
         OSError: If the file cannot be read.
     """
     content = _read_yaml(Path(path).read_bytes(), f"the recipe {path}")
@@ -126,20 +127,21 @@ def read_recipe(
 
 def find_model(model: str, root: Path | None = None) -> str:
     """
-    Finds a model: relative to the current directory, else to the root of the repository, else among the presets by its
-    short name, else on the Hub.
+    Finds a model. A path is looked up relative to the current directory, then relative to the root of the repository.
+    Otherwise, the short names of the presets are searched. Any other name is one on the Hub.
 
     Args:
         model (`str`):
-            Configuration file, folder of a checkpoint, short name of a preset (`"tiny"`), or name on the Hub.
+            Path to a configuration file or to the folder of a checkpoint, short name of a preset (`"tiny"`), or name on
+            the Hub.
         root (`Path`, *optional*):
-            Root of the repository; by default, where the presets are.
+            Root of the repository. By default, the folder that contains `configuration`.
 
     Returns:
-        `str`: the path, or the name as it is.
+        `str`: The path, or the name on the Hub.
 
     Raises:
-        FileNotFoundError: If there is no such path, and it cannot be a name on the Hub.
+        FileNotFoundError: If there is no such path, and the name cannot be a name on the Hub.
     """
     places = list(dict.fromkeys([Path.cwd() / model, (root or shipped_root()) / model]))
     for place in places:
@@ -156,18 +158,18 @@ def find_model(model: str, root: Path | None = None) -> str:
 
 
 def data_arguments() -> dict[str, Any]:
-    """What the section `data` of a recipe may have, with the types."""
+    """Returns the keys that the section `data` of a recipe can have, with their types."""
     types = get_type_hints(load_scenes) | get_type_hints(scenes)
     return _without(types, {"kwargs", "return", "split", "num_examples"})
 
 
 def tokenizer_arguments() -> dict[str, Any]:
-    """What the section `tokenizer` of a recipe may have, with the types."""
+    """Returns the keys that the section `tokenizer` of a recipe can have, with their types."""
     return _without(get_type_hints(train_tokenizer), {"return", "texts"})
 
 
 def training_arguments() -> dict[str, Any]:
-    """What the section `training` of a recipe may have, with the types."""
+    """Returns the keys that the section `training` of a recipe can have, with their types."""
     types = get_type_hints(TrainingArguments)
     return _without({entry.name: types[entry.name] for entry in fields(TrainingArguments) if entry.init}, SET_BY_RUN)
 
@@ -184,7 +186,7 @@ def _read_yaml(text: bytes | str, what: str) -> Any:
 
 
 def _override(content: dict[str, Any], override: str) -> None:
-    """Sets one value, as `"section.key=value"` says."""
+    """Sets one value from an override such as `"section.key=value"`."""
     key, separator, value = override.partition("=")
     check(bool(separator), f"override {override!r} has no value: write it as `section.key=value`.")
     *sections, last = key.split(".")
@@ -198,8 +200,8 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 def _of_type(value: Any, hint: Any, name: str, where: str) -> Any:
     """
-    The value of a key that takes a number, or true or false. A number such as `1e-3` is a string to YAML 1.1. Values of
-    other types are left to what they are arguments of.
+    Checks and converts the value of a key whose type is a number or a boolean. (In YAML 1.1, a number such as `1e-3` is
+    a string.) Values of other types are returned unchanged; the function that receives them as arguments checks them.
     """
     types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
     given = value

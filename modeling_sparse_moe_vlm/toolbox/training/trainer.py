@@ -1,4 +1,4 @@
-"""`Trainer` for models with experts."""
+"""A `Trainer` for models with experts."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .training_settings import no_training_settings
 
 
 class _NextTokenSmoother(LabelSmoother):
-    """Compares logits with the labels of the next position, which `Trainer` does only for models that it knows."""
+    """Label smoothing with shifted labels. `Trainer` shifts them only for the model classes that it knows."""
 
     def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
         return super().__call__(model_output, labels, shift_labels=True, num_items_in_batch=num_items_in_batch)
 
 
 def _with_router_loss(function: Callable) -> Callable:
-    """A loss that is computed outside of the model, with what the model would have added to its own."""
+    """Adds the router losses to a loss function that is computed outside of the model."""
 
     def loss_with_router_loss(outputs, labels, *args, num_items_in_batch=None, **kwargs):
         loss = function(outputs, labels, *args, num_items_in_batch=num_items_in_batch, **kwargs)
@@ -40,24 +40,26 @@ def _with_router_loss(function: Callable) -> Callable:
 
 class SparseMoeTrainer(Trainer):
     """
-    `Trainer` that also watches the routers of our models. Since the last log it logs
+    A `Trainer` that also monitors the routers of our models. It takes the same arguments as
+    [`~transformers.Trainer`]. In addition, it logs the following figures, over the steps since the last log:
 
-    - means of the router losses: `aux_loss`, `z_loss`, and the balancing loss of each modality (`aux_loss_text`, …);
-    - how each modality spreads over each group of experts: `routing/<group>/<modality>/<figure>`, over all layers (see
-      [`~toolbox.routing.RoutingStatistics`]; `trainer.routing.statistics` has the layers one by one), with a
-      warning where one has collapsed.
+    - The means of the router losses: `aux_loss`, `z_loss`, and the load balancing loss of each modality
+      (`aux_loss_text` and so on).
+    - How the tokens of each modality are distributed over each expert group: `routing/<group>/<modality>/<figure>`,
+      over all layers (see [`~toolbox.routing.RoutingStatistics`]). `trainer.routing.statistics` has the figures of
+      each layer. A warning is logged if the routing of a modality has collapsed.
 
-    Losses that are not the model's own (`compute_loss_func`, `label_smoothing_factor`) get the router losses added to
-    them, and label smoothing compares every logit with the label of the next position.
+    If the loss is computed outside of the model (`compute_loss_func`, `label_smoothing_factor`), the router losses are
+    added to it. Label smoothing compares every logit with the label of the next position.
 
-    `train(resume_from_checkpoint=True)` goes on from the newest checkpoint that is whole, and names newer ones that are
-    not.
+    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
+    newer, incomplete ones.
 
-    With `config.router_bias_update_rate` it moves the routers' biases after every step. For any of these the model must
-    return its router logits (`config.output_router_logits`), a setting of training that saved models do not have.
+    With `config.router_bias_update_rate`, the biases of the routers are updated after every step. All of these require
+    that the model returns its router logits (`config.output_router_logits`). Saved models do not keep this setting.
 
     Raises:
-        ValueError: If the biases are to be moved, but the model does not return its router logits.
+        ValueError: In training, if `router_bias_update_rate` is set but the model does not return its router logits.
     """
 
     label_smoother: Callable | None
@@ -74,6 +76,21 @@ class SparseMoeTrainer(Trainer):
         self.add_callback(self.routing)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """
+        Trains the model, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Path to a checkpoint, or `True` to resume from the newest complete checkpoint in `args.output_dir`.
+            *args: Further positional arguments of `Trainer.train`.
+            **kwargs: Further keyword arguments of `Trainer.train`.
+
+        Returns:
+            `TrainOutput`: The result of `Trainer.train`.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -82,7 +99,7 @@ class SparseMoeTrainer(Trainer):
         has_own_loss = self.label_smoother is not None or self.compute_loss_func is not None
         config = experts_config_of(self.accelerator.unwrap_model(model).config)
         if has_own_loss and getattr(config, "output_router_logits", False):
-            # At evaluation, a model without labels computes no router losses unless somebody asks for them.
+            # In evaluation, a model without labels does not compute router losses unless this is set.
             inputs["output_router_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
@@ -98,8 +115,8 @@ class SparseMoeTrainer(Trainer):
                 check(
                     bool(outputs.get("router_logits")),
                     "`router_bias_update_rate` is set, but the model returns no router logits to balance by: set "
-                    "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` for no other "
-                    "balancing).",
+                    "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` to disable the "
+                    "load balancing loss).",
                 )
         return (loss, outputs) if return_outputs else loss
 
@@ -111,7 +128,7 @@ class SparseMoeTrainer(Trainer):
         if "loss" in logs:
             for name, values in self._router_losses.items():
                 mean = torch.stack(values).nanmean().item()
-                if not math.isnan(mean):  # a modality of which there was no token
+                if not math.isnan(mean):  # NaN for a modality without tokens
                     logs[name] = round(mean, 4)
             self._router_losses.clear()
             logs |= {f"routing/{name}": round(value, 4) for name, value in self.routing.report().items()}

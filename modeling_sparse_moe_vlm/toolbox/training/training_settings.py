@@ -1,4 +1,4 @@
-"""Settings of our models that belong to training, and not into a trained model's checkpoint."""
+"""Settings of our models that apply to training and are not saved in checkpoints of trained models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from ..expert_modules import our_experts_config
 
 
 def compute_router_losses(model: PreTrainedModel) -> None:
-    """Sets a model of ours to add the router losses to its loss, which checkpoints do not say; leaves others alone."""
+    """
+    Makes a model of ours add the router losses to its loss, because checkpoints do not contain this setting. Other
+    models are not affected.
+    """
     for config in _configs_of_ours(model):
         config.output_router_logits = True
 
 
 @contextmanager
 def no_training_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, the configuration of a model of ours is that of a trained model."""
+    """A context in which the configuration of a model of ours does not have the settings of training."""
     before = [(config, config.output_router_logits) for config in _configs_of_ours(model)]
     for config, _ in before:
         config.output_router_logits = False

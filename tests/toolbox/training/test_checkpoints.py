@@ -1,4 +1,4 @@
-"""An interrupted training goes on from the newest checkpoint that was written to its end."""
+"""An interrupted training resumes from the newest complete checkpoint."""
 
 import json
 import logging
@@ -86,7 +86,7 @@ def test_every_file_that_is_needed_must_be_there(run, kind, warnings):
         if name in needed:
             assert used == str(run / "checkpoint-1"), name
             assert f"The checkpoint {newest} is not whole: {newest / name} is missing" in said
-            assert said.endswith(f"The training goes on from {run / 'checkpoint-1'}.")
+            assert said.endswith(f"The training resumes from {run / 'checkpoint-1'}.")
         else:
             assert (used, said) == (str(newest), ""), name
         (run / "kept").rename(newest / name)
@@ -116,7 +116,7 @@ def test_checkpoints_without_an_optimizer(run, warnings):
     assert last_whole_checkpoint(make_arguments(run, save_only_model=True)) == str(run / "checkpoint-2")
     assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1")
     (run / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint in .*run to go on from: start without resuming\.") as error:
+    with pytest.raises(ValueError, match=r"no checkpoint in .*run to resume from: start without resuming\.") as error:
         last_whole_checkpoint(make_arguments(run))
     assert f"The checkpoint {run / 'checkpoint-2'} is not whole" in str(error.value)
     assert f"The checkpoint {run / 'checkpoint-1'} is not whole: {run / 'checkpoint-1/optimizer.pt'}" in str(
@@ -240,7 +240,7 @@ def test_the_training_goes_on(run):
 
 
 class Starts(TrainerCallback):
-    """Keeps the step from which a training goes on."""
+    """Records the step from which a training resumes."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.step = state.global_step
@@ -259,5 +259,5 @@ def test_the_trainer_itself_goes_on_from_the_newest_whole_checkpoint(trained, tm
 
 def test_the_trainer_says_that_there_is_nothing_to_go_on_from(tmp_path):
     trainer = SparseMoeTrainer(make_model(), make_arguments(tmp_path), collate, make_rows(4))
-    with pytest.raises(ValueError, match=r"There is no checkpoint in .* to go on from"):
+    with pytest.raises(ValueError, match=r"There is no checkpoint in .* to resume from"):
         trainer.train(resume_from_checkpoint=True)
