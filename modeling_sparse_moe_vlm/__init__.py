@@ -5,7 +5,8 @@ from importlib import import_module
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-# The command imports this package, too. Its help must not wait for torch, so it loads the classes when a verb runs.
+# The `sparse-moe-vlm` command also imports this package. To print its help without importing torch, the command
+# loads the classes only when it needs them.
 _IS_COMMAND = PurePath(*sys.argv[:1]).stem == "sparse-moe-vlm"
 
 if TYPE_CHECKING or not _IS_COMMAND:

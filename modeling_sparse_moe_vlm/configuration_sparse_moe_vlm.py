@@ -20,10 +20,11 @@ from .parameters import count_parameters
 from .vision_tower import patches_per_side
 
 if TYPE_CHECKING:
-    # Every file of the model, so that they all come with this one: `num_parameters` needs them, and Transformers tells
-    # revisions of code apart by the files that a file names. Without them, two checkpoints that differ only in the
-    # model's files would share the classes below, by which the auto classes then find the first one's model for both.
-    # (Transformers 4 copies only the files that are named here, and fails before it can say that it is too old.)
+    # Every file of the model is named here, so that Transformers copies and hashes all of them along with this file.
+    # `num_parameters` needs them, and Transformers distinguishes revisions of remote code by the files that a file
+    # imports. Otherwise, two checkpoints that differ only in the model's files would share the configuration classes
+    # below, and the auto classes would use the model class of the first checkpoint for both. (Transformers 4 copies
+    # only the files named here. With a file missing, it would fail before `versions.py` can report the old version.)
     from .attention import SparseMoeVlmAttention  # noqa: F401
     from .attention_parts import AttentionParts  # noqa: F401
     from .attention_plan import plan_attention  # noqa: F401
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
     from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401
 
-# Outputs that `Trainer` does not gather when it predicts: what is left are the logits.
+# Outputs that `Trainer` ignores during prediction, so that it gathers only the logits.
 _NOT_PREDICTIONS = [
     "past_key_values",
     "cache",
@@ -78,7 +79,7 @@ _NOT_PREDICTIONS = [
     "count_free_modality_weights",
 ]
 
-# One name per auto class: what `save_pretrained` writes into `auto_map`, so that remote code loads everywhere.
+# The class to load for each auto class. `save_pretrained` writes these entries to `auto_map` for remote code.
 _CONFIG_FILE = "configuration_sparse_moe_vlm"
 _MODEL_FILE = "modeling_sparse_moe_vlm"
 AUTO_MAP = {
@@ -97,57 +98,65 @@ TEXT_AUTO_MAP = {
 
 class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
     r"""
-    Configuration of [`SparseMoeVlmTextModel`], a decoder in the Llama/Qwen3 convention whose feed-forward blocks are
-    sparse mixtures of modality experts.
+    Configuration of [`SparseMoeVlmTextModel`], a decoder with the architecture of Llama and Qwen3 in which the
+    feed-forward blocks of the sparse layers are mixtures of modality experts.
 
     Args:
         vocab_size (`int`, defaults to 32000):
             Size of the vocabulary.
         intermediate_size (`int`, defaults to 5632):
-            Width of the feed-forward block of the dense layers.
+            Intermediate size of the feed-forward block in the dense layers.
         num_attention_heads (`int`, defaults to 16):
             Number of query heads.
-        num_key_value_heads (`int`, *optional*):
-            Number of key and value heads (grouped-query attention); `num_attention_heads` when `None`.
-        head_dim (`int`, *optional*):
-            Size of one head; `hidden_size // num_attention_heads` when `None`.
+        num_key_value_heads (`int`, *optional*, defaults to `num_attention_heads`):
+            Number of key and value heads (grouped-query attention).
+        head_dim (`int`, *optional*, defaults to `hidden_size // num_attention_heads`):
+            Dimension of each attention head.
         max_position_embeddings (`int`, defaults to 32768):
-            Longest sequence that the model is meant for.
+            Maximum sequence length that the model is intended for.
         rms_norm_eps (`float`, defaults to 1e-6):
-            Epsilon of the RMS normalisations.
+            Epsilon of the RMS normalisation layers.
         use_cache (`bool`, defaults to `True`):
             Whether to return the key/value cache.
         tie_word_embeddings (`bool`, defaults to `False`):
-            Whether the language head shares the token embedding.
+            Whether the language head shares its weights with the token embedding.
         rope_parameters (`dict`, *optional*):
-            Rotary position embedding, in Transformers' form (`rope_type`, `rope_theta`, …).
+            Parameters of the rotary position embedding, in the format of Transformers (`rope_type`, `rope_theta`, …).
         attention_bias (`bool`, defaults to `False`):
-            Whether the attention projections have biases.
-        attention_out_bias (`bool`, *optional*):
-            Whether the output projection of the attention has a bias; as `attention_bias` says when `None`. Qwen2 has
-            biases in the other three only.
+            Whether the query, key, value and output projections have biases.
+        attention_out_bias (`bool`, *optional*, defaults to `attention_bias`):
+            Whether the output projection of the attention has a bias. Qwen2, for example, has biases only in the other
+            three projections.
         attention_dropout (`float`, defaults to 0.0):
-            Dropout on the attention weights.
+            Dropout probability of the attention weights.
         use_qk_norm (`bool`, defaults to `True`):
-            Whether queries and keys are RMS-normalised per head, as in Qwen3.
+            Whether to apply RMS normalisation to the queries and keys of each head, as in Qwen3.
         nope_layers (`list[int]`, *optional*):
-            Layers whose attention has no rotary embedding (NoPE, arXiv 2305.19466), as some of SmolLM3's.
+            Layers without rotary embedding (NoPE, arXiv 2305.19466), as in some layers of SmolLM3.
         alpha_init (`float`, defaults to 0.5):
-            Prior of the image part in distributed attention, and of every other modality but text (α₀): how much more
-            than its attention logits say a part weighs.
+            Prior α₀ of the image part in distributed attention, and of every other modality except text. The weight
+            that the attention logits give a part is multiplied by its prior.
         beta_init (`float`, defaults to 0.5):
-            Prior of the text part (β₀). Equal priors are plain attention; only their ratio counts.
+            Prior β₀ of the text part. Only the ratio of the priors matters: with equal priors, distributed attention
+            is plain attention.
         learned_modality_priors (`bool`, defaults to `False`):
-            Whether every head learns its own priors, from `alpha_init` and `beta_init` on, or they stay what they are
-            (fixed, as in Vidi, arXiv 2504.15681).
+            Whether every head learns its own priors, starting from `alpha_init` and `beta_init`. If `False`, the
+            priors are fixed, as in Vidi (arXiv 2504.15681).
         start (`dict`, *optional*):
-            How a model that was made of a dense one started: see [`~toolbox.upcycling.upcycle_from_parts`]. It is kept
-            for the record.
+            A record of how the model was initialised from a dense model (see
+            [`~toolbox.upcycling.upcycle_from_parts`]). The model does not use it.
+        pad_token_id (`int`, *optional*):
+            Id of the padding token.
+        bos_token_id (`int`, *optional*):
+            Id of the token that starts a sequence.
+        eos_token_id (`int` or `list[int]`, *optional*):
+            Id of the token that ends a sequence, or ids of several such tokens.
 
-    The fields of the experts (`num_experts`, `expert_groups`, `router`, …) are those of [`SparseMoeVlmExpertsConfig`].
+    The fields of the experts (`num_experts`, `expert_groups`, `router`, …) are inherited from
+    [`SparseMoeVlmExpertsConfig`].
 
     Raises:
-        ValueError: If fields contradict each other; the message names the field and the fix.
+        ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
 
     ```python
     >>> from modeling_sparse_moe_vlm import SparseMoeVlmTextConfig
@@ -226,7 +235,7 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         check_rope(self)
 
     def _complete(self) -> None:
-        """As for the experts, and for the decoder's own fields."""
+        """Checks the decoder's own fields as well, and fills in those that were left out."""
         super()._complete()
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -237,26 +246,29 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.start = dict(self.start or {})
-        # A copy, since the library completes it in place.
+        # A copy, because Transformers fills it in in place.
         self.rope_parameters = dict(self.rope_parameters or {})
 
     def validate_architecture(self) -> None:
-        """See [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
+        """Checks the fields again when a model is created: see [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
         super().validate_architecture()
         check_text_fields(self)
 
     def num_parameters(self) -> int:
-        """Total number of parameters of the decoder with its language head, counted without allocating weights."""
+        """Returns the number of parameters of [`SparseMoeVlmForCausalLM`], counted without allocating weights."""
         return count_parameters(self, "text")[0]
 
     def num_active_parameters(self, modality: str = "text") -> int:
         """
-        Number of parameters that one token of `modality` uses: everything but the experts that do not serve it or are
-        not picked for it. With `router="top_p"` it is an upper bound.
+        Returns the number of parameters that one token of `modality` uses: all parameters except those of the experts
+        that do not serve the modality or that the router does not choose. With `router="top_p"`, it is an upper bound.
 
         Args:
             modality (`str`, defaults to `"text"`):
                 One of `config.modalities`.
+
+        Returns:
+            `int`: The number of active parameters.
 
         Raises:
             ValueError: If the modality is unknown.
@@ -270,30 +282,30 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     Args:
         vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the vision tower: any Transformers vision model that maps `pixel_values` to patch
+            Configuration of the vision tower: any vision model of Transformers that maps `pixel_values` to patch
             features (SigLIP, CLIP, DINOv2, DINOv3, ViT, …). Defaults to SigLIP.
         text_config (`SparseMoeVlmTextConfig` or `dict`, *optional*):
             Configuration of the decoder.
         image_token_id (`int`, defaults to 1):
             Id of the placeholder token that image features replace.
         modality_encoders (`dict[str, dict]`, *optional*):
-            By name of a further modality (one of `text_config.modalities`), its encoder: the `model_type` and fields of
-            any configuration that `AutoModel` makes an encoder of, registered ones included, and the `token_id` of its
-            placeholder token.
+            Encoders of further modalities, by the name of the modality (one of `text_config.modalities`). Each value
+            contains the `model_type` and the fields of a configuration for which `AutoModel` creates an encoder
+            (models registered with it included), and the `token_id` of the placeholder token.
         pixel_shuffle_factor (`int`, defaults to 2):
-            Patches are merged in squares of that side before the connector's MLP (space-to-depth), so an image has
+            Side of the squares of patches that are merged before the connector's MLP (space-to-depth). An image has
             `(image_size / patch_size / pixel_shuffle_factor) ** 2` tokens.
         projector_hidden_act (`str`, defaults to `"gelu"`):
-            Activation of the connector's MLP.
+            Activation function of the connector's MLP.
         multimodal_projector_bias (`bool`, defaults to `True`):
             Whether the connector's MLP has biases.
         tie_word_embeddings (`bool`, defaults to `False`):
-            Whether the language head shares the token embedding.
+            Whether the language head shares its weights with the token embedding.
         use_cache (`bool`, defaults to `True`):
             Whether to return the key/value cache.
 
     Raises:
-        ValueError: If fields contradict each other; the message names the field and the fix.
+        ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
 
     ```python
     >>> from modeling_sparse_moe_vlm import SparseMoeVlmConfig
@@ -310,12 +322,12 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
             model_type="siglip_vision_model",
-            # The pooling head is no part of the patch features: without it no parameter is unused.
+            # The patch features do not pass through the pooling head. Without the head, no parameter is unused.
             init_kwargs={"vision_use_head": False},
         ),
         "text_config": SubConfigSpec(config_class=SparseMoeVlmTextConfig),
     }
-    # Plans name modules of the decoder; the vision tower is not sharded with it.
+    # The sharding plans name modules of the decoder. They do not apply to the vision tower.
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 
     vision_config: PreTrainedConfig | Given = None
@@ -339,13 +351,13 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             )
         super().__post_init__(**kwargs)
         check_fields(self)
-        # The language head belongs to the whole model, so the two flags are one.
+        # The language head belongs to the whole model, so both flags must have the same value.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As the library's; keyword arguments that are fields of the decoder change `text_config`."""
+        """See [`~transformers.PreTrainedConfig.from_dict`]. Fields of the decoder change `text_config`."""
         given = {name: kwargs.pop(name) for name in DECODER_FIELDS & kwargs.keys()}
         if given:
             text_config = config_dict.get("text_config") or {}
@@ -355,14 +367,14 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def validate_architecture(self) -> None:
-        """See [`SparseMoeVlmTextConfig.validate_architecture`]."""
+        """Checks the fields again when a model is created: see [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
         super().validate_architecture()
         self.text_config.validate_architecture()
         check_fields(self)
 
     @property
     def placeholder_ids(self) -> dict[int, int]:
-        """By modality id, the id of the placeholder token: 1 for images, and the further modalities'."""
+        """Ids of the placeholder tokens by modality id, for images (modality id 1) and further modalities."""
         further = {
             self.text_config.modalities.index(name): encoder["token_id"]
             for name, encoder in (self.modality_encoders or {}).items()
@@ -371,7 +383,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     @property
     def num_expert_shards(self) -> int:
-        """See [`SparseMoeVlmTextConfig.num_expert_shards`]."""
+        """Number of shards per expert group: see [`SparseMoeVlmExpertsConfig.num_expert_shards`]."""
         return self.text_config.num_expert_shards
 
     @num_expert_shards.setter
@@ -380,29 +392,32 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of tokens that one image becomes."""
+        """Number of image tokens per image."""
         return (patches_per_side(self.vision_config) // self.pixel_shuffle_factor) ** 2
 
     def num_parameters(self) -> int:
-        """Total number of parameters of [`SparseMoeVlmForConditionalGeneration`], without allocating weights."""
+        """Returns the number of parameters of [`SparseMoeVlmForConditionalGeneration`], without allocating weights."""
         return count_parameters(self, "text")[0]
 
     def num_active_parameters(self, modality: str = "text") -> int:
         """
-        Number of parameters that one token of `modality` uses: the decoder with its head, less the experts that do not
-        serve the token or are not picked for it; for image tokens also the vision tower and the connector. With
-        `router="top_p"` it is an upper bound.
+        Returns the number of parameters that one token of `modality` uses: those of the decoder and its language head
+        without the experts that do not serve the modality or that the router does not choose. For modalities other than
+        text, the vision tower and the connector are included. With `router="top_p"`, it is an upper bound.
 
         Args:
             modality (`str`, defaults to `"text"`):
                 One of `config.text_config.modalities`.
+
+        Returns:
+            `int`: The number of active parameters.
 
         Raises:
             ValueError: If the modality is unknown.
         """
         return count_parameters(self, modality)[1]
 
-    # Only the decoder has experts; passed down to a library vision tower a plain string would be refused.
+    # Only the decoder has experts. Transformers would refuse the implementation for a vision tower without experts.
     @property
     def _experts_implementation(self):
         return self._experts_implementation_internal
@@ -414,20 +429,20 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         PreTrainedConfig._experts_implementation.fset(self, value)
 
 
-# Loading takes them for the whole model, too, which has no fields of these names.
+# Fields of the decoder that `from_pretrained` also accepts for the whole model, which has no fields of these names.
 DECODER_FIELDS = {field.name for field in fields(SparseMoeVlmTextConfig)} - {
     field.name for field in fields(SparseMoeVlmConfig)
 }
 
 SparseMoeVlmTextConfig.fields_of_loading = SparseMoeVlmConfig.fields_of_loading = frozenset(DECODER_FIELDS)
 
-# `transformers serve` reads these tables when the configuration is imported, before any model file. They hold only
-# names, which are the same in every revision of this code.
+# `transformers serve` looks up the model type in these tables after it has imported only the configuration. The tables
+# contain only names, which are the same in every revision of this code.
 for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
     getattr(modeling_auto, _table)[SparseMoeVlmConfig.model_type] = "SparseMoeVlmForConditionalGeneration"
 
-# Makes `save_pretrained` copy this code. The auto classes find it by `auto_map`; only the installed package registers
-# its classes with them.
+# Makes `save_pretrained` copy this code into checkpoints. The auto classes find it through `auto_map`; only the
+# installed package registers its classes with the auto classes.
 SparseMoeVlmTextConfig.register_for_auto_class()
 SparseMoeVlmConfig.register_for_auto_class()
 

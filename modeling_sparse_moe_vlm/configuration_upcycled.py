@@ -1,7 +1,7 @@
-"""Configurations of upcycled models: those of Transformers' own models, with a sub-configuration for the experts.
+"""Configurations of upcycled models: configurations of Transformers models with a sub-configuration for the experts.
 
-The class of a base's configuration is made when it is first asked for, from its name: `UpcycledLlavaConfig` from
-`LlavaConfig`. So `auto_map` can name it, and pickles of it load in a new process.
+The class for a base configuration is created when it is first accessed, by its name: `UpcycledLlavaConfig` for
+`LlavaConfig`. Therefore `auto_map` can name the class, and pickled configurations can be loaded in a new process.
 """
 
 from __future__ import annotations
@@ -19,36 +19,40 @@ from .expert_groups import served_as
 from .experts_config import Given, SparseMoeVlmExpertsConfig
 
 if TYPE_CHECKING:
-    # Never run. Loading an upcycled model's configuration checks and copies these files, too.
+    # Never executed. It makes Transformers copy and check these files when it loads the configuration.
     from .modeling_upcycled import UpcycledMixin  # noqa: F401
 
 PREFIX = "Upcycled"
-OTHER_CONFIG = "_of_"  # before the configuration in the name of a class whose base has another one
+OTHER_CONFIG = "_of_"  # precedes the configuration in the name of a model class with another class's configuration
 _MODELING = "modeling_upcycled"
-# By auto class, the library's table of its models by type.
+# Name of the table of models by model type in Transformers, for each auto class.
 _TABLES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
-# What trainers ask a decoder's configuration for. In an upcycled model it is the experts' configuration that has them.
+# Fields that trainers read from the decoder's configuration. In upcycled models, the experts' configuration has them.
 _OF_EXPERTS = ("output_router_logits", "router_aux_loss_coef")
 
 
 class UpcycledExpertsConfig(SparseMoeVlmExpertsConfig):
     r"""
-    The experts' configuration of an upcycled model.
+    Configuration of the experts of an upcycled model.
 
     Args:
         blocks (`list[str]`, *optional*):
-            For each sparse layer, the path of its block within the base model, such as `"language_model.layers.0.mlp"`.
+            Path of each sparse layer's feed-forward block in the base model, such as `"language_model.layers.0.mlp"`.
         placeholder_ids (`dict[str, list[int]]`, *optional*):
-            By modality, the ids of the tokens that stand for it in a text, as the base's configuration declares them.
+            Ids of the placeholder tokens of each modality, as declared by the configuration of the base model.
         start (`dict`, *optional*):
-            How the experts started: see [`~toolbox.upcycling.upcycle`]. It is kept for the record.
+            A record of how the experts were initialised (see [`~toolbox.upcycling.upcycle`]). The model does not use
+            it.
 
     The other arguments are those of [`SparseMoeVlmExpertsConfig`].
+
+    Raises:
+        ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
     """
 
     model_type = "upcycled_experts"
@@ -65,21 +69,21 @@ class UpcycledExpertsConfig(SparseMoeVlmExpertsConfig):
         check(
             len(self.blocks) in (0, len(self.sparse_layers)),
             f"`blocks` names {len(self.blocks)} blocks, but the sparse layers are {self.sparse_layers}: list the "
-            "others in `mlp_only_layers`.",
+            "other layers in `mlp_only_layers`.",
         )
         self.placeholder_ids = {name: list(ids) for name, ids in (self.placeholder_ids or {}).items()}
         self.start = dict(self.start or {})
 
     @property
     def placeholders(self) -> dict[int, list[int]]:
-        """By modality id, the ids of its placeholder tokens: see [`~expert_groups.served_as`]."""
+        """Ids of the placeholder tokens by modality id: see [`~expert_groups.served_as`]."""
         placeholders: dict[int, list[int]] = {}
         for modality, ids in self.placeholder_ids.items():
             placeholders.setdefault(served_as(modality, self.modalities), []).extend(ids)
         return {modality_id: ids for modality_id, ids in placeholders.items() if modality_id and ids}
 
 
-# Fields of the experts' configuration that `from_pretrained` takes, but for those that describe the base model.
+# Fields of the experts' configuration that `from_pretrained` accepts: all except those that describe the base model.
 EXPERT_FIELDS = frozenset(
     {field.name for field in fields(SparseMoeVlmExpertsConfig)}
     - {field.name for field in fields(PreTrainedConfig)}
@@ -88,20 +92,29 @@ EXPERT_FIELDS = frozenset(
 
 
 class UpcycledConfigMixin:
-    """What the configurations of upcycled models have in common, beside the fields of their base."""
+    """
+    Base class of the configurations of upcycled models, which adds the configuration of the experts to the
+    configuration of the base model.
+
+    Args:
+        experts_config ([`UpcycledExpertsConfig`] or `dict`):
+            Configuration of the experts.
+        kwargs:
+            Arguments of the configuration of the base model.
+    """
 
     fields_of_loading: ClassVar[frozenset[str]] = EXPERT_FIELDS
     experts_config: Any
 
     def __post_init__(self, **kwargs):
-        # Not one of the library's `sub_configs`, which it expects a part of the model for each of.
+        # Not in `sub_configs`, because Transformers expects that each of them belongs to a submodel.
         if isinstance(self.experts_config, dict):
             self.experts_config = UpcycledExpertsConfig(**self.experts_config)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.link_experts()
 
     def link_experts(self) -> None:
-        """Lets the decoder's configuration answer for what the experts' configuration has."""
+        """Links the decoder's configuration to the experts' configuration, and updates `auto_map`."""
         self.auto_map = auto_map_of(type(self))
         text_config = self.get_text_config()  # type: ignore[attr-defined]
         if text_config is not self:
@@ -110,7 +123,7 @@ class UpcycledConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As the library's; keyword arguments that are fields of the experts change `experts_config`."""
+        """See [`~transformers.PreTrainedConfig.from_dict`]. Fields of the experts change `experts_config`."""
         given = {name: kwargs.pop(name) for name in EXPERT_FIELDS & kwargs.keys()}
         if given:
             experts = config_dict.get("experts_config") or {}
@@ -121,14 +134,14 @@ class UpcycledConfigMixin:
 
     @property
     def num_expert_shards(self) -> int:
-        """See [`SparseMoeVlmExpertsConfig.num_expert_shards`]."""
+        """Number of shards per expert group: see [`SparseMoeVlmExpertsConfig.num_expert_shards`]."""
         return self.experts_config.num_expert_shards
 
     @num_expert_shards.setter
     def num_expert_shards(self, value: int) -> None:
         self.experts_config.num_expert_shards = value
 
-    # The experts, which only know their own configuration, run by the implementation that is set for the model.
+    # The experts only read their own configuration, so the implementation set for the model is stored there.
     @property
     def _experts_implementation_internal(self):
         experts_config = self.__dict__.get("experts_config")
@@ -146,13 +159,15 @@ class UpcycledConfigMixin:
 
     @_experts_implementation.setter
     def _experts_implementation(self, value: str | dict | None):
-        """As the library's, but the base's own modules, which have no experts, are left out."""
+        """Same as in Transformers, but skips the modules of the base model, which have no experts."""
         current = self._experts_implementation_internal
         of_experts = value.get("experts_config", value.get("", current)) if isinstance(value, dict) else value
         self._experts_implementation_internal = of_experts
 
 
 def _delegate(name: str) -> property:
+    """Returns a property that reads and writes a field of the experts' configuration."""
+
     def get(config):
         experts = config.__dict__.get("experts_config", config.__dict__.get("_experts_config"))
         if experts is None:
@@ -167,12 +182,12 @@ def _delegate(name: str) -> property:
 
 
 def _delegates_of(base: type) -> dict[str, property]:
-    """The properties that a configuration class gets, where it has no field of the name."""
+    """Returns the delegating properties for a configuration class, except for fields that the class has itself."""
     return {name: _delegate(name) for name in _OF_EXPERTS if not hasattr(base, name)}
 
 
 class _TextConfigMixin:
-    """Of the decoder's configuration in an upcycled model: a link to the experts' configuration, which is not saved."""
+    """Adds a link to the experts' configuration to the decoder's configuration. The link is not saved."""
 
     @property
     def experts_config(self):
@@ -191,7 +206,7 @@ _text_config_classes: dict[type, type] = {}
 
 
 def _text_config_class(base: type) -> type:
-    """A subclass under the same name, by which the auto classes find the base's model."""
+    """Returns a subclass with the same name as the base class, by which the auto classes find the base model."""
     if issubclass(base, _TextConfigMixin):
         return base
     if base not in _text_config_classes:
@@ -206,20 +221,23 @@ def _rebuild_text_config(base: type) -> Any:
 
 def upcycled_config_class(base: type[PreTrainedConfig]) -> Any:
     """
-    The configuration class of upcycled models of a base.
+    Returns the configuration class of the upcycled models of a base model.
 
     Args:
         base (`type[PreTrainedConfig]`):
-            The base's configuration class, which Transformers exports.
+            Configuration class of the base model. It must be exported by Transformers.
 
     Returns:
-        `type`: a subclass of [`UpcycledConfigMixin`] and of the base, the same for every call.
+        `type`: A subclass of [`UpcycledConfigMixin`] and of the base class, the same for every call.
+
+    Raises:
+        AttributeError: If Transformers does not export a configuration class with this name.
     """
     return getattr(sys.modules[__name__], PREFIX + base.__name__)
 
 
 def auto_map_of(config_class: Any) -> dict[str, str]:
-    """By auto class, the name of a class for upcycled models of this configuration."""
+    """Returns the `auto_map` of an upcycled configuration: the path of the class for each auto class."""
     base_type = config_class.base_model_type
     names = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{config_class.__name__}"}
     for auto_class, name in models_of_type(base_type).items():
@@ -228,33 +246,45 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
 
 
 def models_of_type(model_type: str) -> dict[str, str]:
-    """By auto class, the name of the library's model of a type."""
+    """Returns the name of the Transformers model class with this model type for each auto class that has one."""
     names = {auto_class: getattr(modeling_auto, table).get(model_type) for auto_class, table in _TABLES.items()}
     return {auto_class: name for auto_class, name in names.items() if isinstance(name, str)}
 
 
 def upcycled_name(base: Any, config_class: Any) -> str:
-    """The name of the class of upcycled models of a base's model class with an upcycled configuration's class."""
+    """
+    Returns the name of the upcycled class of a base model.
+
+    Args:
+        base (`type[PreTrainedModel]`):
+            Model class of the base model.
+        config_class (`type[UpcycledConfigMixin]`):
+            Configuration class of the upcycled model.
+
+    Returns:
+        `str`: The name. It contains the name of the configuration if that is not the configuration of the base class.
+    """
     config_name = config_class.__name__.removeprefix(PREFIX)
     is_own = base.config_class.__name__ == config_name
     return f"{PREFIX}{base.__name__}" + ("" if is_own else f"{OTHER_CONFIG}{config_name}")
 
 
 def _make_config_class(name: str, base: Any) -> type:
+    """Creates the configuration class of the upcycled models of a base model."""
     namespace = {
         "__module__": __name__,
-        "__doc__": f"Configuration of upcycled models of the base [`~transformers.{base.__name__}`].",
+        "__doc__": f"Configuration of upcycled [`~transformers.{base.__name__}`] models.",
         "__annotations__": {"experts_config": Any},
         "model_type": f"upcycled_{base.model_type}",
         "base_model_type": base.model_type,
         "experts_config": None,
     }
     if "__init__" in base.__dict__ and not hasattr(base.__init__, "__wrapped__"):
-        namespace["__init__"] = base.__init__  # one of the base's own, which a generated one would hide
+        namespace["__init__"] = base.__init__  # otherwise, a generated `__init__` would hide the base's own
     made: Any = type(name, (UpcycledConfigMixin, base), namespace | _delegates_of(base))
     made.register_for_auto_class()
     for table in (_TABLES["AutoModelForMultimodalLM"], _TABLES["AutoModelForImageTextToText"]):
-        # `transformers serve` looks for the type there. The tables hold only names.
+        # `transformers serve` looks up the model type in these tables, which contain only names.
         of_base = getattr(modeling_auto, table).get(base.model_type)
         if isinstance(of_base, str):
             getattr(modeling_auto, table)[made.model_type] = PREFIX + of_base

@@ -1,4 +1,4 @@
-"""Experts: the feed-forward networks that tokens are routed to, stored as fused stacks, one module per group.
+"""Experts: the feed-forward networks that tokens are routed to. Each group stores its experts as stacked weights.
 
 Shapes, with T tokens of width D, E experts of width I and k experts per token::
 
@@ -32,8 +32,14 @@ _Experts = TypeVar("_Experts", bound=nn.Module)
 @use_experts_implementation
 class SparseMoeVlmExperts(nn.Module):
     """
-    The routed experts of one group. `forward` is the readable reference (`experts_implementation="eager"`);
-    `grouped_mm`, `batched_mm` and others come from Transformers' experts interface.
+    The routed experts of one group. `forward` is the reference implementation (`experts_implementation="eager"`);
+    `"grouped_mm"`, `"batched_mm"` and others are provided by the experts interface of Transformers.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration with `hidden_size` and `hidden_act`.
+        group ([`~expert_groups.ExpertGroup`]):
+            The group.
     """
 
     # Set by the decorator.
@@ -52,6 +58,20 @@ class SparseMoeVlmExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        """
+        Runs the experts.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`):
+                Hidden states of the tokens.
+            top_k_index (`torch.Tensor` of shape `(T, k)`):
+                Ids of the experts of every token. Ids of at least `num_experts` are skipped.
+            top_k_weights (`torch.Tensor` of shape `(T, k)`):
+                Weights of the experts.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: Weighted sum of the expert outputs.
+        """
         output = torch.zeros_like(hidden_states)
         chosen = [expert for expert in top_k_index.unique().tolist() if expert < self.num_experts]
         for expert in chosen:
@@ -61,17 +81,25 @@ class SparseMoeVlmExperts(nn.Module):
             weighted = expert_output * top_k_weights[token, slot, None]
             output.index_add_(0, token, weighted.to(output.dtype))
         if not chosen and torch.is_grad_enabled():
-            # Keeps the parameters in the graph, or data-parallel ranks that see no such token would hang.
+            # Keeps the parameters in the graph. Otherwise, data parallel ranks without a token for them would hang.
             output = output + 0.0 * (self.gate_up_proj[0, 0, 0] + self.down_proj[0, 0, 0])
         return output
 
 
 class SparseMoeVlmExpertGroups(nn.ModuleDict):
-    """The routed groups of a layer, by name, where there are several: ids count through the groups in order."""
+    """
+    The routed groups of a layer by name, if the model has several. Expert ids are numbered across the groups in order.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        groups (`tuple[ExpertGroup, ...]`):
+            The routed groups of the layer.
+    """
 
     def __init__(self, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]):
         super().__init__({group.name: _accept_sentinels(_make_stack(config, group)) for group in groups})
-        # Not read off the groups, since expert parallelism changes their `num_experts`.
+        # Stored, because expert parallelism changes the `num_experts` of the groups.
         self._sizes = {group.name: group.num_experts for group in groups}
 
     def forward(
@@ -81,13 +109,29 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
         top_k_weights: torch.Tensor,
         tokens: dict[str, torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
+        """
+        Runs every group on the tokens that it serves.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`):
+                Hidden states of the tokens.
+            top_k_index (`torch.Tensor` of shape `(T, k)`):
+                Ids of the experts of every token.
+            top_k_weights (`torch.Tensor` of shape `(T, k)`):
+                Weights of the experts.
+            tokens (`dict[str, torch.Tensor]`, *optional*):
+                Tokens that each group serves, by the name of the group (see [`~routing.RoutingPlan`]). All by default.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: Weighted sum of the expert outputs.
+        """
         calls, rows_of_calls = [], []
         first = 0
         for name, experts in self.items():
             size = self._sizes[name]
             rows = tokens[name] if tokens is not None else None
             if rows is not None and rows.dtype == torch.bool:
-                rows = None  # the router sends the other tokens elsewhere, so their slots become sentinels below
+                rows = None  # the other tokens are routed to other groups, so their slots become sentinels below
             index = _take(top_k_index, rows) - first
             elsewhere = (index < 0) | (index >= size)
             inputs = (
@@ -106,7 +150,15 @@ class SparseMoeVlmExpertGroups(nn.ModuleDict):
 
 
 class SparseMoeVlmMLP(nn.Module):
-    """Gated feed-forward network (SwiGLU, arXiv 2002.05202): `(..., D)` → `(..., D)`."""
+    """
+    A gated feed-forward network (SwiGLU, arXiv 2002.05202): `(..., D)` → `(..., D)`.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration with `hidden_size` and `hidden_act`.
+        intermediate_size (`int`):
+            Width of the intermediate layer.
+    """
 
     def __init__(self, config: PreTrainedConfig, intermediate_size: int):
         super().__init__()
@@ -121,8 +173,14 @@ class SparseMoeVlmMLP(nn.Module):
 
 class SparseMoeVlmSharedExperts(nn.ModuleDict):
     """
-    The always-on groups of a layer, by name. n always-on experts of width I are one feed-forward network of width n·I,
-    so each group is a dense network over the tokens that it serves.
+    The always-on groups of a layer by name. n always-on experts of width I equal one feed-forward network of width n·I,
+    so each group is a single dense network for the tokens that it serves.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        groups (`tuple[ExpertGroup, ...]`):
+            The always-on groups of the layer.
     """
 
     def __init__(self, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]):
@@ -136,7 +194,20 @@ class SparseMoeVlmSharedExperts(nn.ModuleDict):
         output: torch.Tensor,
         tokens: dict[str, torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
-        """Adds the experts' outputs for `hidden_states (T, D)` to `output (T, D)`."""
+        """
+        Adds the outputs of the always-on experts to the output of the routed experts.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`):
+                Hidden states of the tokens.
+            output (`torch.Tensor` of shape `(T, D)`):
+                Output of the routed experts.
+            tokens (`dict[str, torch.Tensor]`, *optional*):
+                Tokens that each group serves, by the name of the group (see [`~routing.RoutingPlan`]). All by default.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: The sum of the outputs.
+        """
         for name, expert in self.items():
             rows = tokens[name] if tokens is not None else None
             if rows is not None and rows.dtype == torch.bool:
@@ -149,10 +220,14 @@ class SparseMoeVlmSharedExperts(nn.ModuleDict):
 
 
 class SparseMoeVlmSparseMoeBlock(nn.Module):
-    """Sparse feed-forward block of a decoder layer: router → routed experts, plus always-on experts.
+    """
+    The feed-forward block of a sparse layer: a router, routed experts and always-on experts.
 
-    `hidden_states (B, T, D)` → `(B, T, D)`. Without `routing`, the tokens are all text. Where the layer belongs to an
-    expert pool, the routed experts are `pooled_experts`.
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        layer_idx (`int`):
+            Index of the layer.
     """
 
     def __init__(self, config: SparseMoeVlmExpertsConfig, layer_idx: int):
@@ -163,7 +238,7 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         self.groups_key = groups_key(routed)
         self.rule = RoutingRule.of(config, routed)
         self.gate = SparseMoeVlmTopKRouter(config, routed)
-        # Layers of an expert pool have no routed experts of their own.
+        # The routed experts of an expert pool are modules of the model.
         self.experts = None if config.layer_pool(layer_idx) is not None else make_experts(config, routed)
         self.shared_experts = SparseMoeVlmSharedExperts(config, always_on) if always_on else None
 
@@ -173,6 +248,20 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
         routing: RoutingPlan | None = None,
         pooled_experts: nn.Module | None = None,
     ) -> torch.Tensor:
+        """
+        Routes the tokens and runs the experts.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, D)`):
+                Hidden states of the tokens.
+            routing ([`~routing.RoutingPlan`], *optional*):
+                The plan of the forward pass. By default, all tokens are text.
+            pooled_experts (`nn.Module`, *optional*):
+                The routed experts, if the layer uses an expert pool.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, D)`: The output of the block.
+        """
         experts = self.experts if pooled_experts is None else pooled_experts
         assert experts is not None
         shape = hidden_states.shape
@@ -196,14 +285,23 @@ class SparseMoeVlmSparseMoeBlock(nn.Module):
             output = experts(hidden_states, top_k_index, top_k_weights, tokens)
         else:
             output = experts(hidden_states, top_k_index, top_k_weights)
-        output = send(output, hidden_states.device)  # experts may be placed elsewhere
+        output = send(output, hidden_states.device)  # the experts may be on another device
         if self.shared_experts is not None:
             output = send(self.shared_experts(hidden_states, output, tokens), hidden_states.device)
         return output.reshape(shape)
 
 
 def init_expert_weights(module: nn.Module, std: float) -> None:
-    """Initialises a stack of experts or a router, and leaves other modules alone: for a host's `_init_weights`."""
+    """
+    Initialises the weights of a module of this file or of a router. Other modules are not changed. Called by the
+    `_init_weights` of the model.
+
+    Args:
+        module (`nn.Module`):
+            The module.
+        std (`float`):
+            Standard deviation of the weights.
+    """
     if isinstance(module, SparseMoeVlmExperts):
         init.normal_(module.gate_up_proj, mean=0.0, std=std)
         init.normal_(module.down_proj, mean=0.0, std=std)
@@ -216,7 +314,19 @@ def init_expert_weights(module: nn.Module, std: float) -> None:
 def make_experts(
     config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]
 ) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards | SparseMoeVlmExpertGroups:
-    """The routed experts of a layer, or of the layers that share a pool."""
+    """
+    Creates the routed experts of a layer or of an expert pool.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        groups (`tuple[ExpertGroup, ...]`):
+            The routed groups.
+
+    Returns:
+        `nn.Module`: A module per group if the model has several routed groups, otherwise the experts themselves, which
+        are split into shards if `config.num_expert_shards` is more than 1.
+    """
     if len(config.routed_group_names) > 1:
         return SparseMoeVlmExpertGroups(config, groups)
     experts = _make_stack(config, groups[0])
@@ -240,19 +350,19 @@ def _take(tensor: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 
 
 def _add(output: torch.Tensor, addend: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    # Under autocast the addend may be of lower precision than the stream.
+    # Under autocast, the addend can have lower precision than the hidden states.
     return output + addend if rows is None else output.index_add(0, rows, addend.to(output.dtype))
 
 
 def _is_skippable(module: nn.Module, inputs: torch.Tensor) -> bool:
     """
-    Whether a group without tokens may be left out. Not in training, where its parameters must stay in the
-    graph, nor among several processes, which gather sharded weights together.
+    Returns whether a group can be skipped because it has no tokens. During training, its parameters must stay in the
+    graph; with several processes, all processes must run it to gather sharded weights together.
     """
     return inputs.shape[0] == 0 and not module.training and not is_one_of_several_processes()
 
 
 def _accept_sentinels(experts: _Experts) -> _Experts:
-    # Transformers' name for "ids may be the sentinel `num_experts`"; expert parallelism sets it, too.
+    # With this attribute, Transformers accepts the sentinel id `num_experts`. Expert parallelism also sets it.
     experts._is_expert_parallel = True  # type: ignore[assignment]
     return experts

@@ -1,6 +1,7 @@
-"""Configuration of the experts: all that routers, experts and router losses know of the model that they are in.
+"""Configuration of the experts: all fields that the routers, the experts and the router losses need.
 
-A decoder's configuration can inherit from it, or a model of any kind can hold one as a sub-configuration.
+The configuration of a decoder can inherit from it, or a configuration of any model can contain it as a
+sub-configuration.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .checks import MAX_LAYERS, check_integer, check_spelling
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .experts_validation import check_expert_fields, resolve_expert_groups
 
-# Completes the type of fields that may be left out, or given in another form: `__post_init__` replaces what was given.
+# Added to the type of fields that accept other forms than the declared type. `__post_init__` converts their values.
 Given = Any
 
 _NUM_SHARDS = "_num_expert_shards"
@@ -22,83 +23,90 @@ _NUM_SHARDS = "_num_expert_shards"
 
 class SparseMoeVlmExpertsConfig(PreTrainedConfig):
     r"""
-    Configuration of the experts of a model: their arrangement, their routers and the router losses.
+    Configuration of the experts of a model: the expert groups, the routers and the router losses.
 
     Args:
         hidden_size (`int`, defaults to 2048):
-            Width of the residual stream that experts read and write.
+            Width of the hidden states that the experts read and write.
         num_hidden_layers (`int`, defaults to 24):
-            Number of layers of the model, sparse and dense ones.
+            Number of layers of the model, both sparse and dense.
         hidden_act (`str`, defaults to `"silu"`):
-            Activation of the gated feed-forward networks (SwiGLU with `"silu"`).
+            Activation function of the gated feed-forward networks (SwiGLU with `"silu"`).
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the initial weights.
         decoder_sparse_step (`int`, defaults to 1):
-            Every how many layers one is sparse: layer `i` is if `(i + 1) % decoder_sparse_step == 0`.
+            Frequency of the sparse layers: layer `i` is sparse if `(i + 1) % decoder_sparse_step == 0`.
         mlp_only_layers (`list[int]`, *optional*):
-            Layers that stay dense whatever `decoder_sparse_step` says.
+            Layers that are dense regardless of `decoder_sparse_step`.
         modalities (`list[str]`, *optional*, defaults to `["text", "image"]`):
-            Names of the token modalities; the position is the id in `mm_token_type_ids`. Those that Transformers
-            knows have its numbers (0 text, 1 image, 2 video, 3 audio); others take any place after the images'.
+            Names of the token modalities. The position of a modality is its id in `mm_token_type_ids`. Modalities
+            known to Transformers must have its ids (0 text, 1 image, 2 video, 3 audio). Other modalities can have any
+            other position.
         num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts of a sparse layer. With explicit `expert_groups` it is derived from them.
+            Number of routed experts of a sparse layer. If `expert_groups` is a list, it is derived from the groups.
         num_experts_per_tok (`int`, defaults to 2):
-            Number of routed experts that a token goes to (with `router="top_p"`, at most that many).
+            Number of routed experts per token. With `router="top_p"`, it is the maximum number.
         num_experts_per_tok_by_modality (`dict[str, int]`, *optional*):
-            Other numbers for some modalities, e.g. `{"image": 1}`.
+            Number of routed experts per token for modalities that need a different one, such as `{"image": 1}`.
         moe_intermediate_size (`int`, defaults to 1408):
-            Width of one expert, where its group gives none.
+            Intermediate size of an expert, for groups without their own `intermediate_size`.
         expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
-            The arrangement of experts, by name or as a list of groups (see [`ExpertGroup`] for the keys; `modalities`
-            defaults to all, `intermediate_size` to `moe_intermediate_size`). By name:
+            The arrangement of the experts, as a name or a list of groups. A group is a dict with the keys of
+            [`ExpertGroup`], of which `name` and `num_experts` are required. The available names are:
 
-            - `"hybrid"`: a joint pool of `num_experts` routed experts plus one always-on expert per modality; the best
-              arm of MoIIE (arXiv 2508.09779, 13 benchmarks: hybrid 60.0, isolated 59.1, joint 59.1, dense 58.8).
-            - `"joint"`: one pool of `num_experts` routed experts for every modality.
-            - `"isolated"`: `num_experts` routed experts split evenly into one group per modality.
+            - `"hybrid"`: one group of `num_experts` routed experts for all modalities and one always-on expert per
+              modality. It is the best arrangement in MoIIE (arXiv 2508.09779; mean of 13 benchmarks: hybrid 60.0,
+              isolated 59.1, joint 59.1, dense 58.8).
+            - `"joint"`: one group of `num_experts` routed experts for all modalities.
+            - `"isolated"`: `num_experts` routed experts, split evenly into one group per modality.
         expert_pool (`list[int]`, *optional*):
-            Cross-layer expert pools: for every layer the number of the pool whose routed experts it uses, `None` (as
-            in dense layers) for its own. Layers of one pool share the routed experts, each with a router of its own
-            (UniPool, arXiv 2605.06665); always-on experts stay with their layers.
+            Expert pools shared across layers: for every layer, the number of the pool whose routed experts it uses, or
+            `None` if the layer has its own experts or is dense. The layers of a pool share the routed experts, but each
+            has its own router (UniPool, arXiv 2605.06665). Always-on experts are not shared.
         router (`str`, defaults to `"softmax"`):
-            How router logits become expert weights: `"softmax"`, `"sigmoid"` (DeepSeek-V3, arXiv 2412.19437) or
-            `"top_p"` (the fewest experts whose probability reaches `router_top_p`; arXiv 2403.07652).
+            How the router chooses and weights experts: `"softmax"`, `"sigmoid"` (DeepSeek-V3, arXiv 2412.19437) or
+            `"top_p"` (the fewest experts whose total probability reaches `router_top_p`; arXiv 2403.07652).
         router_top_p (`float`, defaults to 0.6):
-            Probability that the chosen experts must reach together, for `router="top_p"`.
+            Total probability that the chosen experts must reach with `router="top_p"`.
         norm_topk_prob (`bool`, defaults to `True`):
-            Whether the weights of the chosen experts are scaled to sum to 1.
+            Whether to normalise the weights of the chosen experts so that they sum to 1.
         output_router_logits (`bool`, defaults to `False`):
-            Whether to return the router logits and, with labels or in training mode, their losses, which are added to
-            the loss. A setting of training: [`~toolbox.training.SparseMoeTrainer`] saves models without it.
+            Whether to return the router logits and, with labels or in training mode, to compute the router losses,
+            which are added to the loss. [`~toolbox.training.SparseMoeTrainer`] resets this field when it saves a model,
+            because it is a training setting.
         router_aux_loss_coef (`float`, defaults to 0.001):
-            Coefficient of the load-balancing loss (per modality, averaged over layers and modalities).
+            Coefficient of the load balancing loss, which is computed per modality and averaged over layers and
+            modalities.
         router_z_loss_coef (`float`, defaults to 0.0):
-            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5). It keeps logits small; it does not
-            balance.
+            Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906, eq. 5), which keeps the router logits small. It
+            does not balance the load.
         router_local_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
-            Coefficient of LIMoE's local entropy loss (arXiv 2206.02770), which makes the router decide; for
-            all modalities, or by modality (0 for those that are left out).
+            Coefficient of the local entropy loss of LIMoE (arXiv 2206.02770), which makes the router more confident
+            about each token. A single value applies to all modalities; in a dict, modalities that are left out have
+            the coefficient 0.
         router_global_entropy_coef (`float` or `dict[str, float]`, defaults to 0.0):
-            Coefficient of LIMoE's global entropy loss, which makes the tokens of a modality differ; likewise.
+            Coefficient of the global entropy loss of LIMoE, which spreads the tokens of a modality over more experts.
+            Accepts the same values as `router_local_entropy_coef`.
         router_global_entropy_threshold (`float` or `dict[str, float]`, *optional*):
-            τ of the global entropy loss, in nats: log(S) asks a modality to use at least about S experts. By default
-            all the experts that serve it.
+            Threshold τ of the global entropy loss, in nats: log(S) makes a modality use at least about S experts. By
+            default, S is the number of routed experts that serve the modality.
         router_bias_update_rate (`float`, *optional*):
-            Loss-free balancing (DeepSeek-V3, arXiv 2412.19437, eq. 16; arXiv 2408.15664): routers have a bias per
-            modality and expert for the choice of experts only, which moves by that much after every training step
-            (the paper's rate is 1e-3). With 0 the bias is there and stays as it is; with `None` there is none.
+            Update rate of the router biases for loss-free balancing (DeepSeek-V3, arXiv 2412.19437, eq. 16; arXiv
+            2408.15664). The routers have one bias per modality and expert, which affects only the choice of experts.
+            After every training step, each bias changes by this amount (1e-3 in the paper). With 0, the biases exist
+            but do not change. With `None`, the routers have no biases.
         expert_capacity_factor (`float`, *optional*):
-            Capacity of an expert, in multiples of its share in balanced routing; the least certain tokens beyond it
-            are dropped (V-MoE's batch-priority routing, arXiv 2106.05974). With it the routing of a token
-            depends on its batch. No limit when `None`.
+            Capacity of an expert as a multiple of its load in balanced routing. Tokens beyond the capacity are dropped,
+            the least confident ones first (batch priority routing of V-MoE, arXiv 2106.05974). With a capacity, the
+            routing of a token depends on the other tokens of the batch. With `None`, the capacity is unlimited.
 
     Raises:
-        ValueError: If fields contradict each other; the message names the field and the fix.
+        ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
     """
 
     model_type = "sparse_moe_vlm_experts"
     base_config_key = "experts_config"
-    # Fields that `from_pretrained` takes as keyword arguments.
+    # Fields that `from_pretrained` accepts as keyword arguments.
     fields_of_loading: ClassVar[frozenset[str]] = frozenset()
 
     hidden_size: int = 2048
@@ -132,7 +140,7 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _complete(self) -> None:
-        """Checks the fields and spells out those that were left out or given by name."""
+        """Checks the fields and fills in the values of fields that were left out or given by name."""
         if self.mlp_only_layers is None:
             self.mlp_only_layers = []
         if self.modalities is None:
@@ -143,19 +151,24 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
         resolve_expert_groups(self)
 
     def validate_architecture(self) -> None:
-        """Checks the fields again, which may have been changed, when a model is made of them."""
+        """
+        Checks the fields again when a model is created, because they may have been changed.
+
+        Raises:
+            ValueError: If a field is invalid or fields contradict each other.
+        """
         super().validate_architecture()
         check_expert_fields(self)
         resolve_expert_groups(self)
 
     def is_sparse_layer(self, layer_idx: int) -> bool:
-        """Whether layer `layer_idx` has experts (else a dense feed-forward block)."""
+        """Returns whether layer `layer_idx` is sparse, that is, has experts instead of a dense feed-forward block."""
         return layer_idx not in self.mlp_only_layers and (layer_idx + 1) % self.decoder_sparse_step == 0
 
     @property
     def sparse_layers(self) -> list[int]:
-        """The layers that have experts, in order: router logits, biases and counts are listed by them."""
-        check_integer("num_hidden_layers", self.num_hidden_layers, at_most=MAX_LAYERS)  # it may have been changed
+        """Indices of the layers that have experts. Router logits, biases and counts are listed in this order."""
+        check_integer("num_hidden_layers", self.num_hidden_layers, at_most=MAX_LAYERS)  # may have been changed
         dense = set(self.mlp_only_layers)
         return [
             layer
@@ -165,16 +178,17 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
 
     def layer_expert_groups(self, layer_idx: int, always_on: bool | None = None) -> tuple[ExpertGroup, ...]:
         """
-        The expert groups of one layer, in the order of the router's logits.
+        Returns the expert groups of a layer, in the order of the router logits.
 
         Args:
             layer_idx (`int`):
                 Index of the layer.
             always_on (`bool`, *optional*):
-                Only the always-on groups (`True`) or only the routed ones (`False`).
+                Whether to return only the always-on groups (`True`) or only the routed groups (`False`). By default,
+                all groups are returned.
 
         Returns:
-            `tuple[ExpertGroup, ...]`: empty for a dense layer.
+            `tuple[ExpertGroup, ...]`: The groups; empty for a dense layer.
         """
         if not self.is_sparse_layer(layer_idx):
             return ()
@@ -187,7 +201,7 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
 
     @property
     def pools(self) -> dict[int, list[int]]:
-        """The layers of every expert pool, by the pool's number."""
+        """Indices of the layers of each expert pool, by the number of the pool."""
         pools: dict[int, list[int]] = {}
         for layer, pool in enumerate(self.expert_pool or []):
             if pool is not None:
@@ -195,29 +209,30 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
         return pools
 
     def layer_pool(self, layer_idx: int) -> int | None:
-        """The pool whose routed experts layer `layer_idx` uses; `None` for its own."""
+        """Returns the number of the expert pool that layer `layer_idx` uses, or `None` if it does not use a pool."""
         return None if self.expert_pool is None else self.expert_pool[layer_idx]
 
     @property
     def layers_by_experts(self) -> list[list[int]]:
-        """The sparse layers in order, those that share their routed experts together."""
+        """The sparse layers in order, grouped by the routed experts that they share."""
         own = [[layer] for layer in self.sparse_layers if self.layer_pool(layer) is None]
         return sorted([*own, *self.pools.values()])
 
     @property
     def routed_group_names(self) -> list[str]:
-        """Names of the routed groups of the whole model; with a single one, `mlp.experts` is that group itself."""
+        """Names of the routed groups of the model. If there is only one, the module `mlp.experts` is that group."""
         return [group["name"] for group in self.expert_groups if not group["always_on"]]
 
     def experts_per_token(self, modality: str) -> int:
-        """Number of routed experts per token of `modality`."""
+        """Returns the number of routed experts per token of `modality`."""
         return (self.num_experts_per_tok_by_modality or {}).get(modality, self.num_experts_per_tok)
 
     @property
     def num_expert_shards(self) -> int:
         """
-        Number of modules that the experts of a group are cut into, for device maps; a group has no more than it has
-        experts. A choice of loading (`from_pretrained(…, num_expert_shards=4)`), which is not saved.
+        Number of modules that the experts of each group are split into, so that a device map can place them on several
+        devices. A group has at most as many shards as experts. The number is set when a model is loaded
+        (`from_pretrained(…, num_expert_shards=4)`) and is not saved.
         """
         return self.__dict__.get(_NUM_SHARDS, 1)
 
@@ -233,16 +248,16 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
 
 def experts_config_of(config: PreTrainedConfig) -> Any:
     """
-    The configuration of the experts of a model.
+    Returns the configuration of a model's experts.
 
     Args:
         config (`PreTrainedConfig`):
-            Configuration of a model, or of its decoder.
+            Configuration of a model or of its decoder.
 
     Returns:
-        `SparseMoeVlmExpertsConfig`: `config.experts_config`, where a model holds one as a sub-configuration; else the
-        decoder's configuration, which inherits from it in models of this package (and has none of its fields in
-        other models).
+        `SparseMoeVlmExpertsConfig`: `config.experts_config`, if the configuration has this sub-configuration.
+        Otherwise, the configuration of the decoder. In models of this package, it inherits from
+        [`SparseMoeVlmExpertsConfig`]; in other models, it has none of these fields.
     """
     own = getattr(config, SparseMoeVlmExpertsConfig.base_config_key, None)
     return config.get_text_config() if own is None else own

@@ -1,4 +1,4 @@
-"""What every model with experts of this package does with checkpoints, adapters and processes, of any architecture."""
+"""Loading, saving, adapters and parallelism of models that contain the experts of this package."""
 
 import copy
 import difflib
@@ -43,35 +43,48 @@ logger = logging.get_logger(__name__)
 
 class ExpertsHost(PreTrainedModel):
     """
-    Base class of models with experts of this package. The configuration's `fields_of_loading` names the fields of the
-    experts' configuration that `from_pretrained` takes as keyword arguments.
+    Base class of models, of any architecture, that contain the experts of this package. The configuration class must
+    list in `fields_of_loading` the fields of the experts' configuration that `from_pretrained` accepts as keyword
+    arguments.
     """
 
-    # The library looks for the decorator in the file of this class, but the experts have their own.
+    # Transformers looks for the decorator of the experts in the file of this class, but they are in another file.
     _can_set_experts_implementation_cached_value = True
     peft_config = AdapterConfigs()
 
     @classmethod
     def from_pretrained(cls, *args, config=None, num_expert_shards: int | None = None, **kwargs):
         r"""
-        See [`~transformers.PreTrainedModel.from_pretrained`].
+        Loads a model from a checkpoint: see [`~transformers.PreTrainedModel.from_pretrained`].
 
         Args:
+            args:
+                Arguments of [`~transformers.PreTrainedModel.from_pretrained`]: the name or path of the checkpoint.
+            config (`PreTrainedConfig`, *optional*):
+                Configuration of the model. By default, it is read from the checkpoint.
             num_expert_shards (`int`, *optional*):
-                Number of modules that the experts of every group are cut into, so that a device map can spread them
-                (`mlp.experts.shards.0`, …). Whatever it is, the same checkpoint is read and written.
+                Number of modules that the experts of each group are split into (`mlp.experts.shards.0`, …), so that a
+                device map can place them on several devices. It does not affect the format of checkpoints.
             kwargs:
-                Options of the library, or fields of the configuration or of its experts' configuration (in this
-                package's architecture its `text_config`), such as `output_router_logits` and `num_experts_per_tok`.
+                Arguments of [`~transformers.PreTrainedModel.from_pretrained`], or fields of the configuration or of the
+                experts' configuration (`text_config` in the models of this package), such as `output_router_logits` and
+                `num_experts_per_tok`.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
-            TypeError: If a keyword argument is neither.
+            TypeError: If a keyword argument is neither an argument of Transformers nor a field of a configuration.
+            OSError: If a file of the checkpoint is damaged. The message names the file.
+            RuntimeError: If the size of a tensor differs from the configuration.
+            ValueError: If a field of the configuration is invalid, or if the experts of the checkpoint or the device
+                map do not fit the model.
         """
         if num_expert_shards is not None:
             kwargs["num_expert_shards"] = num_expert_shards
         if isinstance(config, PreTrainedConfig):
             config, kwargs = _with_fields(config, kwargs)
-        # Otherwise the configuration takes its fields when it is read.
+        # Without `config`, the configuration takes its fields from `kwargs` when it is read.
         checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("trust_remote_code") and checkpoint is not None:
             warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
@@ -85,25 +98,31 @@ class ExpertsHost(PreTrainedModel):
             return super()._from_config(config, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> Any:
-        """As the library's, but by default experts run by what takes their widths in any type they may get."""
+        """
+        Returns the experts implementation to use. Same as in Transformers, but the default is `"eager"` if
+        `"grouped_mm"` would not support the widths of the experts in half precision.
+        """
         if requested_experts is None and self._widths_other_than(16 // torch.float16.itemsize):
             return "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
     def _grouped_mm_can_dispatch(self) -> bool:
-        """As the library's, and raises `ValueError` for widths that torch's kernels do not take."""
+        """Same as in Transformers, but raises `ValueError` for widths that the kernels of torch do not support."""
         dtypes = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
         multiple = 16 // next(dtypes, torch.get_default_dtype()).itemsize
         odd = self._widths_other_than(multiple)
         check(
             not odd,
             f'`experts_implementation="grouped_mm"` needs widths that are multiples of {multiple}, which {odd} are '
-            'not: use "eager" (the default then) or "batched_mm".',
+            'not: use "eager" (the default for these widths) or "batched_mm".',
         )
         return super()._grouped_mm_can_dispatch()
 
     def _widths_other_than(self, multiple: int) -> dict[str, int]:
-        """The widths that are no such multiples: grouped products want rows of whole 16 bytes."""
+        """
+        Returns the widths that are not multiples of this number. The kernels of grouped matrix products need rows whose
+        size is a multiple of 16 bytes.
+        """
         config = experts_config_of(self.config)
         widths = {"hidden_size": config.hidden_size} | {
             f"expert_groups[{group['name']!r}].intermediate_size": group["intermediate_size"]
@@ -115,15 +134,15 @@ class ExpertsHost(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         """
-        As the library's, which notices late, or not at all, that files are damaged, or that a device map or the experts
-        of a checkpoint do not fit the model. The model brings its own conversions: the library keeps one table of them
-        per model type.
+        Loads the weights as Transformers does, but first checks that the files are not damaged and that the device map
+        and the experts of the checkpoint fit the model, which Transformers detects late or not at all. The model passes
+        its own weight conversions, because Transformers has only one table of conversions per model type.
         """
         if load_config.device_map is not None:
             check_device_map(model, load_config.device_map)
         files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
         check_weights(files, (load_config.sharded_metadata or {}).get("weight_map"))
-        if expected_keys is None:  # not the keys of an adapter
+        if expected_keys is None:  # the weights of the model, not of an adapter
             of_library = model.library_conversions(load_config.weight_mapping or [])
             steps = loading_conversions(model, of_library, load_config.hf_quantizer)
             renamings = [step for step in steps if isinstance(step, WeightRenaming)]
@@ -142,7 +161,7 @@ class ExpertsHost(PreTrainedModel):
             raise RuntimeError(
                 f"Size mismatch: {name!r} has the shape {list(found)} in the checkpoint, but {list(needed)} in a model "
                 f"of this configuration ({len(info.mismatched_keys) - 1} more tensors differ). Load it with its own "
-                "configuration, or pass `ignore_mismatched_sizes=True` to initialise what differs."
+                "configuration, or pass `ignore_mismatched_sizes=True` to initialise the tensors that differ."
             )
         if expected_keys is None:
             warn_of_unquantised_experts(model, load_config.hf_quantizer)
@@ -150,17 +169,20 @@ class ExpertsHost(PreTrainedModel):
 
     def library_conversions(self, found: list[WeightTransform] | None = None) -> list[WeightTransform]:
         """
-        The conversions that the library knows for this model's checkpoints.
+        Returns the weight conversions that Transformers has for checkpoints of this model.
 
         Args:
             found (`list[WeightTransform]`, *optional*):
-                Those that the library has found while loading; looked up when `None`.
+                The conversions that Transformers found while loading. By default, they are looked up.
+
+        Returns:
+            `list[WeightTransform]`: The conversions.
         """
         return get_model_conversion_mapping(self, add_legacy=False) if found is None else found
 
     @property
     def _weight_conversions(self):
-        """What the library reverts in saving: the conversions that the model was loaded with, or else its own."""
+        """Conversions that Transformers reverts when saving: those used to load the model, or else the model's own."""
         loaded_with = self.__dict__.get("_conversions_at_loading")
         return saving_conversions(self) if loaded_with is None else loaded_with
 
@@ -178,17 +200,24 @@ class ExpertsHost(PreTrainedModel):
         init_expert_weights(module, std=experts_config_of(self.config).initializer_range)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        """As the library's, but never reentrant, which runs layers without autograd: router losses would not train."""
+        """
+        Same as in Transformers, but never reentrant. Reentrant checkpointing runs the layers without autograd, so the
+        router losses would have no gradient.
+        """
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             logger.warning_once(
-                "Reentrant checkpointing loses the router losses' gradient; `use_reentrant=False` is used."
+                "Reentrant gradient checkpointing loses the gradient of the router losses: `use_reentrant=False` is "
+                "used instead."
             )
             gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
-        """As the library's, but first checks that the sizes fit the model, and lets experts be sent sentinel ids."""
+        """
+        Distributes the model as Transformers does, but first checks that its sizes can be divided, and adapts the
+        experts to the sentinel ids of expert parallelism.
+        """
         if mesh_manager is None:
             return super().maybe_distribute_model(model, distributed_config, mesh_manager)
         check(
@@ -203,16 +232,29 @@ class ExpertsHost(PreTrainedModel):
         return model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As torch's, but takes states as they lie on disk, too, which `Trainer` passes on as it reads them."""
+        """
+        Loads a state dict: see `torch.nn.Module.load_state_dict`. The state dict can also have the format of
+        checkpoints, because `Trainer` passes the contents of a checkpoint directly.
+        """
         return super().load_state_dict(convert_from_disk(self, state_dict), *args, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """
-        See [`~transformers.PreTrainedModel.save_pretrained`]. Also under FSDP2, the code that is saved is the model's.
-        An older model in the folder stays whole until the new one is: see [`~staged_saves.put_in_place`]. With
-        `push_to_hub` and `distributed_checkpoint`, files are written into the folder itself.
+        Saves the model: see [`~transformers.PreTrainedModel.save_pretrained`].
+
+        The files are written to a temporary folder first, so a model that is already in `save_directory` stays complete
+        until the new one is complete (see [`~staged_saves.put_in_place`]). With `push_to_hub` or
+        `distributed_checkpoint`, the files are written directly to `save_directory`.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save the model to.
+            args:
+                Other arguments of [`~transformers.PreTrainedModel.save_pretrained`].
+            kwargs:
+                Other keyword arguments of [`~transformers.PreTrainedModel.save_pretrained`].
         """
-        # FSDP2 puts a class of torch over the model's, and the library takes the code from the file of the class.
+        # Transformers copies the code from the file of the class. FSDP2 replaces the class with a subclass from torch.
         cls = type(self)
         own = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
         names = cls.__module__, cls.__name__
@@ -225,13 +267,13 @@ class ExpertsHost(PreTrainedModel):
             with staged_folder(save_directory, exchange=not is_one_of_several_processes()) as stage:
                 super().save_pretrained(stage, *args, **kwargs)
                 if list(stage.glob("*.py")):
-                    custom_object_save(self, stage)  # again, as the configuration may have come with other code
+                    custom_object_save(self, stage)  # again, because the configuration may have copied its own code
         finally:
             cls.__module__, cls.__name__ = names
 
 
 def _with_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The configuration with the experts' fields that the arguments change, and the other arguments."""
+    """Returns the configuration, changed by the arguments that are fields of the experts, and the other arguments."""
     names = {*config.fields_of_loading, "num_expert_shards"}
     changes = {name: value for name, value in arguments.items() if name in names}
     if changes:
@@ -243,7 +285,7 @@ def _with_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[P
 
 @contextmanager
 def _named_argument(config_class: Any) -> Iterator[None]:
-    """Names the argument of loading that the library does not know, and so passes to the model's `__init__`."""
+    """Raises `TypeError` with a clear message for unknown arguments, which Transformers passes to `__init__`."""
     try:
         yield
     except TypeError as error:
@@ -254,15 +296,15 @@ def _named_argument(config_class: Any) -> Iterator[None]:
         experts = SparseMoeVlmExpertsConfig.base_config_key
         holder = experts if hasattr(config_class, experts) else "text_config"
         raise TypeError(
-            f"`{unexpected[1]}` is neither an option of loading nor a field of the configuration or its `{holder}`"
-            + (f": did you mean `{close[0]}`?" if close else ".")
+            f"`{unexpected[1]}` is neither an option of `from_pretrained` nor a field of the configuration or its "
+            f"`{holder}`" + (f": did you mean `{close[0]}`?" if close else ".")
         ) from error
 
 
 def _check_names(model: PreTrainedModel, files: list[str]) -> None:
-    """Raises `OSError` if the names in a checkpoint's files do not fit a model because of a flipped bit."""
+    """Raises `OSError` if a tensor name in the files does not match the model because of a flipped bit."""
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
     names, prefix = [*revert_weight_conversion(model, state)], f"{model.base_model_prefix}."
-    # A base model may be read from the checkpoint of one with a head, and the other way round.
+    # A base model can be loaded from the checkpoint of a model with a head, and vice versa.
     of_others = [name.removeprefix(prefix) if name.startswith(prefix) else prefix + name for name in names]
     check_names(files, {*names, *of_others})

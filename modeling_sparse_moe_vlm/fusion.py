@@ -1,16 +1,16 @@
-"""Fusion of given feature streams, visual, language and more, from the same parts as the decoder.
+"""A layer that fuses feature streams (visual, language and others), built from the same parts as the decoder.
 
-Data flow, with m visual and n language tokens::
+Data flow with m visual and n language tokens::
 
     visual (B, m, d_v) ──► norm ──► projection ─┐
                                                 ├─► router ──► experts of the modality ──► values E_v(V), E_l(L)
     language (B, n, d_l) ──► norm ──────────────┤
-                                                └─► queries (language alone) and keys ──► α, β
+                                                └─► queries (language only) and keys ──► α, β
 
-    Z = α·E_v(V) + β·E_l(L)      (B, n, d_l), for every head and language token α + β = 1
+    Z = α·E_v(V) + β·E_l(L)      (B, n, d_l), with α + β = 1 for every head and language token
 
-A head averages each stream with its own attention weights, and the averages are merged as attention parts are: see
-`distributed_attention.py`.
+Every head averages each stream with its own attention weights. The averages are merged like the attention parts of the
+decoder: see `distributed_attention.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from .token_modalities import TokenModalities
 
 class SparseMoeFusionOutput(NamedTuple):
     """
-    What [`SparseMoeFusion`] returns with `output_modality_weights=True`.
+    Output of [`SparseMoeFusion`] with `output_modality_weights=True`.
 
     Args:
-        output (`torch.Tensor` of shape `(B, n, d_l)`):
-            Z, what the layer returns by itself otherwise.
+        output (`torch.Tensor` of shape `(B, n, lang_dim)`):
+            The fused stream Z, which the layer returns without `output_modality_weights`.
         modality_weights (`dict[str, torch.Tensor]`):
-            By stream, `"language"`, `"visual"` and further ones, its weight `(B, heads, n)` for every head and language
-            token, in float32. They sum to 1. A stream that is empty has weight 0; where all are, so do all.
+            Weight of each stream (`"language"`, `"visual"` and further streams) for every head and language token, of
+            shape `(B, heads, n)`, in float32. The weights sum to 1. An empty stream has weight 0; if all streams of a
+            row are empty, all weights are 0.
         aux_loss (`torch.Tensor`):
-            Load-balancing loss of the experts, a scalar, to be added to the loss with a small factor, such as 0.01: it
-            keeps a router from sending every token to the same expert.
+            Load balancing loss of the experts, a scalar. Add it to the training loss with a small factor, such as 0.01,
+            so that the router does not send all tokens to the same expert.
     """
 
     output: torch.Tensor
@@ -57,49 +58,49 @@ class SparseMoeFusionOutput(NamedTuple):
 
     @property
     def alpha(self) -> torch.Tensor:
-        """α, the weight of the visual stream, `(B, heads, n)`."""
+        """Weight α of the visual stream, of shape `(B, heads, n)`."""
         return self.modality_weights["visual"]
 
     @property
     def beta(self) -> torch.Tensor:
-        """β, the weight of the language stream, `(B, heads, n)`."""
+        """Weight β of the language stream, of shape `(B, heads, n)`."""
         return self.modality_weights["language"]
 
 
 class SparseMoeFusion(nn.Module):
     """
-    Fuses a visual and a language stream, and any further ones, into the language stream's shape:
-    `visual (B, m, visual_dim)`, `language (B, n, lang_dim)` → `(B, n, lang_dim)`.
+    A layer that fuses a visual stream, a language stream and optional further streams into one stream with the shape of
+    the language stream: `visual (B, m, visual_dim)`, `language (B, n, lang_dim)` → `(B, n, lang_dim)`.
 
-    The experts are split evenly over the streams, and a router picks for every token among those of its stream. The
-    language tokens then attend to all tokens, in parts that are merged with α and β as in D-Attn (arXiv 2502.01906),
-    with priors that every head learns. There are no positions (the streams bring theirs) and no residual connection:
-    add the output to the language stream where you keep one.
+    The experts are split evenly over the streams, and a router chooses among the experts of a token's stream. The
+    language tokens then attend to all tokens. The attention to each stream is computed separately and merged with the
+    weights α and β as in D-Attn (arXiv 2502.01906), with priors that every head learns. The layer adds no position
+    embeddings (the streams must contain them) and has no residual connection: add the output to the language stream
+    yourself if you need one.
 
     Args:
         num_experts (`int`):
-            Number of experts, a multiple of the number of streams: 2 are one for each of two streams.
+            Number of experts, a multiple of the number of streams. With 2 experts and 2 streams, each stream has one
+            expert.
         visual_dim (`int`):
             Width of the visual stream.
         lang_dim (`int`):
             Width of the language stream and of the output.
-        alpha_init (`float`, defaults to 0.5):
-            Prior of the visual part, and of every further one, that the heads start from. Only the ratio of the priors
-            counts.
-        beta_init (`float`, defaults to 0.5):
-            Prior of the language part.
-        num_heads (`int`, defaults to 8):
-            Number of attention heads; `lang_dim` is a multiple of twice that.
-        num_experts_per_tok (`int`, defaults to 1):
-            Number of experts per token, weighted by their probability (Switch Transformer, arXiv 2101.03961).
+        alpha_init (`float`, *optional*, defaults to 0.5):
+            Initial prior of the visual part and of the parts of further streams. Only the ratio of the priors matters.
+        beta_init (`float`, *optional*, defaults to 0.5):
+            Initial prior of the language part.
+        num_heads (`int`, *optional*, defaults to 8):
+            Number of attention heads. `lang_dim` must be a multiple of twice this number.
+        num_experts_per_tok (`int`, *optional*, defaults to 1):
+            Number of experts per token, weighted by their probabilities (Switch Transformer, arXiv 2101.03961).
         moe_intermediate_size (`int`, *optional*, defaults to `lang_dim`):
-            Width of an expert.
+            Intermediate size of an expert.
         further_dims (`dict[str, int]`, *optional*):
-            Names and widths of further streams.
+            Widths of further streams, by name.
 
     Raises:
-        ValueError: If the arguments do not fit together, or a stream or mask has the wrong shape; the message names
-            what is expected.
+        ValueError: If the arguments contradict each other. The message names the argument and what is expected.
 
     ```python
     >>> import torch
@@ -141,7 +142,7 @@ class SparseMoeFusion(nn.Module):
         super().__init__()
         further_dims = dict(further_dims or {})
         check_distinct("further_dims", ["language", "visual", *further_dims])
-        # In the order of the modality ids, in which language comes first, as text does in the decoder.
+        # In the order of the modality ids. Language comes first, like text in the decoder.
         self.dims = {"language": lang_dim, "visual": visual_dim, **further_dims}
         names = list(self.dims)
         if moe_intermediate_size is None:
@@ -171,13 +172,13 @@ class SparseMoeFusion(nn.Module):
             lang_dim % (2 * num_heads) == 0,
             f"`lang_dim` must be a multiple of twice `num_heads`, {2 * num_heads}, got {lang_dim}.",
         )
-        # The kernels of grouped products want rows of whole 16 bytes, in bfloat16 too.
+        # The kernels of grouped matrix products need rows of a multiple of 16 bytes, also in bfloat16.
         is_aligned = lang_dim % 8 == 0 and moe_intermediate_size % 8 == 0
         self.head_dim = lang_dim // num_heads
-        # Ids are what counts here, but the configuration prescribes the names of the first modalities.
+        # Only the ids matter here, but the configuration requires these names for the first modalities.
         modalities = [*BUILTIN_MODALITIES, *(f"{name}_stream" for name in names[len(BUILTIN_MODALITIES) :])]
         modalities = modalities[: len(names)]
-        # The configuration that the parts ask for.
+        # The configuration that the router, the experts and the attention read.
         self.config = SparseMoeVlmTextConfig(
             hidden_size=lang_dim,
             num_hidden_layers=1,
@@ -192,7 +193,7 @@ class SparseMoeFusion(nn.Module):
             ],
             moe_intermediate_size=moe_intermediate_size,
             num_experts_per_tok=num_experts_per_tok,
-            # The router learns from the weight of an expert, also where it picks only one.
+            # The router learns from the weights of the experts, even with only one expert per token.
             norm_topk_prob=False,
             attn_implementation="sdpa",
             experts_implementation="grouped_mm" if is_aligned else "batched_mm",
@@ -201,19 +202,19 @@ class SparseMoeFusion(nn.Module):
 
         eps = self.config.rms_norm_eps
         self.norms = nn.ModuleDict({name: SparseMoeVlmRMSNorm(width, eps=eps) for name, width in self.dims.items()})
-        # The language stream has the width that experts work at.
+        # The language stream does not need a projection, because the experts have its width.
         self.projections = nn.ModuleDict(
             {name: nn.Linear(self.dims[name], lang_dim, bias=False) for name in names if name != "language"}
         )
         self.gate = SparseMoeVlmTopKRouter(self.config, groups)
         self.experts = SparseMoeVlmExpertGroups(self.config, groups)
-        # No projections of values and output: the experts map to what is averaged.
+        # There are no value and output projections: the outputs of the experts are the values.
         self.q_proj = nn.Linear(lang_dim, lang_dim, bias=False)
         self.k_proj = nn.Linear(lang_dim, lang_dim, bias=False)
         self.q_norm = SparseMoeVlmRMSNorm(self.head_dim, eps=eps)
         self.k_norm = SparseMoeVlmRMSNorm(self.head_dim, eps=eps)
         self.modality_log_priors = nn.Parameter(torch.empty(num_heads, len(names)))  # log π by head and stream
-        # What attention functions ask for.
+        # Attributes that the attention functions read.
         self.is_causal = False
         self.num_key_value_groups = 1
         self._planner = RoutingPlanner(self.config)
@@ -222,7 +223,7 @@ class SparseMoeFusion(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises the weights: at random, keeping the scale of what they multiply, and the priors as given."""
+        """Initialises the weights randomly, so that they preserve the scale of their inputs, and resets the priors."""
         for module in self.modules():
             if isinstance(module, SparseMoeVlmRMSNorm):
                 module.reset_parameters()
@@ -243,24 +244,31 @@ class SparseMoeFusion(nn.Module):
         output_modality_weights: bool = False,
     ) -> torch.Tensor | SparseMoeFusionOutput:
         """
+        Fuses the streams.
+
         Args:
             visual (`torch.Tensor` of shape `(B, m, visual_dim)`, *optional*):
-                Visual stream; `None` counts as empty (m = 0).
+                Visual stream. `None` is an empty stream (m = 0).
             language (`torch.Tensor` of shape `(B, n, lang_dim)`):
                 Language stream, whose tokens are the queries.
             visual_mask (`torch.Tensor` of shape `(B, m)`, *optional*):
-                1 or `True` for a token, 0 or `False` for padding.
+                1 or `True` for tokens, 0 or `False` for padding.
             language_mask (`torch.Tensor` of shape `(B, n)`, *optional*):
-                Likewise. The output at padding means nothing.
+                1 or `True` for tokens, 0 or `False` for padding. Ignore the output at padding positions.
             further (`dict[str, torch.Tensor]`, *optional*):
-                Further streams by name, `(B, tokens, width)` each; one that is left out counts as empty.
+                Further streams of shape `(B, tokens, width)`, by name. Streams that are left out are empty.
             further_masks (`dict[str, torch.Tensor]`, *optional*):
-                Their masks, `(B, tokens)` each.
-            output_modality_weights (`bool`, defaults to `False`):
-                Whether to return the weights and the load-balancing loss, too.
+                Masks of the further streams, of shape `(B, tokens)`, by name.
+            output_modality_weights (`bool`, *optional*, defaults to `False`):
+                Whether to also return the weights of the streams and the load balancing loss.
 
         Returns:
-            `torch.Tensor` of shape `(B, n, lang_dim)`, or [`SparseMoeFusionOutput`] with `output_modality_weights`.
+            `torch.Tensor` of shape `(B, n, lang_dim)`, or [`SparseMoeFusionOutput`]: The fused stream, or with
+            `output_modality_weights=True` the output with all fields.
+
+        Raises:
+            ValueError: If a stream or mask has the wrong shape or type, if a name is unknown, or if the language stream
+                is empty.
         """
         further, further_masks = further or {}, further_masks or {}
         for field, given in (("further", further), ("further_masks", further_masks)):
@@ -273,7 +281,7 @@ class SparseMoeFusion(nn.Module):
             {"language": language_mask, "visual": visual_mask, **further_masks},
         )
 
-        # Language comes last: flash attention takes the end of the mask for that of the queries.
+        # Language comes last, because flash attention uses the end of the mask for the queries.
         embedded = {name: self._embed(name, stream) for name, stream in reversed(streams.items())}
         tokens = torch.cat(list(embedded.values()), dim=1)  # (B, S, d_l)
         visible = torch.cat([masks[name] for name in embedded], dim=1)
@@ -289,7 +297,7 @@ class SparseMoeFusion(nn.Module):
             query.transpose(1, 2),
             key.transpose(1, 2),
             self._split_heads(values).transpose(1, 2),
-            # A query that sees nothing sees everything, lest it be not a number; it counts for nothing below.
+            # In rows without visible tokens, all tokens are made visible to avoid NaN. Their output is set to 0 below.
             create_bidirectional_mask(
                 self.config,
                 embedded["language"],
@@ -314,16 +322,16 @@ class SparseMoeFusion(nn.Module):
         )
 
     def _embed(self, name: str, stream: torch.Tensor) -> torch.Tensor:
-        """`(B, tokens, width)` → `(B, tokens, d_l)`"""
+        """Normalises and projects a stream: `(B, tokens, width)` → `(B, tokens, d_l)`."""
         stream = self.norms[name](stream)
         return self.projections[name](stream) if name in self.projections else stream
 
     def _apply_experts(
         self, tokens: torch.Tensor, ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits `(B·S, E)`, the chosen experts `(B·S, k)` and what they make of the tokens, `(B, S, d_l)`."""
+        """Returns the router logits `(B·S, E)`, the chosen experts `(B·S, k)` and their output `(B, S, d_l)`."""
         plan = self._planner.plan(TokenModalities(ids, None), tokens.device)
-        assert plan is not None  # experts depend on the modality
+        assert plan is not None  # the experts of a token depend on its modality
         rows = tokens.flatten(0, 1)
         router_logits, top_k_weights, top_k_index = self.gate(rows, plan.served[self._groups_key])
         return router_logits, top_k_index, self.experts(rows, top_k_index, top_k_weights, plan.tokens).view_as(tokens)
@@ -334,7 +342,10 @@ class SparseMoeFusion(nn.Module):
     def _complete(
         self, streams: dict[str, torch.Tensor | None], masks: dict[str, torch.Tensor | None]
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Every stream and its mask of type bool, checked. What is left out is empty, and hides nothing."""
+        """
+        Checks the streams and masks, and returns all streams with their masks of type bool. Streams that were left out
+        are empty, and masks that were left out hide nothing.
+        """
         language = streams["language"]
         assert language is not None
         _check_shape("language", language, ("batch_size", "tokens", self.dims["language"]))
@@ -360,7 +371,7 @@ class SparseMoeFusion(nn.Module):
 
 
 def _check_shape(field: str, tensor: torch.Tensor, expected: tuple[int | str, ...]) -> None:
-    """Raises `ValueError` unless the tensor has the expected sizes; a size that is a name may be any."""
+    """Raises `ValueError` unless the tensor has the expected shape. Sizes given by name can have any value."""
     fits = [isinstance(size, str) or size == own for size, own in zip(expected, tensor.shape)]
     if tensor.dim() != len(expected) or not all(fits):
         sizes = ", ".join(map(str, expected))

@@ -1,4 +1,4 @@
-"""Reads images of any form into RGB images of Pillow: each looks as it does to a person who opens it."""
+"""Reads images from many sources as RGB PIL images that look the way an image viewer shows them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,37 @@ from transformers.utils import is_numpy_array, is_torch_tensor, logging
 logger = logging.get_logger(__name__)
 
 CHANNELS_FIRST, CHANNELS_LAST = "channels_first", "channels_last"
-# Resizing overshoots: how far floats may lie outside their range, as a part of it. They are clipped.
+# Resizing can produce floats outside the range of an image. They are clipped up to this fraction of the range.
 _OVERSHOOT = 0.1
-# Floats of at most this value, and not whole, are hardly an image in [0, 255]: it would be black.
+# An image of non-integer floats below this value is probably not in the range [0, 255], in which it would be black.
 _DARK = 8
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
 def read_images(images: Any, data_format: str | None = None, do_rescale: bool = True) -> list:
     """
-    Reads images, one or many, as they look to a person: upright, transparency on white, 16 bits and floats scaled.
+    Reads one or several images the way an image viewer shows them: rotated according to their EXIF orientation, with
+    transparent areas on a white background, and with 16-bit and float values scaled to 8 bits.
 
     Args:
-        images:
-            An image, or a list of images or of lists of them. An image is a PIL image, a path, a URL, base64 text, the
-            bytes of a file, a dict with `bytes` or `path` (an `Image` column of `datasets`), or an array or tensor:
-            grey, grey with alpha, RGB or RGBA, of integers (8 or 16 bits), booleans or floats in [0, 1] or [0, 255].
-            An array with one dimension more is a batch of images. `None` is no image.
+        images (image or `list`):
+            An image, a list of images, or a list of lists of images. An image is a PIL image, a path, a URL, a base64
+            string, the bytes of a file, a dict with `bytes` or `path` (as in an `Image` column of `datasets`), or an
+            array or tensor: grey, grey with alpha, RGB or RGBA, with integers (8 or 16 bits), booleans, or floats in
+            [0, 1] or [0, 255]. An array with an additional dimension is a batch of images. `None` stands for a missing
+            image.
         data_format (`str`, *optional*):
-            `"channels_first"` or `"channels_last"` for arrays; inferred by default.
+            `"channels_first"` or `"channels_last"`, for arrays. Inferred by default.
         do_rescale (`bool`, *optional*, defaults to `True`):
-            Whether the image processor rescales from [0, 255]. If not, arrays of floats keep their values.
+            Whether the image processor rescales values from [0, 255]. If not, float arrays keep their values.
 
     Returns:
-        `list`: the images and lists of images, as RGB images of Pillow, or as arrays of shape `(H, W, 3)` for floats
-        that keep their values. `None` stays.
+        `list`: The images and lists of images as RGB PIL images, or as arrays of shape `(H, W, 3)` for float arrays
+        that keep their values. `None` is kept.
 
     Raises:
-        ValueError: If an image cannot be read, has no pixels, is absurdly large, or does not say what it shows: values
-            outside every range, or a shape that can be read in two ways. The message names the image.
+        ValueError: If an image cannot be read, has no pixels, is absurdly large, has values outside every valid range,
+            or has an ambiguous shape. The message names the image.
     """
     reader = _Reader(data_format, do_rescale)
     if not isinstance(images, (list, tuple)):
@@ -59,12 +61,14 @@ def read_images(images: Any, data_format: str | None = None, do_rescale: bool = 
 
 
 class _Reader:
+    """Reads images with the options of one call of [`read_images`]."""
+
     def __init__(self, data_format: str | None, do_rescale: bool):
         self.data_format = None if data_format is None else str(getattr(data_format, "value", data_format))
         self.do_rescale = do_rescale
 
     def read(self, source: Any, name: str) -> list:
-        """The images of one entry: one, or those of a batch."""
+        """Returns the images of one entry: a single image, or the images of a batch."""
         if source is None:
             return [None]
         if is_torch_tensor(source):
@@ -75,19 +79,19 @@ class _Reader:
         pil = image_utils.PIL.Image
         if not isinstance(source, (pil.Image, str, bytes, os.PathLike, dict)):
             raise ValueError(
-                f"{name} is not an image: give a PIL image, an array, a path, a URL or the bytes of a file, not "
+                f"{name} is not an image: pass a PIL image, an array, a path, a URL or the bytes of a file, not "
                 f"{type(source)}."
             )
         try:
             with warnings.catch_warnings():
-                # Pillow only warns of an image between one and two times its limit.
+                # Pillow only warns about an image between one and two times its size limit.
                 warnings.simplefilter("error", pil.DecompressionBombWarning)
                 return [_to_rgb(_open(source, name), name)]
         except (pil.DecompressionBombWarning, pil.DecompressionBombError) as error:
             raise ValueError(f"{name} is absurdly large: {error}") from error
         except _ImageError:
             raise
-        except Exception as error:  # Pillow lets any error of a decoder through
+        except Exception as error:  # the decoders of Pillow can raise any type of error
             raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
     def _read_array(self, array: Any, name: str, is_tensor: bool) -> list:
@@ -105,11 +109,14 @@ class _Reader:
         batch = array if array.ndim == 4 else array[None]
         if array.dtype.kind == "f" and not self.do_rescale:
             return [_as_floats(image, name) for image in batch]
-        # One range for a whole batch: one of its images may be black.
+        # The range of values is determined for the whole batch, because one of its images may be black.
         return [_on_white(_from_bytes(image)) for image in _as_bytes(batch, name)]
 
     def _channels_first(self, shape: tuple[int, ...], name: str, is_tensor: bool) -> bool:
-        """Whether the channels of an image come first, by its shape, and by what is usual where both ends fit."""
+        """
+        Returns whether the first dimension of an image is its channels, according to its shape. If both the first and
+        the last dimension can be channels, the usual format of tensors or arrays decides.
+        """
         may_be_first, may_be_last = shape[0] in range(1, 5), shape[2] in range(1, 5)
         if self.data_format is not None:
             if self.data_format not in (CHANNELS_FIRST, CHANNELS_LAST):
@@ -118,12 +125,15 @@ class _Reader:
                 )
             is_first = self.data_format == CHANNELS_FIRST
             if not (may_be_first if is_first else may_be_last):
-                raise ValueError(f"{name} has shape {shape}, in which {self.data_format} are not 1 to 4 channels.")
+                raise ValueError(
+                    f"{name} has shape {shape}, but `input_data_format={self.data_format!r}` needs 1 to 4 channels in "
+                    f"the {'first' if is_first else 'last'} dimension."
+                )
             return is_first
         if not may_be_first and not may_be_last:
             raise ValueError(f"{name} is not an image: neither end of its shape {shape} holds 1 to 4 channels.")
         if may_be_first and may_be_last:
-            # Three or four are nearly always colours, one or two may be a narrow image.
+            # A size of 3 or 4 is nearly always the channels. A size of 1 or 2 can also be that of a narrow image.
             if shape[2 if is_tensor else 0] >= 3:
                 raise ValueError(
                     f"{name} has the ambiguous shape {shape}: pass `input_data_format='{CHANNELS_FIRST}'` or "
@@ -134,11 +144,11 @@ class _Reader:
 
 
 class _ImageError(ValueError):
-    """An error whose message names the image."""
+    """An error whose message already names the image."""
 
 
 def _open(source: Any, name: str) -> Any:
-    """Opens what is not an array, without decoding it."""
+    """Opens an image that is not an array, without decoding it."""
     pil = image_utils.PIL.Image
     if isinstance(source, pil.Image):
         return source
@@ -160,11 +170,11 @@ def _open(source: Any, name: str) -> Any:
         return pil.open(BytesIO(base64.b64decode(encoded)))
     except Exception as error:
         shown = source if len(source) <= 100 else f"{source[:100]}…"
-        raise ValueError(f"{shown!r} is neither a file, nor a URL, nor the base64 text of an image") from error
+        raise ValueError(f"{shown!r} is neither a file, nor a URL, nor the base64 string of an image") from error
 
 
 def _to_rgb(image: Any, name: str) -> Any:
-    """Decodes a PIL image and makes it upright RGB. One that is so already is returned as it is."""
+    """Decodes a PIL image, rotates it upright and converts it to RGB. Returns the same object if nothing changes."""
     pil = image_utils.PIL
     if 0 in image.size:
         raise _ImageError(f"{name} is empty: its size is {image.size}, so it has no pixels.")
@@ -173,7 +183,7 @@ def _to_rgb(image: Any, name: str) -> Any:
         raise pil.Image.DecompressionBombError(
             f"{image.width} × {image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS ({limit})"
         )
-    # Photos of phones (MPO) hold a second image that is not for the eye.
+    # Photos of phones (MPO files) contain a second image that is not meant to be shown.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         logger.warning(f"{name} has {image.n_frames} frames: only frame {image.tell()} is read.")
     image.load()
@@ -185,7 +195,7 @@ def _to_rgb(image: Any, name: str) -> Any:
 
 
 def _to_grey(image: Any, name: str) -> Any:
-    """8 bits from an image of 16 or 32 bits or of floats. Pillow's own conversion only clips."""
+    """Converts an image with 16-bit, 32-bit or float values to 8 bits. The conversion of Pillow only clips values."""
     transparent = image.info.get("transparency")
     values = image_utils.to_numpy_array(image)
     grey = _from_bytes(_as_bytes(values, name, is_sixteen_bit=image.mode.startswith("I;16"))[..., None])
@@ -196,11 +206,11 @@ def _to_grey(image: Any, name: str) -> Any:
 
 
 def _on_white(image: Any) -> Any:
-    """RGB, with transparency on white as Transformers' image processors put it."""
+    """Converts an image to RGB with transparent areas on white, as the image processors of Transformers do."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.has_transparency_data:
-        # Pillow knows the way from premultiplied grey only by way of this.
+        # Pillow can only convert premultiplied grey to RGBA through this mode.
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         white = image_utils.PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -209,19 +219,22 @@ def _on_white(image: Any) -> Any:
 
 
 def _from_bytes(array: Any) -> Any:
-    """A PIL image of an array of shape (H, W, 1 to 4) and type uint8: grey, grey and alpha, RGB or RGBA."""
+    """Returns the PIL image (grey, grey with alpha, RGB or RGBA) of a uint8 array of shape `(H, W, 1 to 4)`."""
     return image_utils.PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
 def _as_floats(array: Any, name: str) -> Any:
-    """An array of floats of shape (H, W, 3) that keeps its values."""
+    """Returns a float array as an array of shape `(H, W, 3)` with the same values."""
     if array.shape[-1] in (2, 4):
-        raise ValueError(f"{name} has an alpha channel, which floats cannot keep with `do_rescale=False`: drop it.")
+        raise ValueError(
+            f"{name} has an alpha channel, which is not supported for floats with `do_rescale=False`: drop it."
+        )
     _value_range(array, name)
     return array.repeat(3, axis=-1) if array.shape[-1] == 1 else array
 
 
 def _value_range(array: Any, name: str) -> tuple[float, float]:
+    """Returns the lowest and the highest value. Raises an error if they are not finite."""
     lowest, highest = float(array.min()), float(array.max())
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise _ImageError(f"{name} holds NaN or infinite values.")
@@ -229,7 +242,7 @@ def _value_range(array: Any, name: str) -> tuple[float, float]:
 
 
 def _as_bytes(array: Any, name: str, is_sixteen_bit: bool = False) -> Any:
-    """The values of an image in 8 bits, by its type and range."""
+    """Converts the values of an image to 8 bits, depending on their type and range."""
     if array.dtype == "uint8":
         return array
     if array.dtype.kind == "b":
@@ -248,7 +261,8 @@ def _as_bytes(array: Any, name: str, is_sixteen_bit: bool = False) -> Any:
         raise _ImageError(f"{ranges}but integers must be in [0, 255], or in [0, 65535] for 16 bits: scale them.")
     if array.dtype.itemsize == 2 and array.dtype.kind == "u" and not is_sixteen_bit and 0 < highest <= 255:
         raise _ImageError(
-            f"{ranges}in 16 bits, so it is black or has 8 bits: give 8 bits as uint8, or 16 bits as a PIL image."
+            f"{ranges}in 16 bits, so it is black or has 8 bits: pass 8-bit values as uint8, or 16-bit values as a PIL "
+            "image."
         )
     if is_sixteen_bit or highest > 255:
         return (array.astype("float64") / 257).round().astype("uint8")

@@ -1,4 +1,4 @@
-"""Router losses, per modality, with padding left out. Pure functions of the recorded router logits."""
+"""Router losses per modality, computed from the recorded router logits. Padding is ignored."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ from .token_modalities import TokenModalities, flat_tokens
 logger = logging.get_logger(__name__)
 
 _LOSSES_LEFT_OUT = (
-    "The model computes router losses, but got no `labels`, so it returns no loss to add them to. Training arguments "
-    "such as `label_smoothing_factor` and `compute_loss_func` keep the labels from the model, and `Trainer` leaves the "
-    "router losses out: use `SparseMoeTrainer` (`from modeling_sparse_moe_vlm.toolbox.training import "
-    "SparseMoeTrainer`), which adds them. In a training loop of your own, add `outputs.router_loss` to your loss; this "
-    "message can then be ignored."
+    "The model computes router losses, but got no `labels`, so it returns no loss to add them to. With training "
+    "arguments such as `label_smoothing_factor` and `compute_loss_func`, `Trainer` does not pass the labels to the "
+    "model and does not add the router losses: use `SparseMoeTrainer` (`from modeling_sparse_moe_vlm.toolbox.training "
+    "import SparseMoeTrainer`), which adds them. In your own training loop, add `outputs.router_loss` to your loss; "
+    "you can then ignore this message."
 )
 
 
 class RouterLosses(NamedTuple):
-    """Losses of the routers, each averaged over layers and over the modalities that the batch holds.
+    """
+    The router losses, each averaged over layers and over the modalities in the batch.
 
     Args:
-        aux_loss (`torch.Tensor`): Load-balancing loss, scalar.
-        z_loss (`torch.Tensor`): Router z-loss, scalar.
+        aux_loss (`torch.Tensor`):
+            Load balancing loss, a scalar.
+        z_loss (`torch.Tensor`):
+            Router z-loss, a scalar.
         aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`):
-            Load-balancing loss of each modality, to be watched: detached, and not a number where the batch has no such
-            token.
+            Load balancing loss of each modality, for monitoring: detached, and NaN for modalities without tokens in the
+            batch.
         entropy_loss (`torch.Tensor`, *optional*):
-            LIMoE's local and global entropy losses, scalar, times their coefficients already, since those may differ by
-            modality; `None` where all are 0.
+            Sum of the local and global entropy losses of LIMoE, a scalar. It is already multiplied by the coefficients,
+            because they can differ by modality. `None` if all coefficients are 0.
     """
 
     aux_loss: torch.Tensor
@@ -46,7 +49,16 @@ class RouterLosses(NamedTuple):
     entropy_loss: torch.Tensor | None = None
 
     def total(self, config: SparseMoeVlmExpertsConfig) -> torch.Tensor:
-        """What is added to the language loss: every loss times its coefficient, a scalar."""
+        """
+        Returns the sum of the losses, multiplied by their coefficients, which is added to the language loss.
+
+        Args:
+            config (`SparseMoeVlmExpertsConfig`):
+                Configuration of the experts.
+
+        Returns:
+            `torch.Tensor`: A scalar.
+        """
         total = config.router_aux_loss_coef * self.aux_loss + config.router_z_loss_coef * self.z_loss
         return total if self.entropy_loss is None else total + self.entropy_loss
 
@@ -55,22 +67,23 @@ def load_balancing_loss(
     *, router_probs: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor, num_serving: int
 ) -> torch.Tensor:
     """
-    Load-balancing loss of one layer over the given tokens: N·Σ_e f_e·P_e, with f_e the mean number of slots per token
-    that went to expert e and P_e its mean probability (Switch Transformer, arXiv 2101.03961, eq. 4–6). Balanced routing
-    has the value k, the number of experts per token, as in Transformers' `load_balancing_loss_func`.
+    Computes the load balancing loss of one layer over the given tokens: N·Σ_e f_e·P_e, where f_e is the mean number of
+    slots per token routed to expert e, and P_e is the mean probability of expert e (Switch Transformer, arXiv
+    2101.03961, eq. 4–6). For balanced routing, its value is k, the number of experts per token, as in
+    `load_balancing_loss_func` of Transformers.
 
     Args:
         router_probs (`torch.Tensor` of shape `(T, E)`):
             Router probabilities; 0 where an expert does not serve the token.
         index (`torch.Tensor` of shape `(T, k)`):
-            Chosen experts; the sentinel E for an unused slot.
+            Ids of the chosen experts; the sentinel E for an unused slot.
         tokens (`torch.Tensor` of shape `(T,)`):
-            1 for the tokens that count, else 0, in the dtype of the probabilities.
+            1 for the tokens to take into account and 0 for other tokens, in the dtype of the probabilities.
         num_serving (`int`):
             Number N of experts that serve these tokens.
 
     Returns:
-        `torch.Tensor`: a scalar; 0 if no token counts.
+        `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
     num_experts = router_probs.shape[-1]
     count = tokens.sum().clamp(min=1.0)
@@ -82,50 +95,54 @@ def load_balancing_loss(
 
 def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    Mean squared log-partition of the router over the given tokens, which keeps logits small (ST-MoE, arXiv 2202.08906,
-    eq. 5).
+    Computes the router z-loss over the given tokens: the mean of the squared logsumexp of the router logits, which
+    keeps the logits small (ST-MoE, arXiv 2202.08906, eq. 5).
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`):
             Router logits; minus infinity where an expert does not serve the token.
         tokens (`torch.Tensor` of shape `(T,)`):
-            1 for the tokens that count, else 0.
+            1 for the tokens to take into account and 0 for other tokens.
 
     Returns:
-        `torch.Tensor`: a scalar; 0 if no token counts.
+        `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
     return (torch.logsumexp(router_logits, dim=-1).square() * tokens).sum() / tokens.sum().clamp(min=1.0)
 
 
 def local_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    Mean entropy of the given tokens' router probabilities, in nats (LIMoE, arXiv 2206.02770, Ω_local). The
-    smaller it is, the more each token's routing is decided.
+    Computes the local entropy loss of LIMoE (arXiv 2206.02770, Ω_local): the mean entropy of the router probabilities
+    of the given tokens, in nats. The smaller it is, the more confident the router is about each token.
 
     Args:
         router_probs (`torch.Tensor` of shape `(T, E)`):
             Router probabilities; 0 where an expert does not serve the token.
         tokens (`torch.Tensor` of shape `(T,)`):
-            1 for the tokens that count, else 0, in the dtype of the probabilities.
+            1 for the tokens to take into account and 0 for other tokens, in the dtype of the probabilities.
 
     Returns:
-        `torch.Tensor`: a scalar; 0 if no token counts.
+        `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
     return (_entropy(router_probs) * tokens).sum() / tokens.sum().clamp(min=1.0)
 
 
 def global_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor, threshold: float) -> torch.Tensor:
     """
-    max(0, τ − H(p̄)), with p̄ the mean of the given tokens' router probabilities and H its entropy in nats (LIMoE, arXiv
-    2206.02770, Ω_global with its threshold). It is 0 once the tokens spread over about exp(τ) experts.
+    Computes the global entropy loss of LIMoE (arXiv 2206.02770, Ω_global with a threshold): max(0, τ − H(p̄)), where p̄
+    is the mean of the router probabilities of the given tokens, and H its entropy in nats. It is 0 once the tokens are
+    spread over about exp(τ) experts.
 
     Args:
-        router_probs, tokens: See [`local_entropy_loss`].
+        router_probs (`torch.Tensor` of shape `(T, E)`):
+            See [`local_entropy_loss`].
+        tokens (`torch.Tensor` of shape `(T,)`):
+            See [`local_entropy_loss`].
         threshold (`float`):
-            τ, in nats.
+            The threshold τ, in nats.
 
     Returns:
-        `torch.Tensor`: a scalar; 0 if no token counts.
+        `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
     count = tokens.sum()
     mean = (router_probs * tokens[:, None]).sum(dim=0) / count.clamp(min=1.0)
@@ -133,7 +150,7 @@ def global_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor, thr
 
 
 def _entropy(probs: torch.Tensor) -> torch.Tensor:
-    # With 0·log 0 = 0, and a finite gradient there.
+    # Defines 0·log 0 as 0, with a finite gradient.
     return -(probs * probs.clamp(min=torch.finfo(probs.dtype).tiny).log()).sum(dim=-1)
 
 
@@ -147,29 +164,33 @@ def router_losses(
     router_indices: Sequence[torch.Tensor] | None = None,
 ) -> RouterLosses:
     """
-    Router losses of a forward pass, computed per layer and modality and never pooled: a pooled figure hides a modality
-    that collapses. The tokens of a modality are balanced over all the experts that serve it, and over no others: over
-    its own group where groups are isolated, over a group and the joint pool where both serve it. Layers that share
-    their experts are balanced together, since it is the experts that are to be used evenly (UniPool, arXiv 2605.06665).
+    Computes the router losses of a forward pass.
+
+    The losses are computed per layer and modality, because a loss over all modalities together would hide the collapse
+    of one modality. The tokens of a modality are balanced over all experts that serve the modality, and over no other
+    experts: over the modality's own group if groups are isolated, or over that group and the joint group if both serve
+    the modality. Layers that share their experts are balanced together, so that the shared experts are used evenly
+    (UniPool, arXiv 2605.06665).
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
             Configuration of the experts.
         router_logits (`Sequence[torch.Tensor]`):
-            One tensor `(batch_size * sequence_length, num_experts)` per sparse layer, as the model returns them.
+            Router logits as returned by the model, one tensor `(batch_size * sequence_length, num_experts)` per sparse
+            layer.
         mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Modality id of every token; all text when `None`.
+            Modality id of every token. By default, all tokens are text.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            0 for padding. A mask of another rank says nothing of padding, so every token counts.
+            0 for padding. A mask with another number of dimensions is ignored: all tokens are taken into account.
         biases (`Sequence[torch.Tensor]`, *optional*):
-            One tensor `(num_modalities, num_experts)` per sparse layer, with which the experts were chosen (see
-            [`router_biases`]). Only needed without `router_indices`.
+            Router biases with which the experts were chosen, one tensor `(num_modalities, num_experts)` per sparse
+            layer (see [`~routing.router_biases`]). Only needed without `router_indices`.
         router_indices (`Sequence[torch.Tensor]`, *optional*):
-            The experts that were chosen, one tensor `(batch_size * sequence_length, k)` per sparse layer, as the model
-            returns them; worked out from the logits when `None`.
+            Ids of the chosen experts as returned by the model, one tensor `(batch_size * sequence_length, k)` per
+            sparse layer. By default, they are computed from the logits.
 
     Returns:
-        [`RouterLosses`]
+        [`RouterLosses`]: The losses.
     """
     device = router_logits[0].device
     ids, real = flat_tokens(mm_token_type_ids, attention_mask, router_logits[0].shape[0], device)
@@ -186,7 +207,7 @@ def router_losses(
         logits = _join([router_logits[numbers[layer]].to(device).float() for layer in layers])
         index = _join([router_indices[numbers[layer]].to(device) for layer in layers])
         groups = config.layer_expert_groups(layers[0], always_on=False)
-        # Affinities scaled to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19), or probabilities as they are.
+        # With the sigmoid router, the affinities normalised to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19).
         probs = torch.softmax(F.logsigmoid(logits) if config.router == "sigmoid" else logits, dim=-1)
         aux, z, entropy = [], [], []
         for modality, tokens in counted.items():
@@ -196,7 +217,7 @@ def router_losses(
             z.append(router_z_loss(router_logits=logits, tokens=tokens))
             if has_entropy:
                 entropy.append(_entropy_losses(config, modality, probs, tokens, num_serving))
-        # Layers that share experts weigh as much together as they would one by one.
+        # Layers that share experts have the same total weight as the same number of layers with their own experts.
         aux_losses += [torch.stack(aux)] * len(layers)
         z_losses += [torch.stack(z)] * len(layers)
         if has_entropy:
@@ -218,7 +239,7 @@ def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
 def _entropy_losses(
     config: SparseMoeVlmExpertsConfig, modality: str, probs: torch.Tensor, tokens: torch.Tensor, num_serving: int
 ) -> torch.Tensor:
-    """Both entropy losses of one modality times their coefficients, a scalar."""
+    """Returns the sum of the two entropy losses of one modality, multiplied by their coefficients."""
 
     def of_modality(value, default: float) -> float:
         value = value.get(modality) if isinstance(value, dict) else value
@@ -245,26 +266,30 @@ def add_router_losses(
     is_asked_for: bool,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """
-    Adds the router losses of a forward pass to its language loss. In training, where there is none to add them to and
-    nobody has asked for them, it warns.
+    Adds the router losses of a forward pass to the language loss. Logs a warning in training if there is no language
+    loss and the caller did not request the router losses.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
             Configuration of the experts.
-        router_logits, router_indices (`Sequence[torch.Tensor]`):
+        router_logits (`Sequence[torch.Tensor]`):
+            See [`router_losses`].
+        router_indices (`Sequence[torch.Tensor]`, *optional*):
             See [`router_losses`].
         tokens ([`~token_modalities.TokenModalities`]):
-            The tokens of the pass.
+            The tokens of the forward pass.
         loss (`torch.Tensor`, *optional*):
             The language loss, a scalar.
-        labels, num_items_in_batch:
+        labels (`torch.Tensor`, *optional*):
+            See [`share_of_batch`].
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
             See [`share_of_batch`].
         is_asked_for (`bool`):
-            Whether the caller asked for the router losses.
+            Whether the caller requested the router losses.
 
     Returns:
-        `tuple[torch.Tensor | None, dict[str, torch.Tensor]]`: the loss, and by name of a model's output `aux_loss`,
-        `z_loss`, `aux_loss_by_modality`, and `router_loss`, which is what was added.
+        `tuple[torch.Tensor | None, dict[str, torch.Tensor]]`: The loss, and the model outputs `aux_loss`, `z_loss`,
+        `aux_loss_by_modality` and `router_loss` (the sum that was added to the loss) by name.
     """
     losses = router_losses(config, router_logits, tokens.ids, tokens.is_real, router_indices=router_indices)
     total = losses.total(config)
@@ -282,21 +307,22 @@ def add_router_losses(
 
 def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
     """
-    Weight of a micro-batch's router losses in the loss of the whole batch.
+    Returns the weight of the router losses of a micro-batch in the loss of the whole batch.
 
-    With gradient accumulation `Trainer` divides the summed language loss by the number of targets of all micro-batches,
-    while router losses are means over one micro-batch: weighted by the micro-batch's share of the targets they add up
-    to a mean over the batch. (That equals the loss of the whole batch for the z-loss, if micro-batches have the same
-    number of tokens of each modality per target. The balancing loss is a product of two means, taken per micro-batch.)
+    With gradient accumulation, `Trainer` divides the sum of the language loss by the number of targets of all
+    micro-batches, whereas the router losses are means over one micro-batch. Weighted by the micro-batch's share of the
+    targets, they add up to a mean over the batch. (For the z-loss, this equals the loss of the whole batch if all
+    micro-batches have the same number of tokens of each modality per target. The load balancing loss is a product of
+    two means, computed per micro-batch.)
 
     Args:
         labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
-            Targets of the micro-batch; -100 is ignored.
+            Target tokens of the micro-batch; -100 is ignored.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-            Number of targets of the whole batch; `None` where the language loss is a mean over the micro-batch.
+            Number of targets of the whole batch. `None` if the language loss is a mean over the micro-batch.
 
     Returns:
-        `torch.Tensor` or `float`: the share; 1.0 without `num_items_in_batch`.
+        `torch.Tensor` or `float`: The share; 1.0 without `num_items_in_batch`.
     """
     if num_items_in_batch is None:
         return 1.0

@@ -1,8 +1,10 @@
-"""The sparse mixture-of-experts vision-language model, from top to bottom:
+"""The sparse mixture-of-experts vision-language model.
 
-images ──► vision tower ──► connector ──┐
-                                        ├──► one sequence of tokens ──► decoder layers ──► language head
-text ────► token embedding ─────────────┘
+Data flow::
+
+    images ──► vision tower ──► connector ──┐
+                                            ├──► one sequence of tokens ──► decoder layers ──► language head
+    text ────► token embedding ─────────────┘
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +55,7 @@ logger = logging.get_logger(__name__)
 
 
 class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
-    """Decoder: token embedding, decoder layers, final norm."""
+    """The decoder without a language head: token embedding, decoder layers and final norm."""
 
     config: SparseMoeVlmTextConfig
     input_modalities = ("text",)
@@ -80,7 +82,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         self.post_init()
 
     def init_parallel_plans(self) -> None:
-        """As the library's, whose wildcards only stand for numbers: groups of experts are spelled out by name."""
+        """Replaces the wildcards for expert groups with their names: in Transformers, wildcards only match numbers."""
         super().init_parallel_plans()
         self._tp_plan: dict[str, str] = plan_by_group(self._tp_plan, self.config)
         self._ep_plan: dict[str, str] = plan_by_group(self._ep_plan, self.config)
@@ -111,41 +113,45 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmTextModelOutputWithPast:
         r"""
+        Runs the decoder on exactly one of `input_ids` and `inputs_embeds`.
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids; or `inputs_embeds`.
-            attention_mask (`torch.Tensor`, *optional*):
-                `(B, T + cached)`, 0 for padding, or a prepared 4-D mask.
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
+            attention_mask (`torch.Tensor` of shape `(B, number of cached tokens + T)`, *optional*):
+                0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Positions. Where they start again inside a row (and no mask is given), the row holds several sequences,
-                which do not attend to each other.
+                Positions of the tokens. If they restart within a row and no mask is given, the row contains several
+                sequences, which do not attend to each other.
             past_key_values (`Cache`, *optional*): Cached keys and values.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embedded tokens.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embeddings of the tokens.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Modality id of every token (position in `config.modalities`); all text when `None`.
-            use_cache (`bool`, *optional*): Whether to return the cache.
+                Modality id of every token, its position in `config.modalities`. By default, all tokens are text.
+            use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the key/value cache.
             output_modality_weights (`bool`, *optional*, defaults to `False`):
                 Whether to return the weight of every attention part (α, β, …), by layer, head and token. With a cache,
-                from the call on that fills it.
+                it must be set from the call that fills the cache onwards.
             modality_priors (`Mapping[str, float]`, *optional*):
-                By modality, a factor on the prior of its part: `{"image": 2.0}` doubles that of images.
+                Factors by modality that multiply the priors of the attention parts: `{"image": 2.0}` doubles the prior
+                of images.
             modality_guidance (`float`, *optional*, defaults to 0.0):
-                g: returns Z + g·(Z − O_text) in place of Z, for tokens that can attend to an image.
+                Guidance scale g: for tokens that can attend to an image, the attention returns Z + g·(Z − O_text)
+                instead of Z, where O_text is the attention output over text only.
 
         Raises:
-            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, or if `mm_token_type_ids`,
-                `attention_mask` or `position_ids` do not have the shape of the tokens, or if images are given.
+            ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, if the shape of
+                `mm_token_type_ids`, `attention_mask` or `position_ids` does not match the tokens, or for image inputs.
         """
         check_steering_arguments(kwargs)
         check_only_tokens(kwargs)
         check_tokens(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        tokens = kwargs.pop("token_modalities", None)  # made by the model around this one, if there is any
+        tokens = kwargs.pop("token_modalities", None)  # passed by the enclosing model, if there is one
         if tokens is None:
             tokens = TokenModalities.of(
                 inputs_embeds.shape[:2], mm_token_type_ids, attention_mask, self.config.modalities
             )
-        # Older releases pass the cache of continuous batching on by another name.
+        # Older releases pass the cache of continuous batching under another name.
         cache = past_key_values if past_key_values is not None else kwargs.get("cache")
         check_shapes(inputs_embeds.shape[:2], attention_mask, position_ids, cache)
         if position_ids is None:
@@ -159,11 +165,11 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
             position_ids=position_ids,
             **{CACHE_NAME: past_key_values},
         )
-        # Made after the mask, because with a cache the library does not look for several sequences in a row.
+        # Created after the mask, because Transformers does not look for several sequences per row if there is a cache.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         parts = None
-        # The texts of continuous batching have no images, so plain attention is what distributed attention would be.
+        # Continuous batching only runs text without images, for which distributed attention equals plain attention.
         if not is_paged(cache):
             parts = plan_attention(
                 self.config,
@@ -182,7 +188,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         returns_routing = kwargs.pop("output_router_logits", None)
         if returns_routing is None:
             returns_routing = self.config.output_router_logits
-        record = kwargs.pop("routing_record", None)  # of somebody who wants to know
+        record = kwargs.pop("routing_record", None)  # passed by tools that observe the routing
         if record is None:
             if self._may_warn and self.training and torch.is_grad_enabled() and not is_tracing(inputs_embeds):
                 self._may_warn = False
@@ -216,13 +222,13 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
 
 
 class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
-    """Vision tower, connector and decoder, without a head."""
+    """The whole model without a language head: vision tower, connector and decoder."""
 
     def __init__(self, config: SparseMoeVlmConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         for name, parameter in self.vision_tower.named_parameters():
-            if name.endswith("mask_token"):  # for masked images, which towers only see when they are pretrained
+            if name.endswith("mask_token"):  # only used for masked images, when the vision tower is pretrained
                 parameter.requires_grad_(False)
         self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
         self.modality_encoders = SparseMoeVlmModalityEncoders(config)
@@ -240,23 +246,23 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
         r"""
-        Encodes images as image tokens.
+        Encodes images into image tokens.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                Pictures as the image processor makes them.
+                The images, as returned by the image processor.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: the vision tower's output, whose
-            `pooler_output` is a list with one tensor `(image_seq_length, hidden_size)` per image.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower, with a list
+            of one tensor of shape `(image_seq_length, hidden_size)` per image as `pooler_output`.
         """
-        # A processor that is called with an empty list of images returns an empty tensor.
+        # A processor called with an empty list of images returns an empty tensor.
         if pixel_values.numel() == 0:
             return BaseModelOutputWithPooling(pooler_output=[])
         outputs, features = self._encode_images(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            # A list would freeze the number of images into a traced graph.
+            # A list would fix the number of images in a traced graph.
             pooler_output=features if is_tracing(features) else list(features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -265,18 +271,18 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
     def _encode_images(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[Any, torch.Tensor]:
-        """The vision tower's output and the image tokens `(num_images, image_seq_length, hidden_size)`."""
+        """Returns the output of the vision tower and the image tokens `(num_images, image_seq_length, hidden_size)`."""
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         features = patch_features(outputs.last_hidden_state, self.config.vision_config)
         if self.training and outputs.get("pooler_output") is not None and is_one_of_several_processes():
-            # What makes the pooled output is used for nothing, but data parallelism waits for its gradients.
+            # The pooled output is not used, but data parallelism waits for the gradients of the head that computes it.
             features = features + (0.0 * outputs.pooler_output).sum().to(features)
         return outputs, self.multi_modal_projector(features)
 
     def has_placeholders(self, input_ids: torch.Tensor | None, past_key_values: Cache | None = None) -> bool:
         """
-        Whether token ids start a text with image placeholders; `False` where that cannot be told (tracing), and in
-        continuous batching, which refuses such texts before it runs the model.
+        Returns whether the token ids `(B, T)` contain image placeholders. Returns `False` during tracing (the ids are
+        unknown), with a filled cache, and in continuous batching (which refuses placeholders before it runs the model).
         """
         if input_ids is None or is_tracing(input_ids):
             return False
@@ -296,7 +302,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Modality ids `(B, T)` of the tokens of a call: see [`~token_modalities.find_modalities`]."""
+        """Returns the modality id of every token `(B, T)`: see [`~token_modalities.find_modalities`]."""
         return find_modalities(
             input_ids, inputs_embeds, mm_token_type_ids, self.config.placeholder_ids, self.get_input_embeddings()
         )
@@ -309,7 +315,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         attention_mask: torch.Tensor | None,
         has_features: bool,
     ) -> TokenModalities:
-        """What a forward pass knows of its tokens: made once by the outermost model, and handed down."""
+        """Returns the modalities and the padding of the tokens. The outermost model calls it once per forward pass."""
         if input_ids is None and mm_token_type_ids is None and not has_features:
             warn_of_unknown_modalities(self.config.text_config, self.language_model.routing_planner)
         ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
@@ -331,28 +337,29 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
+        Replaces image placeholders with image features. Other arguments: see [`SparseMoeVlmTextModel.forward`].
+
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The images of the batch, in the order of their placeholders.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Modality id of every token, as the processor makes them; derived from the placeholders when absent.
+                Modality id of every token, as returned by the processor. Derived from the placeholders by default.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                `{"image": model.get_image_features(…)}`, instead of `pixel_values`, where it is known already; `{}` to
-                have a text read without its images.
+                Image features to use instead of `pixel_values`: `{"image": model.get_image_features(…)}`. With `{}`,
+                the model reads a text with image placeholders without its images.
             modality_values (`Mapping[str, torch.Tensor]`, *optional*):
-                By further modality, the input of its encoder: one item per row, in the order of the placeholders.
-
-        The other arguments are those of [`SparseMoeVlmTextModel`].
+                Inputs of the encoders of further modalities, by the name of the modality. The rows of each tensor are
+                the items of the batch, in the order of their placeholders.
 
         Raises:
-            ValueError: If the numbers of image features and placeholders differ, also if there are no images at all, or
-                both or neither of two exclusive arguments are given.
+            ValueError: If the number of image features does not match the number of image tokens, if the text has
+                image placeholders but there are no images, or if both or neither of two exclusive arguments are given.
         """
         check_tokens(input_ids, inputs_embeds)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs`.")
         check_encoder_outputs(mm_encoder_outputs)
-        tokens = kwargs.pop("token_modalities", None)  # made by the model around this one, if there is any
+        tokens = kwargs.pop("token_modalities", None)  # passed by the enclosing model, if there is one
         if tokens is None:
             has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
             tokens = self.get_token_modalities(
@@ -388,12 +395,12 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
             cache = past_key_values if past_key_values is not None else kwargs.get("cache")
             if mm_encoder_outputs is None and self.has_placeholders(input_ids, cache):
                 raise ValueError(
-                    "The text has image placeholders, but there are no pictures: pass `pixel_values` as the processor "
-                    "makes them, or `mm_encoder_outputs={}` to have the text read without its pictures."
+                    "The text has image placeholders, but there are no images: pass the `pixel_values` that the "
+                    "processor returns, or `mm_encoder_outputs={}` to read the text without its images."
                 )
             if self.training and torch.is_grad_enabled() and is_one_of_several_processes():
-                # The other processes may have images, and all must run the same modules: data parallelism waits for
-                # the gradient of every parameter, and sharded weights are gathered together.
+                # Other processes may have images, and all processes must run the same modules: data parallelism waits
+                # for the gradient of every parameter, and all processes gather sharded weights together.
                 inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
 
         outputs = self.language_model(
@@ -444,16 +451,16 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
+        Runs the decoder and the language head. Other arguments: see [`SparseMoeVlmTextModel.forward`].
+
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Targets (shifted inside); -100 is ignored.
+                Target tokens of the language loss. The model shifts them, and ignores positions with -100.
             output_router_logits (`bool`, *optional*, defaults to `config.output_router_logits`):
-                Whether to return the router logits and their losses and, with labels, to add those to the loss. The
-                configuration's value has losses computed only with labels or in training mode.
-            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
-                Number of last positions (0 for all), or the positions, whose logits are computed.
-
-        The other arguments are those of [`SparseMoeVlmTextModel`].
+                Whether to return the router logits and losses and, with labels, to add the losses to the loss. If the
+                argument is left out, router losses are computed only with labels or in training mode.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Number of last positions whose logits are computed (0 for all), or the positions themselves.
         """
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
@@ -480,7 +487,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
 
 class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, GenerationMixin):
     """
-    The whole model with a language head: answers questions about images and captions them.
+    The whole model with a language head, which answers questions about images and captions images.
 
     ```python
     >>> from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -517,7 +524,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
     def get_image_features(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
-        """See [`SparseMoeVlmModel.get_image_features`]."""
+        """Encodes images into image tokens: see [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @takes_cache_by_name
@@ -543,7 +550,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
-        The arguments are those of [`SparseMoeVlmModel`] and, for the head, of [`SparseMoeVlmForCausalLM`].
+        Runs the model and the language head. Arguments: see [`SparseMoeVlmModel.forward`] and
+        [`SparseMoeVlmForCausalLM.forward`].
         """
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
@@ -574,8 +582,9 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         return self._head(outputs, labels, logits_to_keep, tokens, wants_router_losses, **kwargs)
 
 
-# Makes `save_pretrained` copy this code; `config.auto_map` names the other auto classes of each model. Nothing is
-# registered with the auto classes here: every later checkpoint of the process would run this code instead of its own.
+# Makes `save_pretrained` copy this code into checkpoints. `config.auto_map` names the other auto classes of each model.
+# The classes are not registered with the auto classes here; otherwise, all later checkpoints in the same process would
+# use this code instead of their own.
 SparseMoeVlmTextModel.register_for_auto_class("AutoModel")
 SparseMoeVlmModel.register_for_auto_class("AutoModel")
 SparseMoeVlmForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,4 +1,4 @@
-"""Outputs of the models: the library's for mixtures of experts, and what this model adds."""
+"""Outputs of the models: the Transformers outputs of mixture-of-experts models with additional fields."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from .versions import TRANSFORMERS_VERSION
 
 logger = logging.get_logger(__name__)
 
-# The library's models return `image_outputs` since 5.24 and have deprecated `image_hidden_states`, which is to mean the
-# hidden states of the vision tower's layers from 5.30 on. Until 5.23 it is a field.
+# Transformers models return `image_outputs` since 5.24 and have deprecated `image_hidden_states`. Up to 5.23, it is a
+# field; from 5.30 on, it will be the hidden states of all layers of the vision tower.
 _HAS_IMAGE_OUTPUTS = hasattr(modeling_outputs, "MultimodalModelOutput")
 _MEANS_ALL_LAYERS = TRANSFORMERS_VERSION >= (5, 30)
 
 
 def join_image_tokens(pooler_output: Sequence[torch.Tensor] | torch.Tensor) -> torch.Tensor:
-    """The image tokens of a batch `(num_image_tokens, hidden_size)`, from those of each image or one tensor of all."""
+    """
+    Returns the image tokens of a batch.
+
+    Args:
+        pooler_output (`Sequence[torch.Tensor]` or `torch.Tensor`):
+            One tensor `(image_seq_length, hidden_size)` per image, or one tensor with an additional first dimension.
+
+    Returns:
+        `torch.Tensor` of shape `(num_image_tokens, hidden_size)`: The tokens of all images.
+    """
     return pooler_output.flatten(0, 1) if torch.is_tensor(pooler_output) else torch.cat(list(pooler_output))
 
 
 class _ImageOutput(ModelOutput):
-    """What outputs with a field `image_outputs` share."""
+    """Base class of the outputs with a field `image_outputs`."""
 
     image_outputs: BaseModelOutputWithPooling | None
 
@@ -38,7 +47,7 @@ class _ImageOutput(ModelOutput):
 
     @property
     def image_hidden_states(self) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
-        """The image tokens of the batch `(num_image_tokens, hidden_size)`; deprecated, as in the library's models."""
+        """The image tokens of the batch `(num_image_tokens, hidden_size)`. Deprecated, as in Transformers."""
         if _MEANS_ALL_LAYERS:
             return None if self.image_outputs is None else self.image_outputs.hidden_states
         if not is_tracing():
@@ -52,7 +61,7 @@ class _ImageOutput(ModelOutput):
         return None if self.image_outputs is None else join_image_tokens(self.image_outputs.pooler_output)
 
     def to_tuple(self) -> tuple:
-        """As the library's outputs with a field `image_outputs`: that becomes a tuple as well."""
+        """Converts the output to a tuple, including the nested `image_outputs`, as in Transformers."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in super().to_tuple())
 
 
@@ -62,16 +71,28 @@ class SparseMoeVlmTextModelOutputWithPast(MoeModelOutputWithPast):
     Output of [`SparseMoeVlmTextModel`].
 
     Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`):
+            Hidden states after the final norm.
+        past_key_values (`Cache`, *optional*, returned with `use_cache=True`):
+            Key/value cache.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+            Hidden states `(B, T, D)` of the embedding and of every layer.
+        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+            Attention weights `(B, heads, T, number of keys)` of every layer.
+        router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            One tensor `(B * T, num_experts)` per sparse layer: router logits, minus infinity for experts that do not
+            serve the token.
         router_indices (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
-            One tensor `(B * T, k)` per sparse layer, of type int64: the experts that were chosen for every token, best
-            first; the number of experts for an unused slot.
-        router_dropped (`tuple[torch.Tensor]`, *optional*, returned likewise where experts have a capacity):
-            One tensor `(B * T, k)` per sparse layer, of type bool: which of them had no capacity for the token.
+            One tensor `(B * T, k)` of type int64 per sparse layer: ids of the experts chosen for every token, best
+            first. The id of an unused slot is the number of experts.
+        router_dropped (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True` and a capacity):
+            One tensor `(B * T, k)` of type bool per sparse layer: which of the chosen experts dropped the token because
+            they had no capacity left. Only returned with `config.expert_capacity_factor`.
         modality_weights (`tuple[torch.Tensor]`, *optional*, returned with `output_modality_weights=True`):
             One tensor `(B, heads, T, num_modalities)` per layer: the weight of every attention part, in the order of
             `config.modalities` (β, α, …). The weights sum to 1.
         count_free_modality_weights (`tuple[torch.Tensor]`, *optional*, returned with `output_modality_weights=True`):
-            The same without the effect of how many keys a part has.
+            The same weights without the effect of the number of keys of each part.
     """
 
     router_indices: tuple[torch.Tensor, ...] | None = None
@@ -87,8 +108,10 @@ class SparseMoeVlmModelOutputWithPast(SparseMoeVlmTextModelOutputWithPast, _Imag
 
     Args:
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            Output of the vision tower, whose `pooler_output` holds the image tokens that the connector makes, as in
-            [`SparseMoeVlmModel.get_image_features`]; `None` if no images were processed.
+            Output of the vision tower, with the image tokens from the connector as `pooler_output` (see
+            [`SparseMoeVlmModel.get_image_features`]). `None` if no images were processed.
+
+    The other fields are those of [`SparseMoeVlmTextModelOutputWithPast`].
     """
 
     image_outputs: BaseModelOutputWithPooling | None = None
@@ -102,19 +125,23 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
     Output of the models with a language head.
 
     Args:
-        z_loss (`torch.Tensor`, *optional*, returned with the router logits):
-            Router z-loss, a scalar, next to the load-balancing `aux_loss`.
-        aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`, *optional*, returned with the router logits):
-            Load-balancing loss of each modality, detached; NaN where the batch has no token of the modality.
-        router_loss (`torch.Tensor`, *optional*, returned with the router logits):
-            All router losses with their coefficients, a scalar: what the model adds to its language loss, and what a
-            training loop with a loss of its own is to add.
+        loss (`torch.Tensor`, *optional*, returned with `labels`):
+            Language loss, with the router losses added if they are computed. A scalar.
+        logits (`torch.Tensor` of shape `(B, T, vocab_size)`):
+            Logits of the language head.
+        aux_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Load balancing loss, a scalar.
+        z_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Router z-loss, a scalar.
+        aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`, *optional*, returned with the router losses):
+            Load balancing loss of each modality, detached. NaN for modalities without tokens in the batch.
+        router_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Sum of all router losses, multiplied by their coefficients. A scalar. The model adds it to the language
+            loss; a training loop that computes the loss itself must add it as well.
         image_outputs (`BaseModelOutputWithPooling`, *optional*):
             See [`SparseMoeVlmModelOutputWithPast`].
-        router_indices, router_dropped (`tuple[torch.Tensor]`, *optional*, returned with the router logits):
-            See [`SparseMoeVlmTextModelOutputWithPast`].
-        modality_weights, count_free_modality_weights (`tuple[torch.Tensor]`, *optional*):
-            See [`SparseMoeVlmTextModelOutputWithPast`].
+
+    The other fields are those of [`SparseMoeVlmTextModelOutputWithPast`].
     """
 
     z_loss: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""Base class of the models: initialisation, and what the library needs to know of the architecture."""
+"""The base class of the models: weight initialisation and the settings that Transformers needs."""
 
 import torch
 from torch import nn
@@ -11,7 +11,21 @@ from .steering import initial_log_priors
 
 
 class SparseMoeVlmPreTrainedModel(ExpertsHost):
-    """Base class: initialisation, and what the library needs to know of the architecture."""
+    """
+    Base class of all models of the package: weight initialisation, loading and saving, and the settings that
+    Transformers needs.
+
+    Args:
+        config ([`SparseMoeVlmConfig`] or [`SparseMoeVlmTextConfig`]):
+            Configuration of the model.
+        args:
+            Other arguments of [`~transformers.PreTrainedModel`].
+        kwargs:
+            Other keyword arguments of [`~transformers.PreTrainedModel`].
+
+    Raises:
+        ValueError: If a field of the configuration is invalid or fields contradict each other.
+    """
 
     config: SparseMoeVlmConfig
     base_model_prefix = "model"

@@ -1,4 +1,4 @@
-"""Processor: chat template, tokenizer and image processor in one, with a modality id for every token."""
+"""The processor: combines the chat template, the tokenizer and the image processor, and adds modality ids."""
 
 from __future__ import annotations
 
@@ -48,40 +48,42 @@ DEFAULT_CHAT_TEMPLATE = """\
 """
 
 
-# What is neither a message nor a part of one. Objects of dataclasses and Pydantic models may be.
+# Types that cannot be a message or a content part. Other objects, such as dataclasses and Pydantic models, can be.
 _PLAIN = (str, bytes, int, float, list, tuple, type(None))
 
 
 class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Keyword arguments of [`SparseMoeVlmProcessor`] and their default values."""
+
     _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": True}}
 
 
 class SparseMoeVlmProcessor(ProcessorMixin):
     r"""
-    Makes model inputs from text, images and conversations.
+    Converts text, images and conversations to model inputs.
 
-    The text holds one image token per image, which becomes `image_seq_length` of them. In conversations
-    (`apply_chat_template`) only content parts of type `"image"` are images, and only the chat template writes control
-    tokens: special tokens that are typed inside a text stay text.
+    A text contains one image token per image, which the processor expands to `image_seq_length` tokens. In
+    conversations (see [`SparseMoeVlmProcessor.apply_chat_template`]), only content parts of type `"image"` are images,
+    and only the chat template can add control tokens: special tokens typed inside a text are tokenized as plain text.
 
-    Images may have any form (PIL images, paths, URLs, base64 text, bytes, arrays and tensors) and mode. The image
-    processor gets them as RGB images of Pillow that look as they do to a person: upright by their EXIF orientation,
-    transparency on white, 16 bits and floats scaled to 8 bits.
+    Images can be PIL images, paths, URLs, base64 strings, bytes, arrays or tensors, in any mode. They are converted to
+    RGB PIL images that look the way an image viewer shows them: rotated according to their EXIF orientation, with
+    transparent areas on a white background, and with 16-bit and float values scaled to 8 bits.
 
     Args:
         image_processor (`BaseImageProcessor`):
             The image processor of the vision tower.
         tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer of the decoder; its vocabulary must hold the image token.
-        image_seq_length (`int`):
-            Number of tokens that one image becomes: `config.image_seq_length`.
+            The tokenizer of the decoder. Its vocabulary must contain the image token.
+        image_seq_length (`int`, *optional*, defaults to 49):
+            Number of tokens per image. Set it to `config.image_seq_length`.
         chat_template (`str`, *optional*):
-            Jinja template; ChatML by default.
+            Jinja template for conversations. Defaults to a ChatML template.
         image_token (`str`, *optional*, defaults to `"<image>"`):
-            Placeholder of an image in the text.
+            Placeholder token of an image in the text.
 
     Raises:
-        ValueError: If the vocabulary lacks the image token.
+        ValueError: If the vocabulary does not contain the image token.
 
     ```python
     >>> processor = SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
@@ -106,8 +108,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             raise ValueError(
                 f"the tokenizer's vocabulary lacks the image token {image_token!r}: add it with "
                 f"`tokenizer.add_special_tokens({{'extra_special_tokens': [{image_token!r}]}}, "
-                "replace_extra_special_tokens=False)`, or name an existing token with `image_token`. For a new token, "
-                "then tell the model, and give it more embeddings unless it has spare ones:\n"
+                "replace_extra_special_tokens=False)`, or choose an existing token with `image_token`. After you add a "
+                "token, set its id in the model's configuration and resize the embeddings if they are too few:\n"
                 f"    model.config.image_token_id = tokenizer.convert_tokens_to_ids({image_token!r})\n"
                 "    if len(tokenizer) > model.get_input_embeddings().num_embeddings:\n"
                 "        model.resize_token_embeddings(len(tokenizer))"
@@ -120,33 +122,45 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         self._last_control_tokens: tuple[Any, ControlTokens] | None = None
-        self._control_tokens(self._template(None) or "")  # sets the tokenizer up
+        self._control_tokens(self._template(None) or "")  # prepares the tokenizer
 
     @property
     def model_input_names(self) -> list[str]:
+        """Names of the model inputs that the processor can return."""
         return [*super().model_input_names, "mm_token_type_ids"]
 
     @property
     def unused_input_names(self) -> list[str]:
+        """Names of tokenizer outputs that the model does not use and the processor therefore drops."""
         return ["token_type_ids"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Reads and checks the images (see `image_reading.read_images`), and makes lists of single inputs.
+        """
+        Reads and checks the images (see [`~image_reading.read_images`]), and converts single inputs to lists.
 
         Args:
-            images:
-                An image, a list of images in the order of the image tokens, or a list with an image, a list of images
-                or `None` for each text.
-            text (`str` or `list[str]`):
+            images (image or `list`, *optional*):
+                An image, a list of images in the order of the image tokens, or a list with one entry per text: an
+                image, a list of images, or `None`.
+            text (`str` or `list[str]`, *optional*):
                 The texts.
+            videos (*optional*):
+                Not supported.
+            audio (*optional*):
+                Not supported.
+            kwargs:
+                Other arguments of the call, such as `images_kwargs`.
+
+        Returns:
+            `tuple`: The inputs in the format of [`~transformers.ProcessorMixin.prepare_inputs_layout`].
 
         Raises:
-            ValueError: For videos and audio, for empty texts and lone surrogates, for an image that cannot be read or
-                is absurdly large, and for a number of images that differs from that of the placeholders. The message
-                names the text or image.
+            ValueError: If there are videos or audio, if a text is empty or contains lone surrogates, if an image cannot
+                be read or is absurdly large, or if the number of images differs from the number of image tokens. The
+                message names the text or the image.
         """
         if videos is not None or audio is not None:
-            raise ValueError("the processor takes images and texts, neither `videos` nor `audio`.")
+            raise ValueError("the processor accepts images and text, but neither `videos` nor `audio`.")
         rows = None
         if text is not None:
             rows = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else [text]
@@ -155,7 +169,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                     raise ValueError(f"`text` must be non-empty strings, but text[{position}] is {row!r}.")
                 check_encodable(row, f"text[{position}]")
             if not rows:
-                raise ValueError("`text` is empty: give at least one string.")
+                raise ValueError("`text` is empty: pass at least one string.")
         if images is not None:
             options = kwargs | (kwargs.get("images_kwargs") or {})
             do_rescale = options.get("do_rescale")
@@ -167,26 +181,35 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         if images is not None:
             flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
             if rows is None and any(image is None for image in flat):
-                raise ValueError("`images` holds None, which is no image, but there is no `text` whose row it is for.")
+                raise ValueError(
+                    "`images` contains None, which stands for a text without images, but there is no `text`: pass "
+                    "`text`, or remove None."
+                )
             images = [image for image in flat if image is not None] or None
         return super().prepare_inputs_layout(images=images, text=rows, **kwargs)
 
     def _process_images(self, images, **kwargs):
-        # What was read has the channels last, whatever the user's arrays had.
+        # The images that were read have the channels last, regardless of the format of the user's arrays.
         kwargs.pop("input_data_format", None)
         if any(not hasattr(image, "mode") for image in images):
             kwargs["input_data_format"] = CHANNELS_LAST
         return super()._process_images(images, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Returns the text that replaces one image token: the image token, repeated `image_seq_length` times."""
         return self.image_token * self.image_seq_length
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """
-        Number of placeholder tokens of images of the given sizes (every image is resized to the same number).
+        Returns the number of image tokens for images of the given sizes. It is the same for every image, because all
+        images are resized to the same size.
 
         Args:
-            image_sizes (`list[list[int]]`, *optional*): Height and width of each image.
+            image_sizes (`list[list[int]]`, *optional*):
+                Height and width of each image.
+
+        Returns:
+            `MultiModalData`: The number of image tokens and of patches of each image.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -196,24 +219,31 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """
-        See [`~transformers.ProcessorMixin.apply_chat_template`].
+        Applies a chat template to a conversation: see [`~transformers.ProcessorMixin.apply_chat_template`].
 
-        Control tokens that are typed in messages (of any role), in roles, `tools` and `documents` stay text, with and
-        without `tokenize`. These are the special tokens and, except in what the assistant says, the added tokens that
-        look like control tokens: those in `tokenizer.chat_control_tokens` if it is set, or else those that the template
-        writes and those in brackets (`<think>`). Other template variables are rendered as they are.
+        Control tokens typed in messages (of any role), in roles, in `tools` and in `documents` are kept as plain text,
+        with and without `tokenize`. Control tokens are the special tokens and, except in messages of the assistant, the
+        added tokens that look like control tokens: those in `tokenizer.chat_control_tokens` if it is set, otherwise
+        those in the template and those in brackets (`<think>`). Other template variables are rendered unchanged.
 
         Args:
             conversation (`list[dict]` or `list[list[dict]]`):
-                The messages of a conversation, or of several.
+                The messages of one conversation or of several conversations.
             chat_template (`str`, *optional*):
-                A template, or the name of one; the processor's by default.
-            sanitize_control_tokens (`bool`, *optional*, defaults to `True`):
-                `False` lets texts write control tokens. Only image tokens stay text.
+                A template or the name of one of the processor's templates. Defaults to the processor's template.
+            kwargs:
+                Other arguments of [`~transformers.ProcessorMixin.apply_chat_template`], and
+                `sanitize_control_tokens` (`bool`, *optional*, defaults to `True`): whether to keep typed control tokens
+                as plain text. With `False`, only typed image tokens are kept as plain text.
+
+        Returns:
+            `str`, `list[str]` or [`~transformers.BatchFeature`]: The rendered conversation, or with `tokenize=True` the
+            token ids, or with `return_dict=True` all model inputs.
 
         Raises:
-            ValueError: If the conversation is empty or is not made of messages, or if a text holds lone surrogates, or
-                a control token that the tokenizer cannot encode as text. The message names the text.
+            ValueError: If the conversation is empty or does not consist of messages, or if a text contains lone
+                surrogates or a control token that the tokenizer cannot encode as plain text. The message names the
+                text.
         """
         conversation = _messages(conversation)
         _check_conversation(conversation, parts=bool(kwargs.get("tokenize")))
@@ -223,13 +253,13 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             kwargs["tools"] = tokens.as_text(as_schemas(kwargs["tools"]), "tools")
         if kwargs.get("documents"):
             kwargs["documents"] = tokens.as_text(kwargs["documents"], "documents")
-        # Given to another template, the variable would pass for an argument of the tokenizer.
+        # Other templates do not use this variable. It would be passed to the tokenizer as an argument.
         if "image_token" in template:
             kwargs.setdefault("image_token", self.image_token)
         return super().apply_chat_template(tokens.as_text(conversation, "conversation"), chat_template, **kwargs)
 
     def _template(self, name: str | None) -> str | None:
-        """The processor's template of a name; `None` if there is none."""
+        """Returns the processor's template with this name, or `None` if there is none."""
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         return named.get(name or "default")
 
@@ -242,7 +272,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
 
 def _messages(conversation: Any) -> Any:
-    """Lists of messages, also of objects that hold them."""
+    """Returns the lists of messages, including those of objects with an attribute `messages`."""
     conversation = getattr(conversation, "messages", conversation)
     if isinstance(conversation, (list, tuple)):
         return [getattr(item, "messages", item) for item in conversation]
@@ -250,11 +280,11 @@ def _messages(conversation: Any) -> Any:
 
 
 def _check_conversation(conversation: Any, parts: bool) -> None:
-    """Raises `ValueError` unless this is a conversation, or several; checks the parts of contents if they are read."""
+    """Raises `ValueError` if this is not a conversation or a list of them. `parts`: also checks the content parts."""
     if not isinstance(conversation, list):
         raise ValueError(f"`conversation` must be a list of messages, got {type(conversation)}.")
     if not conversation:
-        raise ValueError("`conversation` is empty: give at least one message.")
+        raise ValueError("`conversation` is empty: pass at least one message.")
     if isinstance(conversation[0], (list, tuple)):
         named = {f"conversation[{i}]": messages for i, messages in enumerate(conversation)}
     else:
@@ -281,7 +311,7 @@ def _check_parts(content: Any, name: str) -> None:
 
 
 def _check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
-    """Raises `ValueError` unless there are as many images as image tokens, in every text if they are given by text."""
+    """Raises `ValueError` if the numbers of images and image tokens differ, in total or in any text."""
     rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images passed"
     if any(image is None or isinstance(image, list) for image in images):
         if len(images) != len(num_tokens):

@@ -1,10 +1,10 @@
-"""Routing: which experts a token goes to, and with what weight.
+"""Routing: chooses the experts of every token and their weights.
 
 Data flow of one layer, with T tokens, E routed experts and k experts per token::
 
     hidden_states (T, D) ── router ──► logits (T, E) ── route ──► weights, index (T, k) ──► experts
 
-What depends on the modalities of the tokens alone is worked out once per forward pass ([`RoutingPlanner`]) and
+Everything that depends only on the modalities of the tokens is computed once per forward pass ([`RoutingPlanner`]) and
 shared by all layers.
 """
 
@@ -29,15 +29,17 @@ logger = logging.get_logger(__name__)
 
 
 class LayerRouting(NamedTuple):
-    """What the router of one layer did with the T tokens of a forward pass.
+    """
+    The routing of the T tokens of a forward pass in one layer.
 
     Args:
         logits (`torch.Tensor` of shape `(T, E)`):
             Router logits; minus infinity where an expert does not serve the token.
         chosen (`torch.Tensor` of shape `(T, k)`):
-            Ids of the experts that were chosen, best first; the sentinel E for an unused slot.
+            Ids of the chosen experts, best first; the sentinel E for an unused slot.
         dropped (`torch.Tensor` of shape `(T, k)`, *optional*):
-            Of type bool: which of them had no capacity for the token; `None` where experts have no limit.
+            Which of the chosen experts had no capacity left for the token, of type bool. `None` if the capacity of the
+            experts is unlimited.
     """
 
     logits: torch.Tensor
@@ -47,12 +49,15 @@ class LayerRouting(NamedTuple):
 
 class RoutingRecord:
     """
-    What routers do in one forward pass, for the router losses and statistics: every sparse layer writes once, however
-    often activation checkpointing runs it. Layers know it only weakly: what checkpointing keeps of a layer's arguments
-    would otherwise hold the logits, and with them itself.
+    The routing of all layers in one forward pass, for the router losses and statistics.
+
+    Every sparse layer adds its routing once, even if gradient checkpointing runs the layer again. The layers only have
+    a weak reference to the record. Otherwise, gradient checkpointing, which keeps the arguments of a layer, would keep
+    the logits alive, and they in turn the arguments.
 
     Attributes:
-        tokens ([`~token_modalities.TokenModalities`], *optional*): The tokens of the pass, once it is planned.
+        tokens ([`~token_modalities.TokenModalities`], *optional*):
+            The tokens of the forward pass. Set by [`RoutingPlanner.plan`].
     """
 
     def __init__(self) -> None:
@@ -60,15 +65,15 @@ class RoutingRecord:
         self._layers: dict[int, LayerRouting] = {}
 
     def add(self, layer_idx: int, routing: LayerRouting) -> None:
-        """Called by a layer; only its first call counts."""
+        """Adds the routing of a layer. Later calls for the same layer are ignored."""
         self._layers.setdefault(layer_idx, routing)
 
     def layers(self) -> list[LayerRouting]:
-        """The routing of the sparse layers, in their order."""
+        """Returns the routing of the sparse layers, in the order of the layers."""
         return [self._layers[layer] for layer in sorted(self._layers)]
 
     def outputs(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """The routing of the sparse layers by name of a model's output."""
+        """Returns the routing of the sparse layers as model outputs, by the name of the output."""
         layers = self.layers()
         outputs = {
             "router_logits": tuple(layer.logits for layer in layers),
@@ -79,23 +84,25 @@ class RoutingRecord:
 
 
 class RoutingPlan(NamedTuple):
-    """What a forward pass knows of its tokens' modalities, by the names of groups and of sets of groups.
+    """
+    The part of the routing that depends only on the modalities of the tokens and is shared by all layers.
 
     Args:
         tokens (`dict[str, torch.Tensor | None]`):
-            By name of a group, the tokens that it serves: `None` for all, row numbers `(n,)` of type int64, or, where
-            shapes must not depend on data (`torch.compile`, `torch.export`), a mask `(T,)` of type bool.
+            Tokens that each expert group serves, by the name of the group: `None` for all tokens, token indices `(n,)`
+            of type int64, or a mask `(T,)` of type bool if shapes must not depend on the data (`torch.compile`,
+            `torch.export`).
         served (`dict[str, torch.Tensor]`):
-            By key of a layer's routed groups ([`groups_key`]), the experts that serve each token, `(T or 1, E)` of type
-            bool; no entry where every expert serves every token.
-        num_slots (`torch.Tensor`, *optional*):
-            Number of experts per token, `(T or 1, 1)`, where it depends on the modality.
+            Which experts serve each token, `(T or 1, E)` of type bool, by the key of the layer's routed groups (see
+            [`groups_key`]). There is no entry if every expert serves every token.
+        num_slots (`torch.Tensor` of shape `(T or 1, 1)`, *optional*):
+            Number of experts per token, if it depends on the modality.
         modality_ids (`torch.Tensor` of shape `(T,)`, *optional*):
-            Modality id of every token, where routers ask for it; all text when `None`.
+            Modality id of every token, if the routers need it. `None` if all tokens are text.
         real (`torch.Tensor` of shape `(T,)`, *optional*):
-            `False` for padding, where routers ask for it; no padding when `None`.
+            `False` for padding, if the routers need it. `None` if there is no padding.
         record (`weakref.ref`, *optional*):
-            Reference to the [`RoutingRecord`] where layers write what their routers do.
+            Reference to the [`RoutingRecord`] to which the layers add their routing.
     """
 
     tokens: dict[str, torch.Tensor | None]
@@ -107,13 +114,13 @@ class RoutingPlan(NamedTuple):
 
 
 def groups_key(groups: tuple[ExpertGroup, ...]) -> str:
-    """Key of a layer's routed groups in [`RoutingPlan`]`.served`."""
+    """Returns the key of a layer's routed groups in `served` of [`RoutingPlan`]."""
     return "+".join(group.name for group in groups)
 
 
 class RoutingPlanner:
     """
-    Works out, once per forward pass, which tokens each expert group serves.
+    Determines once per forward pass which tokens each expert group serves.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -125,14 +132,14 @@ class RoutingPlanner:
         groups = sorted({group for layer in layers for group in layer}, key=lambda group: group.name)
         everyone = set(config.modalities)
         self.modalities = tuple(config.modalities)
-        # By name of a group, the modality ids that it serves; `None` for all.
+        # Modality ids that each group serves, by the name of the group. `None` for all modalities.
         self.modality_ids: dict[str, tuple[int, ...] | None] = {
             group.name: None
             if set(group.modalities) == everyone
             else tuple(sorted(config.modalities.index(modality) for modality in group.modalities))
             for group in groups
         }
-        # The routed groups of every layer whose router has experts that do not serve every token.
+        # Names and sizes of the routed groups of layers in which some experts do not serve all modalities.
         self.masked_routers: dict[str, tuple[tuple[str, int], ...]] = {}
         for layer in layers:
             routed = tuple(group for group in layer if not group.always_on)
@@ -145,7 +152,7 @@ class RoutingPlanner:
 
     @property
     def depends_on_modality(self) -> bool:
-        """Whether tokens of different modalities are routed differently."""
+        """Whether the routing of a token depends on its modality."""
         is_restricted = any(ids is not None for ids in self.modality_ids.values())
         return is_restricted or self.num_slots is not None or self.has_bias or self.has_capacity
 
@@ -157,17 +164,20 @@ class RoutingPlanner:
         num_tokens: int = 0,
     ) -> RoutingPlan | None:
         """
-        As [`plan`], from what a forward pass is given.
+        Makes a plan from the arguments of a forward pass: see [`RoutingPlanner.plan`].
 
         Args:
             mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Modality id of every token; all tokens are text when `None`.
+                Modality id of every token. By default, all tokens are text.
             device (`torch.device`):
                 Device of the hidden states.
             attention_mask (`torch.Tensor`, *optional*):
-                What tells padding, where experts have a capacity (see [`~token_modalities.real_tokens`]).
-            num_tokens (`int`, defaults to 0):
-                Number of tokens (batch_size * sequence_length), which the mask is for.
+                Mask with 0 for padding, needed if experts have a capacity (see [`~token_modalities.real_tokens`]).
+            num_tokens (`int`, *optional*, defaults to 0):
+                Number of tokens (`batch_size * sequence_length`) that the mask must match.
+
+        Returns:
+            `RoutingPlan`, *optional*: The plan, or `None` if the routing does not depend on the modalities.
 
         Raises:
             ValueError: If an id is not a position in `modalities`.
@@ -180,16 +190,19 @@ class RoutingPlanner:
         self, tokens: TokenModalities, device: torch.device, record: RoutingRecord | None = None
     ) -> RoutingPlan | None:
         """
+        Makes the plan of a forward pass.
+
         Args:
             tokens ([`~token_modalities.TokenModalities`]):
                 The tokens of the forward pass.
             device (`torch.device`):
                 Device of the hidden states.
             record ([`RoutingRecord`], *optional*):
-                Where layers are to write what their routers do.
+                Record to which the layers add their routing.
 
         Returns:
-            `RoutingPlan`, *optional*: `None` where routing depends on the hidden states alone and is not recorded.
+            `RoutingPlan`, *optional*: The plan, or `None` if the routing depends only on the hidden states and is not
+            recorded.
         """
         reference = None
         if record is not None:
@@ -202,11 +215,11 @@ class RoutingPlanner:
         ids = torch.zeros(1, dtype=torch.long, device=device)
         if tokens.ids is not None:
             ids = tokens.ids.reshape(-1).to(device)
-        # Here, and only here, a forward pass waits for the device: once for all layers, and not where it is traced.
+        # A forward pass waits for the device only here, once for all layers, and does not wait while it is traced.
         may_wait = tokens.ids is not None and not is_tracing(ids)
         all_text = tokens.ids is None or (may_wait and not ids.any())
         if all_text:
-            ids = ids[:1]  # what holds for one text token holds for all
+            ids = ids[:1]  # the plan is the same for all text tokens
         masks: dict[tuple[int, ...] | None, torch.Tensor] = {
             modality_ids: _is_any_of(ids, modality_ids) for modality_ids in restricted
         }
@@ -240,7 +253,18 @@ class RoutingPlanner:
 
 
 def slots_per_token(modality_ids: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
-    """Number of experts per token, `(T, 1)`, from that of each modality and the modality ids `(T,)`."""
+    """
+    Returns the number of experts per token.
+
+    Args:
+        modality_ids (`torch.Tensor` of shape `(T,)`):
+            Modality id of every token.
+        slots (`Sequence[int]`):
+            Number of experts per token for each modality.
+
+    Returns:
+        `torch.Tensor` of shape `(T, 1)`: The number of experts of every token.
+    """
     by_modality = [(modality_ids == modality_id) * number for modality_id, number in enumerate(slots)]
     return torch.stack(by_modality, dim=1).sum(dim=1, keepdim=True)
 
@@ -263,35 +287,37 @@ def route(
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Picks the experts of every token.
+    Chooses the experts of every token.
 
     Args:
         logits (`torch.Tensor` of shape `(T, E)`):
             Router logits; minus infinity where an expert does not serve the token.
         top_k (`int`):
-            Number of experts per token (with `router="top_p"` and with `num_slots`, the largest number).
-        router (`str`, defaults to `"softmax"`):
-            `"softmax"`: the k most probable experts, weighted by probability (Shazeer et al., arXiv 1701.06538).
-            `"sigmoid"`: the k experts of the largest affinity sigmoid(logit) (DeepSeek-V3, arXiv 2412.19437,
-            eq. 13–15).
-            `"top_p"`: the fewest experts whose probabilities sum to `top_p` (arXiv 2403.07652, eq. 4).
-        norm_topk_prob (`bool`, defaults to `True`):
-            Whether the weights of the chosen experts are scaled to sum to 1.
-        top_p (`float`, defaults to 1.0):
-            Probability to reach with `router="top_p"`.
+            Number of experts per token. With `router="top_p"` or `num_slots`, it is the maximum number.
+        router (`str`, *optional*, defaults to `"softmax"`):
+            How to choose and weight experts:
+
+            - `"softmax"`: the k most probable experts, weighted by probability (Shazeer et al., arXiv 1701.06538).
+            - `"sigmoid"`: the k experts with the largest affinity sigmoid(logit) (DeepSeek-V3, arXiv 2412.19437,
+              eq. 13–15).
+            - `"top_p"`: the fewest experts whose probabilities sum to `top_p` (arXiv 2403.07652, eq. 4).
+        norm_topk_prob (`bool`, *optional*, defaults to `True`):
+            Whether to normalise the weights of the chosen experts so that they sum to 1.
+        top_p (`float`, *optional*, defaults to 1.0):
+            Total probability that the chosen experts must reach with `router="top_p"`.
         num_slots (`torch.Tensor` of shape `(T or 1, 1)`, *optional*):
-            Number of experts per token where it differs between tokens, at most `top_k`.
+            Number of experts per token if it differs between tokens, at most `top_k`.
         bias (`torch.Tensor` of shape `(T or 1, E)`, *optional*):
-            Added to the scores (probabilities, with `"sigmoid"` affinities) for the choice and its order alone, never
-            to the weights (DeepSeek-V3, eq. 16). With `"top_p"`, experts are taken in this order until their own
-            probabilities reach `top_p`.
+            Bias added to the scores (affinities with `"sigmoid"`, probabilities otherwise). It affects which experts
+            are chosen and in which order, but not their weights (DeepSeek-V3, eq. 16). With `"top_p"`, experts are
+            taken in this order until their probabilities without the bias reach `top_p`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: weights in the dtype of the logits and expert ids of type int64, both
-        `(T, top_k)`, best first (in half precision, equal ones in the order of their ids). An unused slot has weight 0
-        and the sentinel id E, which experts skip.
+        `tuple[torch.Tensor, torch.Tensor]`: Weights in the dtype of the logits and expert ids of type int64, both of
+        shape `(T, top_k)`, best first. In half precision, experts with equal scores are ordered by id. An unused slot
+        has weight 0 and the sentinel id E, which the experts skip.
     """
-    ranks = logits  # their order is that of their softmax and of their sigmoid: the choice needs no probabilities
+    ranks = logits  # in the same order as their softmax or sigmoid, so the choice does not need probabilities
     if bias is not None:
         plain = logits.detach().float()
         affinity = torch.sigmoid(plain) if router == "sigmoid" else torch.softmax(plain, dim=-1)
@@ -299,15 +325,16 @@ def route(
     if torch.finfo(logits.dtype).bits > 16:
         index = torch.topk(ranks, top_k, dim=-1).indices
     else:
-        # In half precision experts often tie. `topk` takes any of them; the first ones are those of one copy where
-        # the parts of a dense block share a router row, and only together are they the dense block.
+        # In half precision, experts often have equal scores, of which `topk` takes any. The stable sort takes the first
+        # ones. In upcycled models whose experts are parts of a dense block with the same router row, these are the
+        # parts of one copy of the block, which only together equal the dense block.
         index = torch.sort(ranks, dim=-1, descending=True, stable=True).indices[:, :top_k]
     chosen = logits.gather(-1, index)
     scores = chosen.float()
     if router == "sigmoid":
         log_weights = F.logsigmoid(scores)
     elif router == "softmax" and norm_topk_prob:
-        log_weights = scores  # the sum over all experts would cancel below
+        log_weights = scores  # the sum over all experts cancels in the normalisation below
     else:
         log_weights = scores - torch.logsumexp(logits.float(), dim=-1, keepdim=True)
 
@@ -321,18 +348,26 @@ def route(
     if used is not None:
         log_weights = log_weights.masked_fill(~used, -torch.inf)
         index = index.masked_fill(~used, logits.shape[-1])
-    # Normalised from logarithms, so that no sum of tiny sigmoids is lost to rounding.
+    # Normalised in log space, because a sum of tiny sigmoids would be rounded to 0.
     weights = torch.softmax(log_weights, dim=-1) if norm_topk_prob else log_weights.exp()
     return weights.to(logits.dtype), index
 
 
 class RoutingRule(NamedTuple):
-    """How the router of a layer turns its logits into experts: what the configuration says, worked out once.
+    """
+    The rule by which the router of a layer chooses experts, derived from the configuration.
 
     Args:
-        top_k (`int`): Number of experts per token, the largest over the modalities.
-        router, norm_topk_prob, top_p: See [`route`].
-        capacity (`tuple[float, ...]`, *optional*): By modality, capacity per token (see [`expert_capacity`]).
+        top_k (`int`):
+            Number of experts per token, the maximum over the modalities.
+        router (`str`):
+            See [`route`].
+        norm_topk_prob (`bool`):
+            See [`route`].
+        top_p (`float`):
+            See [`route`].
+        capacity (`tuple[float, ...]`, *optional*):
+            Capacity of an expert per token, by modality (see [`~capacity.expert_capacity`]).
     """
 
     top_k: int
@@ -343,7 +378,7 @@ class RoutingRule(NamedTuple):
 
     @classmethod
     def of(cls, config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]) -> RoutingRule:
-        """The rule of a layer with these routed groups."""
+        """Returns the rule of a layer with these routed groups."""
         capacity = None
         if config.expert_capacity_factor is not None:
             capacity = tuple(
@@ -367,7 +402,7 @@ class RoutingRule(NamedTuple):
         num_slots: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[`route`] by this rule."""
+        """Chooses the experts of every token: see [`route`]."""
         return route(
             logits,
             top_k=self.top_k,
@@ -387,7 +422,25 @@ class RoutingRule(NamedTuple):
         modality_ids: torch.Tensor | None = None,
         real: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is left of the choice where experts have a capacity: tokens are served by their highest score."""
+        """
+        Drops tokens from experts over capacity. Experts keep the tokens with the highest scores.
+
+        Args:
+            logits (`torch.Tensor` of shape `(T, E)`):
+                Router logits.
+            weights (`torch.Tensor` of shape `(T, k)`):
+                Weights of the chosen experts.
+            index (`torch.Tensor` of shape `(T, k)`):
+                Ids of the chosen experts.
+            modality_ids (`torch.Tensor` of shape `(T,)`, *optional*):
+                Modality id of every token. By default, all tokens are text.
+            real (`torch.Tensor` of shape `(T,)`, *optional*):
+                `False` for padding. By default, there is no padding.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Weights and ids, with weight 0 and the sentinel id E for dropped
+            tokens.
+        """
         if self.capacity is None:
             return weights, index
         if modality_ids is None:
@@ -415,7 +468,7 @@ def chosen_experts(
     biases: Sequence[torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """
-    The choice of experts behind router logits, where it was not recorded with them.
+    Returns the experts that the router chose for the given logits, if they were not recorded with the logits.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -425,10 +478,10 @@ def chosen_experts(
         modality_ids (`torch.Tensor` of shape `(T,)`):
             Modality id of every token.
         biases (`Sequence[torch.Tensor]`, *optional*):
-            The routers' biases when the logits were made, one tensor `(num_modalities, E)` per sparse layer.
+            Biases of the routers when they computed the logits, one tensor `(num_modalities, E)` per sparse layer.
 
     Returns:
-        `list[torch.Tensor]`: ids `(T, k)` per sparse layer, as in [`LayerRouting`].
+        `list[torch.Tensor]`: Ids of the chosen experts `(T, k)` per sparse layer, as in [`LayerRouting`].
     """
     slots = slots_per_token(modality_ids, [config.experts_per_token(modality) for modality in config.modalities])
     chosen = []
@@ -442,18 +495,25 @@ def chosen_experts(
 
 
 def bias_of_tokens(bias: torch.Tensor, modality_ids: torch.Tensor | None) -> torch.Tensor:
-    """The rows of a router's bias `(num_modalities, E)` for tokens with modality ids `(T,)`: `(T or 1, E)`."""
+    """Returns the rows of a router bias `(num_modalities, E)` for the modality ids of tokens `(T,)`: `(T or 1, E)`."""
     return bias[:1] if modality_ids is None else bias[modality_ids]
 
 
 class SparseMoeVlmTopKRouter(nn.Module):
-    """One router per layer over the experts of all its routed groups: a single product for every modality.
+    """
+    The router of a layer, which scores the experts of all routed groups with a single matrix product.
 
     Shapes: `hidden_states (T, D)` → `router_logits (T, E)`, `top_k_weights (T, k)`, `top_k_index (T, k)`.
 
     With `config.router_bias_update_rate`, `e_score_correction_bias (num_modalities, E)` is the bias of loss-free
-    balancing. It has a row per modality, since one bias for all could only balance their sum: a joint expert that text
-    overloads and images leave idle would be in balance.
+    balancing. It has one row per modality, because a single row could only balance the total load of all modalities: a
+    joint expert that is overloaded by text and unused by images would count as balanced.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        groups (`tuple[ExpertGroup, ...]`):
+            The routed groups of the layer.
     """
 
     e_score_correction_bias: torch.Tensor | None
@@ -466,11 +526,11 @@ class SparseMoeVlmTopKRouter(nn.Module):
         bias = None
         if config.router_bias_update_rate is not None:
             bias = torch.zeros(len(config.modalities), num_experts, dtype=torch.float32)
-        # A buffer, which no parallelism shards and no optimizer sees.
+        # A buffer, so that it is neither sharded nor seen by the optimizer.
         self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn, recurse=True):
-        """As torch's, but the bias stays in float32: steps of a thousandth would be lost in lower precision."""
+        """Same as in torch, but keeps the bias in float32, because updates of 1e-3 would be lost in lower precision."""
         super()._apply(fn, recurse)
         if self.e_score_correction_bias is not None:
             self.e_score_correction_bias = self.e_score_correction_bias.float()
@@ -483,6 +543,23 @@ class SparseMoeVlmTopKRouter(nn.Module):
         num_slots: torch.Tensor | None = None,
         modality_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Routes the tokens.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`):
+                Hidden states of the tokens.
+            served (`torch.Tensor` of shape `(T or 1, E)`, *optional*):
+                Which experts serve each token, of type bool. All by default.
+            num_slots (`torch.Tensor` of shape `(T or 1, 1)`, *optional*):
+                Number of experts per token, if it depends on the modality.
+            modality_ids (`torch.Tensor` of shape `(T,)`, *optional*):
+                Modality id of every token, for the bias. By default, all tokens are text.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Router logits `(T, E)`, and the weights and ids of the
+            chosen experts `(T, k)`.
+        """
         router_logits = F.linear(hidden_states, self.weight)
         if served is not None:
             router_logits = router_logits.masked_fill(~served, -torch.inf)
@@ -494,11 +571,11 @@ class SparseMoeVlmTopKRouter(nn.Module):
 
 
 def routers_with_bias(model: nn.Module) -> list[Any]:
-    """A model's routers that have a bias, layer by layer."""
+    """Returns the routers of a model that have a bias, in the order of the layers."""
     routers: dict[str, Any] = {}
     for name, module in model.named_modules():
-        # By attribute: routers that came with a checkpoint are of another class, and one that PEFT trains beside an
-        # adapter is within a wrapper, which hands out what the router in use has.
+        # Routers are found by their attribute: routers of remote code have another class, and PEFT wraps routers that
+        # it trains in a module with the attributes of the active router.
         is_inner = any(name.startswith(f"{outer}.") for outer in routers)
         if getattr(module, "e_score_correction_bias", None) is not None and not is_inner:
             routers[name] = module
@@ -506,16 +583,16 @@ def routers_with_bias(model: nn.Module) -> list[Any]:
 
 
 def warn_of_resting_biases(model: nn.Module) -> None:
-    """For a forward pass in training which nobody watches, though the routers' biases are to move by it."""
+    """Warns in a training forward pass that nothing records the routing, so the router biases are never updated."""
     if any(router.weight.requires_grad for router in routers_with_bias(model)):
         logger.warning_once(
-            "`router_bias_update_rate` is set, but the routers' biases do not move by themselves: give the trainer "
-            "`callbacks=[RoutingMonitor()]` (`from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor`), or "
-            "use `SparseMoeTrainer`, which has it. In a training loop of your own, call `update_router_bias` after "
-            "every step; this message can then be ignored."
+            "`router_bias_update_rate` is set, but the router biases do not move by themselves: use "
+            "`SparseMoeTrainer`, or pass `callbacks=[RoutingMonitor()]` (`from modeling_sparse_moe_vlm.toolbox.routing "
+            "import RoutingMonitor`) to another trainer. In your own training loop, call `update_router_bias` after "
+            "every step; you can then ignore this message."
         )
 
 
 def router_biases(model: nn.Module) -> list[torch.Tensor] | None:
-    """The biases `(num_modalities, E)` of a model's routers, layer by layer; `None` where they have none."""
+    """Returns the router biases `(num_modalities, E)` of a model, in the order of the layers, or `None`."""
     return [router.e_score_correction_bias for router in routers_with_bias(model)] or None

@@ -1,4 +1,4 @@
-"""What steers distributed attention: the priors of its parts, and guidance. Where they come from, what they may be."""
+"""Steering of distributed attention: the priors of the attention parts, the guidance scale, and their checks."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from transformers.utils.import_utils import is_tracing
 
 from .checks import check, check_number, check_spelling
 
-# Arguments of the models that an unknown argument may be a misspelling of.
+# Arguments of the models. Unknown arguments with a similar name are reported as misspelt.
 STEERING_ARGUMENTS = ("output_modality_weights", "modality_priors", "modality_guidance")
-# The papers use 0.5 to 5. Far above, Z + g·(Z − O_text) leaves what the later layers can take.
+# The papers use values from 0.5 to 5. With much larger values, Z + g·(Z − O_text) is out of range for later layers.
 MAX_GUIDANCE = 100.0
 
 
 def check_guidance(modality_guidance: Any) -> None:
-    """Raises `ValueError` unless it is a number from 0 to `MAX_GUIDANCE`."""
+    """Raises `ValueError` unless `modality_guidance` is a number from 0 to `MAX_GUIDANCE`."""
     check_number("modality_guidance", modality_guidance, at_most=MAX_GUIDANCE)
 
 
 def check_steering_arguments(unknown: Iterable[str]) -> None:
     """
-    Raises `ValueError` if an unknown argument of a model reads like a misspelt one that steers attention or reads it
-    out: the library passes unknown arguments on from layer to layer, and no layer would use it.
+    Raises `ValueError` if an unknown argument of a model is probably a misspelt steering argument. Transformers passes
+    unknown arguments to all layers, so a misspelt argument would be ignored without a message.
     """
-    if not torch.compiler.is_compiling():  # the compiler cannot follow, and runs what ran without it before
+    if not torch.compiler.is_compiling():  # the compiler cannot trace this check
         _check_names(frozenset(unknown))
 
 
@@ -40,14 +40,23 @@ def _check_names(unknown: frozenset[str]) -> None:
 
 
 def initial_log_priors(config: PreTrainedConfig) -> list[float]:
-    """log π that training starts from, by modality: `beta_init` for text, `alpha_init` for every other."""
+    """Returns the initial log priors log π by modality: `beta_init` for text, `alpha_init` for other modalities."""
     log_alpha, log_beta = math.log(config.alpha_init), math.log(config.beta_init)
     return [log_beta if modality == "text" else log_alpha for modality in config.modalities]
 
 
 def given_log_priors(modalities: Sequence[str], modality_priors: Mapping[str, float] | None) -> list[float]:
     """
-    log π that a call gives, by modality; 0 for those that it does not name.
+    Returns the log priors log π that a call passes, by modality. They are 0 for modalities that it does not name.
+
+    Args:
+        modalities (`Sequence[str]`):
+            Modalities of the model.
+        modality_priors (`Mapping[str, float]`, *optional*):
+            Factors of the priors by modality.
+
+    Returns:
+        `list[float]`: One log prior per modality.
 
     Raises:
         ValueError: If `modality_priors` is not a mapping, a modality is unknown, or a prior is not a number above 0.
@@ -67,8 +76,21 @@ def given_log_priors(modalities: Sequence[str], modality_priors: Mapping[str, fl
 
 def fixed_log_priors(config: PreTrainedConfig, modality_priors: Mapping[str, float] | None) -> list[float] | None:
     """
-    log π by modality, of the configuration (unless the priors are learned) and of the call together. `None` if all are
-    equal, since only their ratios count.
+    Returns the log priors log π that are not learned: the sum of those in the configuration (unless the model learns
+    its priors) and those of the call.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the decoder.
+        modality_priors (`Mapping[str, float]`, *optional*):
+            Factors of the priors by modality.
+
+    Returns:
+        `list[float]`, *optional*: One log prior per modality. `None` if all are equal, because only their differences
+        matter.
+
+    Raises:
+        ValueError: See [`given_log_priors`].
     """
     log_priors = given_log_priors(config.modalities, modality_priors)
     if not config.learned_modality_priors:
@@ -78,8 +100,15 @@ def fixed_log_priors(config: PreTrainedConfig, modality_priors: Mapping[str, flo
 
 def are_equal(learned_log_priors: Sequence[torch.Tensor]) -> bool:
     """
-    Whether plain attention would do: the learned log π, `(H, M)` by layer, are known to be equal within every head, and
-    do not learn now.
+    Returns whether plain attention gives the same result: the learned log priors are known to be equal within each
+    head, and they are not being trained in this call.
+
+    Args:
+        learned_log_priors (`Sequence[torch.Tensor]`):
+            Learned log priors of shape `(num_heads, num_modalities)`, one tensor per layer.
+
+    Returns:
+        `bool`: `False` if the values are unknown (while tracing, for sharded or offloaded parameters).
     """
     if not learned_log_priors:
         return True

@@ -349,7 +349,9 @@ def test_the_order_of_the_channels_is_passed_on(processor):
     assert torch.equal(pixels, expected)
     with pytest.raises(ValueError, match=r"`input_data_format` must be 'channels_first' or 'channels_last', got 'x'"):
         read(array, data_format="x")
-    with pytest.raises(ValueError, match=r"images\[0\] has shape \(9, 9, 3\), in which channels_first are not 1 to 4"):
+    with pytest.raises(
+        ValueError, match=r"\(9, 9, 3\), but `input_data_format='channels_first'` needs 1 to 4 channels in the first"
+    ):
         read(np.zeros((9, 9, 3)), data_format="channels_first")
 
 
@@ -539,7 +541,9 @@ def test_rows_with_none_that_do_not_fit(processor, texts, images, message):
 
 
 def test_none_needs_texts(processor):
-    with pytest.raises(ValueError, match="`images` holds None, which is no image, but there is no `text`"):
+    with pytest.raises(
+        ValueError, match="`images` contains None, which stands for a text without images, but there is no `text`"
+    ):
         processor(images=[make_picture(), None])
 
 

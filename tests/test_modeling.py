@@ -310,7 +310,7 @@ def test_placeholders_without_pictures():
     inputs = make_inputs()
     pixel_values = inputs.pop("pixel_values")
     for each in (model, model.model):
-        with pytest.raises(ValueError, match="image placeholders, but there are no pictures: pass `pixel_values`"):
+        with pytest.raises(ValueError, match="image placeholders, but there are no images: pass the `pixel_values`"):
             each(**inputs)
     with torch.no_grad():
         blind = model(**inputs, mm_encoder_outputs={}).logits

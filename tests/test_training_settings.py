@@ -108,8 +108,8 @@ def test_fields_that_do_not_fit_are_refused_at_loading(checkpoint):
     [("output_router_logit", ": did you mean `output_router_logits`?"), ("colour", ".")],
 )
 def test_unknown_names_are_named(checkpoint, load, name, hint):
-    message = f"`{name}` is neither an option of loading nor a field of the configuration or its `text_config`{hint}"
-    with pytest.raises(TypeError, match=re.escape(message)):
+    message = f"`{name}` is neither an option of `from_pretrained` nor a field of the configuration or its "
+    with pytest.raises(TypeError, match=re.escape(f"{message}`text_config`{hint}")):
         load.from_pretrained(checkpoint, **{name: False})
 
 

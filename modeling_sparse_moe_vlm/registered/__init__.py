@@ -20,8 +20,9 @@ from ..modeling_sparse_moe_vlm import (
 )
 from ..processing_sparse_moe_vlm import SparseMoeVlmProcessor
 
-# Only here, since this file does not travel with checkpoints. Once the package is imported, the auto classes run its
-# code for every checkpoint of these model types; in other processes they run the code that a checkpoint brings.
+# The classes are registered only in this file, because it is not copied into checkpoints. Once the package is imported,
+# the auto classes use its code for every checkpoint of these model types. In processes that do not import the package,
+# they use the code in the checkpoint.
 for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
