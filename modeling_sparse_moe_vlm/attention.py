@@ -1,6 +1,6 @@
-"""Attention of the decoder, in the Llama/Qwen3 convention, through Transformers' attention interface.
+"""Self-attention of the decoder, as in Llama and Qwen3, through the attention interface of Transformers.
 
-Plain attention, or distributed attention where the forward pass has planned it: see `attention_plan.py`.
+It runs plain attention, or distributed attention if the forward pass needs it: see `attention_plan.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from .normalization import SparseMoeVlmRMSNorm
 
 
 class SparseMoeVlmAttention(nn.Module):
-    """Grouped-query self-attention (arXiv 2305.13245) with rotary positions (but for
-    `config.nope_layers`) and optional QK-norm.
+    """
+    Grouped-query self-attention (arXiv 2305.13245) with rotary position embeddings (except in `config.nope_layers`) and
+    optional QK-norm.
 
-    `hidden_states (B, T, D)` → `(B, T, D)` and, from the eager implementation, the weights `(B, heads, T, keys)`.
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+        layer_idx (`int`):
+            Index of the layer.
     """
 
     def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
@@ -50,7 +55,7 @@ class SparseMoeVlmAttention(nn.Module):
         self.k_norm = (
             SparseMoeVlmRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         )
-        # log π by head and modality
+        # Log priors log π by head and modality.
         self.modality_log_priors = None
         if config.learned_modality_priors:
             self.modality_log_priors = nn.Parameter(torch.empty(config.num_attention_heads, len(config.modalities)))
@@ -64,6 +69,27 @@ class SparseMoeVlmAttention(nn.Module):
         attention_parts: AttentionParts | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Runs the attention.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, D)`):
+                Hidden states of the tokens.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
+                Cosines and sines of the rotary position embedding.
+            attention_mask (*optional*):
+                Causal mask in the format of the attention implementation.
+            past_key_values (`Cache`, *optional*):
+                Key/value cache.
+            attention_parts ([`~attention_parts.AttentionParts`], *optional*):
+                Distributed attention of the forward pass. `None` for plain attention.
+            kwargs:
+                Other arguments of the attention function.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: The output `(B, T, D)` and, with the eager implementation, the
+            attention weights `(B, heads, T, keys)`.
+        """
         input_shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim)
         key = self.k_proj(hidden_states).view(*input_shape, -1, self.head_dim)
@@ -82,7 +108,7 @@ class SparseMoeVlmAttention(nn.Module):
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         log_priors = self.modality_log_priors
         if isinstance(log_priors, DTensor):
-            log_priors = log_priors.to_local()  # under tensor parallelism, those of this process's heads
+            log_priors = log_priors.to_local()  # with tensor parallelism, the priors of the heads of this process
         if attention_parts is not None:
             output, _, weights = attention_parts.attend(
                 attention_function, self, query, key, value, attention_mask, log_priors, **options
@@ -91,5 +117,5 @@ class SparseMoeVlmAttention(nn.Module):
             output, weights = attention_function(self, query, key, value, attention_mask, **options)
         output = self.o_proj(output.reshape(*input_shape, -1).contiguous())
         if attention_parts is None and log_priors is not None and self.training:
-            output = output + 0.0 * log_priors.sum()  # a batch of text only: they stay in the graph
+            output = output + 0.0 * log_priors.sum()  # keeps the priors in the graph for batches with only text
         return output, weights

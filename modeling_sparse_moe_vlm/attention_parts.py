@@ -1,6 +1,6 @@
-"""What the layers of a forward pass share of distributed attention, in the form that the plan has chosen.
+"""State of distributed attention that the layers of a forward pass share, one class per implementation.
 
-[`.attention_plan.plan_attention`] chooses once per forward pass; a layer only calls `attend`.
+[`~attention_plan.plan_attention`] chooses the implementation once per forward pass. The layers only call `attend`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ AttentionFunction = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 @dataclass
 class AttentionParts:
     """
-    Distributed attention in the form that fits every pass: through extra channels of the backend's own call. Where they
-    fit, [`RunParts`] and [`RowParts`] cost less.
+    Distributed attention through additional channels of the query, key and value, which works with every attention
+    implementation. [`RunParts`] and [`RowParts`] are faster where they are applicable.
 
     Args:
         key_ids (`torch.Tensor` of shape `(B, S)`):
@@ -31,13 +31,13 @@ class AttentionParts:
         num_modalities (`int`):
             Number M of modalities.
         log_priors (`torch.Tensor` of shape `(M,)`, *optional*):
-            log π of the configuration and of the call; the learned ones of a layer come on top.
-        guidance (`float`):
-            g.
+            Log priors log π of the configuration and of the call. The learned log priors of a layer are added.
+        guidance (`float`, *optional*, defaults to 0.0):
+            Guidance scale g.
         counts (`torch.Tensor` of shape `(B, T, M)`, *optional*):
-            Number of keys of each part that a query sees, where the weights are read out.
-        weights (`list[torch.Tensor]`):
-            What the layers read out, `(B, H, T, M)` each.
+            Number of keys of each part that a query sees. Only set if the modality weights are returned.
+        weights (`list[torch.Tensor]`, *optional*):
+            Modality weights of the layers that have run, of shape `(B, H, T, M)` each.
     """
 
     key_ids: torch.Tensor
@@ -59,18 +59,30 @@ class AttentionParts:
         **kwargs: Any,
     ) -> Merged:
         """
-        Distributed attention of one layer.
+        Computes the distributed attention of one layer.
 
         Args:
+            attention_function (`Callable`):
+                One of the attention functions in `ALL_ATTENTION_FUNCTIONS`.
+            module (`torch.nn.Module`):
+                The attention module.
+            query (`torch.Tensor` of shape `(B, H, T, head_dim)`):
+                Queries.
+            key (`torch.Tensor` of shape `(B, H_kv, S, head_dim)`):
+                Keys.
+            value (`torch.Tensor` of shape `(B, H_kv, S, head_dim)`):
+                Values.
+            attention_mask (*optional*):
+                Mask in the format of the attention function.
             log_priors (`torch.Tensor` of shape `(H, M)`, *optional*):
-                The learned log-priors of the layer.
-
-        The other arguments are those of the attention functions in `ALL_ATTENTION_FUNCTIONS`.
+                Learned log priors of the layer.
+            kwargs:
+                Other arguments of the attention function.
 
         Returns:
-            [`Merged`]
+            [`~distributed_attention.Merged`]: The output, and the modality weights if they are returned.
         """
-        if torch.is_autocast_enabled(query.device.type):  # some of the kernels are not covered by autocast
+        if torch.is_autocast_enabled(query.device.type):  # autocast does not support some of the kernels
             dtype = torch.get_autocast_dtype(query.device.type)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         merged = self._attend(
@@ -82,7 +94,7 @@ class AttentionParts:
         return merged
 
     def read_out(self) -> dict[str, tuple[torch.Tensor, ...]]:
-        """What the layers read out, by name of the output; nothing where the weights are not read out."""
+        """Returns the modality weights of all layers as model outputs, or an empty dict if they are not returned."""
         if self.counts is None:
             return {}
         weights = torch.stack([weights.to(self.counts.device) for weights in self.weights])
@@ -113,7 +125,7 @@ class AttentionParts:
         return fit_to_keys(self.key_ids.to(key.device), key.shape[2])
 
     def _all_log_priors(self, learned: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-        """`(H, M)`: of the layer, the configuration and the call together."""
+        """Returns the sum of the log priors of the layer, the configuration and the call, of shape `(H, M)`."""
         if self.log_priors is None:
             return learned
         given = self.log_priors.to(query.device)
@@ -123,12 +135,13 @@ class AttentionParts:
 @dataclass
 class RunParts(AttentionParts):
     """
-    Run by run, on the CPU: without dropout, where all rows share their runs, only later keys are masked, and neither
-    the weights nor guidance need a gradient. A layer on another device goes through channels.
+    Distributed attention over runs of one modality, on the CPU. It requires that there is no dropout, that all rows
+    have the same runs and only a causal mask, and that the modality weights and the guidance need no gradient. Layers
+    on other devices use [`AttentionParts`]. The other arguments are those of [`AttentionParts`].
 
     Args:
         runs (`tuple[Run, ...]`):
-            The runs of one modality.
+            The runs (see [`~attention_runs.Run`]).
     """
 
     runs: tuple[Run, ...] = ()
@@ -139,7 +152,7 @@ class RunParts(AttentionParts):
                 attention_function, module, query, key, value, attention_mask,
                 log_priors=log_priors, scaling=scaling, **kwargs,
             )  # fmt: skip
-        length = query.shape[2]  # the rest of a static cache is empty
+        length = query.shape[2]  # a static cache can be longer; the rest is empty
         output, weights = attend_runs(
             query, key[:, :, :length], value[:, :, :length], self.runs, self.num_modalities,
             scaling=scaling, log_priors=log_priors, guidance=self.guidance,
@@ -150,15 +163,16 @@ class RunParts(AttentionParts):
 @dataclass
 class RowParts(AttentionParts):
     """
-    One query, by the plain formula, without dropout, with a dense mask or none.
+    Distributed attention of a single query per row, computed directly. It requires that there is no dropout and that
+    the mask is dense or `None`. The other arguments are those of [`AttentionParts`].
 
     Args:
         indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
-            1.0 where a key is of a modality, else 0.0: made by the first layer.
-        keeps_rows (`bool`):
-            Whether the weights are read out for all layers together, from the attention that every layer keeps.
-        rows (`list[torch.Tensor]`):
-            What the layers kept for that, `(B, H, 1, S)` each.
+            1.0 if a key has the modality, otherwise 0.0. Computed by the first layer.
+        keeps_rows (`bool`, *optional*, defaults to `False`):
+            Whether to compute the modality weights of all layers together at the end, from their attention weights.
+        rows (`list[torch.Tensor]`, *optional*):
+            Attention weights of the layers that have run, of shape `(B, H, 1, S)` each. Only kept with `keeps_rows`.
     """
 
     indicator: torch.Tensor | None = None
@@ -181,6 +195,7 @@ class RowParts(AttentionParts):
         return Merged(merged.output)
 
     def read_out(self) -> dict[str, tuple[torch.Tensor, ...]]:
+        """See [`AttentionParts.read_out`]."""
         if self.rows:
             indicator = cast(torch.Tensor, self.indicator)
             with _without_autocast(indicator.device):
@@ -189,5 +204,5 @@ class RowParts(AttentionParts):
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """The weights stay in float32."""
+    """Disables autocast, so that the modality weights stay in float32."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

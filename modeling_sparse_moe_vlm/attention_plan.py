@@ -1,4 +1,4 @@
-"""Which attention a forward pass takes: plain, or distributed in one of its forms. Chosen once, for all layers."""
+"""Chooses the attention of a forward pass, for all layers: plain attention or an implementation of distributed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .checks import check
 from .steering import are_equal, check_guidance, fixed_log_priors
 from .visible_keys import visible_counts
 
-# Largest attention of one query over all keys that every layer keeps, to be read out together; more would cost memory.
+# Maximum number of attention weights that every layer keeps to compute the modality weights of all layers together.
 MAX_KEPT_ROW = 2**20
 
 
@@ -37,34 +37,40 @@ def plan_attention(
     modality_guidance: float = 0.0,
 ) -> AttentionParts | None:
     """
-    Decides whether a forward pass needs distributed attention, in which form, and gathers what it takes.
+    Determines whether a forward pass needs distributed attention, and prepares the fastest implementation that supports
+    it.
 
     Args:
         config (`SparseMoeVlmTextConfig`):
             Configuration of the decoder.
         mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Modality ids of the tokens; all text when `None`.
+            Modality id of every token. By default, all tokens are text.
         inputs_embeds (`torch.Tensor` of shape `(B, T, D)`):
-            The embedded tokens.
-        attention_mask:
-            The backend's causal mask.
+            Embeddings of the tokens.
+        attention_mask (*optional*):
+            Causal mask in the format of the attention implementation.
         cache (`Cache`, *optional*):
-            Cached keys and values, before this call.
-        attentions (`Sequence[SparseMoeVlmAttention]`):
-            Attention of every layer.
-        parameters (`Iterable[torch.nn.Parameter]`):
-            Parameters of the decoder, through any of which gradients may flow.
-        output_attentions (`bool`, defaults to `False`):
-            Whether the backend's attention matrices are asked for.
-        output_modality_weights, modality_priors, modality_guidance:
-            Arguments of the model.
+            Cached keys and values before this call.
+        attentions (`Sequence[SparseMoeVlmAttention]`, *optional*):
+            Attention modules of all layers.
+        parameters (`Iterable[torch.nn.Parameter]`, *optional*):
+            Parameters of the decoder, used to determine whether gradients are needed.
+        output_attentions (`bool`, *optional*, defaults to `False`):
+            Whether the attention weights of the layers are returned.
+        output_modality_weights (`bool`, *optional*, defaults to `False`):
+            See [`SparseMoeVlmTextModel.forward`].
+        modality_priors (`Mapping[str, float]`, *optional*):
+            See [`SparseMoeVlmTextModel.forward`].
+        modality_guidance (`float`, *optional*, defaults to 0.0):
+            See [`SparseMoeVlmTextModel.forward`].
 
     Returns:
-        [`AttentionParts`], *optional*: `None` where plain attention is the same.
+        [`~attention_parts.AttentionParts`], *optional*: The implementation. `None` if plain attention gives the same
+        result.
 
     Raises:
-        ValueError: If `modality_priors` or `modality_guidance` are wrong, or the cache was filled without the modality
-            ids that are needed now.
+        ValueError: If `modality_priors` or `modality_guidance` are invalid, or if the cache was filled without the
+            modality ids that are needed now.
     """
     check_guidance(modality_guidance)
     log_priors = fixed_log_priors(config, modality_priors)
@@ -78,19 +84,19 @@ def plan_attention(
     if mm_token_type_ids is None:
         mm_token_type_ids = torch.zeros(batch_size, length, dtype=torch.long, device=inputs_embeds.device)
     key_ids: torch.Tensor | None = mm_token_type_ids
-    if cache is not None:  # also for learned priors that are still equal: a later call may need the ids
+    if cache is not None:  # also if the learned priors are still equal, because a later call may need the ids
         key_ids = remember_modality_ids(mm_token_type_ids, cache)
     if not is_distributed:
         return None
     check(
         key_ids is not None,
         "the cache was filled without the modality ids of its tokens, which distributed attention needs now: pass "
-        "`output_modality_weights`, `modality_priors` or `modality_guidance` from the first call on.",
+        "`output_modality_weights`, `modality_priors` or `modality_guidance` from the first call that fills the cache.",
     )
     assert key_ids is not None
     traced = is_tracing(mm_token_type_ids)
     if not (output_modality_weights or traced) and not (key_ids != key_ids[:1, :1]).any():
-        return None  # the only part has the weight 1
+        return None  # there is only one part, which has weight 1
 
     num_modalities = len(config.modalities)
     parts: dict[str, Any] = {
@@ -108,7 +114,7 @@ def plan_attention(
         return RowParts(**parts, keeps_rows=output_modality_weights and few)
     if attention_mask is None and not traced and key_ids.device.type == "cpu":
         runs = find_runs(mm_token_type_ids)
-        # The weights and guidance have no gradient in this form.
+        # In this implementation, the modality weights and the guidance have no gradient.
         without_gradient = output_modality_weights or modality_guidance
         if runs is not None and not (without_gradient and _has_gradient(inputs_embeds, parameters)):
             return RunParts(**parts, runs=runs)

@@ -1,11 +1,12 @@
-"""Distributed attention over runs of one modality, on the CPU: flash attention of torch, part by part.
+"""Distributed attention over runs of one modality on the CPU, with the flash attention kernel of torch.
 
-A sequence like text | image | text consists of a few runs of one modality. A run of queries sees the earlier runs in
-full and itself causally: each is one call of the flash kernel, which also returns its logsumexp. No logit is computed
-that plain causal attention would not compute. The calls are merged as in [`.distributed_attention`].
+A sequence such as text | image | text consists of a few runs of one modality. The queries of a run see all keys of the
+earlier runs and attend causally to the keys of their own run. Each of these pairs of runs is one call of the flash
+attention kernel, which also returns the logsumexp. No logits are computed beyond those of plain causal attention. The
+results of the calls are merged as described in `distributed_attention.py`.
 
-The backward pass is that of ring attention (arXiv 2310.01889): the kernel's own, call by call, with the *merged* output
-and logsumexp.
+The backward pass is that of ring attention (arXiv 2310.01889): the backward kernel is called for each pair of runs with
+the *merged* output and logsumexp.
 """
 
 from __future__ import annotations
@@ -17,12 +18,22 @@ import torch
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# With more runs, the calls are too small to pay off.
+# With more runs, the calls are too small to be faster than other implementations.
 MAX_RUNS = 8
 
 
 class Run(NamedTuple):
-    """Tokens `start` to `stop - 1`, all of one modality."""
+    """
+    Consecutive tokens of one modality.
+
+    Args:
+        start (`int`):
+            Index of the first token.
+        stop (`int`):
+            Index after the last token.
+        modality (`int`):
+            Modality id of the tokens.
+    """
 
     start: int
     stop: int
@@ -30,19 +41,20 @@ class Run(NamedTuple):
 
     @property
     def tokens(self) -> slice:
+        """The tokens as a slice of the sequence."""
         return slice(self.start, self.stop)
 
 
 def find_runs(ids: torch.Tensor) -> tuple[Run, ...] | None:
     """
-    The runs that all rows share.
+    Returns the runs of one modality if they are the same for all rows.
 
     Args:
         ids (`torch.Tensor` of shape `(B, T)`):
             Modality ids, on the CPU.
 
     Returns:
-        `tuple[Run, ...]`, *optional*: `None` where rows differ, or there are more than `MAX_RUNS`.
+        `tuple[Run, ...]`, *optional*: The runs. `None` if the rows differ or have more than `MAX_RUNS` runs.
     """
     row = ids[0]
     if not (ids == row).all():
@@ -55,7 +67,7 @@ def find_runs(ids: torch.Tensor) -> tuple[Run, ...] | None:
 
 
 def takes_runs(query: torch.Tensor) -> bool:
-    """Whether the kernel takes such queries."""
+    """Returns whether the kernel supports the device and dtype of the queries."""
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
 
 
@@ -71,19 +83,29 @@ def attend_runs(
     guidance: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Causal distributed attention over runs.
+    Computes causal distributed attention over runs.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`):
-            Queries; keys and values have as many positions, and H or fewer heads.
+            Queries.
+        key (`torch.Tensor` of shape `(B, H_kv, T, D)`):
+            Keys. H is a multiple of H_kv.
+        value (`torch.Tensor` of shape `(B, H_kv, T, D)`):
+            Values.
         runs (`tuple[Run, ...]`):
             The runs of the sequence.
-        num_modalities, scaling, log_priors, guidance:
-            As in [`.distributed_attention.attend_in_parts`].
+        num_modalities (`int`):
+            See [`~distributed_attention.attend_in_parts`].
+        scaling (`float`):
+            See [`~distributed_attention.attend_in_parts`].
+        log_priors (`torch.Tensor` of shape `(H, M)`, *optional*):
+            See [`~distributed_attention.attend_in_parts`].
+        guidance (`float`, *optional*, defaults to 0.0):
+            See [`~distributed_attention.attend_in_parts`].
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Z `(B, H, T, D)` and the weights `(B, H, T, M)` in float32, which carry no
-        gradient.
+        `tuple[torch.Tensor, torch.Tensor]`: Z `(B, H, T, D)` and the modality weights `(B, H, T, M)` in float32, which
+        have no gradient.
     """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -94,12 +116,12 @@ def attend_runs(
 
 
 class _AttendRuns(torch.autograd.Function):
-    """Takes as many heads of keys and values as of queries."""
+    """[`attend_runs`] for the same number of key, value and query heads."""
 
     @staticmethod
     def forward(ctx: Any, query, key, value, log_priors, runs, scaling, guidance):
         batch_size, num_heads, length, _ = query.shape
-        # In memory as attention functions return it; this view is (B, H, T, D).
+        # The memory has the layout (B, T, H, D) that attention functions return. This view is (B, H, T, D).
         merged = query.new_empty(batch_size, length, num_heads, query.shape[3]).transpose(1, 2)
         output = torch.empty_like(merged) if guidance else merged
         total = torch.empty(batch_size, num_heads, length)
@@ -135,7 +157,7 @@ class _AttendRuns(torch.autograd.Function):
             here = run.tokens
             for other in ctx.runs[: number + 1]:
                 there = other.tokens
-                # exp(s − this) is the weight of a key in the merged softmax.
+                # exp(s − logsumexp) is the weight of a key in the merged softmax.
                 logsumexp = total[:, :, here] - log_priors[:, other.modality, None]
                 parts = _backward(
                     grad_output[:, :, here], query[:, :, here], key[:, :, there], value[:, :, there],
@@ -145,7 +167,7 @@ class _AttendRuns(torch.autograd.Function):
                     grad[:, :, tokens] += part
         grad_priors = None
         if ctx.needs_input_grad[3]:
-            # ∂Z/∂log π_P = w_P·(O_P − Z), and the first term, summed over queries, is that of the values' gradient.
+            # ∂Z/∂log π_P = w_P·(O_P − Z). Summed over the queries, the first term follows from the value gradient.
             along_values = (value * grads[2]).float().sum(dim=(0, 3))  # (H, T)
             along_output = (merged * grad_output).float().sum(dim=-1)  # (B, H, T)
             grad_priors = -torch.einsum("bhtm,bht->hm", weights, along_output)
@@ -155,14 +177,17 @@ class _AttendRuns(torch.autograd.Function):
 
 
 def _mix(mixed: torch.Tensor, parts: list[torch.Tensor], shares: list[torch.Tensor]) -> None:
-    """Writes the sum of the parts with these weights."""
+    """Writes the sum of the parts, weighted with these shares, to `mixed`."""
     torch.mul(parts[0], shares[0].unsqueeze(-1).to(mixed.dtype), out=mixed)
     for part, share in zip(parts[1:], shares[1:], strict=True):
         mixed.addcmul_(part, share.unsqueeze(-1).to(mixed.dtype))
 
 
 def _guided(shares: list[torch.Tensor], modalities: list[int], guidance: float) -> list[torch.Tensor]:
-    """Weights that make Z + g·(Z − O_text) of the parts; those of Z where a query sees only text, or no text."""
+    """
+    Returns the weights of the parts in Z + g·(Z − O_text). They equal the weights of Z if the queries see only text or
+    no text.
+    """
     text = [share for share, modality in zip(shares, modalities, strict=True) if modality == 0]
     if not text or len(text) == len(shares):
         return shares

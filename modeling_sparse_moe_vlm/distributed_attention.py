@@ -1,19 +1,21 @@
-"""Distributed attention: attention in parts, one per modality, merged exactly.
+"""Distributed attention: attention is computed for each modality separately and merged exactly.
 
-A query q sees the keys of parts P (text, image, …) with logits s_j. Attention runs over each part separately::
+A query q sees the keys of the parts P (text, image, …) with the logits s_j. The attention to each part is::
 
     O_P = Σ_{j∈P} softmax_P(s)_j · v_j          ℓ_P = logsumexp_{j∈P} s_j
 
-and the parts are merged with priors π_P > 0 (D-Attn, arXiv 2502.01906, without its learned gates; ring attention merges
+The parts are merged with the priors π_P > 0 (D-Attn, arXiv 2502.01906, without its learned gates; ring attention merges
 blocks in the same way, arXiv 2310.01889)::
 
     w_P = π_P·exp(ℓ_P) / Σ_Q π_Q·exp(ℓ_Q)       Z = Σ_P w_P·O_P
 
-The weights sum to 1: α of the image part, β of the text part. With equal priors Z is attention over all keys. Guidance
-g (attention-space classifier-free guidance, arXiv 2601.13707) returns Z + g·(Z − O_text) instead.
+The weights sum to 1; α is the weight of the image part, and β the weight of the text part. With equal priors, Z is the
+plain attention over all keys. With a guidance scale g (classifier-free guidance in attention space, arXiv 2601.13707),
+the result is Z + g·(Z − O_text) instead.
 
-[`attend_in_parts`] is the literal reference. The fast forms give the same result: [`attend_by_channels`] through any
-attention backend, [`attend_by_row`] for one query, and [`.attention_runs`] for long runs of one modality on the CPU.
+[`attend_in_parts`] is the reference implementation. The faster implementations give the same result:
+[`attend_by_channels`] for any attention function, [`attend_by_row`] for a single query, and
+[`~attention_runs.attend_runs`] for long runs of one modality on the CPU.
 """
 
 from __future__ import annotations
@@ -24,19 +26,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-# Kernels need head sizes that are multiples of 8.
+# The kernels need head sizes that are multiples of 8.
 _CHANNELS = 8
-# Log-prior of a part that is left out: far below any other, but finite in every dtype.
+# Log prior that excludes a part: far below all other values, but finite in every dtype.
 _NEVER = -1e4
 
 
 class Merged(NamedTuple):
-    """Result of distributed attention, for B rows, H heads, T queries, M modalities and heads of size D.
+    """
+    Result of distributed attention, for B rows, H heads of size D, T queries, S keys and M modalities.
 
     Args:
-        output (`torch.Tensor` of shape `(B, T, H, D)`): Z, laid out as Transformers' attention functions do.
-        weights (`torch.Tensor` of shape `(B, H, T, M)`, *optional*): w_P, in float32.
-        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*): Attention of every key, where it is known.
+        output (`torch.Tensor` of shape `(B, T, H, D)`):
+            The output Z, in the layout of the attention functions of Transformers.
+        weights (`torch.Tensor` of shape `(B, H, T, M)`, *optional*):
+            The modality weights w_P, in float32.
+        attentions (`torch.Tensor` of shape `(B, H, T, S)`, *optional*):
+            The attention weights of the keys, if the implementation computes them.
     """
 
     output: torch.Tensor
@@ -50,14 +56,15 @@ def merge(outputs: torch.Tensor, logsumexps: torch.Tensor, log_priors: torch.Ten
 
     Args:
         outputs (`torch.Tensor` of shape `(P, ..., D)`):
-            Output O_P of each part; anything where the part is empty.
+            Output O_P of each part. Outputs of empty parts are ignored.
         logsumexps (`torch.Tensor` of shape `(P, ...)`):
-            ℓ_P, minus infinity where the part has no visible key.
-        log_priors (`torch.Tensor`, broadcastable to `(P, ...)`, *optional*):
-            log π_P.
+            ℓ_P of each part; minus infinity if no key of the part is visible.
+        log_priors (`torch.Tensor`, *optional*):
+            Log priors log π_P, broadcastable to `(P, ...)`.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Z `(..., D)`, 0 where all parts are empty, and the weights w `(P, ...)`.
+        `tuple[torch.Tensor, torch.Tensor]`: Z of shape `(..., D)`, which is 0 where all parts are empty, and the
+        weights w of shape `(P, ...)`.
     """
     scores = logsumexps if log_priors is None else logsumexps + log_priors
     nothing = torch.isneginf(scores).all(dim=0, keepdim=True)
@@ -78,13 +85,13 @@ def attend_in_parts(
     guidance: float = 0.0,
 ) -> Merged:
     """
-    The reference: computes every part separately, in full, and merges them.
+    Computes distributed attention with the reference implementation, which computes each part separately.
 
     Args:
         query (`torch.Tensor` of shape `(B, H, T, D)`):
             Queries.
         key (`torch.Tensor` of shape `(B, H_kv, S, D)`):
-            Keys; H is a multiple of H_kv.
+            Keys. H is a multiple of H_kv.
         value (`torch.Tensor` of shape `(B, H_kv, S, D)`):
             Values.
         key_ids (`torch.Tensor` of shape `(B, S)`):
@@ -92,16 +99,16 @@ def attend_in_parts(
         num_modalities (`int`):
             Number M of modalities.
         visible (`torch.Tensor` of shape `(B or 1, 1, T, S)`):
-            Whether a query sees a key, of type bool.
+            Which keys a query sees, of type bool.
         scaling (`float`):
-            Factor of the logits.
+            Scaling factor of the logits.
         log_priors (`torch.Tensor` of shape `(H, M)`, *optional*):
-            log π by head and modality; all equal when `None`.
-        guidance (`float`, defaults to 0.0):
-            g.
+            Log priors log π by head and modality. Equal by default.
+        guidance (`float`, *optional*, defaults to 0.0):
+            Guidance scale g.
 
     Returns:
-        [`Merged`]
+        [`Merged`]: The output and the modality weights.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -110,7 +117,7 @@ def attend_in_parts(
     for modality in range(num_modalities):
         part = visible & (key_ids == modality)[:, None, None]
         empty = ~part.any(dim=-1, keepdim=True)
-        # An empty part is computed over all keys, so that no gradient is NaN, and has no weight.
+        # An empty part is computed over all keys to avoid NaN gradients. Its weight is 0.
         part_scores = scores.masked_fill(~(part | empty), -torch.inf)
         outputs.append(torch.softmax(part_scores, dim=-1) @ value.float())
         logsumexps.append(torch.logsumexp(part_scores, dim=-1).masked_fill(empty.squeeze(-1), -torch.inf))
@@ -136,24 +143,25 @@ def attend_by_channels(
     **kwargs: Any,
 ) -> Merged:
     """
-    For any backend, mask and layout: log π is carried by extra query and key channels, and extra value channels that
-    indicate the modality return the weights. Arguments as in [`attend_in_parts`], the mask as the backend has it.
+    Computes distributed attention with any attention function and mask. Additional query and key channels add the log
+    priors to the logits, and additional value channels, which indicate the modality of a key, return the weights. The
+    other arguments are those of [`attend_in_parts`].
 
     Args:
         attention_function (`Callable`):
-            One of `ALL_ATTENTION_FUNCTIONS`.
+            One of the attention functions in `ALL_ATTENTION_FUNCTIONS`.
         module (`torch.nn.Module`):
             The attention module.
-        attention_mask:
-            The backend's mask.
+        attention_mask (*optional*):
+            Mask in the format of the attention function.
         kwargs:
-            Further arguments of the backend, `scaling` among them.
+            Other arguments of the attention function. `scaling` is required.
 
     Returns:
-        [`Merged`]
+        [`Merged`]: The output, the modality weights, and the attention weights if the function returns them.
     """
     channels = -(-(num_modalities - 1) // _CHANNELS) * _CHANNELS
-    # The part of text (id 0) is what the others are compared with, so it needs no channel.
+    # The priors are relative to that of text (id 0), so text needs no channel.
     indicator = F.one_hot(key_ids, channels + 1)[:, None, :, 1:].to(key.dtype)  # (B, 1, S, channels)
     indicator = indicator.expand(-1, key.shape[1], -1, -1)
 
@@ -179,7 +187,7 @@ def attend_by_channels(
         only_text = query.new_full((query.shape[1], num_modalities), _NEVER)
         only_text[:, 0] = 0.0
         text_output, text_others = attend(only_text)[0].split([value.shape[-1], channels], dim=-1)
-        sees_text = text_others.sum(dim=-1) < 0.5  # where there is no text, the others share all the weight
+        sees_text = text_others.sum(dim=-1) < 0.5  # without text, the other parts share the total weight of 1
         sees_other = others.sum(dim=-1).transpose(1, 2) > 0
         output = _guide(output, text_output, sees_text & sees_other, guidance)
     return Merged(output.contiguous(), weights, attentions)
@@ -200,19 +208,20 @@ def attend_by_row(
     weigh: bool = True,
 ) -> Merged:
     """
-    One query per row, as in decoding: its logits are a vector, so the plain formula is cheap. Arguments as in
-    [`attend_in_parts`], with T = 1.
+    Computes distributed attention for one query per row, as in decoding. The logits of a query are a vector, so they
+    can be computed directly. The other arguments are those of [`attend_in_parts`], with T = 1.
 
     Args:
         attention_mask (`torch.Tensor` of shape `(B or 1, 1 or H, 1, S)`, *optional*):
-            Of type bool, or what is added to the logits.
+            Mask of type bool, or values that are added to the logits.
         indicator (`torch.Tensor` of shape `(B, S, M)`, *optional*):
-            1.0 where a key is of a modality, else 0.0; computed if not given.
-        weigh (`bool`, defaults to `True`):
-            Whether to sum the attention up by modality. If not, [`weights_of_rows`] can do so for several layers.
+            1.0 if a key has the modality, otherwise 0.0. Computed by default.
+        weigh (`bool`, *optional*, defaults to `True`):
+            Whether to compute the modality weights. Otherwise, [`weights_of_rows`] can compute those of several layers
+            together.
 
     Returns:
-        [`Merged`], with the attention of every key.
+        [`Merged`]: The output, the attention weights, and the modality weights with `weigh` or guidance.
     """
     batch_size, num_heads, _, head_dim = query.shape
     keys, values = key.flatten(0, 1), value.flatten(0, 1)  # (B·H_kv, S, D)
@@ -248,16 +257,16 @@ def attend_by_row(
 
 def weights_of_rows(attentions: Sequence[torch.Tensor], indicator: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
-    The weights of several layers, in one product.
+    Computes the modality weights of several layers in one matrix product.
 
     Args:
         attentions (`Sequence[torch.Tensor]` of shape `(B, H, 1, S)`):
-            Attention of one query, by layer.
+            Attention weights of a single query, by layer.
         indicator (`torch.Tensor` of shape `(B, S, M)`):
-            1.0 where a key is of a modality, else 0.0.
+            1.0 if a key has the modality, otherwise 0.0.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: w_P of every layer, `(B, H, 1, M)`.
+        `tuple[torch.Tensor, ...]`: Modality weights w_P of every layer, of shape `(B, H, 1, M)`.
     """
     rows = torch.cat([attention.to(indicator.device) for attention in attentions], dim=1).squeeze(2)
     return torch.bmm(rows, indicator).unsqueeze(2).split(attentions[0].shape[1], dim=1)
@@ -265,23 +274,23 @@ def weights_of_rows(attentions: Sequence[torch.Tensor], indicator: torch.Tensor)
 
 def count_free(weights: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """
-    The weights without the effect of how many keys a part has: from ℓ_P − log n_P instead of ℓ_P. An image of many
-    tokens has a large α only because it is large.
+    Computes the modality weights without the effect of the number of keys of each part: with ℓ_P − log n_P instead of
+    ℓ_P. Otherwise, an image with many tokens has a large α only because it has many tokens.
 
     Args:
         weights (`torch.Tensor` of shape `(..., B, H, T, M)`):
-            w_P.
+            Modality weights w_P.
         counts (`torch.Tensor` of shape `(B, T, M)`):
             Number n_P of keys of each part that a query sees.
 
     Returns:
-        `torch.Tensor` of shape `(..., B, H, T, M)`: sums to 1 where a query sees anything.
+        `torch.Tensor` of shape `(..., B, H, T, M)`: The weights. They sum to 1 for every query that sees a key.
     """
     each = weights / counts.clamp(min=1)[:, None].to(weights)
     return each / each.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(each.dtype).tiny)
 
 
 def _guide(output: torch.Tensor, text_output: torch.Tensor, sees_both: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Z + g·(Z − O_text) where a query sees text and something else."""
+    """Returns Z + g·(Z − O_text) for queries that see text and another modality, and Z for other queries."""
     guided = output + guidance * (output - text_output.to(output.dtype))
     return torch.where(sees_both.unsqueeze(-1), guided, output)

@@ -1,8 +1,9 @@
-"""Upcycled models: models of Transformers whose dense feed-forward blocks are sparse mixtures of experts.
+"""Upcycled models: Transformers models whose dense feed-forward blocks are replaced with sparse mixtures of experts.
 
-The class of a base's model is made when it is first asked for, from its name: `UpcycledLlavaForConditionalGeneration`
-from `LlavaForConditionalGeneration`. So `auto_map` can name it, and pickles of it load in a new process. Everything but
-the blocks is the base's own: modules, names, generation, images, processor.
+The class for a base model is created when it is first accessed, by its name: `UpcycledLlavaForConditionalGeneration`
+for `LlavaForConditionalGeneration`. Therefore `auto_map` can name the class, and pickled models can be loaded in a new
+process. Apart from the sparse blocks, everything is inherited from the base model: modules, names, generation, image
+processing and the processor.
 """
 
 import functools
@@ -43,7 +44,7 @@ from .upcycled_plans import experts_plans
 
 logger = logging.get_logger(__name__)
 
-# How the arguments are called that bring images and the like, or what encoders have made of them.
+# Prefixes of the names of arguments that contain images and similar inputs, or their encoded features.
 _FEATURES = ("pixel_", "image", "video", "audio", "input_features", "mm_encoder_outputs")
 _ROUTING_FIELDS = ("router_logits", "router_indices", "router_dropped")
 _LOSS_FIELDS = ("aux_loss", "z_loss", "aux_loss_by_modality", "router_loss")
@@ -53,27 +54,36 @@ _LOSS_FIELDS = ("aux_loss", "z_loss", "aux_loss_by_modality", "router_loss")
 
 class UpcycledMixin(ExpertsHost):
     """
-    What upcycled models add to their base. Every part of one that contains all of its sparse layers (the model with a
-    head, the model without, the decoder) is of such a class; the outermost that is called knows the tokens.
+    Base class of the upcycled models. All submodels that contain all sparse layers (the model with a head, the model
+    without a head, the decoder) have such a class. The outermost submodel of a call determines the modalities of the
+    tokens.
 
-    `forward` takes two more arguments than the base's:
+    In addition to the arguments of the base model, `forward` accepts these arguments:
+
+    - `mm_token_type_ids` (`torch.LongTensor` of shape `(B, T)`, *optional*): modality id of every token, as returned by
+      Transformers processors (0 text, 1 image, 2 video, 3 audio). By default, it is derived from the placeholder tokens
+      in `config.experts_config.placeholder_ids`. With a filled cache, all tokens of a call without images are text.
+    - `output_router_logits` (`bool`, *optional*, defaults to `config.experts_config.output_router_logits`): whether to
+      return `router_logits` and `router_indices` (and `router_dropped`) and, for models with a head, the router losses,
+      which are added to `loss` if there are `labels`: see [`~outputs.SparseMoeVlmCausalLMOutputWithPast`].
 
     Args:
-        mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-            Modality id of every token, as Transformers' processors make them (0 text, 1 image, 2 video, 3 audio). By
-            default the placeholder tokens tell, which `config.experts_config.placeholder_ids` lists; once the cache is
-            filled, a call without images is text.
-        output_router_logits (`bool`, *optional*, defaults to `config.experts_config.output_router_logits`):
-            Whether to return `router_logits`, `router_indices` (and `router_dropped`) and, from a model with a head,
-            the router losses, which are added to `loss` where there are `labels`: see
-            [`SparseMoeVlmCausalLMOutputWithPast`].
+        config ([`~configuration_upcycled.UpcycledConfigMixin`]):
+            Configuration of the upcycled model.
+        args:
+            Other arguments of the base model.
+        kwargs:
+            Other keyword arguments of the base model.
+
+    Raises:
+        ValueError: If the configuration does not contain the configuration of the experts.
     """
 
     experts_config: SparseMoeVlmExpertsConfig
     routing_planner: RoutingPlanner
-    # Whether this is the innermost part that contains all sparse layers: it holds what they share.
+    # Whether this is the innermost submodel that contains all sparse layers. It contains the expert pools.
     holds_pools: bool = False
-    # Whether the routers' biases are to move, and nobody has been told yet that they do not move by themselves.
+    # Whether the model may still have to warn that nothing updates the router biases.
     may_warn: bool = False
 
     def __init__(self, config, *args, **kwargs):
@@ -81,33 +91,36 @@ class UpcycledMixin(ExpertsHost):
         if experts_config is None or not experts_config.blocks:
             raise ValueError(
                 f"`experts_config` of {type(config).__name__} must say which blocks are sparse: make an upcycled model "
-                "from a dense one with `upcycle(model)` of `modeling_sparse_moe_vlm.toolbox.upcycling`."
+                "from a dense model with `upcycle(model)` from `modeling_sparse_moe_vlm.toolbox.upcycling`."
             )
         experts_config.validate_architecture()
-        # Not for the parts that the base makes, which have no experts yet, and refuse an implementation for them.
+        # The base model first creates modules without experts, which would refuse an experts implementation.
         implementation, config._experts_implementation_internal = config._experts_implementation_internal, None
         super().__init__(config, *args, **kwargs)
         config._experts_implementation_internal = implementation
         put_experts_in(self)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> Any:
-        """As the library's, but none is chosen before there are experts."""
+        """Same as in [`ExpertsHost`], but does not choose an implementation before the model has experts."""
         if "experts_config" not in self.__dict__ and requested_experts is None:
             return None
         return super().get_correct_experts_implementation(requested_experts)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's; TRL's trainers, which assign a forward of their own, train with our router losses."""
+        """Same as in torch, but adds the router losses to the `forward` that TRL trainers assign to a model."""
         if name == "forward" and takes_fused_head(value):
             value = with_own_router_losses(self, value)
         super().__setattr__(name, value)
 
     def smart_apply(self, fn: Any, is_custom_code: bool) -> Any:
-        """As the library's for its own models. In others it passes over what a base fills beyond its own tensors."""
+        """Initialises weights as for Transformers models. For remote code, it would skip some tensors of the base."""
         return super().smart_apply(fn, False)  # type: ignore[misc]
 
     def library_conversions(self, found=None):
-        """See [`ExpertsHost.library_conversions`]. The library knows those of the base, whose names all else keeps."""
+        """
+        Returns the weight conversions that Transformers has for the base model, which has the same names except for
+        the sparse blocks: see [`ExpertsHost.library_conversions`].
+        """
         with torch.device("meta"), no_init_weights():
             base = _base_of(type(self))(_dense_config(self.config))
         of_base = get_model_conversion_mapping(base, add_legacy=False)
@@ -118,7 +131,7 @@ class UpcycledMixin(ExpertsHost):
         return [*asked_for, *of_base, *(step for step in others if _signature(step) in legacy)]
 
     def init_parallel_plans(self) -> None:
-        """As the library's, with plans for the experts, of which the base knows nothing."""
+        """Same as in Transformers, but adds plans for the experts."""
         super().init_parallel_plans()
         experts_config = self.__dict__.get("experts_config")
         if experts_config is not None and self.holds_pools:
@@ -128,12 +141,12 @@ class UpcycledMixin(ExpertsHost):
     # -------------------------------------------------------------------------------------------- forward
 
     def _run(self, base_forward: Any, takes: frozenset[str], arguments: dict[str, Any]) -> Any:
-        """Runs the base's forward with the tokens known to the sparse layers, and adds the routing to its output."""
+        """Runs `forward` of the base with a plan for the sparse layers, and adds the routing to its output."""
         config = self.experts_config
         wants_routing = arguments.pop("output_router_logits", None)
-        record = arguments.pop("routing_record", None)  # of somebody who wants to know
+        record = arguments.pop("routing_record", None)  # passed by tools that observe the routing
         plan = current_plan()
-        if plan is not None and plan.owner is config:  # the model around this one has made it
+        if plan is not None and plan.owner is config:  # made by the enclosing model
             with token_plan(self._with_pools(plan)):
                 return base_forward(self, **arguments)
         returns_routing = config.output_router_logits if wants_routing is None else bool(wants_routing)
@@ -170,7 +183,7 @@ class UpcycledMixin(ExpertsHost):
     def _tokens(
         self, arguments: dict[str, Any], planner: RoutingPlanner, record: RoutingRecord | None
     ) -> TokenModalities:
-        """The tokens of a call. Their modalities are only worked out where somebody asks for them."""
+        """Returns the tokens of a call. Their modalities are only determined if they are needed."""
         input_ids, inputs_embeds, ids = (
             arguments.get(name) for name in ("input_ids", "inputs_embeds", "mm_token_type_ids")
         )
@@ -197,8 +210,18 @@ class UpcycledMixin(ExpertsHost):
         mm_token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Modality ids `(B, T)` of the tokens of a call, as positions in the experts' `modalities`: see
-        [`~token_modalities.find_modalities`].
+        Returns the modality id of every token as a position in the `modalities` of the experts' configuration.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Token ids.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*):
+                Embeddings of the tokens, if there are no `input_ids`.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Modality ids of Transformers, if they are known.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, T)`: The modality ids (see [`~token_modalities.find_modalities`]).
         """
         if mm_token_type_ids is not None:
             mm_token_type_ids = listed_ids(mm_token_type_ids, self.experts_config.modalities)
@@ -206,24 +229,26 @@ class UpcycledMixin(ExpertsHost):
         return find_modalities(input_ids, inputs_embeds, mm_token_type_ids, placeholders, self.get_input_embeddings())
 
     def _is_continued(self, arguments: dict[str, Any], tokens: torch.Tensor) -> bool:
-        """Whether the tokens continue a text, and bring no images and the like: placeholders then are mere text."""
+        """Returns whether the tokens continue a cached text without new images. Their placeholders are text then."""
         cache = _cache(arguments)
         if cache is None or self._has_features(arguments):
             return False
         if is_paged(cache):
             return True
-        # What a static cache holds is on the device, and not known to a graph.
+        # The length of a static cache is stored on the device and unknown while a graph is traced.
         return tokens.shape[1] == 1 if is_tracing(tokens) else bool(cache.get_seq_length() > 0)
 
     @staticmethod
     def _has_features(arguments: dict[str, Any]) -> bool:
+        """Returns whether the arguments contain images or similar inputs."""
         return any(value is not None and name.startswith(_FEATURES) for name, value in arguments.items())
 
     def _with_routing(self, outputs: Any, record: RoutingRecord, arguments: dict[str, Any], wants_losses: bool) -> Any:
         routing: dict[str, Any] = dict(record.outputs())
         labels = arguments.get("labels")
         has_head = self.get_output_embeddings() is not None
-        # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
+        # `config.output_router_logits` must not slow down inference: the losses are computed only for training and on
+        # request.
         if has_head and routing["router_logits"] and (wants_losses or labels is not None or self.training):
             assert record.tokens is not None
             loss, losses = add_router_losses(
@@ -243,10 +268,10 @@ class UpcycledMixin(ExpertsHost):
 def _warn_of_unknown_modalities() -> None:
     if not torch.compiler.is_compiling():
         logger.warning_once(
-            "`inputs_embeds` came without `mm_token_type_ids`: every token counts as text, except for unmerged "
-            "placeholders, but this model's experts treat modalities differently. If image features are merged into "
-            "the embeddings, as serving engines do, pass `mm_token_type_ids` (zeros for texts). Only joint experts are "
-            "safe without."
+            "`inputs_embeds` came without `mm_token_type_ids`: all tokens except placeholders are treated as text, but "
+            "the experts of this model treat modalities differently. If image features are already merged into the "
+            "embeddings, as in serving engines, pass `mm_token_type_ids` (zeros for text). Only models with joint "
+            "experts do not need it."
         )
 
 
@@ -256,8 +281,8 @@ def _cache(arguments: dict[str, Any]) -> Any:
 
 def _ids_of_call(ids: torch.Tensor, num_tokens: int, cache: Any) -> torch.Tensor:
     """
-    The modality ids of the tokens of a call. `generate` hands on those of the whole prompt in some decoding modes, with
-    which a call may go on behind or ahead of them; what it adds to the prompt is text.
+    Returns the modality ids of the tokens of a call. In some decoding modes, `generate` passes the ids of the whole
+    prompt, while a call runs only some of its tokens or also tokens after it. Tokens after the prompt are text.
     """
     if ids.shape[1] == num_tokens or cache is None or is_paged(cache) or is_tracing(ids):
         return ids
@@ -267,6 +292,7 @@ def _ids_of_call(ids: torch.Tensor, num_tokens: int, cache: Any) -> torch.Tensor
 
 
 def _signature(step: Any) -> tuple:
+    """Returns the properties that identify a weight conversion."""
     patterns = (tuple(step.source_patterns), tuple(step.target_patterns))
     return type(step).__name__, *patterns, getattr(step, "scope_prefix", None)
 
@@ -276,12 +302,16 @@ def _signature(step: Any) -> tuple:
 
 def put_experts_in(model: Any) -> None:
     """
-    Replaces the dense blocks that `model.config.experts_config` names by sparse ones, and makes every part of the model
-    that contains them an upcycled one. The new weights are initialised as the model's are, at random if at all.
+    Replaces the dense blocks that `model.config.experts_config` lists with sparse blocks, and converts all submodels
+    that contain them to upcycled models. The new weights are initialised by the model's `_init_weights`, or not at all
+    if initialisation is disabled.
 
     Args:
         model (`PreTrainedModel`):
-            A model of the base, or of the class made from it; changed in place.
+            A base model, or a model of the upcycled class. It is changed in place.
+
+    Raises:
+        ValueError: If a block is not part of a list of decoder layers.
     """
     config = model.config.experts_config
     paths = {layer: full_path(model, path) for layer, path in zip(config.sparse_layers, config.blocks, strict=True)}
@@ -297,7 +327,7 @@ def put_experts_in(model: Any) -> None:
         decoder_layer.__class__ = upcycled_layer_class(type(decoder_layer))
     for part in parts:
         part.__class__ = upcycled_model_class(type(part), type(part.config))
-        # Plain attributes, which replicas of the model have as well.
+        # Plain attributes, which replicas of the model also have.
         part.__dict__ |= {"experts_config": config, "routing_planner": planner}
         part.may_warn = bool(config.router_bias_update_rate)
     decoder = parts[-1]
@@ -316,7 +346,7 @@ def put_experts_in(model: Any) -> None:
 
 
 def full_path(model: nn.Module, path: str) -> str:
-    """The path in a model of what lies at `path` in its base model."""
+    """Returns the path in a model of the module with this path in its base model."""
     prefix = getattr(model, "base_model_prefix", "")
     head = path.partition(".")[0]
     if prefix and hasattr(model, prefix) and not (hasattr(model, head) and head != prefix):
@@ -325,14 +355,14 @@ def full_path(model: nn.Module, path: str) -> str:
 
 
 def _made_like(weight: torch.Tensor, make: Any) -> Any:
-    """Makes a module on the device and in the type of a weight, with memory of any content."""
+    """Creates a module with the device and dtype of a weight. Its weights are not initialised."""
     with torch.device("meta"):
         module = make().to(weight.dtype)
     return module if weight.is_meta else module.to_empty(device=weight.device)
 
 
 def _parts_around(model: Any, paths: list[str]) -> list[Any]:
-    """The models that contain all of the paths, from the outermost to the innermost."""
+    """Returns the submodels that contain all of the paths, from the outermost to the innermost."""
     parts = [model]
     pieces = paths[0].split(".")
     for number in range(1, len(pieces)):
@@ -344,12 +374,15 @@ def _parts_around(model: Any, paths: list[str]) -> list[Any]:
 
 
 def _layer_path(model: nn.Module, path: str) -> str:
-    """The path of the decoder layer that a block lies in: the last item of a list on the way to it."""
+    """Returns the path of the decoder layer that contains a block: the last numbered module on its path."""
     pieces = path.split(".")
     for number in range(len(pieces) - 1, 0, -1):
         if pieces[number - 1].isdigit():
             return ".".join(pieces[:number])
-    raise ValueError(f"the block {path!r} of {type(model).__name__} does not lie in one of a list of layers.")
+    raise ValueError(
+        f"the block {path!r} of {type(model).__name__} is not part of a list of layers: `blocks` must name blocks such "
+        'as "layers.0.mlp".'
+    )
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -357,17 +390,18 @@ def _layer_path(model: nn.Module, path: str) -> str:
 
 def upcycled_model_class(base: type[PreTrainedModel], config_class: type | None = None) -> Any:
     """
-    The class of upcycled models of a base.
+    Returns the class of the upcycled models of a base model.
 
     Args:
         base (`type[PreTrainedModel]`):
             A model class of Transformers.
         config_class (`type`, *optional*):
-            The class of its upcycled configuration. By default that of the base's own; some types of the library have a
-            configuration of their own, and another type's model (EXAONE: Llama's).
+            Class of the upcycled configuration. By default, it is derived from the configuration of the base class. It
+            is needed for model types that have their own configuration, but the model class of another type, such as
+            EXAONE, which uses that of Llama.
 
     Returns:
-        `type`: a subclass of [`UpcycledMixin`] and of the base, the same for every call.
+        `type`: A subclass of [`UpcycledMixin`] and of the base class, the same for every call.
     """
     if issubclass(base, UpcycledMixin):
         return base
@@ -381,7 +415,7 @@ def upcycled_model_class(base: type[PreTrainedModel], config_class: type | None 
 
 
 def output_class(base: type[ModelOutput]) -> Any:
-    """The class of a base's outputs with fields for the routing; the same for every call."""
+    """Returns a subclass of an output class with fields for the routing, the same for every call."""
     if base not in _output_classes:
         names = [name for name in (*_ROUTING_FIELDS, *_LOSS_FIELDS) if name not in base.__dataclass_fields__]
         extra = [(name, Any, field(default=None)) for name in names]
@@ -396,6 +430,7 @@ _output_classes: dict[type, Any] = {}
 
 
 def _make_model_class(name: str, base: Any, config_class: Any) -> type:
+    """Creates the class of the upcycled models of a base model."""
     namespace = {
         "__module__": __name__,
         "__doc__": f"[`~transformers.{base.__name__}`] with experts: see [`UpcycledMixin`].",
@@ -406,21 +441,22 @@ def _make_model_class(name: str, base: Any, config_class: Any) -> type:
         namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
     bases: tuple[Any, ...] = (UpcycledMixin, base)
     if issubclass(base, GenerationMixin):
-        bases += (GenerationMixin,)  # directly: else the auto classes make another class of it, which cannot be pickled
+        bases += (GenerationMixin,)  # otherwise, the auto classes create a subclass, which cannot be pickled
     made: Any = type(name, bases, namespace)
-    # What `output_hidden_states` and the like record, which the library notes by class when a model is made: the parts
-    # of an upcycled one are of their base's class then.
+    # Transformers registers the outputs to record (`output_hidden_states` etc.) by class when it creates a model. At
+    # that time, the submodels of an upcycled model still have their base classes.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)
     auto_class = _auto_class_of(base, config_class)
     if auto_class is not None:
         made.register_for_auto_class(auto_class)
     for kind in get_args(get_type_hints(base.forward).get("return", None)):
         if isinstance(kind, type) and issubclass(kind, ModelOutput):
-            output_class(kind)  # so that a traced forward pass need not make it
+            output_class(kind)  # created now, because a traced forward pass cannot create classes
     return made
 
 
 def _forward_of(base: Any) -> Any:
+    """Returns `forward` of the upcycled class, with the signature of the base class and the additional arguments."""
     base_forward = base.forward
     signature = inspect.signature(base_forward)
     names = [
@@ -434,7 +470,7 @@ def _forward_of(base: Any) -> Any:
     def forward(self, *args, **kwargs):
         return self._run(base_forward, takes, {**dict(zip(names, args, strict=False)), **kwargs})
 
-    # `generate` and `Trainer` look up which arguments a model takes.
+    # `generate` and `Trainer` inspect the signature of `forward`.
     own = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in ("mm_token_type_ids", "output_router_logits")
@@ -448,6 +484,7 @@ def _forward_of(base: Any) -> Any:
 
 
 def _prepare_inputs_of(base: Any) -> Any:
+    """Returns `prepare_inputs_for_generation` of the upcycled class, which adds the modality ids of the step."""
     prepare = base.prepare_inputs_for_generation
 
     @functools.wraps(prepare)
@@ -464,19 +501,19 @@ def _prepare_inputs_of(base: Any) -> Any:
 
 
 def _auto_class_of(base: Any, config_class: Any) -> str | None:
-    """The auto class that `auto_map` names a model for when it is saved, if there is one."""
+    """Returns the auto class under which `auto_map` lists a saved model, or `None` if there is none."""
     models = models_of_type(config_class.base_model_type)
     return next((auto_class for auto_class, name in models.items() if name == base.__name__), None)
 
 
 def _base_of(model_class: type) -> Any:
-    """The class of Transformers that an upcycled class, or torch's version of one, is made from."""
+    """Returns the Transformers class from which an upcycled class, or torch's subclass of one, was created."""
     mro = model_class.__mro__
     return mro[mro.index(ExpertsHost) + 1]
 
 
 def _dense_config(config: Any) -> Any:
-    """The base's configuration within that of an upcycled model, as a new object."""
+    """Returns the configuration of the base model of an upcycled configuration, as a new object."""
     base: Any = next(kind for kind in type(config).__mro__ if kind.__module__.startswith("transformers."))
     values = config.to_dict()
     for name in ("experts_config", "auto_map", "model_type", "architectures"):
@@ -495,7 +532,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _find_base(name: str) -> Any:
-    """A model class of Transformers by name: one that the library exports, or that is imported with another."""
+    """Returns the Transformers model class with this name, if it is exported or its module is already imported."""
     modules = [transformers, *(module for key, module in sys.modules.items() if ".modeling_" in key)]
     for module in modules:
         base = getattr(module, name, None) if module is transformers else vars(module).get(name)

@@ -1,8 +1,9 @@
-"""Sparse blocks in the decoder layers of other models, and how they get to know the tokens of a forward pass.
+"""Sparse blocks in the decoder layers of Transformers models, and how they get the modalities of the tokens.
 
-The outermost model works out a [`TokenPlan`] and leaves it to its thread. Each sparse layer takes it from there when it
-is called, as one of its own arguments: what activation checkpointing keeps of a layer is then all that it needs when
-the layer runs again in the backward pass. While the layer runs, its block finds the plan with the thread.
+The outermost model makes a [`TokenPlan`] and stores it in a thread-local variable. When a sparse layer is called, it
+takes the plan from there and passes it to its own `forward` as an argument. Gradient checkpointing keeps the arguments
+of a layer, so the plan is available again when the layer is run again in the backward pass. While the layer runs, its
+sparse block reads the plan from the thread-local variable.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from .token_modalities import TokenModalities
 
 
 class ExpertPools:
-    """The experts that several layers share, by number of the pool. Not a module, so that nobody moves them."""
+    """
+    The routed experts that several layers share, by the number of the pool. It is not a module, so that tools that move
+    the arguments of layers to other devices do not move the experts.
+
+    Args:
+        pools (`nn.ModuleDict`):
+            The expert pools of the model.
+    """
 
     def __init__(self, pools: nn.ModuleDict):
         self._pools = pools
@@ -33,21 +41,21 @@ class ExpertPools:
 
 class TokenPlan(NamedTuple):
     """
-    What the sparse layers of a model need to know of a forward pass.
+    The information about a forward pass that the sparse layers of a model need.
 
     Args:
         owner (`SparseMoeVlmExpertsConfig`):
-            The experts' configuration of the model, which is the same object in all of its parts.
-        planner ([`RoutingPlanner`]):
-            What made the plan.
-        tokens ([`TokenModalities`]):
-            The tokens, as far as the plan depends on them.
-        routing ([`RoutingPlan`], *optional*):
-            See [`RoutingPlanner.plan`].
+            The experts' configuration of the model. It is the same object in all submodels.
+        planner ([`~routing.RoutingPlanner`]):
+            The planner that made the plan.
+        tokens ([`~token_modalities.TokenModalities`]):
+            The tokens, if the plan depends on them.
+        routing ([`~routing.RoutingPlan`], *optional*):
+            The routing plan (see [`~routing.RoutingPlanner.plan`]).
         pools ([`ExpertPools`], *optional*):
-            The experts that layers share.
+            The expert pools.
         of_last_tokens (`dict[int, RoutingPlan | None]`):
-            The plans of layers that only run so many of the last tokens, once they are made.
+            Plans for layers that run only the last tokens of each row, by the number of tokens. Filled on demand.
     """
 
     owner: SparseMoeVlmExpertsConfig
@@ -66,20 +74,23 @@ class TokenPlan(NamedTuple):
         device: torch.device,
         record: RoutingRecord | None = None,
     ) -> TokenPlan:
-        """Plans the routing of the tokens, see [`RoutingPlanner.plan`]."""
+        """Makes a plan for the tokens: see [`~routing.RoutingPlanner.plan`]."""
         return cls(owner, planner, tokens, planner.plan(tokens, device, record), pools=None, of_last_tokens={})
 
     def routing_of(self, hidden_states: torch.Tensor) -> RoutingPlan | None:
         """
-        The routing of the tokens that a layer runs: all, or in a prompt only the last ones of each row, where later
-        layers keep nothing in the cache (Gemma 4).
+        Returns the routing plan for the tokens that a layer runs. These are all tokens or, for later layers of a prompt
+        that have no key/value cache, only the last tokens of each row (Gemma 4).
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., D)`):
-                What the layer runs.
+                Hidden states that the layer runs.
+
+        Returns:
+            [`~routing.RoutingPlan`], *optional*: The plan.
 
         Raises:
-            ValueError: If it runs other tokens than the plan is for.
+            ValueError: If the layer runs other tokens than those of the plan.
         """
         known = self.tokens.is_real if self.tokens.ids is None else self.tokens.ids
         num_tokens = hidden_states.numel() // hidden_states.shape[-1]
@@ -89,13 +100,13 @@ class TokenPlan(NamedTuple):
         if hidden_states.shape[:-1] != (known.shape[0], length) or length > known.shape[1]:
             raise ValueError(
                 f"The decoder runs {num_tokens} tokens, but the call had {known.numel()}: the base model adds or "
-                "drops tokens, so their modalities are not known. Pass `mm_token_type_ids` with a call of the decoder, "
+                "drops tokens, so their modalities are not known. Call the decoder directly with `mm_token_type_ids`, "
                 'or use `expert_groups="joint"`.'
             )
         if self.routing is not None and self.routing.record is not None:
             raise ValueError(
                 f"Some layers of this model only run the last {length} of {known.shape[1]} tokens, because of "
-                "`logits_to_keep`, so the routing of all tokens is not known: pass `logits_to_keep=0` to get it."
+                "`logits_to_keep`, so the routing of all tokens is not known: pass `logits_to_keep=0`."
             )
         if length not in self.of_last_tokens:
             last = TokenModalities(*(None if values is None else values[:, -length:] for values in self.tokens))
@@ -104,7 +115,8 @@ class TokenPlan(NamedTuple):
 
 
 class _OfThread(threading.local):
-    # Unlike a context variable, `torch.compile` traces it.
+    """The plan of the current thread. Unlike a context variable, it can be traced by `torch.compile`."""
+
     plan: TokenPlan | None = None
 
 
@@ -112,13 +124,13 @@ _of_thread = _OfThread()
 
 
 def current_plan() -> TokenPlan | None:
-    """The plan of the forward pass that this thread runs."""
+    """Returns the plan of the forward pass that the current thread runs, or `None`."""
     return _of_thread.plan
 
 
 @contextmanager
 def token_plan(plan: TokenPlan | None) -> Iterator[None]:
-    """Makes `plan` the current one for a while."""
+    """Context manager that sets the plan of the current thread."""
     before, _of_thread.plan = _of_thread.plan, plan
     try:
         yield
@@ -127,7 +139,15 @@ def token_plan(plan: TokenPlan | None) -> Iterator[None]:
 
 
 class UpcycledBlock(SparseMoeVlmSparseMoeBlock):
-    """A sparse block in the place of a dense one: `hidden_states (..., D)` → `(..., D)`."""
+    """
+    The sparse block that replaces a dense block: `hidden_states (..., D)` → `(..., D)`.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        layer_idx (`int`):
+            Index of the layer.
+    """
 
     def __init__(self, config: SparseMoeVlmExpertsConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -138,17 +158,17 @@ class UpcycledBlock(SparseMoeVlmSparseMoeBlock):
         if plan is None:
             raise RuntimeError(
                 f"The sparse block of layer {self.layer_idx} runs without knowing its tokens: call the model or its "
-                "decoder rather than a layer or block of it."
+                "decoder instead of a single layer or block."
             )
         pooled = None if self.pool is None or plan.pools is None else plan.pools[self.pool]
         return super().forward(hidden_states, plan.routing_of(hidden_states), pooled)
 
 
 class UpcycledLayerMixin:
-    """Of a decoder layer with a sparse block in it."""
+    """Base class of decoder layers that contain a sparse block. It passes the plan of the forward pass to the layer."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # Before activation checkpointing, which keeps the arguments and calls `forward` again in the backward pass.
+        # Before gradient checkpointing, which keeps the arguments and calls `forward` again in the backward pass.
         kwargs.setdefault("token_plan", _of_thread.plan)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -168,15 +188,15 @@ _layer_classes: dict[type, type] = {}
 
 def upcycled_layer_class(base: type) -> type:
     """
-    The class of a decoder layer with a sparse block.
+    Returns the class of a decoder layer with a sparse block.
 
     Args:
         base (`type`):
-            The layer's class in the base model.
+            Class of the layer in the base model.
 
     Returns:
-        `type`: a subclass under the same name, by which Accelerate and FSDP know which modules not to split; the same
-        for every call.
+        `type`: A subclass with the same name, by which Accelerate and FSDP identify modules that must not be split. It
+        is the same for every call.
     """
     if issubclass(base, UpcycledLayerMixin):
         return base

@@ -1,4 +1,4 @@
-"""Parallel plans of upcycled models: the base's, with entries for the experts in the place of the dense blocks."""
+"""Parallel plans of upcycled models: the entries for the experts that replace dense blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from .parallel_plans import plan_by_group
 
-# Within a sparse block, which is `mlp` here, whatever it is called in the base.
+# Here, `mlp` stands for the sparse block, regardless of its name in the base model.
 _TENSOR_PARALLEL = {
     "mlp.experts.gate_up_proj": "packed_colwise",
     "mlp.experts.down_proj": "rowwise",
@@ -25,14 +25,15 @@ _EXPERT_PARALLEL = {
 
 def experts_plans(decoder: Any) -> dict[str, dict[str, str]]:
     """
-    The entries of the parallel plans for the experts of a decoder.
+    Returns the entries of the parallel plans for the experts of a decoder.
 
     Args:
         decoder (`PreTrainedModel`):
-            The innermost part of an upcycled model that contains all of its sparse blocks.
+            The innermost submodel of an upcycled model that contains all sparse blocks.
 
     Returns:
-        `dict[str, dict[str, str]]`: by name of the plan's attribute, the style by pattern of a module's name.
+        `dict[str, dict[str, str]]`: The plans by the name of their attribute. Each plan maps patterns of module names
+        to parallel styles.
     """
     config = decoder.experts_config
     places = {re.sub(r"\.\d+(?=\.)", ".*", path) for path in sparse_blocks(decoder)}
@@ -53,5 +54,5 @@ def experts_plans(decoder: Any) -> dict[str, dict[str, str]]:
 
 
 def sparse_blocks(decoder: Any) -> list[str]:
-    """The paths of the sparse blocks within a decoder, by layer."""
+    """Returns the paths of the sparse blocks of a decoder, in the order of the layers."""
     return [name for name, module in decoder.named_modules() if hasattr(module, "groups_key") and name]

@@ -1,4 +1,4 @@
-"""How many keys of each modality a query sees, read off the mask that an attention backend is given."""
+"""Number of keys of each modality that a query sees, derived from the attention mask."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def visible_counts(
     sliding_window: int | None = None,
 ) -> torch.Tensor:
     """
-    Number of keys of each modality that a query sees.
+    Counts the keys of each modality that a query sees.
 
     Args:
-        attention_mask:
-            As a backend has it: `None` (causal), `(B, S)` 0 for padding, `(B or 1, 1, T, S)`, or a `BlockMask`.
+        attention_mask (`torch.Tensor` or `BlockMask`, *optional*):
+            Mask in the format of the attention implementation: `None` for causal attention, `(B, S)` with 0 for
+            padding, `(B or 1, 1, T, S)`, or a `BlockMask`.
         key_ids (`torch.Tensor` of shape `(B, S)`):
             Modality id of every key.
         length (`int`):
@@ -30,10 +31,10 @@ def visible_counts(
         num_modalities (`int`):
             Number M of modalities.
         sliding_window (`int`, *optional*):
-            The largest number of keys that a query sees, where the mask does not say so: `None` or `(B, S)`.
+            Maximum number of keys that a query sees. Only for masks that do not include it: `None` or `(B, S)`.
 
     Returns:
-        `torch.Tensor` of shape `(B, T, M)`, in float32.
+        `torch.Tensor` of shape `(B, T, M)`: The counts, in float32.
     """
     if isinstance(attention_mask, BlockMask):
         batch_size, heads, queries, keys = attention_mask.shape
@@ -46,7 +47,7 @@ def visible_counts(
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         return visible.float() @ F.one_hot(key_ids, num_modalities).float()
     if attention_mask is None and length > 1:
-        key_ids = key_ids[:, :length]  # nothing is cached; the rest of a static cache is empty
+        key_ids = key_ids[:, :length]  # the cache is empty; a static cache can be longer
     is_of = F.one_hot(key_ids, num_modalities).float()
     if attention_mask is not None:
         is_of = is_of * attention_mask[:, :, None].to(is_of)
@@ -57,7 +58,18 @@ def visible_counts(
 
 
 def fit_to_keys(key_ids: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """The ids `(B, S)`, padded with text, which a mask hides, or cut to the number of keys."""
+    """
+    Cuts or pads modality ids to the number of keys.
+
+    Args:
+        key_ids (`torch.Tensor` of shape `(B, S)`):
+            Modality id of every key.
+        num_keys (`int`):
+            Number of keys.
+
+    Returns:
+        `torch.Tensor` of shape `(B, num_keys)`: The ids. Added ids are those of text; the mask hides their keys.
+    """
     if key_ids.shape[1] == num_keys:
         return key_ids
     return F.pad(key_ids, (0, max(num_keys - key_ids.shape[1], 0)))[:, :num_keys]
