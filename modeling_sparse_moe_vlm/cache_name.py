@@ -1,8 +1,8 @@
-"""The key/value cache and its name: Transformers 5.24 renamed the argument `past_key_values` to `cache`.
+"""The name of the key/value cache: Transformers 5.24 renamed the argument `past_key_values` to `cache`.
 
-The models take the cache by the name that the installed release gives it, which `generate`, the layers and the outputs
-use, too. Where that is `cache`, calls with `past_key_values=` get the library's own deprecation warning. Older releases
-leave `cache` free, because continuous batching has another use for it there.
+The models accept the cache under the name that the installed release uses for `generate`, layers and outputs. If that
+is `cache`, calls with `past_key_values=` get the deprecation warning of Transformers. With older releases, the models
+have no argument `cache`, because continuous batching uses this name for something else there.
 """
 
 from __future__ import annotations
@@ -20,23 +20,25 @@ CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutpu
 
 
 def is_paged(cache: Any) -> bool:
-    """Whether a cache is that of continuous batching: it holds the tokens of many texts, and so has no one length."""
+    """
+    Returns whether a cache is the paged cache of continuous batching, which contains several texts and therefore has no
+    single length.
+    """
     return cache is not None and not hasattr(cache, "get_seq_length")
 
 
 def takes_cache_by_name(forward: Callable) -> Callable:
     """
-    Lets a method with an argument `past_key_values` take it as `cache`, where that is the library's name.
+    Decorator for methods with an argument `past_key_values`, which makes them also accept it as `cache` if that is its
+    name in the installed release of Transformers.
 
     Args:
         forward (`Callable`):
             The method.
 
     Returns:
-        `Callable`: the method by either name. A call with `past_key_values=` warns as the library's own models do.
-
-    Raises:
-        ValueError: If a call gives both.
+        `Callable`: The method. It raises `ValueError` if a call passes both names. If `cache` is the new name, calls
+        with `past_key_values=` log the same deprecation warning as Transformers models.
     """
     if CACHE_NAME == "past_key_values":
         return forward
@@ -55,7 +57,7 @@ def takes_cache_by_name(forward: Callable) -> Callable:
             raise ValueError(f"`{CACHE_NAME}` and `past_key_values` are the same argument: pass only one of them.")
         return by_deprecated_name(*args, **kwargs)
 
-    # `generate` looks up which arguments a model takes.
+    # `generate` inspects the signature of `forward`.
     signature = inspect.signature(forward)
     *named, variadic = signature.parameters.values()
     by_name = inspect.Parameter(CACHE_NAME, inspect.Parameter.KEYWORD_ONLY, default=None)

@@ -1,4 +1,4 @@
-"""Modality ids of cached tokens: kept with the cache, since its keys do not show them."""
+"""Modality ids of cached tokens, stored as an attribute of the cache."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils.import_utils import is_tracing
 
-# A place in a static cache that has not been filled, or was filled by a pass that did not remember its ids.
+# Position of a static cache that is empty, or that was filled by a forward pass that did not store the ids.
 _UNKNOWN = -1
 
 
 def remember_modality_ids(mm_token_type_ids: torch.Tensor, cache: Cache) -> torch.Tensor | None:
     """
-    Adds the modality ids of the new tokens to those that the cache remembers.
+    Adds the modality ids of the new tokens to those stored with the cache.
 
     Args:
         mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
-            Modality ids of the tokens of this pass.
+            Modality ids of the tokens of this forward pass.
         cache (`Cache`):
-            Cached keys and values, before this pass.
+            Cached keys and values before this forward pass.
 
     Returns:
-        `torch.Tensor` of shape `(B, S)`, *optional*: the modality ids of all keys; text in the empty places of a static
-        cache, which a mask hides. `None` if the cache was filled without them.
+        `torch.Tensor` of shape `(B, S)`, *optional*: The modality ids of all keys. Empty positions of a static cache,
+        which the mask hides, have the id of text. `None` if the cache was filled without modality ids.
     """
     known = getattr(cache, "modality_ids", None)
     if known is not None and known.shape[0] != mm_token_type_ids.shape[0]:
         known = None
-    if cache.is_compileable:  # its length is fixed
+    if cache.is_compileable:  # a static cache with a fixed length
         return _remember_in_place(mm_token_type_ids, cache, known)
     seen = cache.get_seq_length()
     if known is None:
@@ -41,6 +41,7 @@ def remember_modality_ids(mm_token_type_ids: torch.Tensor, cache: Cache) -> torc
 def _remember_in_place(
     mm_token_type_ids: torch.Tensor, cache: Cache, known: torch.Tensor | None
 ) -> torch.Tensor | None:
+    """[`remember_modality_ids`] for a static cache."""
     batch_size, length = mm_token_type_ids.shape
     seen = cache.get_seq_length()
     if known is None:

@@ -1,4 +1,4 @@
-"""Files of a checkpoint: whether they are whole, and what is said of them where they are not."""
+"""Checks that the files of a checkpoint are complete and not damaged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 ADVICE = "copy or download the file again, or save the model again."
 
-# Bits of one element, by the format's name of the type (https://github.com/huggingface/safetensors#format).
+# Number of bits per element for each dtype of the format (https://github.com/huggingface/safetensors#format).
 _DTYPE_BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -27,16 +27,16 @@ _DTYPE_BITS = {
 @contextmanager
 def named_damage(checkpoint: str | os.PathLike | None, subfolder: str = "") -> Iterator[None]:
     """
-    Names the damaged file where a checkpoint cannot be loaded because of one.
+    Context manager for loading a checkpoint, which names the damaged file if loading fails because of it.
 
     Args:
         checkpoint (`str` or `os.PathLike`, *optional*):
-            The checkpoint. Only folders are looked into.
-        subfolder (`str`, *optional*):
-            The folder in it that has the weights.
+            The checkpoint. Only local folders are checked.
+        subfolder (`str`, *optional*, defaults to `""`):
+            Subfolder of the checkpoint that contains the weights.
 
     Raises:
-        OSError: If loading failed and a file is damaged or missing; the message names the file and what to do.
+        OSError: If loading failed and a file is damaged or missing. The message names the file and what to do.
     """
     try:
         yield
@@ -55,16 +55,18 @@ def named_damage(checkpoint: str | os.PathLike | None, subfolder: str = "") -> I
 
 def check_weights(files: Iterable[str | os.PathLike], weight_map: Mapping[str, str] | None = None) -> None:
     """
-    Checks that files of weights are whole, and hold what their index says. Only their headers are read.
+    Checks that files with weights are complete and contain the tensors listed in their index. Only the headers are
+    read.
 
     Args:
-        files (`Iterable[str or os.PathLike]`):
-            The files; those of other formats than safetensors are not looked into.
+        files (`Iterable[str | os.PathLike]`):
+            The files. Files in formats other than safetensors are ignored.
         weight_map (`Mapping[str, str]`, *optional*):
-            The index: the file's name by tensor.
+            The index: name of the file for each tensor.
 
     Raises:
-        OSError: If a file is damaged or missing, or lacks a tensor; the message names it and what to do.
+        OSError: If a file is damaged or missing, or does not contain a tensor. The message names the file and what to
+            do.
     """
     for path in (Path(file) for file in files if os.fspath(file).endswith(".safetensors")):
         try:
@@ -81,23 +83,23 @@ def check_weights(files: Iterable[str | os.PathLike], weight_map: Mapping[str, s
             raise OSError(f"{path} is damaged, it has {size} bytes where its header lists {whole}: {ADVICE}")
         for name, file in (weight_map or {}).items():
             if file == path.name and name not in header:
-                raise OSError(f"{path} lacks the tensor {name!r}, which lies in it according to the index: {ADVICE}")
+                raise OSError(f"{path} lacks the tensor {name!r}, which it contains according to the index: {ADVICE}")
 
 
 def check_names(files: Iterable[str | os.PathLike], expected: Collection[str]) -> None:
     """
-    Checks that no tensor seems to be missing only because a bit of its name has flipped: the library would warn, and
-    initialise it.
+    Checks that no tensor is missing because of a flipped bit in its name. Transformers would log a warning and
+    initialise such a tensor.
 
     Args:
-        files (`Iterable[str or os.PathLike]`):
-            The files of a checkpoint, in the safetensors format.
+        files (`Iterable[str | os.PathLike]`):
+            The files of a checkpoint, in safetensors format.
         expected (`Collection[str]`):
-            Names of the tensors that the model has on disk.
+            Names that the tensors of the model have in checkpoints.
 
     Raises:
-        OSError: If a name that is not expected differs in a single bit from one that is missing; the message names the
-            file and what to do.
+        OSError: If an unexpected name differs from a missing name in a single bit. The message names the file and what
+            to do.
     """
     names = {path: list(read_header(path)[0]) for path in files}
     missing = set(expected).difference(*names.values())
@@ -106,26 +108,29 @@ def check_names(files: Iterable[str | os.PathLike], expected: Collection[str]) -
         for place, bit in itertools.product(range(len(name)), range(7)):
             flipped = chr(ord(name[place]) ^ 1 << bit)
             meant = name[:place] + flipped + name[place + 1 :]
-            # Two digits may also be two layers, unless nothing else is wrong.
+            # Names that differ in a digit can also belong to two layers, unless only one name is unexpected.
             if meant in missing and (len(unexpected) == 1 or not (name[place] + flipped).isdigit()):
                 raise OSError(f"{path} is damaged, it has the tensor {name!r} instead of {meant!r}: {ADVICE}")
 
 
 def read_index(path: str | os.PathLike) -> dict[str, str]:
     """
-    The index of a checkpoint in several files: by name of a tensor, the file that holds it.
+    Reads the index of a sharded checkpoint.
 
     Args:
         path (`str` or `os.PathLike`):
-            The index, a JSON file.
+            Path of the index, a JSON file.
+
+    Returns:
+        `dict[str, str]`: Name of the file for each tensor.
 
     Raises:
-        OSError: If the file is missing or damaged; the message names it and what to do.
+        OSError: If the file is missing or damaged. The message names the file and what to do.
     """
     try:
         weight_map = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in weight_map.values()):
-            raise TypeError("it does not give a file for every tensor")
+            raise TypeError("it does not have a file for every tensor")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OSError(f"{path} is damaged, it is not the index of a checkpoint ({error!r}): {ADVICE}") from error
     return weight_map
@@ -133,25 +138,26 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
 
 def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
     """
-    The table of contents of a safetensors file, and the byte where its data begin: 8 bytes with the length of the
-    header, the header, and the tensors that it lists, one behind the other.
+    Reads the header of a safetensors file. The file consists of 8 bytes with the length of the header, the header, and
+    the data of the tensors.
 
     Args:
         path (`str` or `os.PathLike`):
-            The file.
+            Path of the file.
 
     Returns:
-        `tuple[dict[str, Any], int]`: by name of a tensor, its `dtype`, `shape` and `data_offsets`.
+        `tuple[dict[str, Any], int]`: The `dtype`, `shape` and `data_offsets` of each tensor by its name, and the
+        position of the first byte of the data.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        OSError: If it ends within its header, or the header is damaged; the message names the file and what to do.
-            That the tensors are there is not looked at.
+        OSError: If the header is incomplete or damaged. The message names the file and what to do. The data of the
+            tensors is not checked.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:  # read only then: a damaged length may be any
+        if size < 8 or length > size - 8:  # checked before reading, because a damaged length can be huge
             raise OSError(f"{path} is not whole, it has {size} bytes and no whole header: {ADVICE}")
         content = file.read(length)
     try:
@@ -164,7 +170,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
 
 
 def _check_header(header: Any) -> None:
-    """Raises `ValueError` unless a header describes tensors that lie one behind the other."""
+    """Raises `ValueError` unless a header describes tensors that are stored without gaps."""
     if not isinstance(header, dict):
         raise ValueError("it is not a table of tensors")
     metadata = header.get("__metadata__", {})

@@ -1,4 +1,4 @@
-"""Which revision of this code runs: the one that a checkpoint brings, or the installed one."""
+"""Detects checkpoints that contain another revision of this code than the one that is running."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ logger = logging.get_logger(__name__)
 
 def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revision: str | None = None) -> None:
     """
-    Warns where a checkpoint brings other code than the code that is about to load it. The auto classes prefer the
-    installed package to a checkpoint's code once the package is imported, also with `trust_remote_code=True`.
+    Logs a warning if the code in a checkpoint differs from the code that loads it. Once the package is imported, the
+    auto classes use it instead of the code in a checkpoint, even with `trust_remote_code=True`.
 
     Args:
         model_class (`type`):
             The class that loads the checkpoint.
         checkpoint (`str` or `os.PathLike`):
-            The checkpoint's folder, or its name on the Hub, of which only the files on this machine are read.
+            The folder of the checkpoint, or its name on the Hub. Only cached files of a checkpoint on the Hub are read.
         revision (`str`, *optional*):
-            Revision on the Hub.
+            Revision of the checkpoint on the Hub.
     """
     own_entry = Path(str(sys.modules[model_class.__module__].__file__))
     entry = cached_file(
@@ -42,9 +42,9 @@ def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revisio
     different = sorted(path.name for path in others if _differ(path, own / path.name))
     if different:
         logger.warning(
-            f"The code of {checkpoint} differs from the code in {own} ({', '.join(different)}), and the latter runs, "
-            "since it was imported first: the auto classes prefer an imported package to the code that a checkpoint "
-            "brings. To run the checkpoint's own code, load it in a process that does not import the package, or with "
+            f"The code of {checkpoint} differs from the code in {own} ({', '.join(different)}). The latter is used, "
+            "because the auto classes prefer an imported package to the code in a checkpoint. To use the "
+            "checkpoint's own code, load it in a process that does not import the package, or with "
             "`transformers.dynamic_module_utils.get_class_from_dynamic_module("
             f"'{own_entry.stem}.{model_class.__name__}', '{checkpoint}').from_pretrained('{checkpoint}')`."
         )

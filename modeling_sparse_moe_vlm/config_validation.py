@@ -1,4 +1,4 @@
-"""Checks of configurations. Every message names the field and what to do."""
+"""Checks of configurations. Every error message names the field and what to do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .checks import (
 from .vision_tower import check_depths, check_vision_config, patches_per_side
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
-# Fields of the decoder that hold positive integers, and those that hold True or False.
+# Fields of the decoder whose values are positive integers, and fields whose values are True or False.
 _COUNTS = (
     "vocab_size",
     "intermediate_size",
@@ -39,7 +39,7 @@ _FLAGS = (
 
 
 def check_text_fields(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if a field of a decoder's configuration is wrong, apart from the fields of its experts."""
+    """Raises `ValueError` if a field of the decoder's configuration, other than those of the experts, is invalid."""
     for field in _COUNTS:
         check_integer(field, getattr(config, field))
     check_number("rms_norm_eps", config.rms_norm_eps)
@@ -78,11 +78,11 @@ def check_text_fields(config: PreTrainedConfig) -> None:
 
 
 def _check_eos_token_ids(config: PreTrainedConfig) -> None:
-    """One token, several that end a text, or none."""
+    """Raises `ValueError` unless `eos_token_id` is a token id, a list of token ids, or `None`."""
     ids = config.eos_token_id
     if isinstance(ids, list | tuple):
         check_sequence("eos_token_id", ids, int)
-        check(len(ids) > 0, "`eos_token_id` is an empty list: use None if no token ends a text.")
+        check(len(ids) > 0, "`eos_token_id` is an empty list: set it to None if no token ends a text.")
         for position, token_id in enumerate(ids):
             check_integer(f"eos_token_id[{position}]", token_id, at_least=0, below=config.vocab_size)
     elif ids is not None:
@@ -90,7 +90,7 @@ def _check_eos_token_ids(config: PreTrainedConfig) -> None:
 
 
 def check_rope(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if the parameters of the rotary embedding are wrong, once the library has completed them."""
+    """Raises `ValueError` if the rotary embedding parameters, as completed by Transformers, are invalid."""
     check_choice("rope_parameters['rope_type']", config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
     theta = config.rope_parameters.get("rope_theta")
     if theta is not None:
@@ -103,9 +103,9 @@ def check_rope(config: PreTrainedConfig) -> None:
 
 
 def check_fields(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if a field of the whole model is wrong, or if its parts do not fit together."""
+    """Raises `ValueError` if a field of the whole model is invalid, or if its parts do not fit together."""
     text, vision = config.text_config, config.vision_config
-    # Not `isinstance`: a checkpoint that comes with its code has classes of its own.
+    # Not checked with `isinstance`, because remote code has its own classes.
     check(
         text.model_type == TEXT_MODEL_TYPE and "image" in text.modalities,
         f"`text_config` must be of type {TEXT_MODEL_TYPE!r} with `modalities` that include "
@@ -118,8 +118,8 @@ def check_fields(config: PreTrainedConfig) -> None:
     check_integer("pixel_shuffle_factor", config.pixel_shuffle_factor)
     check(
         config.image_token_id != text.pad_token_id,
-        f"`image_token_id` ({config.image_token_id}) is also `text_config.pad_token_id`: images need a token of "
-        "their own.",
+        f"`image_token_id` ({config.image_token_id}) is also `text_config.pad_token_id`: choose another token for "
+        "images.",
     )
     check_vision_config(vision)
     side = patches_per_side(vision)
@@ -139,15 +139,16 @@ def _check_placeholder(field: str, token_id: int, vocab_size: int) -> None:
         if not isinstance(token_id, int) or token_id < vocab_size:
             raise
         raise ValueError(
-            f"{error} A new token of the tokenizer has no row among the {vocab_size} of `text_config.vocab_size`: set "
-            f"that to `len(tokenizer)`. If the weights have no more rows, build the model with another `{field}` and "
-            "then write:\n"
+            f"{error} If you added the token to the tokenizer, set `text_config.vocab_size` ({vocab_size}) to "
+            f"`len(tokenizer)`. If the weights do not have as many rows, create the model with another `{field}` and "
+            "then run:\n"
             "    model.resize_token_embeddings(len(tokenizer))\n"
             f"    model.config.{field} = {token_id}"
         ) from None
 
 
 def _check_modality_encoders(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if an entry of `modality_encoders` is invalid."""
     encoders = config.modality_encoders
     if encoders is None:
         return

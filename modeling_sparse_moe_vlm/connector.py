@@ -1,4 +1,4 @@
-"""The connector turns patch features of the vision tower into tokens of the decoder."""
+"""The connector, which converts patch features of the vision tower to tokens of the decoder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 
 class SparseMoeVlmMultiModalProjector(nn.Module):
     """
-    Merges squares of patches (space-to-depth, also called pixel shuffle; arXiv 2404.16821), then applies a two-layer
-    MLP: `patch_features (N, h·w, D_vision)` → `(N, h·w / f², D_text)`, where f is the `pixel_shuffle_factor`.
+    The connector: merges squares of patches (space-to-depth, also called pixel shuffle; arXiv 2404.16821) and applies a
+    two-layer MLP: `patch_features (N, h·w, D_vision)` → `(N, h·w / f², D_text)`, where f is the `pixel_shuffle_factor`.
 
     Args:
         config (`SparseMoeVlmConfig`):
@@ -32,6 +32,7 @@ class SparseMoeVlmMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(self._space_to_depth(patch_features))))
 
     def _space_to_depth(self, features: torch.Tensor) -> torch.Tensor:
+        """Merges squares of patches: `(N, h·w, D)` → `(N, h·w / f², f²·D)`."""
         if self.factor == 1:
             return features
         num_images, num_patches, width = features.shape

@@ -1,4 +1,4 @@
-"""Keeps the texts of a conversation from writing control tokens: what a user types stays text."""
+"""Prevents the texts of a conversation from adding control tokens: control tokens that a user types are plain text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers import AddedToken
 from transformers.convert_slow_tokenizer import normalizers
 from transformers.utils import get_json_schema
 
-# A code point that Unicode keeps for the inside of programs. It breaks control tokens that a user typed: no placeholder
-# matches a broken one, and the tokenizer drops the mark after it has looked for special tokens.
+# A code point that Unicode reserves for internal use by programs. It is inserted into control tokens that a user typed,
+# so that they are not recognised as special tokens or placeholders. The tokenizer removes it after it has looked for
+# special tokens.
 MARK = "\ufdd0"
-# Parts of a message that hold an image or other media, and where.
+# Types of content parts with an image or other media, and the keys that contain the media.
 _MEDIA_TYPES = ("image", "image_url", "video", "audio")
 _MEDIA_KEYS = ("image", "url", "path", "base64", "image_url", "video", "audio")
 _BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
@@ -23,15 +24,15 @@ _BRACKETED = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
 class ControlTokens:
     """
-    The tokens that steer a conversation, and how texts are written without them.
+    Converts texts so that the tokenizer encodes the control tokens in them as plain text.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer. A fast one is set up so that it encodes broken tokens as text.
+            The tokenizer. A fast tokenizer is changed in place, so that it encodes marked control tokens as plain text.
         special (`Iterable[str]`):
-            Tokens that no text may write.
-        further (`Iterable[str]`):
-            Tokens that only the assistant's texts may write, such as `<think>`.
+            Control tokens that are plain text in all messages.
+        further (`Iterable[str]`, *optional*):
+            Control tokens that are plain text except in messages of the assistant, such as `<think>`.
     """
 
     def __init__(self, tokenizer, special: Iterable[str], further: Iterable[str] = ()):
@@ -43,16 +44,22 @@ class ControlTokens:
 
     def as_text(self, node: Any, name: str, is_assistant: bool = False) -> Any:
         """
-        A copy of messages, tools or documents (or of a part of them) in which no text can become a control token.
+        Returns a copy of messages, tools or documents (or of a part of them) whose texts contain no control tokens.
 
         Args:
-            node:
-                A string, or lists, dicts, dataclasses and Pydantic models that hold strings.
+            node (`Any`):
+                A string, or a list, dict, dataclass or Pydantic model that contains strings.
             name (`str`):
-                What the message of an error calls the node.
+                Name of the node in error messages.
+            is_assistant (`bool`, *optional*, defaults to `False`):
+                Whether the node is part of a message of the assistant.
+
+        Returns:
+            `Any`: The copy.
 
         Raises:
-            ValueError: If a text holds lone surrogates, or a control token that the tokenizer cannot encode as text.
+            ValueError: If a text contains lone surrogates or a control token that the tokenizer cannot encode as plain
+                text.
         """
         breaker = self._of_assistant if is_assistant else self._of_others
         if isinstance(node, str):
@@ -65,7 +72,7 @@ class ControlTokens:
         if not isinstance(node, dict):
             return node
         if node.get("type") == "text" or node.get("type") in _MEDIA_TYPES:
-            # Rows of a table have every key of every part.
+            # In the rows of a dataset, all parts have the same keys. Those without a value are `None`.
             node = {key: value for key, value in node.items() if value is not None}
         is_media = node.get("type") in _MEDIA_TYPES
         is_assistant = is_assistant or node.get("role") == "assistant"
@@ -78,29 +85,38 @@ class ControlTokens:
             if key in ("role", "type") and isinstance(value, str):
                 copy[key] = self._of_others.break_name(value, inside)
             else:
-                # Templates write the keys of arguments and schemas, too.
+                # Templates also render the keys of arguments and schemas.
                 new_key = self._of_others.break_name(key, f"a key of {name}") if isinstance(key, str) else key
                 copy[new_key] = self.as_text(value, inside, is_assistant)
         return copy
 
 
 class _Breaker:
-    """Breaks some tokens in texts."""
+    """
+    Inserts a mark into certain tokens in texts.
+
+    Args:
+        tokens (`list[str]`):
+            The tokens.
+        refused (`set[str]`):
+            Tokens that raise an error instead, because the tokenizer cannot encode them as plain text.
+    """
 
     def __init__(self, tokens: list[str], refused: set[str]):
         breakable = [token for token in tokens if token not in refused]
         rests: dict[str, list[str]] = {}
         for token in breakable:
             rests.setdefault(token[0], []).append(re.escape(token[1:]))
-        # Only the first character is consumed, so that tokens that overlap are all broken.
+        # Only the first character is matched, so that the mark is inserted into all overlapping tokens.
         self._starts = _any_of(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
         self._prefixes = {token[:length] for token in breakable for length in range(1, len(token))}
         self._longest = max(map(len, self._prefixes), default=0)
         self._refused = _any_of(re.escape(token) for token in sorted(set(tokens) & refused, key=len, reverse=True))
 
     def break_text(self, text: str, name: str) -> str:
+        """Returns a text with marks in all tokens, and after an incomplete token at its end."""
         text = self._break(text, name)
-        # The next text may go on where this one ends, and templates may strip it first.
+        # The next text can complete the token, and templates can strip this text first.
         stripped = text.rstrip()
         for end in (text, stripped):
             if any(end[-length:] in self._prefixes for length in range(1, self._longest + 1)):
@@ -108,13 +124,13 @@ class _Breaker:
         return text
 
     def break_name(self, text: str, name: str) -> str:
-        """The same for a role, type or key, which templates compare: plain names stay as they are."""
+        """Same as `break_text` for a role, type or key. Identifiers, which templates compare, are not changed."""
         return text if text.isidentifier() else self._break(text, name)
 
     def check_joined(self, parts: list | tuple, name: str) -> None:
-        """Raises `ValueError` if parts of a message make up a token that the tokenizer cannot encode as text."""
+        """Raises `ValueError` if joined parts of a message contain a token that cannot be encoded as plain text."""
         given = [part.get("text") if isinstance(part, dict) else part for part in parts]
-        # What is not text, such as an image, keeps texts apart.
+        # Parts without text, such as images, separate the texts.
         texts = [text if isinstance(text, str) else "\0" for text in given]
         for joined in ("".join(texts), "".join(text.strip() for text in texts)):
             self._refuse(joined, name)
@@ -135,7 +151,7 @@ class _Breaker:
 
 def control_tokens(tokenizer, chat_template: str, image_token: str) -> tuple[list[str], list[str]]:
     """
-    Finds the tokens that steer a conversation.
+    Finds the control tokens of a tokenizer.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -143,17 +159,18 @@ def control_tokens(tokenizer, chat_template: str, image_token: str) -> tuple[lis
         chat_template (`str`):
             The chat template in use.
         image_token (`str`):
-            The placeholder of an image.
+            The placeholder token of an image.
 
     Returns:
-        `tuple[list[str], list[str]]`: the special tokens, and further added tokens that are not words: those that
-        `tokenizer.chat_control_tokens` lists, or else those of the template and those in brackets, such as `<think>`.
+        `tuple[list[str], list[str]]`: The special tokens, and other added tokens that are control tokens: those in
+        `tokenizer.chat_control_tokens` if it is set, otherwise those in the template and those in brackets, such as
+        `<think>`, except for tokens that are words.
     """
     special, further = [image_token], []
     listed = getattr(tokenizer, "chat_control_tokens", None)
     for token in tokenizer.added_tokens_decoder.values():
         content = token.content
-        # Templates write white space as text, even where it is a token.
+        # Whitespace in templates is text, even if it is a token.
         if content == image_token or not content.strip():
             continue
         if token.special:
@@ -167,7 +184,7 @@ def control_tokens(tokenizer, chat_template: str, image_token: str) -> tuple[lis
 
 
 def check_encodable(text: str, name: str) -> None:
-    """Raises `ValueError` if a text holds lone surrogates, which no tokenizer takes."""
+    """Raises `ValueError` if a text contains lone surrogates, which tokenizers cannot encode."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -178,7 +195,7 @@ def check_encodable(text: str, name: str) -> None:
 
 
 def as_schemas(tools: Any) -> Any:
-    """Tools with the JSON schemas of those that are functions, whose texts would else go unread."""
+    """Returns a list of tools with functions replaced by their JSON schemas, so that their texts can be checked."""
     if not isinstance(tools, (list, tuple)):
         return tools
     return [get_json_schema(tool) if inspect.isfunction(tool) or inspect.ismethod(tool) else tool for tool in tools]
@@ -186,10 +203,10 @@ def as_schemas(tools: Any) -> Any:
 
 def _set_up(tokenizer, tokens: list[str]) -> set[str]:
     """
-    Sets a tokenizer up so that broken tokens are encoded as text.
+    Changes a tokenizer so that it encodes marked tokens as plain text.
 
     Returns:
-        `set[str]`: The tokens that cannot be: all of a slow tokenizer, and those that are ordinary words.
+        `set[str]`: The tokens for which this is not possible: all tokens of a slow tokenizer, and ordinary words.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -198,7 +215,7 @@ def _set_up(tokenizer, tokens: list[str]) -> set[str]:
     for token in tokens:
         added = known[token]
         if added.normalized:
-            # Looked for before normalisation, so before the marks are dropped.
+            # Unnormalised tokens are matched before normalisation, that is, before the marks are removed.
             options = {key: getattr(added, key) for key in ("special", "single_word", "lstrip", "rstrip")}
             tokenizer.add_tokens([AddedToken(token, normalized=False, **options)], special_tokens=added.special)
     normalizer = backend.normalizer
@@ -216,7 +233,7 @@ def _set_up(tokenizer, tokens: list[str]) -> set[str]:
 
 
 def _as_dict(node: Any) -> Any:
-    """Dicts of objects that stand for messages, as Transformers makes them; anything else as it is."""
+    """Converts mappings, dataclasses and Pydantic models to dicts, as Transformers does. Returns others unchanged."""
     if isinstance(node, Mapping):
         return dict(node)
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
@@ -227,4 +244,5 @@ def _as_dict(node: Any) -> Any:
 
 
 def _any_of(patterns: Iterable[str]) -> re.Pattern:
-    return re.compile("|".join(patterns) or "(?!)")  # which matches nothing
+    """Returns a pattern that matches any of the patterns."""
+    return re.compile("|".join(patterns) or "(?!)")  # matches nothing

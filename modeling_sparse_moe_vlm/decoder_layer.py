@@ -1,4 +1,4 @@
-"""Decoder layer: attention, then experts."""
+"""The decoder layer: attention followed by experts or a dense feed-forward block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from .routing import RoutingPlan
 
 
 class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm decoder layer: attention, then experts (or one dense network): `(B, T, D)` → `(B, T, D)`."""
+    """
+    A pre-norm decoder layer: attention followed by experts or a dense feed-forward block.
+
+    Args:
+        config (`SparseMoeVlmTextConfig`):
+            Configuration of the decoder.
+        layer_idx (`int`):
+            Index of the layer.
+    """
 
     def __init__(self, config: SparseMoeVlmTextConfig, layer_idx: int):
         super().__init__()
@@ -43,6 +51,28 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         pooled_experts: nn.Module | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """
+        Runs the layer.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, D)`):
+                Hidden states of the tokens.
+            attention_mask (*optional*):
+                Causal mask in the format of the attention implementation.
+            position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                Cosines and sines of the rotary position embedding.
+            past_key_values (`Cache`, *optional*):
+                Key/value cache.
+            routing ([`~routing.RoutingPlan`], *optional*):
+                Routing plan of the forward pass, for sparse layers.
+            pooled_experts (`nn.Module`, *optional*):
+                The routed experts, if the layer uses an expert pool.
+            kwargs:
+                Other arguments of the attention.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T, D)`: The new hidden states.
+        """
         attention_output, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,

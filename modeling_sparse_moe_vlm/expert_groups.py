@@ -1,4 +1,4 @@
-"""Expert groups: how the experts of a layer are arranged, by name or group by group."""
+"""Expert groups: the arrangement of the experts of a layer."""
 
 from __future__ import annotations
 
@@ -21,15 +21,24 @@ from .checks import (
     check_sequence,
 )
 
-# Transformers numbers the modalities of a token so (`ProcessorMixin.create_mm_token_type_ids`); further ones follow.
+# The modalities in the order of their ids in Transformers (`ProcessorMixin.create_mm_token_type_ids`).
 BUILTIN_MODALITIES = ("text", "image", "video", "audio")
 ARRANGEMENTS = ("hybrid", "joint", "isolated")
 
 
 def served_as(modality: str, modalities: Sequence[str]) -> int:
     """
-    The id of a modality: its position in `modalities`. What these do not list is served as images are if it is video,
-    else as text is.
+    Returns the id of the modality as which the tokens of a modality are routed.
+
+    Args:
+        modality (`str`):
+            Name of the modality.
+        modalities (`Sequence[str]`):
+            The `modalities` of the configuration.
+
+    Returns:
+        `int`: The position of the modality in `modalities`. If it is not listed, video is routed as images, and other
+        modalities are routed as text.
     """
     if modality not in modalities:
         modality = "image" if modality == "video" and "image" in modalities else "text"
@@ -38,22 +47,24 @@ def served_as(modality: str, modalities: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """A group of experts of the sparse layers: the unit of routing constraints, freezing, LoRA and placement.
+    """
+    A group of experts of the sparse layers. The group determines which modalities its experts serve, and can be frozen,
+    adapted with LoRA and placed on a device separately.
 
     Args:
         name (`str`):
-            Name of the group, unique in the model and a valid Python identifier (it becomes a module name).
+            Name of the group, which is also the name of its module: a Python identifier that is unique in the model.
         num_experts (`int`):
             Number of experts in the group.
         modalities (`tuple[str, ...]`):
-            The modalities whose tokens the group serves.
+            The modalities whose tokens the group serves. In a configuration, defaults to all modalities.
         intermediate_size (`int`):
-            Width of one expert.
-        always_on (`bool`):
-            Whether every token of the served modalities goes through all experts of the group, with weight 1
-            ("shared experts"), instead of through the few that the router picks.
+            Intermediate size of each expert. In a configuration, defaults to `moe_intermediate_size`.
+        always_on (`bool`, *optional*, defaults to `False`):
+            Whether every token of the served modalities uses all experts of the group with weight 1 ("shared experts"),
+            instead of the experts that the router chooses.
         layers (`tuple[int, ...]`, *optional*):
-            The layers that hold the group; all sparse layers when `None`.
+            The layers that contain the group. All sparse layers by default.
     """
 
     name: str
@@ -64,10 +75,12 @@ class ExpertGroup:
     layers: tuple[int, ...] | None = None
 
     def serves(self, modality: str) -> bool:
+        """Returns whether the group serves the tokens of a modality."""
         return modality in self.modalities
 
     @classmethod
     def from_dict(cls, group: dict[str, Any]) -> ExpertGroup:
+        """Creates a group from a complete entry of `expert_groups` in a configuration."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in group.items()
         }
@@ -83,23 +96,26 @@ def resolve_groups(
     num_hidden_layers: int,
 ) -> list[dict[str, Any]]:
     """
-    The full list of groups that a configuration's `expert_groups` stands for, with every key of every group.
+    Converts the `expert_groups` of a configuration to a list of groups with all keys.
 
     Args:
         groups (`str` or `list[dict]`):
-            Name of an arrangement, or groups with the keys of [`ExpertGroup`], of which `name` and `num_experts`
-            are needed.
+            Name of an arrangement, or groups with the keys of [`ExpertGroup`], of which `name` and `num_experts` are
+            required.
         modalities (`list[str]`):
             The modalities of the model, which a group serves by default.
         num_experts (`int`, *optional*, defaults to 8):
             Number of routed experts of a layer, for a named arrangement.
         intermediate_size (`int`):
-            Width of an expert whose group gives none.
+            Default intermediate size of an expert.
         num_hidden_layers (`int`):
             Number of layers of the model.
 
+    Returns:
+        `list[dict]`: The groups.
+
     Raises:
-        ValueError: If a group is wrong; the message names it and the fix.
+        ValueError: If a group is invalid. The message names the group and the fix.
     """
     if isinstance(groups, str):
         groups = _arrange(groups, modalities, 8 if num_experts is None else num_experts)
@@ -110,7 +126,7 @@ def resolve_groups(
 
 
 def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[dict[str, Any]]:
-    """The groups that the name of an arrangement stands for."""
+    """Returns the groups of a named arrangement."""
     check(
         arrangement in ARRANGEMENTS,
         f"`expert_groups` must be one of {', '.join(ARRANGEMENTS)}, or a list of groups, got {arrangement!r}.",
@@ -121,7 +137,7 @@ def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[
         check(
             rest == 0,
             f'`expert_groups="isolated"` splits `num_experts` ({num_experts}) evenly over {len(modalities)} '
-            "modalities: choose a multiple, or give the groups as a list.",
+            "modalities: choose a multiple, or pass the groups as a list.",
         )
         return [{"name": name, "num_experts": share, "modalities": [name]} for name in modalities]
     groups: list[dict[str, Any]] = [{"name": "joint", "num_experts": num_experts}]
@@ -133,7 +149,7 @@ def _arrange(arrangement: str, modalities: list[str], num_experts: int) -> list[
 def _complete(
     group: dict[str, Any], modalities: list[str], intermediate_size: int, num_hidden_layers: int
 ) -> dict[str, Any]:
-    """A checked group with every key."""
+    """Checks a group and returns it with all keys."""
     keys = [field.name for field in fields(ExpertGroup)]
     unknown = sorted(set(group) - set(keys))
     check(not unknown, f"`expert_groups` has unknown keys {unknown}; known ones are {keys}.")
@@ -147,7 +163,7 @@ def _complete(
     }
     group = defaults | group
     name = group["name"]
-    # Names become module names, and on disk they stand beside the experts' numbers and projections.
+    # Names become module names. In checkpoints, they appear next to the numbers and projections of the experts.
     check(
         isinstance(name, str)
         and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
@@ -169,5 +185,5 @@ def _complete(
     check_distinct(f"{field}.modalities", group["modalities"])
     if group["layers"] is not None:
         check_layers(f"{field}.layers", group["layers"], num_hidden_layers)
-    # Lists, and copies: a configuration is saved as JSON, and its lists are its own.
+    # Tuples are converted to lists for JSON. The lists are copied, so that configurations do not share them.
     return {key: list(group[key]) if isinstance(group[key], list | tuple) else group[key] for key in keys}

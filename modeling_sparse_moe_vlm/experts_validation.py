@@ -1,4 +1,4 @@
-"""Validation of the experts' configuration: every message names the field and the fix."""
+"""Checks of the experts' configuration. Every error message names the field and the fix."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from .expert_groups import BUILTIN_MODALITIES, ExpertGroup, resolve_groups
 logger = logging.get_logger(__name__)
 
 ROUTERS = ("softmax", "sigmoid", "top_p")
-# Fields that hold whole numbers from 1, numbers from 0, and True or False.
+# Fields whose values are integers of at least 1, numbers of at least 0, and True or False.
 _COUNTS = ("hidden_size", "decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
 _NUMBERS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef")
 _FLAGS = ("norm_topk_prob", "output_router_logits")
 
 
 def _builtin(position: int) -> str | None:
+    """Returns the modality of Transformers with this id, or `None` for other ids."""
     return BUILTIN_MODALITIES[position] if position < len(BUILTIN_MODALITIES) else None
 
 
 def check_expert_fields(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` if a field of the experts' configuration is wrong by itself."""
+    """Raises `ValueError` if a single field of the experts' configuration is invalid."""
     for field in _COUNTS:
         check_integer(field, getattr(config, field))
     check_integer("num_hidden_layers", config.num_hidden_layers, at_most=MAX_LAYERS)
@@ -53,13 +54,14 @@ def check_expert_fields(config: PreTrainedConfig) -> None:
     wrong = [name for i, name in enumerate(config.modalities) if name in BUILTIN_MODALITIES and name != _builtin(i)]
     check(
         bool(config.modalities) and config.modalities[0] == "text" and not wrong,
-        f"`modalities` must start with 'text', and {BUILTIN_MODALITIES} must have their own places, which are the ids "
-        f"in `mm_token_type_ids`; got {list(config.modalities)}.",
+        f"`modalities` must start with 'text', and {BUILTIN_MODALITIES} must have their own places, which are their "
+        f"ids in `mm_token_type_ids`; got {list(config.modalities)}.",
     )
     _check_balancing(config)
 
 
 def _check_balancing(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if a field of the router losses, router biases or expert capacity is invalid."""
     for field in ("router_local_entropy_coef", "router_global_entropy_coef", "router_global_entropy_threshold"):
         value = getattr(config, field)
         if isinstance(value, dict):
@@ -77,7 +79,7 @@ def _check_balancing(config: PreTrainedConfig) -> None:
 
 
 def resolve_expert_groups(config: PreTrainedConfig) -> None:
-    """Spells the expert groups out, and raises `ValueError` if layers, groups and routing do not fit together."""
+    """Fills in the expert groups, and raises `ValueError` if layers, groups and routing contradict each other."""
     config.expert_groups = resolve_groups(
         config.expert_groups,
         modalities=config.modalities,
@@ -98,13 +100,13 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
     for group in config.expert_groups:
         check(
             group["layers"] is None or not set(sparse_layers).isdisjoint(group["layers"]),
-            f"`expert_groups[{group['name']!r}].layers` is {group['layers']}, of which none is sparse: name one of "
-            f"the sparse layers {sparse_layers}, or drop the group.",
+            f"`expert_groups[{group['name']!r}].layers` is {group['layers']}, of which none is sparse: add one of the "
+            f"sparse layers {sparse_layers}, or remove the group.",
         )
     num_routed = {0}
     routed = [ExpertGroup.from_dict(group) for group in config.expert_groups if not group["always_on"]]
     layers_of = [None if group.layers is None else set(group.layers) for group in routed]
-    arrangements: set[tuple[str, ...]] = set()  # layers with the same groups are checked once
+    arrangements: set[tuple[str, ...]] = set()  # layers with the same groups are only checked once
     for layer in sparse_layers:
         groups = [group for group, layers in zip(routed, layers_of, strict=True) if layers is None or layer in layers]
         names = tuple(group.name for group in groups)
@@ -123,12 +125,12 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
                 chosen <= serving,
                 f"`num_experts_per_tok` is {chosen} for modality {modality!r}, but layer {layer} has {serving} "
                 "routed experts that serve it: lower it (`num_experts_per_tok` or "
-                "`num_experts_per_tok_by_modality`), or let a group serve more.",
+                "`num_experts_per_tok_by_modality`), or add experts that serve the modality.",
             )
             if chosen == 1 < serving and config.norm_topk_prob:
                 logger.warning_once(
-                    f"`num_experts_per_tok` is 1 for modality {modality!r} and `norm_topk_prob` is True: the only "
-                    "weight is always 1, so the router learns nothing from the language loss. Set "
+                    f"`num_experts_per_tok` is 1 for modality {modality!r} and `norm_topk_prob` is True: the weight of "
+                    "the expert is always 1, so the router learns nothing from the language loss. Set "
                     "`norm_topk_prob=False`."
                 )
         num_routed.add(sum(group.num_experts for group in groups))
@@ -143,6 +145,7 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
 
 
 def _check_pools(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if `expert_pool` is invalid."""
     check(
         isinstance(config.expert_pool, list | tuple) and len(config.expert_pool) == config.num_hidden_layers,
         f"`expert_pool` must be a list with a pool or None for each of the {config.num_hidden_layers} layers, got "
@@ -155,12 +158,12 @@ def _check_pools(config: PreTrainedConfig) -> None:
         check_integer(f"expert_pool[{layer}]", pool, at_least=0)
         check(
             config.is_sparse_layer(layer),
-            f"`expert_pool[{layer}]` is {pool}, but layer {layer} is dense: make it None, or the layer sparse.",
+            f"`expert_pool[{layer}]` is {pool}, but layer {layer} is dense: set it to None, or make the layer sparse.",
         )
     for pool, layers in config.pools.items():
         groups = {config.layer_expert_groups(layer, always_on=False) for layer in layers}
         check(
             len(groups) == 1,
             f"`expert_pool` has layers {layers} share pool {pool}, but `expert_groups` give them different routed "
-            "groups: let their groups name all of these layers, or pool others.",
+            "groups: give all of these layers the same groups, or use different pools.",
         )

@@ -1,9 +1,10 @@
-"""The models' own router losses under TRL, whose trainers (SFT, DPO, KTO, GRPO, RLOO) replace a model's forward.
+"""The models' own router losses in TRL trainers (SFT, DPO, KTO, GRPO, RLOO), which replace the `forward` of a model.
 
-`trl.trainer.utils.add_fused_lm_head` assigns a forward that calls the model without its head, computes Mixtral's
-balancing loss from the router logits, pooled over modalities, and returns it as `aux_loss`. The trainer adds
-`router_aux_loss_coef · aux_loss` to its loss. The forward made here returns, as `aux_loss`, all router losses with
-their coefficients, divided by `router_aux_loss_coef`: so the trainer adds what the model itself would.
+`trl.trainer.utils.add_fused_lm_head` assigns a `forward` that calls the model without its head, computes the load
+balancing loss of Mixtral from the router logits of all modalities together, and returns it as `aux_loss`. The trainer
+adds `router_aux_loss_coef · aux_loss` to its loss. The `forward` made here returns the sum of all router losses with
+their coefficients, divided by `router_aux_loss_coef`, as `aux_loss`. Therefore the trainer adds the same losses as the
+model itself.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from .routing import RoutingRecord
 
 
 def takes_fused_head(forward: Any) -> bool:
-    """Whether a forward is TRL's: only that one has an argument `fused_lm_head` in its own code."""
+    """Returns whether a `forward` is that of TRL, which is the only one with an argument `fused_lm_head`."""
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
 
 
 def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
     """
-    TRL's forward, but with the model's own router losses instead of Mixtral's.
+    Returns the `forward` of TRL with the model's own router losses instead of the loss of Mixtral.
 
     Args:
         model (`nn.Module`):
-            A model of ours with a language head.
+            A model of this package with a language head.
         forward (`Callable`):
-            TRL's forward, bound to the model or not.
+            The `forward` of TRL, bound to the model or unbound.
 
     Returns:
-        `MethodType`: a forward for the model, of the same signature. In training it raises `ValueError` if a router
-        loss would be lost.
+        `MethodType`: A `forward` for the model with the same signature. In training, it raises `ValueError` if a router
+        loss would have no effect.
     """
     function = getattr(forward, "__func__", forward)
 
@@ -66,7 +67,7 @@ def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
 
 
 def _divided_total(config: SparseMoeVlmExpertsConfig, record: RoutingRecord, loss: torch.Tensor) -> torch.Tensor:
-    """What `router_aux_loss_coef` is to be multiplied with, a scalar; 0 for a model without sparse layers."""
+    """Returns the sum of the router losses, divided by `router_aux_loss_coef`. 0 for models without sparse layers."""
     layers, tokens = record.layers(), record.tokens
     if not layers or tokens is None:
         return loss.new_zeros(())
@@ -82,11 +83,12 @@ def _divided_total(config: SparseMoeVlmExpertsConfig, record: RoutingRecord, los
 
 
 def _check_coefficients(config: SparseMoeVlmExpertsConfig) -> None:
+    """Raises `ValueError` if TRL trainers would not add a router loss."""
     others = ("router_z_loss_coef", "router_local_entropy_coef", "router_global_entropy_coef")
     lost = [name for name in others if getattr(config, name)]
     check(
         bool(config.router_aux_loss_coef) or not lost or not config.sparse_layers,
-        f"{', '.join(f'`{name}`' for name in lost)} would have no effect: TRL's trainers add router losses only where "
-        "`router_aux_loss_coef` is not 0. Set it to a small number in the model's configuration (and not to 0 in the "
-        "trainer's), such as 1e-6, or set the others to 0.",
+        f"{', '.join(f'`{name}`' for name in lost)} would have no effect: TRL trainers only add router losses if "
+        "`router_aux_loss_coef` is not 0. Set it to a small number, such as 1e-6, in the model's configuration (and "
+        "not to 0 in the trainer's configuration), or set the other coefficients to 0.",
     )

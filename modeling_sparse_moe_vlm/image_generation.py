@@ -1,4 +1,4 @@
-"""Generation from prompts with images: what the whole model adds to the library's."""
+"""Generation from prompts with images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ logger = logging.get_logger(__name__)
 
 
 class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
-    """Language head of the whole model, whose prompts have images."""
+    """Base class of the whole model with a language head, which generates text from prompts with images."""
 
     model: Any
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's. Images that it does not pass on, as to assistants, are known to be missing."""
+        """
+        Same as in Transformers, but warns if the prompt has image placeholders and `generate` does not pass the images,
+        which is the case for assistant models. The model then reads the prompt without images.
+        """
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds, mm_token_type_ids, **kwargs)
         if model_inputs.get("pixel_values") is None and model_inputs.get("mm_encoder_outputs") is None:
             if self.model.has_placeholders(model_inputs.get("input_ids"), model_inputs.get(CACHE_NAME)):
@@ -28,11 +31,14 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
             model_inputs["mm_encoder_outputs"] = {}
         cache = model_inputs.get(CACHE_NAME)
         if cache is not None and cache.get_seq_length() > 0:
-            model_inputs.pop("modality_values", None)  # their tokens are cached
+            model_inputs.pop("modality_values", None)  # their tokens are already in the cache
         return model_inputs
 
     def init_continuous_batching(self, *args, **kwargs):
-        """As the library's, but only for text: the manager refuses prompts with placeholders, which have no images."""
+        """
+        See [`~transformers.ContinuousMixin.init_continuous_batching`]. Continuous batching only supports text: the
+        returned manager raises `ValueError` for prompts with placeholders of images or further modalities.
+        """
         manager = super().init_continuous_batching(*args, **kwargs)
         add_request = type(manager).add_request
 
@@ -44,7 +50,20 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
         return manager
 
     def generate_batch(self, inputs, *args, **kwargs):
-        """See [`~transformers.ContinuousMixin.generate_batch`], but only for text.
+        """
+        Generates text for a batch of prompts with continuous batching, which only supports text: see
+        [`~transformers.ContinuousMixin.generate_batch`].
+
+        Args:
+            inputs (`list[list[int]]`):
+                Token ids of the prompts.
+            args:
+                Other arguments of [`~transformers.ContinuousMixin.generate_batch`].
+            kwargs:
+                Other keyword arguments of [`~transformers.ContinuousMixin.generate_batch`].
+
+        Returns:
+            `dict`: The generated outputs.
 
         Raises:
             ValueError: If a prompt has placeholders of images or further modalities.
@@ -53,6 +72,7 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _refuse_placeholders(self, prompts: Iterable[Iterable[int]]) -> None:
+        """Raises `ValueError` if a prompt has placeholders of images or further modalities."""
         placeholders = set(self.config.placeholder_ids.values())
         for number, prompt in enumerate(prompts):
             found = sorted(placeholders.intersection(int(token) for token in prompt))
@@ -63,7 +83,7 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
                 )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """As the library's, which repeats only tensors; values of further modalities are repeated with their rows."""
+        """Same as in Transformers, but also repeats the values of further modalities, which are in a dict."""
         values = model_kwargs.get("modality_values")
         if values and expand_size > 1:
             embeds = model_kwargs.get("inputs_embeds")

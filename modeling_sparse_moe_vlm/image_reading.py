@@ -170,7 +170,7 @@ def _open(source: Any, name: str) -> Any:
         return pil.open(BytesIO(base64.b64decode(encoded)))
     except Exception as error:
         shown = source if len(source) <= 100 else f"{source[:100]}…"
-        raise ValueError(f"{shown!r} is neither a file, nor a URL, nor the base64 string of an image") from error
+        raise ValueError(f"{shown!r} is neither a file, nor a URL, nor the base64 text of an image") from error
 
 
 def _to_rgb(image: Any, name: str) -> Any:

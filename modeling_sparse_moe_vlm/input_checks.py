@@ -1,4 +1,4 @@
-"""Checks of what a forward pass is given, by shapes and names only: no value on a device is waited for."""
+"""Checks of the arguments of a forward pass. They only read shapes and names, so they never wait for a device."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ def check_shapes(
     shape: Sequence[int], attention_mask: Any, position_ids: torch.Tensor | None, cache: Any | None
 ) -> None:
     """
-    Checks that a mask and positions fit the tokens, which the library would broadcast or pad without a word.
+    Checks that the shapes of the mask and the positions match the tokens. Transformers would silently broadcast or pad
+    them.
 
     Args:
         shape (`Sequence[int]`):
-            B and T of the tokens.
+            Shape `(B, T)` of the tokens.
         attention_mask (`torch.Tensor`, *optional*):
-            A mask of padding `(B, cached + T)`, or a prepared one of 4 dimensions, or of another type, which is not
-            looked at.
+            Mask `(B, number of cached tokens + T)`. Prepared masks with 4 dimensions or of another type are not
+            checked.
         position_ids (`torch.Tensor`, *optional*):
             Positions `(B, T)` or `(1, T)`.
         cache (`Cache`, *optional*):
-            The cache before the pass.
+            Key/value cache before the forward pass.
 
     Raises:
-        ValueError: If a shape does not fit.
+        ValueError: If a shape does not match.
     """
     batch_size, length = shape
     if position_ids is not None and (
         position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length
     ):
         raise ValueError(
-            f"`position_ids` has shape {tuple(position_ids.shape)}, but there are tokens of shape {tuple(shape)}: it "
-            "needs one position per token of this call."
+            f"`position_ids` has shape {tuple(position_ids.shape)}, but there are tokens of shape {tuple(shape)}: pass "
+            "one position per token of this call."
         )
     if not torch.is_tensor(attention_mask) or attention_mask.dim() == 4:
         return
     cached = 0 if cache is None or is_paged(cache) else cache.get_seq_length()
-    # Caches of a fixed length count on the device.
+    # Static caches store their length in a tensor on the device.
     fits = attention_mask.dim() == 2 and attention_mask.shape[0] == batch_size
     if fits and isinstance(cached, int):
         fits = attention_mask.shape[1] == cached + length
@@ -58,44 +59,47 @@ def check_shapes(
             f"({batch_size}, {cached + length})" if isinstance(cached, int) else f"({batch_size}, cached + {length})"
         )
         raise ValueError(
-            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but tokens and cache need {expected}: one "
-            "value per token of every row, cached ones included."
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}, but tokens and cache need {expected}: pass one "
+            "value per token, cached tokens included."
         )
 
 
 def check_only_tokens(unknown: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a language model is given images and the like, which would be passed on and lost."""
+    """Raises `ValueError` if the decoder is called with images or similar inputs, which would be ignored."""
     for name in ("pixel_values", "mm_encoder_outputs", "modality_values"):
         if unknown.get(name) is not None:
             raise ValueError(
                 f"a language model takes tokens only, but got `{name}`: load the whole model with "
-                "`AutoModelForImageTextToText`, or leave the argument out."
+                "`AutoModelForImageTextToText`, or leave out the argument."
             )
 
 
 def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner) -> None:
     """
-    For embedded tokens whose modalities nobody tells: warns once if the model treats modalities differently.
+    Logs a warning for embedded tokens with unknown modalities if the model treats modalities differently.
 
     Args:
         config (`SparseMoeVlmTextConfig`):
             Configuration of the decoder.
         planner ([`~routing.RoutingPlanner`]):
-            Its planner.
+            Routing planner of the decoder.
     """
     has_priors = config.learned_modality_priors or len(set(initial_log_priors(config))) > 1
     if (planner.depends_on_modality or has_priors) and not torch.compiler.is_compiling():
         logger.warning_once(
-            "`inputs_embeds` came without `mm_token_type_ids`: every token counts as text, except for unmerged "
-            "placeholders, but this model treats modalities differently. If image features are merged into the "
-            "embeddings, as serving engines do, pass `mm_token_type_ids` (zeros for texts). Only models with joint "
-            "expert groups, equal numbers of experts per token, equal attention priors, no router biases and no expert "
-            "capacity are safe without."
+            "`inputs_embeds` came without `mm_token_type_ids`: all tokens except placeholders are treated as text, but "
+            "this model treats modalities differently. If image features are already merged into the embeddings, as in "
+            "serving engines, pass `mm_token_type_ids` (zeros for text). Only models with joint expert groups, the "
+            "same number of experts per token and the same attention prior for all modalities, no router biases and no "
+            "expert capacity do not need it."
         )
 
 
 def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None) -> None:
-    """Raises `ValueError` unless encoded inputs are under `"image"`, as [`get_image_features`] returns them."""
+    """
+    Raises `ValueError` unless the encoder outputs are a dict whose only key is `"image"` and whose value is the output
+    of [`SparseMoeVlmModel.get_image_features`].
+    """
     if mm_encoder_outputs is None:
         return
     if not isinstance(mm_encoder_outputs, Mapping):
@@ -108,26 +112,26 @@ def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None) -> None:
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError(
                 "`mm_encoder_outputs['image']` must be what `get_image_features` returns, with a `pooler_output`, got "
-                f"{type(outputs).__name__}. Pass an empty dict to have the text read without its images."
+                f"{type(outputs).__name__}. To read the text without its images, pass an empty dict."
             )
 
 
 def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """
-    The hidden states whose logits are asked for, as in the library's own models.
+    Selects the hidden states whose logits are computed, as in Transformers models.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, T, D)`):
-            The hidden states of all tokens.
+            Hidden states of all tokens.
         logits_to_keep (`int` or `torch.Tensor`):
-            Number of last positions (0 for all); or positions of every row `(K,)`; or positions by row `(B, K)`; or,
-            of type bool, `(B, T)`.
+            Number of last positions (0 for all), positions for all rows `(K,)`, positions for each row `(B, K)`, or a
+            mask `(B, T)` of type bool.
 
     Returns:
-        `torch.Tensor`: `(B, K, D)`, or `(number of True, D)` for a mask.
+        `torch.Tensor`: The hidden states, of shape `(B, K, D)`, or `(number of selected tokens, D)` for a mask.
 
     Raises:
-        ValueError: If `logits_to_keep` is something else.
+        ValueError: If `logits_to_keep` is anything else.
     """
     if isinstance(logits_to_keep, int) and not isinstance(logits_to_keep, bool) and logits_to_keep >= 0:
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
@@ -150,9 +154,9 @@ def keep_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tens
 
 
 def check_labels(labels: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raises `ValueError` unless there is one target `(B, T)` per row and position of the logits `(B, T, V)`."""
+    """Raises `ValueError` unless the labels `(B, T)` contain one target per position of the logits `(B, T, V)`."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"`labels` has shape {tuple(labels.shape)}, but there are logits for tokens of shape "
-            f"{tuple(logits.shape[:-1])}: it needs one target per token, -100 for those that do not count."
+            f"{tuple(logits.shape[:-1])}: pass one target per token, -100 for tokens to ignore."
         )

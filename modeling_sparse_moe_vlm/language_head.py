@@ -1,4 +1,4 @@
-"""What the models with a language head share: logits, losses, and generation that reads the attention weights out."""
+"""The language head: logits, losses, and generation with modality weights."""
 
 from __future__ import annotations
 
@@ -19,43 +19,53 @@ from .pretrained import SparseMoeVlmPreTrainedModel
 from .steering import check_steering_arguments
 from .token_modalities import TokenModalities, ids_of_step
 
-# The model whose attention weights a running `generate` reads out, and what it has read so far, step by step.
+# The model whose `generate` returns modality weights, and the weights of the steps so far.
 _read_out: ContextVar[tuple[Any, list[dict[str, tuple[torch.Tensor, ...]]]]] = ContextVar(
     "_read_out", default=(None, [])
 )
 
 
 class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
-    """What the models with a language head share: logits, language loss, router losses."""
+    """Base class of the models with a language head: logits, language loss and router losses."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's; TRL's trainers, which assign a forward of their own, train with our router losses."""
+        """Same as in torch, but adds the router losses to the `forward` that TRL trainers assign to a model."""
         if name == "forward" and takes_fused_head(value):
             value = with_own_router_losses(self, value)
         super().__setattr__(name, value)
 
     def generate(self, *args, output_modality_weights: bool = False, **kwargs):
         """
-        See [`~transformers.GenerationMixin.generate`], with the steering arguments of [`SparseMoeVlmTextModel`].
+        Generates token ids: see [`~transformers.GenerationMixin.generate`].
 
         Args:
+            args:
+                Arguments of [`~transformers.GenerationMixin.generate`].
             output_modality_weights (`bool`, *optional*, defaults to `False`):
-                Whether to return the weight of every attention part as well: `modality_weights` and
-                `count_free_modality_weights`, for every step a tuple with one tensor `(rows, heads, T, num_modalities)`
-                per layer, where T is the length of the prompt in the first step, then 1 (in assisted decoding, the
-                number of candidates that were taken, plus 1). Needs `return_dict_in_generate=True`.
+                Whether to also return `modality_weights` and `count_free_modality_weights`, the weights of the
+                attention parts. Each has an entry per step, which is a tuple with one tensor
+                `(rows, heads, T, num_modalities)` per layer. T is the length of the prompt in the first step and 1 in
+                later steps (in assisted decoding, the number of accepted candidates plus 1). Requires
+                `return_dict_in_generate=True`.
+            kwargs:
+                Other arguments of [`~transformers.GenerationMixin.generate`], inputs of the model, and the steering
+                arguments `modality_priors` and `modality_guidance` (see [`SparseMoeVlmTextModel.forward`]).
+
+        Returns:
+            [`~transformers.utils.ModelOutput`] or `torch.LongTensor`: The generated token ids, or an output with other
+            fields if `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: If `output_modality_weights=True` comes without `return_dict_in_generate=True`, or if an
-                argument that steers attention is misspelt.
+            ValueError: If `output_modality_weights=True` is passed without `return_dict_in_generate=True`, or if a
+                steering argument is misspelt.
         """
         check_steering_arguments(kwargs)
         if not output_modality_weights:
             return super().generate(*args, **kwargs)
-        # Not an argument of the model: assistants would be given it, too.
+        # Not passed as an argument of the model, because it would also be passed to assistant models.
         token = _read_out.set((self, []))
         try:
             outputs = super().generate(*args, **kwargs)
@@ -69,7 +79,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         return outputs
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
-        """As the library's, but a `max_length` of the call counts, whatever `max_new_tokens` the checkpoint has."""
+        """Same as in Transformers, but a `max_length` of the call overrides `max_new_tokens` of the checkpoint."""
         given = generation_config or GenerationConfig()
         max_length, max_new_tokens = (
             kwargs.get(name, getattr(given, name)) for name in ("max_length", "max_new_tokens")
@@ -80,10 +90,10 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         return prepared, model_kwargs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, num_new_tokens: int = 1, **kwargs):
-        """As the library's, and keeps the attention weights of the tokens that this step has added."""
+        """Same as in Transformers, but also stores the modality weights of the tokens that this step has added."""
         model, read_out = _read_out.get()
         if model is self:
-            # There are logits for the last token and for every candidate.
+            # The logits are those of the last token and of all candidates.
             num_refused = outputs.logits.shape[1] - num_new_tokens
             read_out.append(
                 {
@@ -96,7 +106,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         )
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_token_type_ids=None, **kwargs):
-        """As the library's, with the modality ids of the tokens of this step in every release and decoding mode."""
+        """Same as in Transformers, but passes the modality ids of this step in all releases and decoding modes."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if _read_out.get()[0] is self:
             model_inputs["output_modality_weights"] = True
@@ -115,6 +125,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         wants_router_losses: bool,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
+        """Computes the logits and, if they are needed, the language loss and the router losses."""
         text_config = self.config.get_text_config()
         logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
 
@@ -123,7 +134,8 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
             check_labels(labels, logits)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
         losses: dict[str, torch.Tensor] = {}
-        # A setting of training must not cost anything at inference: only who trains or asks gets the losses.
+        # `config.output_router_logits` must not slow down inference: the losses are computed only for training and on
+        # request.
         if outputs.router_logits and (wants_router_losses or labels is not None or self.training):
             loss, losses = add_router_losses(
                 text_config,

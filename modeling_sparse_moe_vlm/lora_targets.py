@@ -1,4 +1,4 @@
-"""A warning for adapters that miss the routed experts, which are stacks of parameters rather than linear layers."""
+"""A warning for adapters that skip the routed experts, because these are stacked parameters and not linear layers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import nn
 
 from .experts import SparseMoeVlmExperts
 
-# The names that the matrices of an expert have where experts are modules of their own, as on disk, and those that the
-# matrices of dense feed-forward blocks have in models that were upcycled.
+# Names of the matrices of an expert in models whose experts are separate modules (as in checkpoints), and of the
+# matrices of dense feed-forward blocks in base models of upcycled models.
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 
 
 class AdapterConfigs:
     """
-    The attribute `peft_config` of a model, which PEFT sets once it has put an adapter into it. Warns where an adapter
-    was meant for feed-forward blocks, by the usual names or by `"all-linear"`, and no routed expert has got one.
+    Descriptor for the attribute `peft_config` of a model, which PEFT sets after it has added an adapter. It warns if
+    the adapter targets feed-forward blocks, by their usual names or with `"all-linear"`, but no routed expert got one.
     """
 
     def __get__(self, model: Any, _: type | None = None) -> Any:
@@ -40,8 +40,9 @@ class AdapterConfigs:
 
 
 def _warn_of_missed_experts(model: nn.Module, adapter_name: str, config: Any) -> None:
+    """Warns if an adapter targets feed-forward blocks, but no routed expert got one."""
     targets = getattr(config, "target_modules", None)
-    # A configuration with ranks for experts is one of `expert_lora_config`, in which they were chosen.
+    # Configurations with `expert_ranks` come from `expert_lora_config`, in which the user has chosen the experts.
     if not targets or getattr(config, "inference_mode", False) or hasattr(config, "expert_ranks"):
         return
     experts = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoeVlmExperts)}
@@ -53,22 +54,23 @@ def _warn_of_missed_experts(model: nn.Module, adapter_name: str, config: Any) ->
     share = _size(experts.values()) / _size([model])
     warnings.warn(
         f"no routed expert gets an adapter: the adapter {adapter_name!r} is for linear layers, but the routed experts, "
-        f"{share:.0%} of the model's parameters, are stacks of matrices. Make its configuration with "
-        "`expert_lora_config(model, …)` of `modeling_sparse_moe_vlm.toolbox.expert_lora` (always-on experts and, with "
-        '`attention=True`, attention included), or add `target_parameters=["gate_up_proj", "down_proj"]` to it.',
+        f"{share:.0%} of the model's parameters, are stacked parameters. Create the configuration with "
+        "`expert_lora_config(model, …)` from `modeling_sparse_moe_vlm.toolbox.expert_lora` (it includes always-on "
+        "experts and, with `attention=True`, the attention), or add "
+        '`target_parameters=["gate_up_proj", "down_proj"]` to it.',
         stacklevel=6,  # `get_peft_model`
     )
 
 
 def _is_target(name: str, targets: str | Iterable[str]) -> bool:
-    """Whether PEFT would take a module of this name for a target: by a pattern, or by the end of its name."""
+    """Returns whether PEFT would target a module with this name, by a pattern or by the end of its name."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def _linear_layers_without_adapter(model: Any) -> Iterator[nn.Module]:
-    """Linear layers but for the head, which `"all-linear"` leaves out."""
+    """Yields the linear layers without an adapter, except for the head, which `"all-linear"` also skips."""
     for name, module in model.named_modules():
         is_part_of_adapter = re.search(r"\.(base_layer|lora_\w+)(\.|$)", name) is not None
         if isinstance(module, nn.Linear) and not is_part_of_adapter and module is not model.get_output_embeddings():

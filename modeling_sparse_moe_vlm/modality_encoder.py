@@ -1,4 +1,4 @@
-"""Further modalities: an encoder from Transformers and a projector turn what is not text or an image into tokens."""
+"""Encoders of further modalities: an encoder from Transformers and a projector convert their inputs to tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 
 class SparseMoeVlmModalityEncoder(nn.Module):
     """
-    The encoder of one further modality, which `AutoModel` makes, then a two-layer MLP: the encoder's main input →
-    tokens `(num_items, num_tokens, D_text)`, one per row of its last hidden state.
+    The encoder of a further modality: an encoder created by `AutoModel`, followed by a two-layer MLP. It converts the
+    main input of the encoder to tokens `(num_items, num_tokens, D_text)`, one for each row of its last hidden state.
 
     Args:
         config (`SparseMoeVlmConfig`):
@@ -26,7 +26,7 @@ class SparseMoeVlmModalityEncoder(nn.Module):
             The entry of the modality in `config.modality_encoders`.
 
     Raises:
-        ValueError: If `AutoModel` cannot make an encoder of the entry.
+        ValueError: If `AutoModel` cannot create an encoder from the entry.
     """
 
     def __init__(self, config: SparseMoeVlmConfig, encoder_config: dict[str, Any]):
@@ -36,8 +36,8 @@ class SparseMoeVlmModalityEncoder(nn.Module):
             self.encoder = AutoModel.from_config(AutoConfig.for_model(**fields))
         except (KeyError, ValueError) as error:
             raise ValueError(
-                f"`modality_encoders` names the model type {fields['model_type']!r}, which makes no encoder: {error}. "
-                "Register its classes first, with `AutoConfig.register` and `AutoModel.register`."
+                f"`modality_encoders` names the model type {fields['model_type']!r}, for which there is no encoder: "
+                f"{error}. Register its classes first with `AutoConfig.register` and `AutoModel.register`."
             ) from error
         hidden_size = config.text_config.hidden_size
         self.linear_1 = nn.Linear(self.encoder.config.hidden_size, hidden_size)
@@ -50,7 +50,13 @@ class SparseMoeVlmModalityEncoder(nn.Module):
 
 
 class SparseMoeVlmModalityEncoders(nn.ModuleDict):
-    """The encoders of all further modalities, by name."""
+    """
+    The encoders of all further modalities, by the name of the modality.
+
+    Args:
+        config (`SparseMoeVlmConfig`):
+            Configuration of the whole model.
+    """
 
     def __init__(self, config: SparseMoeVlmConfig):
         super().__init__(
@@ -68,22 +74,22 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
         mm_token_type_ids: torch.Tensor,
     ) -> torch.Tensor:
         """
-        Replaces the placeholders of further modalities by what their encoders return.
+        Replaces the embeddings of placeholders with the features of the encoders.
 
         Args:
             modality_values (`Mapping[str, torch.Tensor]`):
-                By modality, the input of its encoder.
+                Inputs of the encoders, by the name of the modality.
             inputs_embeds (`torch.Tensor` of shape `(B, T, D)`):
-                The embedded tokens.
+                Embeddings of the tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
-                Their modality ids.
+                Modality id of every token.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, D)`: the embedded tokens with the features in place.
+            `torch.Tensor` of shape `(B, T, D)`: The embeddings with the features.
 
         Raises:
-            ValueError: If a modality has no encoder, its values are not a tensor, or the numbers of its features and
-                tokens differ.
+            ValueError: If a modality has no encoder, if its values are not a tensor, or if the number of its features
+                does not match the number of its tokens.
         """
         for name, values in modality_values.items():
             if name not in self:
@@ -98,7 +104,7 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
             torch_compilable_check(
                 num_tokens == features.shape[0],
                 f"Features and tokens of modality {name!r} do not match: every item needs as many placeholder tokens "
-                f"as its encoder makes features ({features.shape[0]} in this batch).",
+                f"as the encoder returns features ({features.shape[0]} in this batch).",
             )
             inputs_embeds = inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
         return inputs_embeds
@@ -107,19 +113,19 @@ class SparseMoeVlmModalityEncoders(nn.ModuleDict):
         self, modality_values: Mapping[str, torch.Tensor], mm_token_type_ids: torch.Tensor, times: int
     ) -> dict[str, torch.Tensor]:
         """
-        The values for a batch in which every row is repeated, as for beams.
+        Repeats the inputs of the encoders for a batch in which every row is repeated, as for beam search.
 
         Args:
             modality_values (`Mapping[str, torch.Tensor]`):
-                By modality, the input of its encoder.
+                Inputs of the encoders, by the name of the modality.
             mm_token_type_ids (`torch.Tensor` of shape `(B, T)`):
-                The modality ids of the rows before they are repeated.
+                Modality ids of the rows before they are repeated.
             times (`int`):
-                How many times every row appears.
+                Number of repetitions of every row.
 
         Returns:
-            `dict[str, torch.Tensor]`: values that do not fit the rows are returned unchanged, and [`embed`] refuses
-            them.
+            `dict[str, torch.Tensor]`: The repeated inputs. Inputs that do not match the rows are returned unchanged;
+            [`SparseMoeVlmModalityEncoders.embed`] raises an error for them.
         """
         repeated = dict(modality_values)
         for name in self.keys() & repeated.keys():

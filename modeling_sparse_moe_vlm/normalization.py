@@ -1,4 +1,4 @@
-"""Normalisation of the decoder."""
+"""The normalisation layer of the decoder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import nn
 
 class SparseMoeVlmRMSNorm(nn.RMSNorm):
     """
-    Root-mean-square normalisation (arXiv 1910.07467) by torch's own function, which is one kernel on GPUs. The result
-    has the dtype of the input, whatever that of the weight (mixed precision).
+    Root mean square normalisation (arXiv 1910.07467) with the function of torch, which is a single kernel on GPUs. The
+    output has the dtype of the input, even if the weight has another dtype (mixed precision).
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

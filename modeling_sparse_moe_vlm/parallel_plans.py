@@ -1,4 +1,4 @@
-"""What several processes need to know of the model: parallel plans by expert group, and whether there are several."""
+"""Parallel plans for models with expert groups, and fixes for models that are distributed over several processes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .experts_config import experts_config_of
 
 def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, str]:
     """
-    Spells out the entries of a parallel plan for every expert group, since the library's wildcards stand for numbers
-    alone.
+    Replaces the wildcards for expert groups in a parallel plan with the names of the groups, because the wildcards of
+    Transformers only match numbers.
 
     Args:
         plan (`dict[str, str]`):
-            Parallel style by pattern; patterns name `….experts`, `….shared_experts.*` and `expert_pools.*`.
+            Parallel styles by pattern, with patterns such as `….experts`, `….shared_experts.*` and `expert_pools.*`.
         config (`SparseMoeVlmExpertsConfig`):
-            Configuration of the experts, or of our decoder.
+            Configuration of the experts, or of the decoder of this package.
 
     Returns:
-        `dict[str, str]`: the plan, with group names as the model's modules have them.
+        `dict[str, str]`: The plan with the group names of the model's modules.
     """
     routed = config.routed_group_names
     always_on = [group["name"] for group in config.expert_groups if group["always_on"]]
     spelled_out = {}
     for pattern, style in plan.items():
-        # The library complains about what a plan names in vain.
+        # Transformers warns about patterns that do not match any module.
         if "expert_pools.*" in pattern and not config.pools:
             continue
         if "modality_log_priors" in pattern and not config.learned_modality_priors:
@@ -51,39 +51,40 @@ def plan_by_group(plan: dict[str, str], config: PreTrainedConfig) -> dict[str, s
 
 
 def is_one_of_several_processes() -> bool:
-    """Whether this process works with others (data, tensor or expert parallelism)."""
+    """Returns whether several processes work together (data, tensor or expert parallelism)."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
     """
-    Fits the parallel plans to the model that is about to be spread over processes, and checks that it can be.
+    Adapts the parallel plans to a model that is about to be distributed over processes, and checks that its sizes can
+    be divided.
 
     Args:
         model (`PreTrainedModel`):
             The model, before its weights are loaded.
         sizes (`transformers.distributed.DistributedConfig`):
-            How many processes share what.
+            Sizes of the parallelism.
 
     Raises:
-        ValueError: If heads, widths or experts cannot be shared out evenly, or if Accelerate is to shard the model,
-            too; the message says what does not fit and the fix.
+        ValueError: If heads, widths or experts cannot be divided evenly, or if Accelerate is also configured to shard
+            the model. The message names the size and the fix.
     """
-    # With efficient loading, the experts of all processes but the first would stay empty.
+    # With the RAM-efficient loading of FSDP, only the first process would load the experts.
     check(
         os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true",
-        "`distributed_config` shares out the model while it is loaded, but the processes were launched for "
-        "Accelerate's FSDP, which shards it afterwards: launch them without FSDP, as "
-        "`configuration/accelerate/expert_parallel.yaml` does, or load the model without `distributed_config`.",
+        "`distributed_config` distributes the model while it is loaded, but the processes were launched with "
+        "Accelerate's FSDP, which shards the model afterwards: launch them without FSDP, as in "
+        "`configuration/accelerate/expert_parallel.yaml`, or load the model without `distributed_config`.",
     )
     experts = experts_config_of(model.config)
     names = {_with_wildcards(name) for name, _ in chain(model.named_modules(), model.named_parameters())}
     for plan_name in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
-        # The library complains about what a plan names in vain.
+        # Transformers warns about patterns that do not match any module.
         plan = {name: style for name, style in getattr(model, plan_name).items() if name in names}
         if plan_name == "_fsdp_plan" and sizes.ep_size > 1:
-            # Dispatched experts are wrapped on their own, and no module can be twice.
+            # Dispatched experts are wrapped separately, and a module can only be wrapped once.
             plan = {name: style for name, style in plan.items() if not name.endswith("expert_pools.*")}
         setattr(model, plan_name, plan)
     if sizes.tp_size > 1 and sizes.tp_plan != {}:
@@ -98,11 +99,12 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
 
 
 def _check_tensor_parallelism(config: PreTrainedConfig, sizes: Any) -> None:
+    """Raises `ValueError` unless heads and widths can be divided evenly among the processes."""
     decoder = config.get_text_config()
     heads = {name: getattr(decoder, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
     numbers = {name: number for name, number in heads.items() if isinstance(number, int)}
     if sizes.ep_size == 1:
-        # Stacks of fused experts are cut by width.
+        # Stacked experts are divided along their intermediate size.
         for group in experts_config_of(config).expert_groups:
             if not group["always_on"]:
                 numbers[f"intermediate_size` of the group `{group['name']}"] = group["intermediate_size"]
@@ -110,23 +112,23 @@ def _check_tensor_parallelism(config: PreTrainedConfig, sizes: Any) -> None:
         check(
             number % sizes.tp_size == 0,
             f"`{name}` ({number}) cannot be shared out evenly among {sizes.tp_size} processes: choose a `tp_size` that "
-            "divides it, or share the model in another way (`fsdp_size`, `ep_size`).",
+            "divides it, or use another kind of parallelism (`fsdp_size`, `ep_size`).",
         )
 
 
 def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, int]) -> None:
     """
-    What the library leaves undone in a model that it has shared out.
+    Fixes a model after Transformers has distributed it over processes.
 
     Args:
         model (`nn.Module`):
-            The model, with its plans applied.
+            The model with its plans applied.
         sizes (`transformers.distributed.DistributedConfig`):
-            How many processes share what.
+            Sizes of the parallelism.
         num_experts (`dict[nn.Module, int]`):
-            By stack of experts that may be sent the sentinel id, its number of experts before.
+            Number of experts, before the model was distributed, of each module that accepts sentinel ids.
     """
-    # Not every build of torch has it, and only several processes need it.
+    # Imported here, because not every build of torch has it and only several processes need it.
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     for method in ("generate", "get_image_features"):
@@ -139,7 +141,7 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
     for experts, number in num_experts.items():
         _skip_sentinels(experts, number)
     if sizes.efsdp_size == 1:
-        # Up to transformers 5.20, at least, the gradients of such experts are divided by the number of batches twice.
+        # At least up to Transformers 5.20, the gradients of these experts are divided twice by the number of batches.
         for module in model.modules():
             force_sum: Any = getattr(module, "set_force_sum_reduction_for_comms", None)
             if force_sum is not None:
@@ -148,12 +150,12 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
 
 def forget_plans_of_stacks(model: Any) -> None:
     """
-    Takes stacks of experts out of a model's tensor-parallel plan once it has been applied. PEFT, which cuts adapters as
-    the plan cuts what they belong to, takes a stack for a linear layer, and fails.
+    Removes stacked experts from a model's tensor parallel plan after the plan has been applied. PEFT divides adapters
+    according to the plan, but treats stacked experts as linear layers and fails.
 
     Args:
         model (`PreTrainedModel`):
-            The model, changed in place if several processes share it.
+            The model. It is changed in place if it is distributed.
     """
     stacks = {
         _with_wildcards(name)
@@ -166,12 +168,12 @@ def forget_plans_of_stacks(model: Any) -> None:
 
 
 def _with_wildcards(name: str) -> str:
-    """A name as the patterns of a plan have it, where `*` stands for a number."""
+    """Returns a name with its numbers replaced by the wildcard `*`, as in the patterns of a plan."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _skip_sentinels(experts: nn.Module, num_experts: int) -> None:
-    """Keeps sentinel ids from experts whose tokens are exchanged between processes, which has no place for them."""
+    """Removes sentinel ids before the tokens are exchanged between processes, which does not support them."""
     exchange = experts.forward
 
     def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Number of parameters of a model, total and active per token, from its configuration alone."""
+"""Number of parameters of a model, total and active per token, computed from its configuration."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from .experts_config import SparseMoeVlmExpertsConfig
 
 def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]:
     """
-    Counts on the meta device, where modules have shapes but no memory.
+    Counts the parameters of a model on the meta device, so no memory is allocated.
 
     Args:
         config (`SparseMoeVlmConfig` or `SparseMoeVlmTextConfig`):
-            Configuration of the whole model, or of the decoder alone.
+            Configuration of the whole model or of the decoder.
         modality (`str`):
-            The modality of the token whose active parameters are counted.
+            Modality of the token whose active parameters are counted.
 
     Returns:
-        `tuple[int, int]`: all parameters, and those that one token of the modality uses.
+        `tuple[int, int]`: Number of all parameters, and number of parameters that one token of the modality uses.
 
     Raises:
-        ValueError: If the configuration does not know the modality.
+        ValueError: If the configuration does not have the modality.
     """
-    from .modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration  # imports this
+    # Imported here, because that file imports this one.
+    from .modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
 
     text_config = config.get_text_config()
     if modality not in text_config.modalities:
@@ -46,30 +47,30 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
 
 def idle_experts(config: SparseMoeVlmExpertsConfig, modality: str) -> int:
     """
-    Counts what a token leaves unused of the experts.
+    Counts the parameters of the experts of all layers that a token does not use.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
             Configuration of the experts.
         modality (`str`):
-            The modality of the token.
+            Modality of the token.
 
     Returns:
-        `int`: number of parameters of the experts, of all layers, that one token of the modality does not use.
+        `int`: The number of parameters.
     """
     layers = [[layer] for layer in range(config.num_hidden_layers) if config.layer_pool(layer) is None]
     return sum(_idle_experts(config, shared, modality) for shared in [*layers, *config.pools.values()])
 
 
 def _idle_experts(config: SparseMoeVlmExpertsConfig, layers: list[int], modality: str) -> int:
-    """Parameters of the experts of layers that share the routed ones which one token of the modality leaves unused."""
-    per_unit = 3 * config.hidden_size  # gate, up and down weights per unit of an expert's width
+    """Counts the unused parameters of the experts of one layer, or of layers that share their routed experts."""
+    per_unit = 3 * config.hidden_size  # gate, up and down weights per unit of the intermediate size
     idle = 0
     for layer in layers:
         for group in config.layer_expert_groups(layer, always_on=True):
             idle += 0 if group.serves(modality) else group.num_experts * group.intermediate_size
-    # Where groups differ in width, the widest experts that serve the token are an upper bound of what it uses; where
-    # layers share them, so is that it picks others in each.
+    # The number of used parameters is an upper bound: if groups differ in width, the widest experts that serve the
+    # token are counted; if layers share experts, different experts are counted in each layer.
     widths = []
     for group in config.layer_expert_groups(layers[0], always_on=False):
         idle += group.num_experts * group.intermediate_size

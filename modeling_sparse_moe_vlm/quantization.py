@@ -1,4 +1,4 @@
-"""What quantisers leave out: most of them only know linear layers, and experts lie in stacks."""
+"""A warning for quantisers that skip the routed experts, because these are stacked parameters."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ logger = logging.get_logger(__name__)
 
 def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
     """
-    Warns where a model was loaded with a `quantization_config` that does not cover its routed experts.
+    Logs a warning if a model was loaded with a `quantization_config` that does not quantise its routed experts.
 
     Args:
         model (`PreTrainedModel`):
-            The model, with its weights loaded.
+            The model with its weights loaded.
         quantizer (`HfQuantizer`, *optional*):
-            What quantised it.
+            The quantiser.
     """
     if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
         return
     names = [f"{part}.{name}" for stack in expert_stacks(model) for part in stack.parts for name in MATRICES]
-    # Quantised ones are of another class, or in types of a byte.
+    # Quantised weights have another class or a dtype of one byte.
     left = [weight for weight in map(model.get_parameter, names) if _is_plain(weight)]
     if not left:
         return
@@ -35,10 +35,10 @@ def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
     share = sum(weight.numel() for weight in left) / sum(weight.numel() for weight in model.parameters())
     logger.warning_once(
         f"`quantization_config` leaves the routed experts as they are: {size / 1e6:,.1f} MB, {share:.0%} of the "
-        "model's parameters. Quantisers convert linear layers, and experts lie in stacks. torchao also quantises "
-        "stacks, with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig()}))` and "
-        "`experts_implementation='eager'`; name the decoder's linear layers likewise, as "
-        rf"`r're:.*{decoder.rpartition('.')[2]}.*_proj\.weight'`."
+        "model's parameters. Quantisers convert linear layers, but the routed experts are stacked parameters. torchao "
+        "can quantise them with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': "
+        "Int8WeightOnlyConfig()}))` and `experts_implementation='eager'`. Add a pattern for the linear layers of the "
+        rf"decoder as well, such as `r're:.*{decoder.rpartition('.')[2]}.*_proj\.weight'`."
     )
 
 

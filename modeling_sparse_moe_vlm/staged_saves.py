@@ -1,4 +1,4 @@
-"""Saves that a folder gets as a whole: whenever the process ends, the folder has the old files or the new ones."""
+"""Atomic saves: even if the process is interrupted, a folder contains either the old files or the new files."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' renameat2
-_RENAME_SWAP = 2  # of macOS' renamex_np
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # constants of renameat2 (Linux)
+_RENAME_SWAP = 2  # constant of renamex_np (macOS)
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index(?P<variant>\..+)?\.json)?")
 
 
 @contextmanager
 def staged_folder(folder: str | os.PathLike, exchange: bool = True) -> Iterator[Path]:
     """
-    A new folder to write into, whose files [`put_in_place`] then puts into `folder`. If writing fails, or the process
-    ends meanwhile, `folder` is as it was.
+    Context manager that provides a temporary folder to write to, and then moves its files to `folder` (see
+    [`put_in_place`]). If writing fails or the process is interrupted, `folder` is not changed.
 
     Args:
         folder (`str` or `os.PathLike`):
-            Where the files are to be in the end. Made if it is not there.
-        exchange (`bool`, defaults to `True`):
+            Destination of the files. It is created if it does not exist.
+        exchange (`bool`, *optional*, defaults to `True`):
             See [`put_in_place`].
 
     Yields:
-        `Path`: the folder to write into.
+        `Path`: The temporary folder.
     """
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
@@ -47,19 +47,20 @@ def staged_folder(folder: str | os.PathLike, exchange: bool = True) -> Iterator[
 
 def put_in_place(stage: Path, folder: str | os.PathLike, outdated: Collection[str] = (), exchange: bool = True) -> None:
     """
-    Puts the files of a folder into another one, in one step where the system can do that: the two folders are
-    exchanged, with hard links for the other files that are to stay. Otherwise the files are moved: the old weights go
-    first, and the new ones come last, so that no mixture of both can be loaded if the process ends in between.
+    Moves the files of a folder to another folder. If the system supports it, this is a single step: the two folders are
+    exchanged, with hard links for files that are kept. Otherwise, the files are moved one by one. The old weights are
+    removed first and the new weights are added last, so that a mixture of both cannot be loaded if the process is
+    interrupted.
 
     Args:
         stage (`Path`):
-            A folder with a saved model or adapter, on the same file system. It is gone afterwards.
+            A folder with a saved model or adapter, on the same file system. It is removed afterwards.
         folder (`str` or `os.PathLike`):
-            Where the files go. What is there stays, except for files of the same names, and older weights.
+            Destination of the files. Existing files are kept, except for files with the same names and old weights.
         outdated (`Collection[str]`, *optional*):
-            Names of other files in `folder` that go.
-        exchange (`bool`, defaults to `True`):
-            Whether `folder` may be exchanged: not where other processes write into it at the same time.
+            Names of other files in `folder` to remove.
+        exchange (`bool`, *optional*, defaults to `True`):
+            Whether the folders can be exchanged. Must be `False` if other processes write to `folder` at the same time.
     """
     target = Path(os.path.realpath(folder))
     target.mkdir(parents=True, exist_ok=True)
@@ -73,16 +74,19 @@ def put_in_place(stage: Path, folder: str | os.PathLike, outdated: Collection[st
 
 
 def _kind_of_weights(name: str) -> str | None:
-    """Of a file of weights or their index, the name of the single file that could hold them all."""
+    """
+    Returns the name, without extension, of the single file that would contain all weights of a (sharded) file or index,
+    or `None` for other files.
+    """
     match = _WEIGHTS.fullmatch(name)
     return None if match is None else match["stem"] + (match["variant"] or "")
 
 
 def _exchange(stage: Path, target: Path, kept: Collection[str]) -> bool:
-    """Links what stays into a staged folder, and exchanges it with the target; returns whether it could."""
+    """Links the files to keep into the staged folder, and exchanges it with the target. Returns whether it worked."""
     here = Path.cwd()
     if stage.parent == target or target == here or target in here.parents:
-        return False  # the process would be left in a folder that is gone
+        return False  # the working directory of the process would be removed
     linked = []
     try:
         for path in (target / name for name in kept if target / name != stage):
@@ -93,7 +97,7 @@ def _exchange(stage: Path, target: Path, kept: Collection[str]) -> bool:
                 os.link(path, linked[-1], follow_symlinks=False)
         shutil.copystat(target, stage)
         _swap(os.fsencode(stage), os.fsencode(target))
-    except (OSError, AttributeError):  # no hard links, or no such call: of this system, or for this folder
+    except (OSError, AttributeError):  # the system or the file system does not support hard links or the exchange
         for path in linked:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -104,7 +108,7 @@ def _exchange(stage: Path, target: Path, kept: Collection[str]) -> bool:
 
 
 def _swap(one: bytes, other: bytes) -> None:
-    """Exchanges two folders in one step. Raises `OSError` or `AttributeError` where that is not possible."""
+    """Exchanges two folders in a single step. Raises `OSError` or `AttributeError` if that is not possible."""
     library = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
         failed = library.renamex_np(one, other, _RENAME_SWAP)
@@ -115,7 +119,7 @@ def _swap(one: bytes, other: bytes) -> None:
 
 
 def _move(stage: Path, target: Path, replaced: Collection[str]) -> None:
-    """Moves what is in a staged folder into the target: weights after all else, and their index last."""
+    """Moves the files of a staged folder to the target: weights after all other files, and their index last."""
     for name in sorted(replaced, key=_order, reverse=True):
         if _order(name) or not (stage / name).exists():
             (target / name).unlink()
@@ -127,13 +131,14 @@ def _move(stage: Path, target: Path, replaced: Collection[str]) -> None:
 
 
 def _order(name: str) -> int:
+    """Returns the position of a file in the order of [`_move`]."""
     if _kind_of_weights(name) is None:
         return 0
     return 1 if name.endswith(".safetensors") else 2
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:
-    """Removes what processes that were killed have staged, also in a stage of a stage."""
+    """Removes staged folders of processes that were killed, including staged folders in a staged folder."""
     for path in parent.iterdir():
         for start in (prefix, f".{prefix}"):
             process = path.name.removeprefix(start).partition("-")[0]
@@ -142,7 +147,7 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if os.name == "nt":  # where the call below would end it
+    if os.name == "nt":  # on Windows, the call below would end the process
         return True
     try:
         os.kill(process, 0)

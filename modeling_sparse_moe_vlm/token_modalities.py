@@ -1,4 +1,4 @@
-"""What a forward pass knows of its tokens: the modality of each, and which are padding."""
+"""The modality of every token of a forward pass, and which tokens are padding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .expert_groups import BUILTIN_MODALITIES, served_as
 
 class TokenModalities(NamedTuple):
     """
-    The tokens of one forward pass. The outermost model makes this once and hands it down (`token_modalities`): routing,
-    attention, router losses and statistics all read it.
+    The tokens of a forward pass. The outermost model creates this object once and passes it to its submodels as
+    `token_modalities`, for the routing, the attention, the router losses and the routing statistics.
 
     Args:
         ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-            Modality id of every token, of type int64; all text when `None`.
+            Modality id of every token, of type int64. `None` if all tokens are text.
         is_real (`torch.Tensor` of shape `(B, T)`, *optional*):
-            `False` for padding, of type bool; no padding when `None`.
+            `False` for padding, of type bool. `None` if there is no padding.
     """
 
     ids: torch.Tensor | None
@@ -36,21 +36,24 @@ class TokenModalities(NamedTuple):
         modalities: Sequence[str],
     ) -> TokenModalities:
         """
-        Makes the record of tokens of the shape `(B, T)`.
+        Creates the object from the arguments of a forward pass.
 
         Args:
             shape (`Sequence[int]`):
-                B and T.
+                Shape `(B, T)` of the tokens.
             mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
-                Modality id of every token, of an integer type.
+                Modality id of every token, of an integer type. By default, all tokens are text.
             attention_mask (`torch.Tensor`, *optional*):
                 See [`real_tokens`].
             modalities (`Sequence[str]`):
-                The configuration's `modalities`, of which an id is the position.
+                The `modalities` of the configuration. The position of a modality is its id.
+
+        Returns:
+            [`TokenModalities`]: The object.
 
         Raises:
-            ValueError: If the ids have another shape, or lie outside of `modalities`. On a device that would have to be
-                waited for, single tokens are not looked at.
+            ValueError: If the ids have another shape or are not positions in `modalities`. The values of single tokens
+                (decoding) are not checked on devices other than the CPU, because this would wait for the device.
         """
         if mm_token_type_ids is not None:
             check_shape(mm_token_type_ids, shape)
@@ -61,7 +64,7 @@ class TokenModalities(NamedTuple):
         is_real = None
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             rows, length = attention_mask.shape
-            # A mask that does not fit the tokens is refused by the decoder.
+            # The decoder raises an error for a mask that does not match the tokens.
             fits = rows == shape[0] and length >= shape[1]
             is_real = attention_mask[:, length - shape[1] :].bool() if fits else None
         return cls(mm_token_type_ids, is_real)
@@ -69,19 +72,19 @@ class TokenModalities(NamedTuple):
 
 def ids_of_step(mm_token_type_ids: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """
-    The modality ids of the tokens that a step of `generate` runs. What follows the prompt is text, also candidates of
-    assisted decoding, which have no ids yet.
+    Returns the modality ids of the tokens that a step of `generate` runs. Tokens after the prompt are text, including
+    the candidate tokens of assisted decoding, which have no ids yet.
 
     Args:
         mm_token_type_ids (`torch.Tensor` of shape `(B, S)`):
-            Modality ids of the text so far, or at least of the prompt.
+            Modality ids of the prompt and possibly of tokens after it.
         input_ids (`torch.Tensor` of shape `(B, S')`):
-            The text so far, with candidates.
+            Token ids of the prompt and the tokens after it, including candidates.
         tokens (`torch.Tensor` of shape `(B, T)` or `(B, T, D)`):
-            Its last tokens, which this step runs.
+            The last tokens, which this step runs.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`.
+        `torch.Tensor` of shape `(B, T)`: The modality ids.
     """
     num_new = max(input_ids.shape[1] - mm_token_type_ids.shape[1], 0)
     ids = nn.functional.pad(mm_token_type_ids, (0, num_new))[:, -tokens.shape[1] :]
@@ -89,7 +92,21 @@ def ids_of_step(mm_token_type_ids: torch.Tensor, input_ids: torch.Tensor, tokens
 
 
 def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """The tokens `(B, T)` or `(B, T, D)` of a call; raises `ValueError` unless it gives exactly one of the two."""
+    """
+    Checks that a call has exactly one of two arguments.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
+            Token ids.
+        inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*):
+            Embeddings of the tokens.
+
+    Returns:
+        `torch.Tensor`: The argument that was given.
+
+    Raises:
+        ValueError: If both or neither are given.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`.")
     tokens = input_ids if input_ids is not None else inputs_embeds
@@ -98,11 +115,11 @@ def check_tokens(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
 
 
 def check_shape(mm_token_type_ids: torch.Tensor, shape: Sequence[int]) -> None:
-    """Raises `ValueError` unless there is one modality id per token of the shape `(B, T)`."""
+    """Raises `ValueError` unless there is one modality id per token; `shape` is the shape `(B, T)` of the tokens."""
     if tuple(mm_token_type_ids.shape) != tuple(shape):
         raise ValueError(
             f"`mm_token_type_ids` has shape {tuple(mm_token_type_ids.shape)}, but there are tokens of shape "
-            f"{tuple(shape)}: it needs one modality id per token of this call."
+            f"{tuple(shape)}: pass one modality id per token of this call."
         )
 
 
@@ -117,8 +134,17 @@ def check_range(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> N
 
 def listed_ids(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> torch.Tensor:
     """
-    Modality ids as Transformers numbers them, as positions in the configuration's `modalities`: see
-    [`~expert_groups.served_as`].
+    Converts the modality ids of Transformers to positions in the `modalities` of the configuration.
+
+    Args:
+        mm_token_type_ids (`torch.Tensor`):
+            Modality ids of Transformers, of any shape.
+        modalities (`Sequence[str]`):
+            The `modalities` of the configuration.
+
+    Returns:
+        `torch.Tensor`: The positions. Modalities that are not listed are converted as in
+        [`~expert_groups.served_as`].
     """
     for modality_id in range(len(modalities), len(BUILTIN_MODALITIES)):
         served = served_as(BUILTIN_MODALITIES[modality_id], modalities)
@@ -134,34 +160,38 @@ def find_modalities(
     embedding: nn.Module,
 ) -> torch.Tensor:
     """
-    Modality ids of the tokens of a call.
+    Determines the modality ids of the tokens of a call.
 
-    Without given ids, the placeholder tokens tell where images are, and what else has a placeholder; all other tokens
-    are text. Given ids hold, with two exceptions where there are token ids. In a row where they say "image" of a token
-    that is not the image placeholder, the tokens tell where its images are: callers that pad tokens on the left and ids
-    on the right shift them against each other. (A placeholder that is said to be text is text: the model may have
-    generated it.) And further modalities always are where their placeholders are, since processors know only of text
-    and images. Embedded tokens without given ids have the modality of the placeholder whose embedding they equal. With
-    given ids, images are where a row has as many such placeholders as the ids say; else, as when images are merged into
-    the embeddings, the ids hold.
+    Without `mm_token_type_ids`, placeholder tokens have their modality, and all other tokens are text. Embedded tokens
+    are placeholders if they equal the embedding of a placeholder.
+
+    With `mm_token_type_ids` and token ids, the given ids are used with two exceptions. If a row has the id of images at
+    a token that is not an image placeholder, the placeholders of the row determine where its images are, because
+    callers that pad tokens on the left and ids on the right shift them against each other. (An image placeholder with
+    the id of text is text, because the model may have generated it.) For further modalities, the placeholders always
+    determine the ids, because processors only know text and images.
+
+    With `mm_token_type_ids` and embedded tokens, the image placeholders determine the ids if their number in a row
+    equals the number of image ids. Otherwise, for example if image features are already merged into the embeddings, the
+    given ids are used.
 
     Args:
         input_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
             Token ids.
         inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*):
-            Embedded tokens, where there are no token ids.
+            Embeddings of the tokens, if there are no token ids.
         mm_token_type_ids (`torch.Tensor` of shape `(B, T)`, *optional*):
             The given modality ids.
         placeholder_ids (`Mapping[int, int | Sequence[int]]`):
-            By modality id, the id of its placeholder token, or of several.
+            Ids of the placeholder token or tokens of each modality, by modality id.
         embedding (`nn.Module`):
-            Embeds token ids.
+            Token embedding of the model.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, of type int64.
+        `torch.Tensor` of shape `(B, T)`: The modality ids, of type int64.
 
     Raises:
-        ValueError: If the given ids have another shape than the tokens.
+        ValueError: If the given ids do not have the shape of the tokens.
     """
     tokens = input_ids if input_ids is not None else inputs_embeds
     assert tokens is not None
@@ -184,12 +214,16 @@ def find_modalities(
 
 
 def _is_placeholder(tokens: torch.Tensor, token_ids: int | Sequence[int], embedding: nn.Module) -> torch.Tensor:
-    """Which of the tokens `(B, T)`, or embedded tokens `(B, T, D)`, are among the given ones: `(B, T)` of type bool."""
+    """
+    Returns which tokens `(B, T)` or embedded tokens `(B, T, D)` have one of the token ids, as a tensor `(B, T)` of type
+    bool.
+    """
     found = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     for token_id in (token_ids,) if isinstance(token_ids, int) else token_ids:
         if tokens.dim() == 2:
             found = found | (tokens == token_id)
-        elif token_id < getattr(embedding, "num_embeddings", token_id + 1):  # else the base embeds another in its place
+        # Without an embedding for the token, the base model embeds another token instead.
+        elif token_id < getattr(embedding, "num_embeddings", token_id + 1):
             found = found | (tokens == embedding(torch.tensor(token_id, device=tokens.device))).all(dim=-1)
     return found
 
@@ -200,26 +234,33 @@ def _unshifted(
     placeholder_ids: Mapping[int, int | Sequence[int]],
     embedding: nn.Module,
 ) -> torch.Tensor:
-    """The given ids of embedded tokens, but images are where a row has as many placeholders as it has image ids."""
+    """
+    Returns the ids of embedded tokens. In rows with as many image placeholders as image ids, the placeholders determine
+    where the images are.
+    """
     image = BUILTIN_MODALITIES.index("image")
     if image not in placeholder_ids:
         return ids
     is_image = ids == image
     is_placeholder = _is_placeholder(embeds, placeholder_ids[image], embedding)
-    # Merged images are no placeholders any more: then there is nothing to compare with.
+    # If image features are merged into the embeddings, there are no placeholders to compare with.
     is_shifted = is_placeholder.sum(dim=1, keepdim=True) == is_image.sum(dim=1, keepdim=True)
     return torch.where(is_shifted, ids.masked_fill(is_image, 0).masked_fill(is_placeholder, image), ids)
 
 
 def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
     """
-    Which tokens of a forward pass are not padding, `(num_tokens,)` of type bool; `None` for all of them.
+    Returns which tokens of a forward pass are not padding.
 
     Args:
-        attention_mask (`torch.Tensor` of shape `(batch_size, cached + sequence_length)`, *optional*):
-            0 for padding. A mask of another rank or kind says nothing of padding, so every token counts.
+        attention_mask (`torch.Tensor` of shape `(batch_size, number of cached tokens + sequence_length)`, *optional*):
+            0 for padding. A mask with another number of dimensions or of another type is ignored.
         num_tokens (`int`):
-            Number of tokens, batch_size * sequence_length.
+            Number of tokens, `batch_size * sequence_length`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens,)`, *optional*: `False` for padding, of type bool. `None` if no token is
+        known to be padding.
     """
     if not torch.is_tensor(attention_mask) or attention_mask.dim() != 2:
         return None
@@ -231,21 +272,21 @@ def flat_tokens(
     mm_token_type_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The tokens of a forward pass in the order of its router logits.
+    Returns the modality and padding of the tokens of a forward pass, in the order of its router logits.
 
     Args:
         mm_token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Modality id of every token; all text when `None`.
+            Modality id of every token. By default, all tokens are text.
         attention_mask (`torch.Tensor`, *optional*):
             See [`real_tokens`].
         num_tokens (`int`):
-            Number of tokens, batch_size * sequence_length.
+            Number of tokens, `batch_size * sequence_length`.
         device (`torch.device`):
-            Where the result goes.
+            Device of the results.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the modality ids, and which tokens are not padding, of type bool; both
-        `(num_tokens,)`.
+        `tuple[torch.Tensor, torch.Tensor]`: The modality ids, and which tokens are not padding (of type bool), both of
+        shape `(num_tokens,)`.
     """
     ids = torch.zeros(num_tokens, dtype=torch.long, device=device)
     if mm_token_type_ids is not None:

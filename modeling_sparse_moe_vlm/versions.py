@@ -1,4 +1,4 @@
-"""The releases of Transformers that the code supports; imported first, so that others fail with a clear error."""
+"""The supported releases of Transformers. Imported first, so that other releases fail with a clear error."""
 
 import transformers
 

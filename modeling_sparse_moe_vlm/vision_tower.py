@@ -1,4 +1,4 @@
-"""What the model needs from a vision tower: one row of features per patch of a square image."""
+"""Checks of vision towers and access to their patch features: the model needs one feature per square patch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from transformers import PreTrainedConfig
 
 from .checks import MAX_LAYERS, check, check_integer
 
-# Towers that cut images up in another way: a field that only their configurations have, and what they do.
+# Vision towers without one feature per square patch: a field that only their configurations have, and what they do.
 _OTHER_FIELDS = {
     "depths": "merges patches from stage to stage",
     "num_frames": "reads videos",
     "tubelet_size": "reads videos",
-    "spatial_merge_size": "packs pictures of any size",
+    "spatial_merge_size": "packs images of any size",
 }
 _OTHER_TYPES = {
-    "pixtral": "packs pictures of any size",
-    "siglip2_vision_model": "takes pictures as lists of patches",
+    "pixtral": "packs images of any size",
+    "siglip2_vision_model": "takes images as lists of patches",
 }
-# Names of the number of layers in the library's configurations.
+# Names of the number of layers in the configurations of Transformers.
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless a tower with this configuration gives one row of features per square patch."""
+    """Raises `ValueError` unless a vision tower with this configuration returns one feature per square patch."""
     name = f"`vision_config` ({config.model_type})"
     advice = "choose a tower with one feature per square patch: SigLIP, CLIP, ViT, DINOv2, DINOv3, …"
     reason = _OTHER_TYPES.get(config.model_type) or next(
@@ -45,7 +45,7 @@ def check_vision_config(config: PreTrainedConfig) -> None:
 
 
 def check_depths(name: str, fields: dict[str, Any]) -> None:
-    """Raises `ValueError` if a library model would have more layers than is plausible: it makes them one by one."""
+    """Raises `ValueError` if a model would have an implausible number of layers, all of which would be created."""
     for field, value in fields.items():
         if isinstance(value, dict):
             check_depths(f"{name}.{field}", value)
@@ -54,25 +54,25 @@ def check_depths(name: str, fields: dict[str, Any]) -> None:
 
 
 def patches_per_side(config: PreTrainedConfig) -> int:
-    """Number of patches along one side of an image."""
+    """Returns the number of patches along one side of an image."""
     return config.image_size // config.patch_size
 
 
 def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """
-    The features of the patches, without those of class and register tokens, which come first in towers that have them.
+    Returns the features of the patches without those of class and register tokens, which come first.
 
     Args:
         features (`torch.Tensor` of shape `(num_images, num_prefix_tokens + num_patches, hidden_size)`):
-            The last hidden state of the tower.
+            Last hidden state of the vision tower.
         config (`PreTrainedConfig`):
-            The configuration of the tower.
+            Configuration of the vision tower.
 
     Returns:
-        `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`.
+        `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`: The features.
 
     Raises:
-        ValueError: If the tower returns another shape.
+        ValueError: If the features have another shape.
     """
     num_patches = patches_per_side(config) ** 2
     if features.dim() != 3 or features.shape[1] < num_patches or features.shape[2] != config.hidden_size:
