@@ -1,8 +1,7 @@
-"""
-How experts lie in checkpoints, in memory and in shards, and how a model's tensors get from one form to the other.
+"""The format of experts in checkpoints, in memory and in shards, and the conversion between these formats.
 
-Each model brings its own conversions; nothing is registered with Transformers. They are derived from [`ExpertStack`],
-and so is [`convert_from_disk`], for states that are read without the library's conversion.
+Each model passes its own conversions to Transformers; nothing is registered globally. The conversions are derived from
+[`ExpertStack`]. So is [`convert_from_disk`], for state dicts that are loaded without the conversions of Transformers.
 """
 
 from __future__ import annotations
@@ -36,24 +35,26 @@ from .expert_shards import SparseMoeVlmExpertShards
 from .experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock
 from .experts_config import experts_config_of
 
-# By stacked parameter, the matrices of an expert that it holds, one above the other.
+# The matrices of an expert that are concatenated in each stacked parameter.
 MATRICES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
 class ExpertStack:
     """
-    The routed experts of one group, in one layer or pool::
+    The routed experts of one group in a layer or expert pool, and the names of their tensors::
 
-        on disk                      <name>.<expert>.gate_proj.weight, .up_proj.weight, .down_proj.weight
-        in memory (or fused, on disk)  <name>.gate_up_proj, <name>.down_proj
-        in memory, in shards         <name>.shards.<shard>.gate_up_proj, .down_proj; experts count through the shards
+        in checkpoints                         <name>.<expert>.gate_proj.weight, .up_proj.weight, .down_proj.weight
+        in memory (or in fused checkpoints)    <name>.gate_up_proj, <name>.down_proj
+        in memory, with shards                 <name>.shards.<shard>.gate_up_proj, .down_proj
+
+    Experts are numbered across the shards.
 
     Args:
         name (`str`):
             Name of the module: `"…layers.0.mlp.experts"`, `"…layers.0.mlp.experts.image"`, `"…expert_pools.0"`, ….
         sizes (`tuple[int, ...]`):
-            Number of experts of each shard; a single number where there are no shards.
+            Number of experts of each shard. A single number if there are no shards.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ExpertStack:
 
     @property
     def is_sharded(self) -> bool:
+        """Whether the experts are split into shards."""
         return len(self.sizes) > 1
 
     @property
@@ -70,7 +72,7 @@ class ExpertStack:
 
     @property
     def parts(self) -> dict[str, range]:
-        """By name of a module that holds a part of the stack, the numbers of its experts."""
+        """The numbers of the experts in each module of the stack, by the name of the module."""
         names = [f"{self.name}.shards.{shard}" for shard in range(len(self.sizes))] if self.is_sharded else [self.name]
         return {
             name: range(start, start + size) for name, start, size in zip(names, self.starts, self.sizes, strict=True)
@@ -78,19 +80,19 @@ class ExpertStack:
 
     @property
     def place(self) -> str:
-        """The name within the decoder, without the layer: stacks that share it have the same experts and shards."""
-        # After the last number that is not the block's own (`h.0.ffn.experts`, but `layers.0.ffn.1.experts`).
+        """The name within the layer or decoder. Stacks with the same place have the same experts and shards."""
+        # The part after the number of the layer. A number can also belong to the block (`layers.0.ffn.1.experts`).
         layer = r"(?!expert_pools\.)\w+\.\d+\.(?!experts(?:\.|$))"
         return re.split(rf"(?<![^.])(?:{layer}|(?=expert_pools\.))", self.name)[-1]
 
     def names_on_disk(self, parameter: str) -> list[str]:
-        """The names of the matrices that a stacked parameter is made of."""
+        """Returns the names of the matrices of a stacked parameter in checkpoints."""
         experts = range(sum(self.sizes))
         return [f"{self.name}.{expert}.{matrix}.weight" for expert in experts for matrix in MATRICES[parameter]]
 
 
 def expert_stacks(model: nn.Module) -> list[ExpertStack]:
-    """The stacks of a model's routed experts, in the order of its modules."""
+    """Returns the stacks of routed experts of a model, in the order of its modules."""
     stacks = []
     for name, module in model.named_modules():
         places: dict[str, nn.Module] = {}
@@ -103,7 +105,8 @@ def expert_stacks(model: nn.Module) -> list[ExpertStack]:
             if isinstance(experts, SparseMoeVlmExpertGroups):
                 groups = {f".{group}": stack for group, stack in experts.items()}
             for group, stack in groups.items():
-                # Not `num_experts`, which expert parallelism changes. Experts with adapters have another structure.
+                # Expert parallelism changes `num_experts`, so the shape of the parameter is used. Experts with adapters
+                # have another structure and are skipped.
                 parameter = stack._parameters.get("gate_up_proj")
                 if isinstance(stack, SparseMoeVlmExpertShards):
                     sizes = stack.sizes
@@ -115,32 +118,34 @@ def expert_stacks(model: nn.Module) -> list[ExpertStack]:
     return stacks
 
 
-# ------------------------------------------------------------------------------------------------ of Transformers
+# ------------------------------------------------------------------------------------------------ with Transformers
 
 
 def loading_conversions(
     model: PreTrainedModel, of_library: Iterable[WeightTransform], quantizer: Any = None
 ) -> list[WeightTransform]:
     """
-    The conversions that a checkpoint of the model needs.
+    Returns the conversions for loading a checkpoint of a model.
 
     Args:
         model (`PreTrainedModel`):
             The model that is loaded.
         of_library (`Iterable[WeightTransform]`):
-            What Transformers converts by itself: a vision tower's names, and the renamings that the user asked for.
+            Conversions of Transformers, such as those of the names of a vision tower, and renamings from the user.
         quantizer (`HfQuantizer`, *optional*):
-            What quantises the model while it is loaded, and may have to read scales beside the weights.
+            Quantiser of the model, which can add conversions to load scales together with the weights.
 
     Returns:
-        `list[WeightTransform]`: all renamings, then what stacks experts, then the library's other conversions.
+        `list[WeightTransform]`: All renamings, then the conversions of experts, then the other conversions of
+        Transformers.
     """
     of_library = list(of_library)
     renamings = [step for step in of_library if isinstance(step, WeightRenaming)]
     converters: list[WeightTransform] = list(_converters(model, also_fused=True))
     others = [step for step in _of_other_tensors(of_library, converters) if not isinstance(step, WeightRenaming)]
     if quantizer is not None:
-        # It appends general conversions, which are among the library's, too. Until 5.20 it was not given the model.
+        # The quantiser appends general conversions, which are already among those of Transformers. Up to 5.20, it does
+        # not accept the model.
         takes_model = "model" in inspect.signature(quantizer.update_weight_conversions).parameters
         converters = quantizer.update_weight_conversions(converters, *[model] * takes_model)
         converters = converters[: len(converters) - len(quantizer.get_weight_conversions())]
@@ -149,13 +154,20 @@ def loading_conversions(
 
 def saving_conversions(model: PreTrainedModel) -> list[WeightTransform]:
     """
-    The conversions that a model which was not loaded from a checkpoint is saved with, each in the direction of loading.
+    Returns the conversions for saving a model that was not loaded from a checkpoint.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model.
+
+    Returns:
+        `list[WeightTransform]`: The conversions, in the direction of loading. Transformers reverses them.
     """
     of_library = model.library_conversions()
-    # A prefix is put back only where a checkpoint had it.
+    # A prefix is only added back if it was removed while loading.
     of_library = [step for step in of_library if not isinstance(step, PrefixChange)]
     converters = list(_converters(model, also_fused=False))
-    # The library goes through them backwards, and the first match counts.
+    # Transformers applies them in reverse order, and uses the first one that matches.
     return [*_of_other_tensors(of_library, converters), *converters]
 
 
@@ -163,8 +175,9 @@ def _of_other_tensors(
     of_library: Iterable[WeightTransform], converters: Iterable[WeightTransform]
 ) -> list[WeightTransform]:
     """
-    The library's conversions but for those of experts that our own take as well: a base with experts in other layers,
-    which then lie on disk as ours do. The library takes two conversions with the same target for one when it saves.
+    Returns the conversions of Transformers except for those with the same target as a conversion of this package. They
+    exist if the base model also has experts in other layers, which are then saved in the format of this package. When
+    saving, Transformers treats two conversions with the same target as one.
     """
     targets = {target for step in converters for target in step.target_patterns}
     return [
@@ -175,17 +188,21 @@ def _of_other_tensors(
 
 
 def _own_renamings(model: PreTrainedModel) -> list[WeightRenaming]:
+    """Returns the renamings that models of this package need in addition to those of Transformers."""
     if experts_config_of(model.config) is not model.config:
         return []
-    # Our decoder by itself finds its weights in a checkpoint of the whole model, too.
+    # A decoder can also be loaded from a checkpoint of the whole model.
     return [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
 
 
 def _converters(model: nn.Module, also_fused: bool) -> Iterator[WeightConverter]:
-    """What stacks the experts that lie one by one on disk. What is fused on disk only needs a conversion for shards."""
+    """
+    Yields the conversions that stack the separate experts of a checkpoint. With `also_fused`, conversions that split
+    the fused experts of a checkpoint into shards are included.
+    """
     for stack in {stack.place: stack for stack in expert_stacks(model)}.values():
         place = re.escape(stack.place)
-        # What looks ahead is not in the names that the library writes.
+        # Transformers removes the lookahead from the pattern when it reverses the conversion.
         if not stack.is_sharded:
             expert = rf"{place}\.(?=\d+\.\w+_proj)*"
             yield WeightConverter(
@@ -211,17 +228,26 @@ def _converters(model: nn.Module, also_fused: bool) -> Iterator[WeightConverter]
             for parameter in MATRICES:
                 yield WeightConverter(
                     source_patterns=rf"{place}\.{parameter}",
-                    # An escaped dot keeps the patterns apart from those above when they are reversed.
+                    # The escaped dot distinguishes the patterns from those above when they are reversed.
                     target_patterns=[
                         rf"{stack.place}.shards.{shard}\.{parameter}" for shard in range(len(stack.sizes))
                     ],
                     operations=[Split(dim=0)],
-                    force_cpu=True,  # else the whole stack would lie on the device of the first shard for a while
+                    force_cpu=True,  # otherwise, the device of the first shard would temporarily hold all experts
                 )
 
 
 class StackShard(ConversionOps):
-    """Stacks the experts of one shard. Its reverse takes shards apart again, with the numbers of their experts."""
+    """
+    Conversion that stacks the experts of one shard. The reverse conversion splits shards into experts with their
+    numbers.
+
+    Args:
+        starts (`tuple[int, ...]`):
+            Number of the first expert of each shard.
+        inverse (`bool`, *optional*, defaults to `False`):
+            Whether this is the reverse conversion.
+    """
 
     def __init__(self, starts: tuple[int, ...], inverse: bool = False):
         self.starts = starts
@@ -236,10 +262,11 @@ class StackShard(ConversionOps):
         full_layer_name: str = "",
         **kwargs,
     ) -> dict[str, torch.Tensor]:
+        """Converts tensors: see `ConversionOps.convert` of Transformers."""
         if not self.inverse:
             stacks = [torch.stack(input_dict.pop(pattern)) for pattern in source_patterns]
             return {target_patterns[0]: torch.cat(stacks, dim=1)}
-        # With the full names, since the library finds them only where the stack's first expert is among the shards.
+        # The full names are returned, because Transformers only completes them if a shard contains the first expert.
         before, _, after = full_layer_name.partition(target_patterns[0])
         experts = {}
         for pattern, tensors in input_dict.items():
@@ -253,32 +280,33 @@ class StackShard(ConversionOps):
 
     @property
     def reverse_op(self) -> StackShard:
+        """The reverse conversion."""
         return StackShard(self.starts, not self.inverse)
 
 
-# ------------------------------------------------------------------------------------------------ without the library
+# ------------------------------------------------------------------------------------------------ without Transformers
 
 
 @torch.no_grad()
 def convert_from_disk(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """
-    Brings a state as it lies on disk into the model's own form, as `Trainer` needs to resume and to go back to the best
-    model: experts, stored one by one, are written into their stacks, and what else has another name on disk (some
-    vision towers) is renamed.
+    Converts a state dict from the format of checkpoints to the format of the model. `Trainer` needs this to resume from
+    a checkpoint and to load the best model. Separate experts are copied into the stacked parameters of the model, and
+    tensors with other names in checkpoints (of some vision towers) are renamed.
 
     Args:
         model (`PreTrainedModel`):
-            The model that the state is meant for.
+            The model into which the state dict is loaded.
         state_dict (`Mapping[str, torch.Tensor]`):
-            Tensors of a checkpoint, or of one of its shards.
+            Tensors of a checkpoint or of one of its files.
 
     Returns:
-        `Mapping[str, torch.Tensor]`: what `load_state_dict` takes. A stack that got only some of its experts is left
-        out; those are in place all the same.
+        `Mapping[str, torch.Tensor]`: The state dict for `load_state_dict`. Stacked parameters of which the state dict
+        contains only some experts are left out, because these experts are already copied.
 
     Raises:
-        ValueError: If the state has an expert that the model does not have, or one of another shape; the message names
-            the keys, and the model stays as it was.
+        ValueError: If the state dict contains an expert that the model does not have, or an expert with another shape.
+            The message names the keys, and the model is not changed.
     """
     own = model.state_dict()
     if all(name in own for name in state_dict) or any(tensor.is_meta for tensor in own.values()):
@@ -318,7 +346,10 @@ def convert_from_disk(model: PreTrainedModel, state_dict: Mapping[str, torch.Ten
 def _places_of_experts(
     stacks: Iterable[ExpertStack], own: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[str, torch.Tensor]]:
-    """By name on disk, the name of the stacked parameter and the part of it that holds the matrix."""
+    """
+    Returns the place of every expert matrix, by its name in checkpoints: the name of the stacked parameter, and the
+    view of it that contains the matrix.
+    """
     places = {}
     for stack in stacks:
         for part, experts in stack.parts.items():
@@ -340,27 +371,28 @@ def check_experts(
     allow_other_sizes: bool = False,
 ) -> None:
     """
-    Checks that the experts which lie one by one in a checkpoint are those of the model, before anything is loaded.
+    Checks that the separate experts of a checkpoint match the experts of the model, before the weights are loaded.
 
     Args:
         model (`PreTrainedModel`):
             The model that is loaded.
         state_dict (`Mapping[str, Any]`, *optional*):
-            The checkpoint's tensors, where they are in memory.
+            Tensors of the checkpoint, if they are in memory.
         files (`Iterable[str]`, *optional*):
-            The checkpoint's files, where they are not.
+            Files of the checkpoint, if the tensors are not in memory.
         renamings (`Iterable[WeightRenaming]`):
-            How names on disk become the model's.
-        allow_other_sizes (`bool`, defaults to `False`):
-            Whether a checkpoint with another number of experts is fine (`ignore_mismatched_sizes`).
+            Renamings from names in the checkpoint to names of the model.
+        allow_other_sizes (`bool`, *optional*, defaults to `False`):
+            Whether a checkpoint with another number of experts is allowed (`ignore_mismatched_sizes`).
 
     Raises:
-        ValueError: If an expert of a stack is missing, one too many is there, or its shape is not that of the others;
-            the message names the keys. Stacks that the checkpoint has nothing of are left to the library.
+        ValueError: If an expert of a stack is missing, if there are more experts than in the model, or if the shape of
+            an expert differs from that of the others. The message names the keys. Stacks without any expert in the
+            checkpoint are not checked; Transformers reports them as missing.
     """
     shapes = _shapes(state_dict, files or [])
     stacks = {stack.name: stack for stack in expert_stacks(model)}
-    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}  # by stack and the model's own name of a matrix
+    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}  # by stack and by the model's name of a matrix
     for key, shape in shapes.items():
         name = key
         for renaming in renamings:
@@ -382,7 +414,7 @@ def check_experts(
         surplus += [key for matrix, (key, _) in matrices.items() if matrix not in known]
         for matrix, shape in _shapes_of_matrices(model, stack).items():
             same = {key: found for name, (key, found) in matrices.items() if name.endswith(f".{matrix}.weight")}
-            if len(set(same.values())) > 1:  # the library reports what is of another shape throughout
+            if len(set(same.values())) > 1:  # if all experts have a wrong shape, Transformers reports it
                 usual = shape if shape in same.values() else Counter(same.values()).most_common(1)[0][0]
                 odd += [f"{key} of shape {found} instead of {usual}" for key, found in same.items() if found != usual]
     if lacking or surplus or odd:
@@ -390,7 +422,7 @@ def check_experts(
 
 
 def _shapes_of_matrices(model: nn.Module, stack: ExpertStack) -> dict[str, tuple[int, int]]:
-    """By name, the shape of each of the matrices of an expert."""
+    """Returns the shapes of the matrices of an expert, by name."""
     part = model.get_submodule(next(iter(stack.parts)))
     shapes = {}
     for parameter, matrices in MATRICES.items():
@@ -400,6 +432,7 @@ def _shapes_of_matrices(model: nn.Module, stack: ExpertStack) -> dict[str, tuple
 
 
 def _message(lacking: list[str], surplus: list[str], odd: list[str]) -> str:
+    """Returns the error message for missing experts, additional experts and experts of another shape."""
     faults = []
     for fault, keys in (("it lacks", lacking), ("has no place for", surplus), ("cannot stack", odd)):
         if keys:
@@ -413,35 +446,35 @@ def _message(lacking: list[str], surplus: list[str], odd: list[str]) -> str:
 
 
 def _shapes(state_dict: Mapping[str, Any] | None, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a checkpoint, by name."""
+    """Returns the shapes of the tensors of a checkpoint, by name."""
     states = [state_dict] if state_dict is not None else (load_state_dict(path, map_location="meta") for path in files)
     return {key: tuple(tensor.shape) for state in states for key, tensor in state.items()}
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """The name of a stack and the rest of the name of a matrix that lies one by one on disk."""
+    """Splits the name of a matrix of a separate expert into the name of the stack and the rest."""
     found = re.fullmatch(r"(.+?)\.(\d+\.(?:gate|up|down)_proj\.weight)", name)
     return None if found is None else (found[1], found[2])
 
 
 def _own_name(stack: str, stacks: Mapping[str, ExpertStack], prefix: str) -> str | None:
-    """The model's own name of a stack on disk, which may be one of its base model, or of a model with a head."""
+    """Returns the model's name of a stack in a checkpoint, which can be that of a base model or a model with a head."""
     names = stack, f"{prefix}.{stack}", stack.removeprefix(f"{prefix}.")
     return next((name for name in names if name in stacks), None)
 
 
 def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
     """
-    Checks that a device map fits the model.
+    Checks that a device map matches the model.
 
     Args:
         model (`nn.Module`):
             The model.
         device_map (`Mapping[str, Any]`):
-            Device by name of a module, or of a parameter.
+            Devices by the name of a module or parameter.
 
     Raises:
-        ValueError: If it names what does not exist, or leaves something out; the message names it.
+        ValueError: If the device map contains an unknown name or does not cover a tensor. The message names it.
     """
     tensors = list(model.state_dict())
     names = {"", *tensors, *(name for name, _ in (*model.named_modules(), *model.named_buffers()))}
@@ -450,12 +483,12 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, names, n=1, cutoff=0)
             raise ValueError(
                 f"`device_map` names {name!r}, which {type(model).__name__} does not have: did you mean {close[0]!r}? "
-                "(`named_modules()` has all names.)"
+                "(`model.named_modules()` lists all names.)"
             )
     starts = tuple(f"{name}." for name in device_map)
     left_out = [] if "" in device_map else [name for name in tensors if not f"{name}.".startswith(starts)]
     if left_out:
         raise ValueError(
-            f"`device_map` gives no device for {left_out[0]!r} and {len(left_out) - 1} more tensors of "
-            f"{type(model).__name__}: name them, or a module that they lie in."
+            f"`device_map` has no device for {left_out[0]!r} and {len(left_out) - 1} more tensors of "
+            f"{type(model).__name__}: add them, or a module that contains them."
         )
