@@ -77,13 +77,13 @@ class SparseMoeVlmAttention(nn.Module):
                 Hidden states of the tokens.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
                 Cosines and sines of the rotary position embedding.
-            attention_mask (*optional*):
+            attention_mask (`Any`, *optional*):
                 Causal mask in the format of the attention implementation.
             past_key_values (`Cache`, *optional*):
                 Key/value cache.
             attention_parts ([`~attention_parts.AttentionParts`], *optional*):
                 Distributed attention of the forward pass. `None` for plain attention.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of the attention function.
 
         Returns:

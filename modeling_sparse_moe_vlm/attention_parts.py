@@ -72,11 +72,11 @@ class AttentionParts:
                 Keys.
             value (`torch.Tensor` of shape `(B, H_kv, S, head_dim)`):
                 Values.
-            attention_mask (*optional*):
+            attention_mask (`Any`, *optional*):
                 Mask in the format of the attention function.
             log_priors (`torch.Tensor` of shape `(H, M)`, *optional*):
                 Learned log priors of the layer.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of the attention function.
 
         Returns:

@@ -47,7 +47,7 @@ def plan_attention(
             Modality id of every token. By default, all tokens are text.
         inputs_embeds (`torch.Tensor` of shape `(B, T, D)`):
             Embeddings of the tokens.
-        attention_mask (*optional*):
+        attention_mask (`Any`, *optional*):
             Causal mask in the format of the attention implementation.
         cache (`Cache`, *optional*):
             Cached keys and values before this call.

@@ -29,8 +29,8 @@ def is_paged(cache: Any) -> bool:
 
 def takes_cache_by_name(forward: Callable) -> Callable:
     """
-    Decorator for methods with an argument `past_key_values`, which makes them also accept it as `cache` if that is its
-    name in the installed release of Transformers.
+    Decorator for methods with an argument `past_key_values`. The method also accepts the argument as `cache` if that is
+    its name in the installed release of Transformers.
 
     Args:
         forward (`Callable`):

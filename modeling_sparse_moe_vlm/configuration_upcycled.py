@@ -99,7 +99,7 @@ class UpcycledConfigMixin:
     Args:
         experts_config ([`UpcycledExpertsConfig`] or `dict`):
             Configuration of the experts.
-        kwargs:
+        kwargs (`Any`):
             Arguments of the configuration of the base model.
     """
 

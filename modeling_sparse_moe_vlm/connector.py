@@ -29,6 +29,7 @@ class SparseMoeVlmMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size, bias=bias)
 
     def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
+        """Converts the patch features of images to image tokens."""
         return self.linear_2(self.act(self.linear_1(self._space_to_depth(patch_features))))
 
     def _space_to_depth(self, features: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
         Args:
             hidden_states (`torch.Tensor` of shape `(B, T, D)`):
                 Hidden states of the tokens.
-            attention_mask (*optional*):
+            attention_mask (`Any`, *optional*):
                 Causal mask in the format of the attention implementation.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
                 Cosines and sines of the rotary position embedding.
@@ -67,7 +67,7 @@ class SparseMoeVlmDecoderLayer(GradientCheckpointingLayer):
                 Routing plan of the forward pass, for sparse layers.
             pooled_experts (`nn.Module`, *optional*):
                 The routed experts, if the layer uses an expert pool.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of the attention.
 
         Returns:

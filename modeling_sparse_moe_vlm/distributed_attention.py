@@ -152,9 +152,9 @@ def attend_by_channels(
             One of the attention functions in `ALL_ATTENTION_FUNCTIONS`.
         module (`torch.nn.Module`):
             The attention module.
-        attention_mask (*optional*):
+        attention_mask (`Any`, *optional*):
             Mask in the format of the attention function.
-        kwargs:
+        kwargs (`Any`):
             Other arguments of the attention function. `scaling` is required.
 
     Returns:

@@ -58,20 +58,20 @@ class ExpertsHost(PreTrainedModel):
         Loads a model from a checkpoint: see [`~transformers.PreTrainedModel.from_pretrained`].
 
         Args:
-            args:
+            args (`Any`):
                 Arguments of [`~transformers.PreTrainedModel.from_pretrained`]: the name or path of the checkpoint.
             config (`PreTrainedConfig`, *optional*):
                 Configuration of the model. By default, it is read from the checkpoint.
             num_expert_shards (`int`, *optional*):
                 Number of modules that the experts of each group are split into (`mlp.experts.shards.0`, …), so that a
                 device map can place them on several devices. It does not affect the format of checkpoints.
-            kwargs:
+            kwargs (`Any`):
                 Arguments of [`~transformers.PreTrainedModel.from_pretrained`], or fields of the configuration or of the
                 experts' configuration (`text_config` in the models of this package), such as `output_router_logits` and
                 `num_experts_per_tok`.
 
         Returns:
-            The model, in evaluation mode.
+            `PreTrainedModel`: The model, in evaluation mode.
 
         Raises:
             TypeError: If a keyword argument is neither an argument of Transformers nor a field of a configuration.
@@ -249,9 +249,9 @@ class ExpertsHost(PreTrainedModel):
         Args:
             save_directory (`str` or `os.PathLike`):
                 Folder to save the model to.
-            args:
+            args (`Any`):
                 Other arguments of [`~transformers.PreTrainedModel.save_pretrained`].
-            kwargs:
+            kwargs (`Any`):
                 Other keyword arguments of [`~transformers.PreTrainedModel.save_pretrained`].
         """
         # Transformers copies the code from the file of the class. FSDP2 replaces the class with a subclass from torch.

@@ -57,9 +57,9 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
         Args:
             inputs (`list[list[int]]`):
                 Token ids of the prompts.
-            args:
+            args (`Any`):
                 Other arguments of [`~transformers.ContinuousMixin.generate_batch`].
-            kwargs:
+            kwargs (`Any`):
                 Other keyword arguments of [`~transformers.ContinuousMixin.generate_batch`].
 
         Returns:

@@ -28,7 +28,7 @@ def read_images(images: Any, data_format: str | None = None, do_rescale: bool = 
     transparent areas on a white background, and with 16-bit and float values scaled to 8 bits.
 
     Args:
-        images (image or `list`):
+        images (`Any`):
             An image, a list of images, or a list of lists of images. An image is a PIL image, a path, a URL, a base64
             string, the bytes of a file, a dict with `bytes` or `path` (as in an `Image` column of `datasets`), or an
             array or tensor: grey, grey with alpha, RGB or RGBA, with integers (8 or 16 bits), booleans, or floats in

@@ -42,7 +42,7 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
         Generates token ids: see [`~transformers.GenerationMixin.generate`].
 
         Args:
-            args:
+            args (`Any`):
                 Arguments of [`~transformers.GenerationMixin.generate`].
             output_modality_weights (`bool`, *optional*, defaults to `False`):
                 Whether to also return `modality_weights` and `count_free_modality_weights`, the weights of the
@@ -50,12 +50,12 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
                 `(rows, heads, T, num_modalities)` per layer. T is the length of the prompt in the first step and 1 in
                 later steps (in assisted decoding, the number of accepted candidates plus 1). Requires
                 `return_dict_in_generate=True`.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of [`~transformers.GenerationMixin.generate`], inputs of the model, and the steering
                 arguments `modality_priors` and `modality_guidance` (see [`SparseMoeVlmTextModel.forward`]).
 
         Returns:
-            [`~transformers.utils.ModelOutput`] or `torch.LongTensor`: The generated token ids, or an output with other
+            `ModelOutput` or `torch.LongTensor`: The generated token ids, or an output with other
             fields if `return_dict_in_generate=True`.
 
         Raises:

@@ -45,6 +45,7 @@ class SparseMoeVlmModalityEncoder(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Encodes the inputs of a modality."""
         features = self.encoder(**{self.encoder.main_input_name: values}).last_hidden_state
         return self.linear_2(self.act(self.linear_1(features)))
 

@@ -113,29 +113,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmTextModelOutputWithPast:
         r"""
-        Runs the decoder on exactly one of `input_ids` and `inputs_embeds`.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
-            attention_mask (`torch.Tensor` of shape `(B, number of cached tokens + T)`, *optional*):
-                0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Positions of the tokens. If they restart within a row and no mask is given, the row contains several
-                sequences, which do not attend to each other.
-            past_key_values (`Cache`, *optional*): Cached keys and values.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embeddings of the tokens.
-            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Modality id of every token, its position in `config.modalities`. By default, all tokens are text.
-            use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the key/value cache.
-            output_modality_weights (`bool`, *optional*, defaults to `False`):
-                Whether to return the weight of every attention part (α, β, …), by layer, head and token. With a cache,
-                it must be set from the call that fills the cache onwards.
-            modality_priors (`Mapping[str, float]`, *optional*):
-                Factors by modality that multiply the priors of the attention parts: `{"image": 2.0}` doubles the prior
-                of images.
-            modality_guidance (`float`, *optional*, defaults to 0.0):
-                Guidance scale g: for tokens that can attend to an image, the attention returns Z + g·(Z − O_text)
-                instead of Z, where O_text is the attention output over text only.
+        Runs the decoder. See [`SparseMoeVlmForConditionalGeneration.forward`] for the arguments.
 
         Raises:
             ValueError: If not exactly one of `input_ids` and `inputs_embeds` is given, if the shape of
@@ -337,23 +315,8 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
-        Replaces image placeholders with image features. Other arguments: see [`SparseMoeVlmTextModel.forward`].
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The images of the batch, in the order of their placeholders.
-            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Modality id of every token, as returned by the processor. Derived from the placeholders by default.
-            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                Image features to use instead of `pixel_values`: `{"image": model.get_image_features(…)}`. With `{}`,
-                the model reads a text with image placeholders without its images.
-            modality_values (`Mapping[str, torch.Tensor]`, *optional*):
-                Inputs of the encoders of further modalities, by the name of the modality. The rows of each tensor are
-                the items of the batch, in the order of their placeholders.
-
-        Raises:
-            ValueError: If the number of image features does not match the number of image tokens, if the text has
-                image placeholders but there are no images, or if both or neither of two exclusive arguments are given.
+        Runs the vision tower, the connector and the decoder. See [`SparseMoeVlmForConditionalGeneration.forward`] for
+        the arguments and errors.
         """
         check_tokens(input_ids, inputs_embeds)
         if pixel_values is not None and mm_encoder_outputs is not None:
@@ -451,16 +414,8 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
-        Runs the decoder and the language head. Other arguments: see [`SparseMoeVlmTextModel.forward`].
-
-        Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Target tokens of the language loss. The model shifts them, and ignores positions with -100.
-            output_router_logits (`bool`, *optional*, defaults to `config.output_router_logits`):
-                Whether to return the router logits and losses and, with labels, to add the losses to the loss. If the
-                argument is left out, router losses are computed only with labels or in training mode.
-            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
-                Number of last positions whose logits are computed (0 for all), or the positions themselves.
+        Runs the decoder and the language head. See [`SparseMoeVlmForConditionalGeneration.forward`] for the arguments
+        and [`SparseMoeVlmTextModel.forward`] for the errors.
         """
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:
@@ -550,8 +505,51 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmCausalLMOutputWithPast:
         r"""
-        Runs the model and the language head. Arguments: see [`SparseMoeVlmModel.forward`] and
-        [`SparseMoeVlmForCausalLM.forward`].
+        Runs the model on exactly one of `input_ids` and `inputs_embeds`.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The images of the batch, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(B, number of cached tokens + T)`, *optional*):
+                0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Positions of the tokens. If they restart within a row and no mask is given, the row contains several
+                sequences, which do not attend to each other.
+            past_key_values (`Cache`, *optional*): Cached keys and values.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embeddings of the tokens.
+            mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Modality id of every token (its position in `modalities` of the decoder's configuration), as returned by
+                the processor. Derived from the placeholders by default; models without a vision tower assume text.
+            mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
+                Image features to use instead of `pixel_values`: `{"image": model.get_image_features(…)}`. With `{}`,
+                the model reads a text with image placeholders without its images.
+            modality_values (`Mapping[str, torch.Tensor]`, *optional*):
+                Inputs of the encoders of further modalities, by the name of the modality. The rows of each tensor are
+                the items of the batch, in the order of their placeholders.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Target tokens of the language loss. The model shifts them, and ignores positions with -100.
+            use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the key/value cache.
+            output_router_logits (`bool`, *optional*, defaults to `config.text_config.output_router_logits`):
+                Whether to return the router logits and losses and, with labels, to add the losses to the loss. If the
+                argument is left out, router losses are computed only with labels or in training mode.
+            output_modality_weights (`bool`, *optional*, defaults to `False`):
+                Whether to return the weight of every attention part (α, β, …), by layer, head and token. With a cache,
+                it must be set from the call that fills the cache onwards.
+            modality_priors (`Mapping[str, float]`, *optional*):
+                Factors by modality that multiply the priors of the attention parts: `{"image": 2.0}` doubles the prior
+                of images.
+            modality_guidance (`float`, *optional*, defaults to 0.0):
+                Guidance scale g: for tokens that can attend to an image, the attention returns Z + g·(Z − O_text)
+                instead of Z, where O_text is the attention output over text only.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Number of last positions whose logits are computed (0 for all), or the positions themselves.
+            kwargs (`Any`): Other arguments of Transformers models, such as `output_hidden_states`.
+
+        Raises:
+            ValueError: If the number of image features does not match the number of image tokens, if the text has
+                image placeholders but there are no images, if both or neither of two exclusive arguments are given, or
+                for the same reasons as in [`SparseMoeVlmTextModel.forward`].
         """
         wants_router_losses = bool(output_router_logits)
         if output_router_logits is None:

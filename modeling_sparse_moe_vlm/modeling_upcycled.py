@@ -70,9 +70,9 @@ class UpcycledMixin(ExpertsHost):
     Args:
         config ([`~configuration_upcycled.UpcycledConfigMixin`]):
             Configuration of the upcycled model.
-        args:
+        args (`Any`):
             Other arguments of the base model.
-        kwargs:
+        kwargs (`Any`):
             Other keyword arguments of the base model.
 
     Raises:

@@ -14,4 +14,5 @@ class SparseMoeVlmRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalises the hidden states."""
         return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)

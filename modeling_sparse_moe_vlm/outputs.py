@@ -85,9 +85,9 @@ class SparseMoeVlmTextModelOutputWithPast(MoeModelOutputWithPast):
         router_indices (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
             One tensor `(B * T, k)` of type int64 per sparse layer: ids of the experts chosen for every token, best
             first. The id of an unused slot is the number of experts.
-        router_dropped (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True` and a capacity):
+        router_dropped (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
             One tensor `(B * T, k)` of type bool per sparse layer: which of the chosen experts dropped the token because
-            they had no capacity left. Only returned with `config.expert_capacity_factor`.
+            they had no capacity left. Only returned if `config.expert_capacity_factor` is set.
         modality_weights (`tuple[torch.Tensor]`, *optional*, returned with `output_modality_weights=True`):
             One tensor `(B, heads, T, num_modalities)` per layer: the weight of every attention part, in the order of
             `config.modalities` (β, α, …). The weights sum to 1.

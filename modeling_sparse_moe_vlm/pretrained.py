@@ -18,9 +18,9 @@ class SparseMoeVlmPreTrainedModel(ExpertsHost):
     Args:
         config ([`SparseMoeVlmConfig`] or [`SparseMoeVlmTextConfig`]):
             Configuration of the model.
-        args:
+        args (`Any`):
             Other arguments of [`~transformers.PreTrainedModel`].
-        kwargs:
+        kwargs (`Any`):
             Other keyword arguments of [`~transformers.PreTrainedModel`].
 
     Raises:

@@ -136,19 +136,19 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
-        Reads and checks the images (see [`~image_reading.read_images`]), and converts single inputs to lists.
+        Reads and checks the images (see `image_reading.read_images`), and converts single inputs to lists.
 
         Args:
-            images (image or `list`, *optional*):
+            images (`Any`, *optional*):
                 An image, a list of images in the order of the image tokens, or a list with one entry per text: an
                 image, a list of images, or `None`.
             text (`str` or `list[str]`, *optional*):
                 The texts.
-            videos (*optional*):
+            videos (`Any`, *optional*):
                 Not supported.
-            audio (*optional*):
+            audio (`Any`, *optional*):
                 Not supported.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of the call, such as `images_kwargs`.
 
         Returns:
@@ -231,13 +231,13 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 The messages of one conversation or of several conversations.
             chat_template (`str`, *optional*):
                 A template or the name of one of the processor's templates. Defaults to the processor's template.
-            kwargs:
+            kwargs (`Any`):
                 Other arguments of [`~transformers.ProcessorMixin.apply_chat_template`], and
                 `sanitize_control_tokens` (`bool`, *optional*, defaults to `True`): whether to keep typed control tokens
                 as plain text. With `False`, only typed image tokens are kept as plain text.
 
         Returns:
-            `str`, `list[str]` or [`~transformers.BatchFeature`]: The rendered conversation, or with `tokenize=True` the
+            `str`, `list[str]` or `BatchFeature`: The rendered conversation, or with `tokenize=True` the
             token ids, or with `return_dict=True` all model inputs.
 
         Raises:

@@ -154,6 +154,7 @@ class UpcycledBlock(SparseMoeVlmSparseMoeBlock):
         self.pool = config.layer_pool(layer_idx)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Routes the tokens of the current forward pass and runs the experts."""
         plan = _of_thread.plan
         if plan is None:
             raise RuntimeError(
@@ -173,6 +174,7 @@ class UpcycledLayerMixin:
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def forward(self, *args: Any, token_plan: TokenPlan | None = None, **kwargs: Any) -> Any:
+        """Runs the layer of the base model with a plan."""
         before, _of_thread.plan = _of_thread.plan, token_plan
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

@@ -19,14 +19,15 @@ from dataclasses import dataclass
 
 import griffe
 
-ARGUMENT = re.compile(r"^(?P<indent> *)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*) \((?P<spec>`.*)\):(?P<rest> .*)?$")
-RESULT = re.compile(r"^( *)((?:`[^`]+`(?: or )?)+)(, \*optional\*)?:(?= )")
+ARGUMENT = re.compile(r"^(?P<indent> *)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*) \((?P<spec>\[?`.*)\):(?P<rest> .*)?$")
+RESULT = re.compile(r"^( *)((?:\[?`[^`]+`\]?(?:, |,? or | of shape )?)+?)(, \*optional\*)?:(?= )")
 REFERENCE = re.compile(r"\[`(?P<name>~?[\w.]+)`\](?![\[(])")
 # Where the documentation of Transformers describes what docstrings refer to.
 TRANSFORMERS = "https://huggingface.co/docs/transformers/"
 TRANSFORMERS_PAGES = {
     "transformers.ContinuousMixin": "main/continuous_batching",
     "transformers.GenerationMixin": "main_classes/text_generation",
+    "transformers.PreTrainedConfig": "main_classes/configuration",
     "transformers.PreTrainedModel": "main_classes/model",
     "transformers.ProcessorMixin": "main_classes/processors",
     "transformers.TrainingArguments": "main_classes/trainer",
@@ -50,7 +51,7 @@ class Argument:
                 default = default or "None"
             elif item.startswith("defaults to "):
                 default = item.removeprefix("defaults to ").strip("`")
-            elif item.startswith("`"):
+            elif item.startswith(("`", "[`")):
                 types.append(item)
             else:
                 others.append(item)
@@ -59,6 +60,7 @@ class Argument:
 
 def _type(text: str) -> str:
     """The type that a docstring names: `A | B` of `` `A`, `B` or `C` ``, and text with other words as it is."""
+    text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\]", r"`\1`", text)
     parts = re.split(r"(?:, or |, | or )(?=`)", text)
     if all(re.fullmatch(r"`[^`]+`", part) for part in parts):
         return " | ".join(part.strip("`").replace(" or ", " | ") for part in parts)
