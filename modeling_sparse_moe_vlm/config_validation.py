@@ -70,7 +70,7 @@ def check_text_fields(config: PreTrainedConfig) -> None:
         check(
             config.hidden_size % (2 * config.num_attention_heads) == 0,
             f"`hidden_size` ({config.hidden_size}) must be a multiple of twice `num_attention_heads` "
-            f"({config.num_attention_heads}), for rotary embeddings: choose one, or set `head_dim`.",
+            f"({config.num_attention_heads}), for rotary embeddings: change one of them, or set `head_dim`.",
         )
     else:
         check_integer("head_dim", config.head_dim)
@@ -125,8 +125,8 @@ def check_fields(config: PreTrainedConfig) -> None:
     side = patches_per_side(vision)
     check(
         side % config.pixel_shuffle_factor == 0,
-        f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side that "
-        f"`vision_config` makes of an image ({vision.image_size} / {vision.patch_size}).",
+        f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side into which "
+        f"`vision_config` splits an image ({vision.image_size} / {vision.patch_size}).",
     )
     _check_modality_encoders(config)
 

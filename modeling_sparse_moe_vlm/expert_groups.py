@@ -169,8 +169,8 @@ def _complete(
         and re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None
         and not name.endswith("proj")
         and not hasattr(nn.ModuleDict(), name),
-        f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores, must start with a "
-        'letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
+        f"group name {name!r} in `expert_groups` must be lower-case letters, digits and underscores only, must start "
+        'with a letter, must not end in "proj" and must not be an attribute of `torch.nn.ModuleDict`.',
     )
     field = f"expert_groups[{name!r}]"
     check_integer(f"{field}.num_experts", group["num_experts"], at_most=MAX_EXPERTS)

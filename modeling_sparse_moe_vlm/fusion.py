@@ -351,7 +351,10 @@ class SparseMoeFusion(nn.Module):
         _check_shape("language", language, ("batch_size", "tokens", self.dims["language"]))
         batch_size, length = language.shape[:2]
         if length == 0:
-            raise ValueError(f"`language` must have at least one token, the queries, got {tuple(language.shape)}.")
+            raise ValueError(
+                f"`language` must have at least one token, because its tokens are the queries, got shape "
+                f"{tuple(language.shape)}."
+            )
         all_streams, all_masks = {}, {}
         for name, width in self.dims.items():
             field, mask_field = name, f"{name}_mask"
@@ -365,7 +368,7 @@ class SparseMoeFusion(nn.Module):
                 mask = torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
             _check_shape(mask_field, mask, stream.shape[:2])
             if mask.is_floating_point():
-                raise ValueError(f"`{mask_field}` must be of type bool or int, 1 for a token, got {mask.dtype}.")
+                raise ValueError(f"`{mask_field}` must be of type bool or int, with 1 for tokens, got {mask.dtype}.")
             all_streams[name], all_masks[name] = stream, mask.to(stream.device, torch.bool)
         return all_streams, all_masks
 

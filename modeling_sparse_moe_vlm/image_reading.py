@@ -98,7 +98,7 @@ class _Reader:
         if array.ndim not in (2, 3, 4):
             raise ValueError(
                 f"{name} is not an image: its shape is {array.shape}, but images have 2 or 3 dimensions, and batches "
-                "of images 4."
+                "of images have 4."
             )
         if 0 in array.shape:
             raise ValueError(f"{name} is empty: its shape is {array.shape}, so it has no pixels.")

@@ -78,6 +78,6 @@ def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Te
     if features.dim() != 3 or features.shape[1] < num_patches or features.shape[2] != config.hidden_size:
         raise ValueError(
             f"the vision tower ({config.model_type}) returns features of shape {tuple(features.shape)}, but the model "
-            f"needs (images, at least {num_patches} patches, {config.hidden_size})."
+            f"needs the shape (images, at least {num_patches} patches, {config.hidden_size})."
         )
     return features[:, features.shape[1] - num_patches :]
