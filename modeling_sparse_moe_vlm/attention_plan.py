@@ -1,4 +1,4 @@
-"""Chooses the attention of a forward pass, for all layers: plain attention or an implementation of distributed one."""
+"""Chooses plain attention or an implementation of distributed attention, once per forward pass for all layers."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.start = dict(self.start or {})
-        # A copy, because Transformers fills it in in place.
+        # A copy, because Transformers adds missing parameters in place.
         self.rope_parameters = dict(self.rope_parameters or {})
 
     def validate_architecture(self) -> None:

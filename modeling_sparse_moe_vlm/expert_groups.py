@@ -28,7 +28,7 @@ ARRANGEMENTS = ("hybrid", "joint", "isolated")
 
 def served_as(modality: str, modalities: Sequence[str]) -> int:
     """
-    Returns the id of the modality as which the tokens of a modality are routed.
+    Returns the id of the modality that determines how the tokens of a modality are routed.
 
     Args:
         modality (`str`):

@@ -113,7 +113,7 @@ class UpcycledMixin(ExpertsHost):
         super().__setattr__(name, value)
 
     def smart_apply(self, fn: Any, is_custom_code: bool) -> Any:
-        """Initialises weights as for Transformers models. For remote code, it would skip some tensors of the base."""
+        """Initialises weights as in Transformers models. For remote code, some tensors of the base would be skipped."""
         return super().smart_apply(fn, False)  # type: ignore[misc]
 
     def library_conversions(self, found=None):

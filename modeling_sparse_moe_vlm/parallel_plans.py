@@ -132,7 +132,7 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     for method in ("generate", "get_image_features"):
-        # Both run the vision tower outside the model's forward, which gathers the weights under FSDP2, and only then.
+        # Both methods run the vision tower outside of `forward`. FSDP2 only gathers the weights for registered methods.
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     forget_plans_of_stacks(model)

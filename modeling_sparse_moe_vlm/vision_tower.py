@@ -45,7 +45,7 @@ def check_vision_config(config: PreTrainedConfig) -> None:
 
 
 def check_depths(name: str, fields: dict[str, Any]) -> None:
-    """Raises `ValueError` if a model would have an implausible number of layers, all of which would be created."""
+    """Raises `ValueError` if a model would have an implausible number of layers. `fields` is its configuration."""
     for field, value in fields.items():
         if isinstance(value, dict):
             check_depths(f"{name}.{field}", value)
