@@ -357,7 +357,18 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """See [`~transformers.PreTrainedConfig.from_dict`]. Fields of the decoder change `text_config`."""
+        """
+        Creates a configuration from a dict: see [`~transformers.PreTrainedConfig.from_dict`].
+
+        Args:
+            config_dict (`dict[str, Any]`):
+                The fields of the configuration.
+            kwargs (`Any`):
+                Fields that override those of the dict. Fields of the decoder override those of `text_config`.
+
+        Returns:
+            `SparseMoeVlmConfig`: The configuration.
+        """
         given = {name: kwargs.pop(name) for name in DECODER_FIELDS & kwargs.keys()}
         if given:
             text_config = config_dict.get("text_config") or {}

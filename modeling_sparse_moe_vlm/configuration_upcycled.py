@@ -123,7 +123,18 @@ class UpcycledConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """See [`~transformers.PreTrainedConfig.from_dict`]. Fields of the experts change `experts_config`."""
+        """
+        Creates a configuration from a dict: see [`~transformers.PreTrainedConfig.from_dict`].
+
+        Args:
+            config_dict (`dict[str, Any]`):
+                The fields of the configuration.
+            kwargs (`Any`):
+                Fields that override those of the dict. Fields of the experts override those of `experts_config`.
+
+        Returns:
+            `PreTrainedConfig`: The configuration.
+        """
         given = {name: kwargs.pop(name) for name in EXPERT_FIELDS & kwargs.keys()}
         if given:
             experts = config_dict.get("experts_config") or {}
