@@ -197,7 +197,7 @@ def test_shards_that_are_missing_or_lack_a_tensor(tmp_path):
     kept = shards[1].read_bytes()
     safetensors.torch.save_file(tensors, shards[1], metadata={"format": "pt"})
     with pytest.raises(
-        OSError, match=f"^{shards[1]} lacks the tensor '{name}', which lies in it according to the index"
+        OSError, match=f"^{shards[1]} lacks the tensor '{name}', which it contains according to the index"
     ):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path)
     shards[1].write_bytes(kept)
