@@ -175,6 +175,17 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before, "a mistake leaves nothing behind"
 
 
+@pytest.mark.parametrize("verb", [["explain"], ["routing-report", "--output", "load.png"]])
+def test_missing_extras_are_told_in_one_line(verb, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as ending:
+        main([*verb, "--model", "nowhere"])
+    assert ending.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.endswith(" needs matplotlib: pip install 'sparse-moe-vlm[report]'.\n")
+    assert printed.count("\n") == 1
+
+
 def test_only_mistakes_are_told_in_one_line(capsys):
     with pytest.raises(SystemExit, match=r"^a b$"), mistakes_in_one_line():
         raise OSError("a\n  b")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
 from modeling_sparse_moe_vlm.toolbox.demo import train_tokenizer
+from modeling_sparse_moe_vlm.toolbox.training import recipe_run
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
 
@@ -114,6 +116,18 @@ def test_a_failing_picture_costs_nothing(run_here, tmp_path, monkeypatch):
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "model").num_parameters() > 1e6
     assert (tmp_path / "metrics.json").exists()
     assert (tmp_path / "model/README.md").exists()
+
+
+def test_without_matplotlib_there_are_no_figures(run_here, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not hasattr(recipe_run, "drawings"), "importing it would fail"
+    printed = run_here("train.py", *train_arguments(tmp_path, max_steps=1))
+    assert (
+        "Drawing `answers.png` and `expert_load.png` needs matplotlib: pip install 'sparse-moe-vlm[report]'." in printed
+    )
+    assert "Ask the model about an image" in printed
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["scene.png"]
+    assert (tmp_path / "model/config.json").exists()
 
 
 @pytest.mark.parametrize("is_upcycled", [False, True])

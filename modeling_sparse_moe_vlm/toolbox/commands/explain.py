@@ -33,6 +33,10 @@ def run(arguments: argparse.Namespace) -> None:
     from PIL import Image
 
     from ..demo import scenes
+    from ..extras import check_installed
+
+    with mistakes_in_one_line():
+        check_installed("matplotlib", "report", "`explain`")
     from ..modality_weights.explanation import draw_explanation, explain
     from ..training.models import from_our_checkpoint
 

@@ -46,12 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ...experts_config import experts_config_of
     from ..data import VisionLanguageCollator
-    from ..demo import conversations, drawings, scenes
+    from ..demo import conversations, scenes
+    from ..extras import check_installed
     from ..routing import measure_routing, routing_statistics
     from ..routing.statistics import load_of_counts
     from ..training.models import from_checkpoint_with_experts
 
     with mistakes_in_one_line():
+        if arguments.output:
+            check_installed("matplotlib", "report", "--output")
         model, processor = from_checkpoint_with_experts(trained_model(arguments.model))
         if arguments.rows is None:
             rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
@@ -65,6 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     statistics = routing_statistics(config, counts)
     alarms = list(statistics.alarms().values())
     if arguments.output:
+        from ..demo import drawings
+
         with mistakes_in_one_line():
             drawings.draw_expert_load(load_of_counts(config, counts), arguments.output)
     if arguments.json:

@@ -10,11 +10,12 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ..data import VisionLanguageCollator
-from ..demo import conversations, drawings, load_scenes
+from ..demo import conversations, load_scenes
 from ..evaluation import generate_answers
 from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, score_table
 from ..evaluation.metrics.exact_match.exact_match import is_right
 from ..expert_modules import our_experts_config
+from ..extras import check_installed
 from ..hub import write_model_card
 from ..model_size import describe_size
 from ..routing import expert_load
@@ -128,9 +129,19 @@ class TrainingRun:
         return self.metrics
 
     def draw(self) -> None:
-        """Writes `scene.png` (an image to ask about), `answers.png` and `expert_load.png` (the load of the experts)."""
+        """
+        Writes `scene.png` (an image to ask about). If matplotlib is installed, also writes `answers.png` and
+        `expert_load.png` (the load of the experts).
+        """
         test, answers = self.data["test"], self.answers["test"]
         test[0]["image"].save(self.output_dir / "scene.png")
+        try:
+            check_installed("matplotlib", "report", "Drawing `answers.png` and `expert_load.png`")
+        except ValueError as error:
+            print(error)
+            return
+        from ..demo import drawings
+
         is_correct = [is_right(answer, row) for answer, row in zip(answers, test["answer"], strict=True)]
         shown = drawings.some_of_each(is_correct, NUM_DRAWN_ANSWERS)
         num_wrong = sum(not is_correct[i] for i in shown)
