@@ -19,8 +19,8 @@ class VisionLanguageCollator:
     """
     Data collator that turns conversations with images into training batches.
 
-    The loss is computed on what the assistant says only, which the processor's chat template must mark with
-    `{% generation %}`. All other tokens have the label -100.
+    Only the turns of the assistant have labels. The chat template of the processor must mark them with
+    `{% generation %}`. All other tokens have the label -100, which the loss ignores.
 
     Args:
         processor (`ProcessorMixin`):

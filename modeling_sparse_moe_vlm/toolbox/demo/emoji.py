@@ -36,7 +36,7 @@ def load_emoji(style: str | None = None) -> Dataset:
     """
     Loads the table of emoji drawings, which has 1,906 emoji in each of two drawing styles.
 
-    The background of the drawings is transparent. `draw_on_white` in this module makes it white.
+    The background of the drawings is transparent. [`draw_on_white`] makes it white.
 
     Args:
         style (`str`, *optional*):

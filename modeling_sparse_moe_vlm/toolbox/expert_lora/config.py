@@ -32,7 +32,7 @@ class ExpertLoraConfig(LoraConfig):
         gate_up (`str`, *optional*):
             `"gate"` or `"up"` to adapt only this half of a fused stack `gate_up_proj`. By default, both are adapted.
         kwargs:
-            All arguments of [`~peft.LoraConfig`].
+            All arguments of `peft.LoraConfig`.
     """
 
     expert_ranks: dict[str, list[int]] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class ExpertLoraConfig(LoraConfig):
     @torch.no_grad()
     def settle(self, layer: FactoredExpertsLayer, adapter_name: str) -> None:
         """
-        Restricts a new adapter of a layer to the ranks and outputs that it may use. [`FactoredExpertsLayer`] calls this
-        once it has made the adapter.
+        Restricts a new adapter of a layer to the ranks and outputs that it may use. The layer calls this method after
+        it has added the adapter.
 
         Args:
-            layer ([`~toolbox.expert_lora.adapted_layer.FactoredExpertsLayer`]):
+            layer (`FactoredExpertsLayer`):
                 Layer of the adapter.
             adapter_name (`str`):
                 Name of the adapter.

@@ -156,7 +156,7 @@ def busiest_experts(
     Args:
         model (`PreTrainedModel`):
             The model.
-        routing ([`~toolbox.routing.RoutingStatistics`], [`~toolbox.routing.RoutingCounts`], …):
+        routing (`RoutingStatistics`, `RoutingCounts`, `Mapping` or `torch.Tensor`):
             Measured routing, in any form that [`~toolbox.placement.plan_expert_placement`] takes. These include counts
             of shape `(layers, experts)`, and dicts of such counts by modality.
         share (`float`, *optional*, defaults to 0.25):
