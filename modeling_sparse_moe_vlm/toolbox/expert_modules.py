@@ -178,6 +178,13 @@ def sparse_blocks(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules_of(model) if hasattr(module, "groups_key")}
 
 
+def experts_of_base(model: nn.Module) -> dict[str, Any]:
+    """Returns the experts modules that an upcycled model had before, in layers that were sparse already, by name."""
+    ours = tuple(f"{name}." for name in sparse_blocks(model))
+    modules = experts_modules(model)
+    return {name: modules[name] for name in modules if ours and not name.startswith(ours) and not is_pool(name)}
+
+
 def decoder_name(model: PreTrainedModel) -> str:
     """Returns the name of the decoder in a model, without adapters. It is empty if the model itself is the decoder."""
     decoder = base_model_of(model).get_decoder()

@@ -9,10 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
-from ..experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ..parameters import idle_experts
-from .expert_modules import uses_experts_interface
+from .expert_modules import experts_of_base, our_experts_config, uses_experts_interface
 from .meta_model import model_on_meta_device
 
 # What configurations call the number of experts per token.
@@ -49,9 +47,11 @@ def model_size(config: PreTrainedConfig | PreTrainedModel) -> ModelSize:
     Raises:
         ValueError: If no auto class knows the configuration.
     """
-    own = config.config if isinstance(config, PreTrainedModel) else config
-    if isinstance(own, SparseMoeVlmConfig | SparseMoeVlmTextConfig):
-        modalities = own.get_text_config().modalities if isinstance(own, SparseMoeVlmConfig) else ["text"]
+    # By attribute: a checkpoint that comes with its code has its own classes.
+    own: Any = config.config if isinstance(config, PreTrainedModel) else config
+    if hasattr(own, "num_active_parameters"):
+        text_config = own.get_text_config()
+        modalities = ["text"] if text_config is own else text_config.modalities
         return ModelSize(own.num_parameters(), {name: own.num_active_parameters(name) for name in modalities})
     model = model_on_meta_device(config)
     model.tie_weights()
@@ -91,16 +91,22 @@ def idle_parameters(model: PreTrainedModel) -> dict[str, int]:
         `dict[str, int]`: by modality that the model reads, the number of parameters of the experts that one token
         leaves unused. Empty where that is not known.
     """
-    config = experts_config_of(model.config)
-    if isinstance(config, SparseMoeVlmExpertsConfig):
-        return {modality: idle_experts(config, modality) for modality in config.modalities}
-    idle = _idle_parameters(model)
+    config = our_experts_config(model.config)
+    if config is not None:
+        of_base = _idle_parameters(model, list(experts_of_base(model).values()))
+        if of_base is None:
+            return {}
+        return {modality: idle_experts(config, modality) + of_base for modality in config.modalities}
+    experts = [module for module in model.modules() if uses_experts_interface(module)]
+    if not experts and _names_experts(model.config.get_text_config().to_dict()):
+        return {}
+    idle = _idle_parameters(model, experts)
     return {} if idle is None else dict.fromkeys(["text", *encoders_of(model)], idle)
 
 
 def describe_size(model: PreTrainedModel) -> str:
     """The size of a model as a sentence; of models without expert groups only the total."""
-    if not isinstance(experts_config_of(model.config), SparseMoeVlmExpertsConfig):
+    if our_experts_config(model.config) is None:
         return f"{type(model).__name__} with {model.num_parameters():,} parameters."
     size = model_size(model.config)
     active = ", ".join(f"{number:,} active per {modality} token" for modality, number in size.active.items())
@@ -115,12 +121,11 @@ def short(number: int) -> str:
     return str(number)
 
 
-def _idle_parameters(model: PreTrainedModel) -> int | None:
-    """Parameters of the routed experts that one token leaves unused; `None` where that is not known."""
-    config = model.config.get_text_config()
-    experts = [module for module in model.modules() if uses_experts_interface(module)]
+def _idle_parameters(model: PreTrainedModel, experts: list[Any]) -> int | None:
+    """Parameters of some experts modules that one token leaves unused; `None` where that is not known."""
     if not experts:
-        return None if _names_experts(config.to_dict()) else 0
+        return 0
+    config = model.config.get_text_config()
     chosen = next((number for name in CHOSEN_EXPERTS if isinstance(number := getattr(config, name, None), int)), None)
     if chosen is None:
         return None

@@ -1,5 +1,5 @@
 """
-Asks a model a question about one or more images, or about none.
+Asks a model a question about one or more images, or about none. Language models are asked without images.
 
     sparse-moe-vlm generate --model outputs/demo/model --image outputs/demo/scene.png --question "Where is the pig?"
 
@@ -13,6 +13,8 @@ import argparse
 from .mistakes import mistakes_in_one_line
 from .options import trained_model
 
+PLAIN_TEMPLATE = "{{ bos_token or '' }}{{ messages[0]['content'] }}"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="trained model: folder or name on the Hub")
@@ -23,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from transformers import PreTrainedTokenizerBase
+
     from ..evaluation import generate_answers
     from ..training.models import from_checkpoint
 
@@ -30,6 +34,11 @@ def run(arguments: argparse.Namespace) -> None:
     row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
     with mistakes_in_one_line():
         model, processor = from_checkpoint(
-            trained_model(arguments.model), trust_remote_code=arguments.trust_remote_code
+            trained_model(arguments.model), trust_remote_code=arguments.trust_remote_code, language_models=True
         )
+        if isinstance(processor, PreTrainedTokenizerBase):
+            if arguments.image:
+                raise ValueError(f"{arguments.model} is a language model, which reads no images: leave --image out.")
+            # A model that was not trained on conversations continues the question.
+            processor.chat_template = processor.chat_template or PLAIN_TEMPLATE
         print(generate_answers(model, processor, [row], max_new_tokens=arguments.max_new_tokens)[0])

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,6 @@ def run(arguments: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
 
     from ...experts_config import experts_config_of
-    from ..data import VisionLanguageCollator
     from ..demo import conversations, scenes
     from ..extras import check_installed
     from ..routing import measure_routing, routing_statistics
@@ -55,12 +55,15 @@ def run(arguments: argparse.Namespace) -> None:
     with mistakes_in_one_line():
         if arguments.output:
             check_installed("matplotlib", "report", "--output")
-        model, processor = from_checkpoint_with_experts(trained_model(arguments.model))
+        # The held-out scenes are images.
+        model, processor = from_checkpoint_with_experts(
+            trained_model(arguments.model), language_models=arguments.rows is not None
+        )
         if arguments.rows is None:
             rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
         else:
             rows = read_rows(Path(arguments.rows))
-        batches = DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=VisionLanguageCollator(processor))
+        batches = DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=_collator(processor))
         counts = measure_routing(model, batches)
         if counts is None:
             raise ValueError(f"{arguments.model} has no routed experts, so there is no routing to report.")
@@ -108,6 +111,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"{path} contains no conversations: write one JSON object with `messages` per line.")
     return rows
+
+
+def _collator(processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any]:
+    """Makes batches for measuring routing. Chat templates that do not mark the assistant's turns will do."""
+    from ..data import VisionLanguageCollator
+    from ..data.rows import apply_chat_template, with_images
+
+    if "{% generation" in str(processor.chat_template).replace("{%-", "{%"):
+        return VisionLanguageCollator(processor)
+    return lambda rows: apply_chat_template(
+        processor, {number: with_images(row, number) for number, row in enumerate(rows)}, padding_side="right"
+    )
 
 
 def _as_json(row: GroupRouting) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...control_tokens import check_encodable
 
@@ -52,14 +52,17 @@ def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
 
 
 def apply_chat_template(
-    processor: ProcessorMixin, conversations: dict[int, list[dict[str, Any]]], padding_side: str, **kwargs: Any
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    conversations: dict[int, list[dict[str, Any]]],
+    padding_side: str,
+    **kwargs: Any,
 ) -> BatchFeature:
     """
     Applies the chat template to conversations and makes padded model inputs of them.
 
     Args:
-        processor (`ProcessorMixin`):
-            Processor of the model.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
+            Processor of the model, or the tokenizer of a language model, which takes conversations without images.
         conversations (`dict[int, list[dict]]`):
             Messages of each conversation, by the number of its row.
         padding_side (`str`):
@@ -74,9 +77,13 @@ def apply_chat_template(
         ValueError: If a conversation cannot be processed. The message names its row.
     """
     kwargs |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
+    if isinstance(processor, PreTrainedTokenizerBase):
+        conversations = {number: _as_text(messages, number) for number, messages in conversations.items()}
+        kwargs |= {"padding": True, "tokenizer_kwargs": {"padding_side": padding_side}}
+    else:
+        kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
     try:
-        return processor.apply_chat_template(list(conversations.values()), **kwargs)
+        return BatchFeature(dict(processor.apply_chat_template(list(conversations.values()), **kwargs)))
     except Exception:
         # Processes the conversations one by one to find the one that failed.
         for number, conversation in conversations.items():
@@ -85,6 +92,17 @@ def apply_chat_template(
             except Exception as error:
                 raise ValueError(f"row {number} cannot be processed: {error}") from error
         raise
+
+
+def _as_text(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Returns messages with the texts of their content parts joined, as the templates of language models take them."""
+    joined = []
+    for message in messages:
+        parts = _parts(message)
+        if wrong := [part["type"] for part in parts if part["type"] != "text"]:
+            raise ValueError(f"row {number} has a part of type {wrong[0]!r}, but the model only reads text.")
+        joined.append(message | {"content": "".join(part["text"] for part in parts)} if parts else message)
+    return joined
 
 
 def _messages(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:

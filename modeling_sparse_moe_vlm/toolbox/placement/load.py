@@ -49,6 +49,30 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
     return _normalise({name: {m: sum(of_experts) for m, of_experts in of.items()} for name, of in counts.items()})
 
 
+def with_unmeasured_layers(loads: Loads, names: Sequence[str], num_measured_layers: int) -> Loads:
+    """
+    Adds the experts of layers in which no routing was measured. Every layer is given the same load.
+
+    Args:
+        loads (`dict[str, dict[str, float]]`):
+            What [`expert_loads`] returns for the layers in which routing was measured.
+        names (`Sequence[str]`):
+            Names of the experts modules of the other layers, one of each layer.
+        num_measured_layers (`int`):
+            Number of layers in which routing was measured.
+
+    Returns:
+        `dict[str, dict[str, float]]`: by module, by modality; sums to 1 over modules.
+    """
+    num_layers = num_measured_layers + len(names)
+    modalities = next(iter(loads.values()), {})
+    scaled = {
+        name: {modality: load * num_measured_layers / num_layers for modality, load in of.items()}
+        for name, of in loads.items()
+    }
+    return scaled | {name: dict.fromkeys(modalities, 1 / num_layers) for name in names}
+
+
 def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: Any = None) -> Counts:
     """
     Computes the choices of each expert of each module, in the unit of the routing.

@@ -11,10 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...experts_config import experts_config_of
-from ..expert_modules import experts_modules
+from ..expert_modules import experts_modules, experts_of_base
 from ..meta_model import model_on_meta_device
 from .budgets import Device, fast_devices, read_budgets, readable_size
-from .load import Loads, expert_loads
+from .load import Loads, expert_loads, with_unmeasured_layers
 from .parts import DeviceMap, device_map_of, device_of, parts_of, tensor_sizes
 from .search import assign, missing_bytes
 
@@ -158,4 +158,10 @@ def describe_placement(
 
 def _loads(model: PreTrainedModel, routing: Any) -> Loads:
     sizes = {name: experts.num_experts for name, experts in experts_modules(model).items()}
-    return expert_loads(sizes, experts_config_of(model.config), routing)
+    config = experts_config_of(model.config)
+    of_base = experts_of_base(model)
+    if routing is None or not of_base:
+        return expert_loads(sizes, config, routing)
+    # Routing is only measured in the layers with expert groups.
+    loads = expert_loads({name: size for name, size in sizes.items() if name not in of_base}, config, routing)
+    return with_unmeasured_layers(loads, list(of_base), len(config.sparse_layers))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from datasets import Dataset
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
     SiglipImageProcessorPil,
 )
 
@@ -90,9 +93,11 @@ def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPi
     return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
 
 
-def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+def from_checkpoint(
+    path: str, trust_remote_code: bool = False, language_models: bool = False
+) -> tuple[PreTrainedModel, Any]:
     """
-    Loads a trained model of any image-text-to-text class, with its processor. Checkpoints of this package run the
+    Loads a trained vision-language model of any class, with its processor. Checkpoints of this package run the
     installed code.
 
     Args:
@@ -100,32 +105,59 @@ def from_checkpoint(path: str, trust_remote_code: bool = False) -> tuple[PreTrai
             Folder of the checkpoint, or its name on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the checkpoint.
+        language_models (`bool`, *optional*, defaults to `False`):
+            Whether the model may be a language model, which has a tokenizer in place of a processor.
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor.
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor; of a language model,
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`.
 
     Raises:
         OSError: If there is no such checkpoint.
-        ValueError: If the checkpoint requires its own code and `trust_remote_code` is `False`.
+        ValueError: If the checkpoint requires its own code and `trust_remote_code` is `False`, or if the model is a
+            language model and `language_models` is `False`.
     """
     use_installed_code(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
-    return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if not _is_language_model(config):
+        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check(
+        language_models,
+        f"{path} is a language model (of type {config.model_type!r}), which reads no images: a vision-language model "
+        "is needed here.",
+    )
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
 
 
-def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorMixin]:
+def _is_language_model(config: PreTrainedConfig) -> bool:
+    """Whether a model is loaded by `AutoModelForCausalLM`, but not by `AutoModelForImageTextToText`."""
+    of_code = getattr(config, "auto_map", None) or {}
+    for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
+        if auto_class.__name__ in of_code or type(config) in auto_class._model_mapping:
+            return auto_class is AutoModelForCausalLM
+    return False
+
+
+def from_checkpoint_with_experts(path: str, language_models: bool = False) -> tuple[PreTrainedModel, Any]:
     """
     Loads a trained model of this package or an upcycled model, with its processor.
 
     Args:
-        path (`str`):
-            Folder of the checkpoint, or its name on the Hub.
+        path, language_models:
+            See [`from_checkpoint`].
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor.
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor; of a language model,
+        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`.
 
     Raises:
-        ValueError: If the model has no experts of this package.
+        ValueError: If the model has no experts of this package, or if it is a language model and `language_models` is
+            `False`.
     """
     config = load_config(path)
     check(
@@ -133,7 +165,7 @@ def from_checkpoint_with_experts(path: str) -> tuple[PreTrainedModel, ProcessorM
         f"{path} is a model of type {config.model_type!r}; this needs {SparseMoeVlmConfig.model_type!r}, or an "
         "upcycled model.",
     )
-    model, processor = from_checkpoint(path)
+    model, processor = from_checkpoint(path, language_models=language_models)
     return model.eval(), processor
 
 
@@ -152,7 +184,7 @@ def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration
     Raises:
         ValueError: If it is a model of another class.
     """
-    model_type = AutoConfig.from_pretrained(path).model_type
+    model_type = load_config(path).model_type
     if model_type != SparseMoeVlmConfig.model_type:
         raise ValueError(f"{path} is a model of type {model_type!r}; this needs {SparseMoeVlmConfig.model_type!r}.")
     model = SparseMoeVlmForConditionalGeneration.from_pretrained(path).eval()
