@@ -36,7 +36,7 @@ NEEDS_A_NETWORK = "Qwen/"
 
 
 def test_verbs():
-    of_models = ["upcycle", "train", "evaluate", "generate", "explain", "lora"]
+    of_models = ["upcycle", "train", "evaluate", "generate", "explain", "app", "lora"]
     assert list(VERBS) == [*of_models, "place", "routing-report", "info"]
 
 

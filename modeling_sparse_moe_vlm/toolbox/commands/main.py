@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ... import __version__
-from . import evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
+from . import app, evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
 
 COMMAND = "sparse-moe-vlm"
 EXIT_CODE_OF_INTERRUPTS = 130  # 128 + the number of SIGINT
@@ -19,6 +19,7 @@ VERBS: dict[str, ModuleType] = {
     "evaluate": evaluate,
     "generate": generate,
     "explain": explain,
+    "app": app,
     "lora": lora,
     "place": place,
     "routing-report": routing_report,

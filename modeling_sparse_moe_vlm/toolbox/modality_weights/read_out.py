@@ -210,7 +210,7 @@ class _Recorder:
     ):
         self.weights = ModalityWeights()
         self.model_type = config.model_type
-        self.placeholders = _placeholders(config)
+        self.placeholders = placeholders_of(config)
         self.log_priors = torch.tensor(log_priors)
         self.guidance = guidance
         self.steers = guidance > 0 or len(set(log_priors)) > 1  # only the ratios of priors matter
@@ -369,7 +369,7 @@ def _fill(weights: torch.Tensor, length: int) -> torch.Tensor:
     return F.pad(weights, (length - weights.shape[-1], 0), value=torch.nan)
 
 
-def _placeholders(config: PreTrainedConfig) -> dict[int, int]:
+def placeholders_of(config: PreTrainedConfig) -> dict[int, int]:
     """Returns the modality id of every placeholder token, by token id."""
     of_experts = getattr(our_experts_config(config), "placeholder_ids", {})
     placeholders = {

@@ -1,0 +1,149 @@
+"""One call of `generate`, with α, attention and routing recorded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ..evaluation_mode import evaluating
+from ..expert_modules import base_model_of
+from ..modality_weights import MODALITIES, modality_weights
+from .recording import Recording, recording
+from .settings import Settings
+
+IMAGE_ID = MODALITIES.index("image")
+
+
+@dataclass
+class Generation:
+    """
+    The new tokens of one row, and what the model did for each.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(new tokens,)`):
+            The new tokens, of type int64.
+        recording ([`~recording.Recording`]):
+            Attention and routing.
+        alpha (`list[float]`), count_free_alpha (`list[float]`):
+            α of every new token, averaged over layers and heads: the share of attention that went to images when the
+            token was chosen. Empty without images.
+        alpha_note (`str`):
+            Why `alpha` is empty.
+    """
+
+    tokens: torch.Tensor
+    recording: Recording
+    alpha: list[float] = field(default_factory=list)
+    count_free_alpha: list[float] = field(default_factory=list)
+    alpha_note: str = ""
+
+
+@torch.inference_mode()
+def generate_recorded(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Mapping[str, Any],
+    settings: Settings,
+    *,
+    has_images: bool,
+    on_text: Callable[[str], None] = lambda text: None,
+    stop: threading.Event | None = None,
+) -> Generation:
+    """
+    Continues a prompt and records how. A model whose attention cannot be read out generates too, but is not steered.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, with or without adapters.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+        inputs (`Mapping[str, Any]`):
+            Inputs of one row.
+        settings ([`~settings.Settings`]):
+            How to decode and to steer.
+        has_images (`bool`):
+            Whether the prompt has images.
+        on_text (`Callable[[str], None]`, *optional*):
+            Called with every new piece of text.
+        stop (`threading.Event`, *optional*):
+            Ends the generation once it is set.
+
+    Returns:
+        [`Generation`]
+    """
+    base = base_model_of(model)
+    length = inputs["input_ids"].shape[1]
+    stopping = StoppingCriteriaList([_Stopped(stop or threading.Event())])
+
+    def generate(**kwargs: Any) -> Any:
+        streamer = _Pieces(tokenizer, on_text)
+        return base.generate(**inputs, **settings.decoding, stopping_criteria=stopping, streamer=streamer, **kwargs)
+
+    with evaluating(model), recording(model) as record:
+        if not has_images:
+            note = "There is no image in the conversation: all attention is on the text."
+            return Generation(generate()[0, length:].cpu(), record, alpha_note=note)
+        try:
+            sequences, weights = _generate_with_weights(base, generate, settings)
+        except ValueError as error:  # if the attention cannot be read out; otherwise it is raised again
+            record.attention.clear()
+            note = f"The attention of this model can be neither read nor steered: {error}"
+            return Generation(generate()[0, length:].cpu(), record, alpha_note=note)
+    alpha, count_free = ([_mean_alpha(layers) for layers in steps] for steps in weights)
+    return Generation(sequences[0, length:].cpu(), record, alpha, count_free)
+
+
+def _generate_with_weights(
+    model: PreTrainedModel, generate: Callable[..., Any], settings: Settings
+) -> tuple[torch.Tensor, tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]]:
+    """The sequences, and by forward pass and layer the weights of modalities, as they are and count-free."""
+    if model.config.model_type == SparseMoeVlmConfig.model_type:
+        # Without `output_attentions`, the model may take a shorter way that never computes the matrices.
+        output = generate(
+            output_modality_weights=True, output_attentions=True, return_dict_in_generate=True, **settings.steering
+        )
+        return output.sequences, (output.modality_weights, output.count_free_modality_weights)
+    with modality_weights(model, **settings.steering) as weights:
+        sequences = generate()
+    return sequences, (
+        [list(step.modality_weights.values()) for step in weights.steps],
+        [list(step.count_free_modality_weights.values()) for step in weights.steps],
+    )
+
+
+def _mean_alpha(layers: Sequence[torch.Tensor]) -> float:
+    """The weight of images for the last token, from the weights `(B, heads, T, modalities)` of every layer."""
+    return float(torch.stack([weights[0, :, -1, IMAGE_ID] for weights in layers]).mean())
+
+
+class _Pieces(TextStreamer):
+    """Passes new text on, word by word."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)
+
+
+class _Stopped(StoppingCriteria):
+    """Stops once an event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
