@@ -52,18 +52,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it is not a table of fields")
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError as error:
         raise OSError(f"{path} is missing: {ADVICE}") from error
     except (ValueError, RecursionError) as error:
         raise OSError(f"{path} is damaged ({error}): {ADVICE}") from error
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} should say `peft_type` 'LORA', but says {config.get('peft_type')!r}.")
+        raise ValueError(f"{path} must set `peft_type` to 'LORA', but it is {config.get('peft_type')!r}.")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path} should give the rank `r`, a positive integer, but gives {rank!r}.")
+        raise ValueError(f"{path} must set the rank `r` to a positive integer, but it is {rank!r}.")
     if type(alpha) not in (int, float):
-        raise ValueError(f"{path} should give the scale `lora_alpha`, a number, but gives {alpha!r}.")
+        raise ValueError(f"{path} must set the scale `lora_alpha` to a number, but it is {alpha!r}.")
     if not (config.get("target_modules") or config.get("target_parameters")):
-        raise ValueError(f"{path} names no `target_modules` or `target_parameters` that the adapter belongs to.")
+        raise ValueError(f"{path} must set `target_modules` or `target_parameters`, which the adapter belongs to.")
     return config

@@ -11,9 +11,10 @@ import torch
 
 class StepMemory(threading.local):
     """
-    A cache of values computed from weights, for decoding steps. A call counts as a decoding step if it has few tokens,
-    and as many as the previous call. In all other calls, the values are computed again: they cost little compared with
-    the products of many tokens, and writes through `.data`, as in PEFT's hotswapping, cannot be detected.
+    A cache of values computed from weights, for decoding steps. A call counts as a decoding step if gradients are
+    disabled and it has few tokens, and as many as the previous call. In all other calls, the values are computed again:
+    they cost little compared with the products of many tokens, and writes through `.data`, as in PEFT's hotswapping,
+    cannot be detected.
 
     Every thread has its own cache, because calls of other threads are not steps of this thread's generation. Copies and
     pickles are empty.
@@ -28,7 +29,7 @@ class StepMemory(threading.local):
         return type(self), ()
 
     def begin(self, num_tokens: int, most: int) -> None:
-        """Marks the begin of a call with `num_tokens` tokens. It can be a decoding step if it has fewer than `most`."""
+        """Marks the start of a call with `num_tokens` tokens. It can be a decoding step if it has fewer than `most`."""
         if torch.compiler.is_compiling():
             return
         self._is_step = num_tokens < most and not torch.is_grad_enabled()

@@ -73,15 +73,15 @@ def test_files_that_were_cut_off(folder, kept):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": None}, "should say `peft_type` 'LORA', but says None"),
-        ({"peft_type": "IA3"}, "should say `peft_type` 'LORA', but says 'IA3'"),
-        ({"r": None}, "should give the rank `r`, a positive integer, but gives None"),
-        ({"r": 0}, "should give the rank `r`, a positive integer, but gives 0"),
-        ({"r": True}, "should give the rank `r`, a positive integer, but gives True"),
-        ({"r": "2"}, "should give the rank `r`, a positive integer, but gives '2'"),
-        ({"lora_alpha": None}, "should give the scale `lora_alpha`, a number, but gives None"),
-        ({"lora_alpha": "6"}, "should give the scale `lora_alpha`, a number, but gives '6'"),
-        ({"target_modules": None, "target_parameters": []}, "names no `target_modules` or `target_parameters`"),
+        ({"peft_type": None}, "must set `peft_type` to 'LORA', but it is None"),
+        ({"peft_type": "IA3"}, "must set `peft_type` to 'LORA', but it is 'IA3'"),
+        ({"r": None}, "must set the rank `r` to a positive integer, but it is None"),
+        ({"r": 0}, "must set the rank `r` to a positive integer, but it is 0"),
+        ({"r": True}, "must set the rank `r` to a positive integer, but it is True"),
+        ({"r": "2"}, "must set the rank `r` to a positive integer, but it is '2'"),
+        ({"lora_alpha": None}, "must set the scale `lora_alpha` to a number, but it is None"),
+        ({"lora_alpha": "6"}, "must set the scale `lora_alpha` to a number, but it is '6'"),
+        ({"target_modules": None, "target_parameters": []}, "must set `target_modules` or `target_parameters`"),
     ],
 )
 def test_fields_that_are_missing_or_wrong(folder, fields, message):
@@ -99,7 +99,7 @@ def test_fields_that_are_missing_or_wrong(folder, fields, message):
 
 def test_a_configuration_that_is_not_one(folder):
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(OSError, match=r"adapter_config.json is damaged \(it is not a table of fields\)"):
+    with pytest.raises(OSError, match=r"adapter_config.json is damaged \(it is not a JSON object\)"):
         read_adapter_files(folder)
 
 
