@@ -1,6 +1,11 @@
-"""Copies what people edit at the root of the repository into the wheel. Everything else is in pyproject.toml."""
+"""
+Copies what people edit at the root of the repository into the wheel, and makes the README's links absolute for package
+indexes. Everything else is in pyproject.toml.
+"""
 
+import re
 import shutil
+import tomllib
 from pathlib import Path
 
 from setuptools import setup
@@ -31,4 +36,21 @@ class BuildWithShippedFiles(build_py):
         return Path(self.build_lib, "modeling_sparse_moe_vlm", source)
 
 
-setup(cmdclass={"build_py": BuildWithShippedFiles})
+def readme_for_package_indexes() -> str:
+    """The README with absolute links, since package indexes show it without the repository's files."""
+    source = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Source"]
+    raw = source.replace("github.com", "raw.githubusercontent.com")
+
+    def absolute(link: re.Match) -> str:
+        root = f"{raw}/main" if link["image"] else f"{source}/blob/main"
+        return f"{link['image']}[{link['text']}]({root}/{link['path']})"
+
+    link = r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!https?:|#)[^)]+)\)"
+    return re.sub(link, absolute, Path("README.md").read_text(encoding="utf-8"))
+
+
+setup(
+    cmdclass={"build_py": BuildWithShippedFiles},
+    long_description=readme_for_package_indexes(),
+    long_description_content_type="text/markdown",
+)
