@@ -1,11 +1,13 @@
 """The package's metadata, and the files that maintainers release it with."""
 
 import re
+import runpy
 import tomllib
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 
 import modeling_sparse_moe_vlm
@@ -98,3 +100,19 @@ def test_a_release_needs_one_version_everywhere(tmp_path, monkeypatch):
     first, second = release.mistakes_of("v1.2.0")
     assert "CITATION.cff" in first
     assert "CHANGELOG.md" in second
+
+
+def test_package_indexes_get_absolute_links(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\nSource = "https://github.com/a/b"\n')
+    (tmp_path / "README.md").write_text("[one](docs/a.md) ![two](b.svg) [three](https://c.d/e) [four](#five)\n")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    assert runpy.run_path(str(ROOT / "setup.py"))["readme_for_package_indexes"]() == (
+        "[one](https://github.com/a/b/blob/main/docs/a.md) ![two](https://raw.githubusercontent.com/a/b/main/b.svg) "
+        "[three](https://c.d/e) [four](#five)\n"
+    )
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200

@@ -1,6 +1,7 @@
 """train.py from the recipe to a folder with everything, in small."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -20,7 +22,7 @@ from transformers import (
 
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
-from modeling_sparse_moe_vlm.toolbox.demo import train_tokenizer
+from modeling_sparse_moe_vlm.toolbox.demo import scenes, train_tokenizer
 from modeling_sparse_moe_vlm.toolbox.training import recipe_run
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
@@ -47,6 +49,19 @@ def test_a_run_leaves_model_metrics_card_and_pictures(trained):
     assert [result.dataset_split for result in card.data.eval_results] == ["test", "test_style"]
     shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert shown["training"]["max_steps"] == 2, "the card shows the recipe without what was changed"
+
+
+def test_the_printed_question_is_about_the_printed_image(trained):
+    output_dir, printed = trained
+    (command,) = (line.strip() for line in printed.splitlines() if line.strip().startswith("sparse-moe-vlm generate"))
+    verb, *arguments = shlex.split(command)[1:]
+    values = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert verb == "generate"
+    assert values["--model"] == str(output_dir / "model")
+    assert values["--image"] == str(output_dir / "scene.png")
+    data = scenes("test", 1, cell_size=16)[0]
+    assert values["--question"] == data["question"]
+    assert Image.open(values["--image"]).tobytes() == data["image"].tobytes()
 
 
 def test_an_interrupted_run_goes_on(trained, tmp_path):

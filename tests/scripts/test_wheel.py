@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,14 +25,19 @@ def bin_folder(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs", ".*", "tests", "docs")
     shutil.copytree(ROOT, source, ignore=ignored)
     pip = [sys.executable, "-m", "pip"]
+    # With PYTHONPATH pip would take a clone's metadata for an installed package.
+    without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder, source], check=True
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder, source],
+        check=True,
+        env=without_path,
     )
     shutil.rmtree(source)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel], check=True)
+    install = [*pip, "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
+    subprocess.run(install, check=True, env=without_path)
     (packages,) = folder.glob("venv/lib/*/site-packages")
     # A path only: editable installs over there stay unseen.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
@@ -63,6 +70,27 @@ def test_help_is_there_at_once(command):
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
         assert "modeling_sparse_moe_vlm.toolbox.commands.main" in imported
         assert not imported & {"torch", "transformers", "datasets", "peft", "matplotlib"}, arguments
+
+
+@pytest.mark.slow
+def test_the_quickstart(command, tmp_path):
+    """The shell lines of the README's quickstart, with fewer steps."""
+    lines = re.findall(r"^sparse-moe-vlm (?:train|generate) .+$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    training, *asking = (shlex.split(line)[1:] for line in lines)
+    assert training == ["train", "--recipe", "quickstart"]
+    assert asking
+    fewer = [
+        "training.max_steps=2",
+        "training.per_device_train_batch_size=4",
+        "data.num_train=44",
+        "data.num_heldout=44",
+    ]
+    result = command(*training, *(f"--set={override}" for override in fewer))
+    assert result.returncode == 0, result.stderr
+    for arguments in asking:
+        result = command(*arguments)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "outputs/quickstart/answers.png").exists()
 
 
 @pytest.mark.slow
