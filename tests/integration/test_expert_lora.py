@@ -1,4 +1,4 @@
-"""Adapters of experts, factored, through Trainer, TRL and the adapters of Transformers."""
+"""Factored adapters of experts in Trainer, in TRL and in the adapter methods of Transformers."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def losses_of(trainer) -> list[float]:
 
 @pytest.mark.parametrize("name", ["isolated", "joint"])
 def test_trainer(name, tmp_path):
-    """The same losses as with PEFT's path, with and without checkpointing; only the adapter is trained and saved."""
+    """The losses equal those of PEFT, with and without checkpointing. Only the adapter is trained and saved."""
     losses, logits = [], []
     for factored, checkpointing in ((False, False), (True, False), (True, True)):
         model = make_model(name)
@@ -81,7 +81,7 @@ def test_trainer(name, tmp_path):
 
 
 def test_trainer_resumes(tmp_path):
-    """From a checkpoint half-way, as if there had been no break."""
+    """Training resumed from a checkpoint equals uninterrupted training."""
 
     def run(steps: int, **options):
         adapted = factor_expert_lora(adapt(make_model("joint")))
@@ -103,7 +103,7 @@ def test_trainer_resumes(tmp_path):
 
 @pytest.mark.parametrize("given", ["config", "model"])
 def test_sft(given, tmp_path):
-    """TRL adds the adapter itself, which is factored before it trains, or gets a model with one."""
+    """TRL adds the adapter itself, which is factored before training, or gets a model with an adapter."""
     trl = pytest.importorskip("trl")
     model, processor = make_speaking_model(), make_processor()
     config = ExpertLoraConfig(**CONFIG, lora_dropout=0.1)
@@ -137,7 +137,7 @@ def test_sft(given, tmp_path):
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
 def test_adapters_of_transformers(name, tmp_path, monkeypatch):
     """`add_adapter`, `load_adapter`, switching, disabling and saving without a `PeftModel`."""
-    # Transformers 5.24 asks for PEFT 0.22, the release after the one at hand, before it does anything with it.
+    # Transformers 5.24 requires PEFT 0.22, which is newer than the installed version.
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.19.0")
     model = make_model(name)
     inputs = make_inputs(model)
@@ -173,7 +173,7 @@ def test_adapters_of_transformers(name, tmp_path, monkeypatch):
 
 
 def test_a_second_adapter_by_peft(tmp_path):
-    """`PeftModel.load_adapter`, deleting, adding up and merging of one of them."""
+    """`PeftModel.load_adapter`, and deleting, combining and merging adapters."""
     adapt(make_model("qwen3_moe"), seed=9).save_pretrained(tmp_path)
     adapted = factor_expert_lora(adapt(make_model("qwen3_moe"))).eval()
     inputs = make_inputs(adapted.get_base_model())
@@ -196,7 +196,7 @@ def test_a_second_adapter_by_peft(tmp_path):
 
 @torch.no_grad()
 def test_hotswapping(tmp_path):
-    """PEFT writes the other adapter's values through `.data`, which leaves no trace but the values."""
+    """PEFT writes the values of the other adapter through `.data`, which does not change the version of the tensors."""
     adapt(make_model("qwen3_moe"), seed=9).save_pretrained(tmp_path)
     adapted = factor_expert_lora(adapt(make_model("qwen3_moe"))).eval()
     inputs = make_inputs(adapted.get_base_model())

@@ -1,4 +1,4 @@
-"""LoRA on experts, run factored, over paged experts: outputs and gradients are those over resident ones."""
+"""Factored LoRA on paged experts: outputs and gradients equal those on experts in memory."""
 
 import copy
 from functools import partial
@@ -39,7 +39,7 @@ def test_gradients_of_adapters(name, implementation, tmp_path):
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
 def test_merged_into_paged_experts(name, safe_merge):
-    """Slots that were filled before must not be taken for the merged experts."""
+    """Slots that were filled before merging must not be used afterwards."""
     model = build(name)
     inputs = inputs_of(model)
     adapted = factor_expert_lora(adapt(copy.deepcopy(model)))
@@ -57,7 +57,7 @@ def test_merged_into_paged_experts(name, safe_merge):
 
 @torch.no_grad()
 def test_experts_in_files_are_not_merged_into(tmp_path):
-    """What a private mapping holds is gone when an expert loses its slot."""
+    """Changes to a privately mapped file are lost when an expert loses its slot."""
     model = build("qwen3_moe")
     loaded = from_disk(model, tmp_path)
     page_experts(loaded, 3)

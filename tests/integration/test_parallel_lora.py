@@ -1,4 +1,4 @@
-"""Adapters of experts that two processes share: outputs, gradients and files are those of one process."""
+"""Adapters of experts in two processes: outputs, gradients and files equal those of one process."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,7 +15,7 @@ MODELS = {
     "dora": {"expert_groups": "isolated"},
 }
 SIZES = [{"fsdp_size": 2}, {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}, {"tp_size": 2}]
-# Experts, and linear layers that tensor parallelism cuts in both ways, or not at all.
+# Experts, and linear layers that tensor parallelism splits by rows, by columns or not at all.
 CONFIG = {
     "r": 3,
     "lora_alpha": 6,
@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, folder = dist.get_rank(), Path(sys.argv[1])
-rows = make_rows(2)[::-1]  # every other row has no picture, so with as many batches one process sees none
+rows = make_rows(2)[::-1]  # every second row has no image, so with two batches one process gets no image
 whole_batch = collate(rows)
 num_targets = int((whole_batch["labels"][:, 1:] != -100).sum())
 
@@ -117,7 +117,7 @@ for name in MODELS:
             saves_the_same(adapted, folder / "again", saved)
             if experts != "grouped_mm" or name != "isolated":
                 continue
-            # Of new adapters, all processes have those of the first.
+            # All processes have the values of the first one in new adapters.
             torch.manual_seed(rank)
             config = LoraConfig(**CONFIG)
             adapted = factor_expert_lora(get_peft_model(load(name, sizes), config))
@@ -136,7 +136,7 @@ for name in MODELS:
                 fails(lambda: adapted(**whole_batch), "call `factor_expert_lora(model)`")
             fails(lambda: adapted.eval()(**whole_batch, adapter_names=["default"] * 2), "leave out `adapter_names`")
 
-# Transformers' own, on one batch for all.
+# The adapter methods of Transformers, with the same batch in all processes.
 batch = {"input_ids": torch.arange(4, 24).view(2, 10), "labels": torch.arange(4, 24).view(2, 10)}
 model = load_expert_lora(load("qwen3_moe"), folder / "qwen3_moe adapter", is_trainable=True)
 expected = model(**batch)

@@ -1,4 +1,4 @@
-"""How scripts are run: in a process of their own, or faster in that of the tests."""
+"""Fixtures that run scripts: in a separate process, or in the process of the tests, which is faster."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support.processes import ROOT, launch
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# A run of seconds: few pictures, and what the recipe spends processes on left out.
+# A run of a few seconds: few images, and no worker processes.
 SMALL_RUN = {
     "data.num_train": 44,
     "data.num_heldout": 11,
@@ -27,7 +27,7 @@ SMALL_RUN = {
     "training.dataloader_persistent_workers": "false",
 }
 
-# On the CPU Accelerate shards nothing, unless it takes it for a GPU.
+# Accelerate shards models on the CPU only if it is made to treat the CPU as a GPU.
 IN_TWO_PROCESSES = """
 import os, runpy, sys
 import torch
@@ -50,7 +50,7 @@ runpy.run_path({path!r}, run_name="__main__")
 
 
 def train_arguments(output_dir: Path, **changes) -> list[str]:
-    """Arguments of a small run of train.py; changes as `max_steps=4` are those of its `training`."""
+    """Returns the arguments of a small run of train.py. `changes` are values of its section `training`."""
     values = SMALL_RUN | {f"training.{key}": value for key, value in changes.items()}
     return ["--output-dir", str(output_dir), *(f"--set={key}={value}" for key, value in values.items())]
 
@@ -60,7 +60,7 @@ def run_train(cwd: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def run_in_two_processes(folder: Path, launch_file: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Runs a script as `accelerate launch` does with one of our launch files."""
+    """Runs a script in two processes, as `accelerate launch` does with a launch file of this repository."""
     folder.mkdir(exist_ok=True)
     argv = [script, *arguments, "--set=training.use_cpu=true"]
     program = IN_TWO_PROCESSES.format(argv=argv, path=str(SCRIPTS / script))
@@ -70,9 +70,9 @@ def run_in_two_processes(folder: Path, launch_file: str, script: str, *arguments
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> tuple[Path, str]:
-    """Output folder of a small run in a process of its own, started outside the repository, and what it printed."""
+    """Output folder and printed text of a small run, which is started outside of the repository in a new process."""
     base = tmp_path_factory.getbasetemp()
-    # Workers of pytest-xdist have folders beside each other, and share one run.
+    # The workers of pytest-xdist have neighbouring folders and share one run.
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
     printed = folder / "printed.txt"
     with FileLock(f"{folder}.lock"):

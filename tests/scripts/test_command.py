@@ -1,4 +1,4 @@
-"""The command as a whole: its verbs, help with examples, and what it says to mistakes."""
+"""The command `sparse-moe-vlm`: its verbs, help texts with examples, and errors for mistakes in the input."""
 
 import re
 import shlex
@@ -53,7 +53,7 @@ def test_examples_are_understood(example):
 
 @pytest.mark.slow
 def test_quick_examples_run(trained, tmp_path, monkeypatch, capsys):
-    """In the order of `QUICK`, in one folder: some examples read what those before them have written."""
+    """They run in the order of `QUICK` and in one folder, because some examples read what earlier ones wrote."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/demo").symlink_to(trained[0])

@@ -1,4 +1,4 @@
-"""count_parameters.py prints a table, and nothing else."""
+"""count_parameters.py prints only a table."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_counts_those_of_the_configuration(run_here):
     assert rows[0].endswith(f" | {2 * total / 1e6:.1f} MB |")
 
 
-def test_help_is_no_table(run_here, capsys):
+def test_help_is_not_a_table(run_here, capsys):
     with pytest.raises(SystemExit):
         run_here("count_parameters.py", "--help")
     printed = capsys.readouterr().out

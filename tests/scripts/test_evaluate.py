@@ -1,4 +1,4 @@
-"""`evaluate` gives the scores that training gives."""
+"""`evaluate` returns the same scores as training."""
 
 import json
 

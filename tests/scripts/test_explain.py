@@ -1,4 +1,4 @@
-"""`explain` draws, and prints what it draws."""
+"""`explain` draws an explanation and prints its values."""
 
 import json
 

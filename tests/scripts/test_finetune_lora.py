@@ -1,4 +1,4 @@
-"""finetune_lora.py in small: an adapter that PEFT loads, the figures, and going on after an interruption."""
+"""Small runs of finetune_lora.py: the adapter loads with PEFT, the metrics are right, and runs can be resumed."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_an_interrupted_run_goes_on(run_here, tmp_path, model_folder):
     state = checkpoints / "checkpoint-1/trainer_state.json"
     state.write_text(state.read_text().replace(f'"loss": {json.dumps(expected[0])}', '"loss": 123.0'))
     run_here("finetune_lora.py", *small(tmp_path, "experts", model_folder, "--resume", **options))
-    assert losses(3) == [123.0, *expected[1:]], "it started anew, or went on elsewhere"
+    assert losses(3) == [123.0, *expected[1:]], "the run started again, or resumed from another step"
     assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == adapter
 
 

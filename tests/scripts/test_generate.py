@@ -1,4 +1,4 @@
-"""generate.py answers as the model does."""
+"""generate.py prints the answer of the model."""
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -6,19 +6,19 @@ from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
 from tests.support.processors import make_picture, user
 
 
-def test_answers_about_pictures(trained, run_here, tmp_path):
-    pictures = [tmp_path / "0.png", tmp_path / "1.png"]
-    for seed, path in enumerate(pictures):
+def test_answers_about_images(trained, run_here, tmp_path):
+    images = [tmp_path / "0.png", tmp_path / "1.png"]
+    for seed, path in enumerate(images):
         make_picture(seed).save(path)
     folder = trained[0] / "model"
     arguments = ["--model", folder, "--question", "Can you see the cat?", "--max-new-tokens", "5"]
-    printed = run_here("generate.py", *arguments, "--image", pictures[0], "--image", pictures[1])
+    printed = run_here("generate.py", *arguments, "--image", images[0], "--image", images[1])
 
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     row = {"messages": [user(*map(make_picture, range(2)), "Can you see the cat?")]}
     assert printed == generate_answers(model, processor, [row], max_new_tokens=5)[0] + "\n"
 
 
-def test_answers_without_a_picture(trained, run_here):
+def test_answers_without_an_image(trained, run_here):
     folder = trained[0] / "model"
     assert run_here("generate.py", "--model", folder, "--question", "Why?", "--max-new-tokens", "5").endswith("\n")

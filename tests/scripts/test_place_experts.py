@@ -1,4 +1,4 @@
-"""place_experts.py prints a plan, and writes it as a device map that loads."""
+"""place_experts.py prints a plan, and writes it as a device map that `from_pretrained` accepts."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`routing-report` prints what `routing_statistics` finds."""
+"""`routing-report` prints the result of `routing_statistics`."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_of_held_out_scenes_in_batches(model_folder, run_verb, monkeypatch, tmp_
 
 
 def test_of_an_upcycled_model(run_verb, tmp_path):
-    """Image tokens are told from text, and layers have their own numbers."""
+    """The report distinguishes image tokens from text, and shows the real numbers of the layers."""
     make_speaking("llava", "isolated", layers=[1]).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
     make_picture().save(tmp_path / "image.png")

@@ -1,4 +1,4 @@
-"""train.py from the recipe to a folder with everything, in small."""
+"""Small runs of train.py, from the recipe to the complete output folder."""
 
 import json
 import shlex
@@ -29,12 +29,12 @@ from tests.scripts.conftest import run_in_two_processes, run_train, train_argume
 
 
 def history(output_dir, step: int) -> list[dict]:
-    """Losses of the steps up to a checkpoint."""
+    """Returns the losses of the steps up to a checkpoint."""
     state = json.loads((output_dir / f"checkpoints/checkpoint-{step}/trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-def test_a_run_leaves_model_metrics_card_and_pictures(trained):
+def test_a_run_writes_model_metrics_card_and_figures(trained):
     output_dir, printed = trained
     assert AutoModelForImageTextToText.from_pretrained(output_dir / "model").num_parameters() > 1e6
     metrics = json.loads((output_dir / "metrics.json").read_text())
@@ -121,12 +121,12 @@ def test_two_processes_go_on_and_what_fails_in_the_first_is_seen(trained, tmp_pa
     assert (output_dir / "metrics.json").exists()
 
 
-def test_a_failing_picture_costs_nothing(run_here, tmp_path, monkeypatch):
+def test_a_failing_figure_loses_no_results(run_here, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
-        raise RuntimeError("no picture today")
+        raise RuntimeError("no figure today")
 
     monkeypatch.setattr(report, "draw_answers", fail)
-    with pytest.raises(RuntimeError, match="no picture today"):
+    with pytest.raises(RuntimeError, match="no figure today"):
         run_here("train.py", *train_arguments(tmp_path, max_steps=1))
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "model").num_parameters() > 1e6
     assert (tmp_path / "metrics.json").exists()

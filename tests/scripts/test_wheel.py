@@ -1,4 +1,4 @@
-"""The command as a wheel installs it, in an environment that does not see the repository."""
+"""The command as installed from a wheel, in an environment that cannot see the repository."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.processes import ROOT
 
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory) -> Path:
-    """Programs of a virtual environment with the wheel, which finds all else where these tests do."""
+    """Programs of a virtual environment with the wheel. It uses the other installed packages of these tests."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs", ".*", "tests", "docs")
@@ -39,7 +39,7 @@ def bin_folder(tmp_path_factory) -> Path:
     install = [*pip, "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
     subprocess.run(install, check=True, env=without_path)
     (packages,) = folder.glob("venv/lib/*/site-packages")
-    # A path only: editable installs over there stay unseen.
+    # Only the path of the packages, so that editable installs in it have no effect.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "venv/bin"
 

@@ -1,4 +1,4 @@
-"""Batches for training: targets, images at their placeholders, and rows that are wrong."""
+"""Training batches: labels, images at their placeholders, and errors for malformed rows."""
 
 import copy
 import re
@@ -26,7 +26,7 @@ def processor():
 
 
 def turn(processor, role: str, text: str, num_images: int = 0) -> tuple[list[int], list[int]]:
-    """Ids of a turn, and which of them are the assistant's."""
+    """Returns the token ids and the labels of a turn."""
 
     def plain(text):
         return processor.tokenizer(text)["input_ids"]
@@ -39,7 +39,7 @@ def turn(processor, role: str, text: str, num_images: int = 0) -> tuple[list[int
 
 
 def test_a_batch_is_padded_on_the_right_and_only_answers_are_targets(processor):
-    """Several turns: every answer is a target with its end, and nothing else is."""
+    """With several turns, the labels are all answers, each with its end token, and nothing else."""
     conversations = [
         [("system", "the mat", 0), ("user", "a cat?", 1), ("assistant", "yes", 0)],
         [("user", "the", 1), ("assistant", "a cat sat", 0), ("user", "and?", 1), ("assistant", "no <|im_end|>", 0)],
@@ -53,7 +53,7 @@ def test_a_batch_is_padded_on_the_right_and_only_answers_are_targets(processor):
         rows.append({"messages": messages, "images": [make_picture(10 * number + i) for i in range(number + 1)]})
         turns = [turn(processor, *arguments) for arguments in conversation[:-1]]
         role, text, _ = conversation[-1]
-        if text.endswith(" <|im_end|>"):  # typed, so it is text
+        if text.endswith(" <|im_end|>"):  # typed by the user, so it is plain text
             split = processor.tokenizer(text, split_special_tokens=True)["input_ids"]
             ids, targets = turn(processor, role, "", 0)
             place = len(ids) - 2
@@ -71,8 +71,8 @@ def test_a_batch_is_padded_on_the_right_and_only_answers_are_targets(processor):
         assert batch["attention_mask"][number].tolist() == [1] * len(ids) + [0] * padding
         assert batch["mm_token_type_ids"][number].tolist() == [int(i == IMAGE) for i in ids] + [0] * padding
     assert batch["labels"].dtype == torch.int64
-    pictures = [picture for one in rows for picture in one["images"]]
-    assert torch.equal(batch["pixel_values"], processor(images=pictures, return_tensors="pt")["pixel_values"])
+    images = [image for one in rows for image in one["images"]]
+    assert torch.equal(batch["pixel_values"], processor(images=images, return_tensors="pt")["pixel_values"])
 
 
 @pytest.mark.parametrize("columns", [{}, {"images": None}, {"images": []}, {"images": [None]}])
@@ -85,25 +85,25 @@ def test_rows_without_images(processor, columns):
 
 
 def test_images_in_order_and_in_any_form(processor, tmp_path):
-    """A PIL image, an array, a path as `Path` and as string, in the row and in the message itself."""
-    pictures = [make_picture(seed) for seed in range(4)]
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number}.png")
+    """PIL images, arrays and paths (`Path` and string), given in the row or in the message."""
+    images = [make_picture(seed) for seed in range(4)]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
     collator = VisionLanguageCollator(processor)
-    expected = collator([row(*[PLACEHOLDER] * 4, images=pictures)])
+    expected = collator([row(*[PLACEHOLDER] * 4, images=images)])
     struct = {"bytes": (tmp_path / "2.png").read_bytes(), "path": None}
     forms = [
         row(*[PLACEHOLDER] * 4, images=[tmp_path / f"{number}.png" for number in range(4)]),
         row(
             PLACEHOLDER,
-            # As in rows of a table, which have every key.
+            # As in rows of a table, where every part has all keys.
             {"type": "image", "image": None, "path": tmp_path / "1.png", "text": None},
             {"type": "image", "image": None, "path": None, "text": None},
-            {"type": "image", "image": np.asarray(pictures[3])},
-            images=[str(tmp_path / "0.png"), pictures[2]],
+            {"type": "image", "image": np.asarray(images[3])},
+            images=[str(tmp_path / "0.png"), images[2]],
         ),
-        row(*[PLACEHOLDER] * 4, images=(pictures[0], None, pictures[1], struct, pictures[3])),
-        row(*[PLACEHOLDER] * 4, images=np.stack(pictures)),
+        row(*[PLACEHOLDER] * 4, images=(images[0], None, images[1], struct, images[3])),
+        row(*[PLACEHOLDER] * 4, images=np.stack(images)),
     ]
     for form in forms:
         batch = collator([form])
@@ -174,7 +174,7 @@ def ask(content) -> dict:
             row(PLACEHOLDER, images=np.zeros((4, 4, 3))),
             ": `images` must be a list of images, got <class 'numpy.",
         ),
-        # What only the processor finds.
+        # Errors that only the processor finds.
         (row(PLACEHOLDER, images=["none.png"]), " cannot be processed: images[0][0] cannot be read as an image"),
         (row(PLACEHOLDER, images=[5]), " cannot be processed: images[0][0] is not an image"),
         (
@@ -238,7 +238,7 @@ def test_max_length_is_the_longest_row_that_passes(processor):
     ):
         VisionLanguageCollator(processor, max_length=lengths[1] - 1)([short, long, short])
     assert lengths[0] < lengths[1]
-    # Tokens of images count, and padding does not.
+    # Image tokens count towards the length, but padding does not.
     with_image = row(PLACEHOLDER, images=[Image.new("RGB", (4, 4))])
     assert VisionLanguageCollator(processor, max_length=lengths[0] + 4)([with_image, short])["labels"].shape[0] == 2
     with pytest.raises(ValueError, match=rf"^row 0 of the batch has {lengths[0] + 4} tokens"):

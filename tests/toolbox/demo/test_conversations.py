@@ -1,4 +1,4 @@
-"""Rows of the built-in data as conversations."""
+"""Conversion of the built-in data to conversations."""
 
 from PIL import Image as PILImage
 

@@ -60,9 +60,9 @@ def test_unknown_split_is_named():
 
 
 def test_transparent_pixels_become_white():
-    picture = draw_on_white(raw_drawings("twemoji")["star"], 64)
-    assert picture.mode == "RGB"
-    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    image = draw_on_white(raw_drawings("twemoji")["star"], 64)
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_answers_are_those_of_the_table(splits, table):
@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_table(splits, table):
                 assert row["answer"] == ("yes" if word in entry["keywords"] else "no")
 
 
-def test_pictures_are_of_the_emoji_in_the_style(splits):
+def test_images_show_the_emoji_in_the_style(splits):
     for split, style in {"train": "twemoji", "test_style": "noto"}.items():
         drawings = raw_drawings(style)
         for row in splits[split].select(range(50)):
@@ -97,7 +97,7 @@ def test_every_question_has_one_answer(splits):
         assert all(len(found) == 1 for found in answers.values())
 
 
-def test_splits_share_no_picture_with_question(splits):
+def test_splits_do_not_share_an_image_with_its_question(splits):
     other_seed = asked(emoji_questions("test", seed=1))
     sets = {split: asked(dataset) for split, dataset in splits.items()}
     assert not sets["train"] & other_seed
@@ -158,7 +158,7 @@ def test_half_transparent_pixels_are_blended_with_white():
 
 
 def test_png_loses_nothing():
-    picture = draw_on_white(raw_drawings("noto")["cat"], 24)
-    again = PILImage.open(io.BytesIO(encode_png(picture)))
+    image = draw_on_white(raw_drawings("noto")["cat"], 24)
+    again = PILImage.open(io.BytesIO(encode_png(image)))
     assert again.format == "PNG"
-    assert again.tobytes() == picture.tobytes()
+    assert again.tobytes() == image.tobytes()

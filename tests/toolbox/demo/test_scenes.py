@@ -30,7 +30,7 @@ module = importlib.import_module(
 CLOSED_CHANCE = {"position": 25, "exists": 50, "exists_category": 50, "count": 100 / 3, "count_category": 100 / 3}
 NEIGHBOUR_KINDS = ("left_of", "right_of", "above", "below")
 ALL_KINDS = {*NEIGHBOUR_KINDS, *CLOSED_CHANCE, "row", "caption"}
-# Small cells, since most tests do not look at the pictures.
+# Small cells, because most tests do not look at the images.
 SMALL: Any = {"cell_size": 8}
 
 
@@ -72,7 +72,7 @@ def in_words(names: list[str]) -> str:
 
 
 def literal_answer(question: str, scene: list[str], grid: tuple[int, int], subgroups: dict[str, str]) -> str:
-    """Answers by looking at the scene cell by cell. Fails where there is not exactly one answer."""
+    """Answers a question by looking at each cell of the scene. Fails if there is not exactly one answer."""
     rows = [scene[start : start + grid[1]] for start in range(0, len(scene), grid[1])]
     assert len(rows) == grid[0]
 
@@ -129,7 +129,7 @@ def test_captions_tell_scenes_apart(train):
     assert len(captions) == len(set(captions.values())) == 1000
 
 
-def test_pictures_show_the_scene():
+def test_images_show_the_scene():
     for split, style in {"train": "twemoji", "test_style": "noto"}.items():
         drawings = raw_drawings(style)
         for row in scenes(split, 11, grid=(2, 3)):
@@ -146,17 +146,17 @@ def test_jitter_moves_emoji_within_their_cells_and_changes_no_scene():
     assert texts(still) == texts(moved)
     names = {name for scene in moved["scene"] for name in scene}
     drawings = {name: draw_on_white(png, 24) for name, png in raw_drawings("twemoji").items() if name in names}
-    pictures: dict[str, set[bytes]] = defaultdict(set)
+    drawn: dict[str, set[bytes]] = defaultdict(set)
     for row in moved:
         for cell, name in enumerate(row["scene"]):
             left, top = cell % 2 * 32, cell // 2 * 32
             shown = row["image"].crop((left, top, left + 32, top + 32))
-            pictures[name].add(shown.tobytes())
+            drawn[name].add(shown.tobytes())
             if name:
                 places = ((x, y, x + 24, y + 24) for x in range(9) for y in range(9))
                 assert any(shown.crop(place).tobytes() == drawings[name].tobytes() for place in places)
-    assert len(pictures[""]) == 1
-    assert max(len(shown) for name, shown in pictures.items() if name) > 1
+    assert len(drawn[""]) == 1
+    assert max(len(shown) for name, shown in drawn.items() if name) > 1
 
 
 def test_kinds_have_equal_shares(train):

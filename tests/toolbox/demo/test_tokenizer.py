@@ -1,4 +1,4 @@
-"""The tokenizer of models from scratch: its special tokens, and that no text is lost."""
+"""The tokenizer of models that are trained from scratch: special tokens, and lossless encoding of any text."""
 
 import pytest
 

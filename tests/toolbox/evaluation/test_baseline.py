@@ -1,4 +1,4 @@
-"""What can be guessed from questions alone: no more is claimed than holds for questions that training did not ask."""
+"""The blind baseline guesses from the questions only, and its guesses also hold for new questions."""
 
 import random
 
@@ -21,7 +21,7 @@ def accuracy(guesses: list[str], test: Dataset) -> float:
 
 
 def accuracy_of_kind(train: Dataset, test: Dataset) -> float:
-    """That of the answer that training saw most often for the kind of question."""
+    """Returns the accuracy of guessing the most frequent training answer to the same kind of question."""
     by_kind = BlindBaseline(train).most_frequent_of_kind
     return accuracy([by_kind[kind] for kind in test["kind"]], test)
 
@@ -40,7 +40,7 @@ def test_falls_back_from_question_to_kind_to_all():
 
 
 def test_a_table_made_by_hand():
-    """A question's own answer helps in kind `c`, where each has one, and not in kind `d`, where "no" is usual."""
+    """Answers to the same question help in kind `c`, where they differ, but not in `d`, where most are "no"."""
     train = rows(
         *[(f"c{number}?", f"answer {number}", "c") for number in range(4) for _ in range(8)],
         *[("often", "no", "d")] * 5,
@@ -63,14 +63,14 @@ def test_a_table_made_by_hand():
 
 @pytest.mark.parametrize(("times", "expected"), [(4, "mode"), (5, "own")])
 def test_how_much_gain_is_clear(times, expected):
-    """Of n rows that are held back, all gain: n must be more than 2 √n, so more than four."""
+    """All n held-back rows gain. The gain is clear if n is more than 2 √n, that is, more than four."""
     seen_twice = [(f"b{number}?", "mode", "kind") for number in range(10) for _ in range(2)]
     train = rows(*[("a?", "own", "kind")] * times, *seen_twice)
     assert BlindBaseline(train).answer("a?", "kind") == expected
 
 
 def test_the_least_count_is_the_one_that_gains_most():
-    """Questions seen twice lose, those seen eight times gain: only the latter keep their answers."""
+    """Questions seen twice lose and questions seen eight times gain, so only the latter keep their answers."""
     rare = [(f"rare {number}?", answer, "kind") for number in range(10) for answer in ("odd", "mode")]
     often = [(f"often {number}?", f"own {number}", "kind") for number in range(4) for _ in range(8)]
     guess = BlindBaseline(rows(*rare, *often, *[(f"{number}", "mode", "kind") for number in range(40)]))
@@ -85,7 +85,7 @@ def test_no_rows():
 
 
 def test_rare_questions_get_the_answer_of_their_kind():
-    """The most frequent of two answers is luck; frequent questions whose answers are known keep their own."""
+    """The most frequent of two answers is luck, but frequent questions with known answers keep them."""
     rng = random.Random(0)
     rare = [(f"rare {number // 2}?", rng.choice(["yes", "yes", "no"]), "kind") for number in range(400)]
     often = [(f"often {number % 4}?", "no", "kind") for number in range(60)]

@@ -1,4 +1,4 @@
-"""Scores by kind of question, and how they are told."""
+"""Scores by kind of question, and the tables of them."""
 
 import pytest
 from datasets import Dataset

@@ -1,4 +1,4 @@
-"""A model answers: in batches as one by one, from the questions only; its modes of training are left as they were."""
+"""Answers of a model: the same in batches and one by one, without the reference, and with training modes restored."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def processor():
 
 @pytest.fixture
 def calls(model, monkeypatch):
-    """The arguments of every call of `model.generate`; the answers are those of the model."""
+    """Records the arguments of every call of `model.generate`, which still runs."""
     calls: list[dict] = []
     generate = model.generate
 
@@ -66,7 +66,7 @@ def test_the_model_sees_the_questions_and_not_the_answer(model, processor, calls
         f"{begin}<|im_start|>user\nsecond?<|im_end|>\n{asks}",
         f"{begin}<|im_start|>user\nsecond?<|im_end|>\n<|im_start|>tool\ndone<|im_end|>\n{asks}",
     ]
-    assert [message["content"][0]["text"] for message in rows[1]["messages"]][-1] == "secret"  # left as it was
+    assert [message["content"][0]["text"] for message in rows[1]["messages"]][-1] == "secret"  # the row is unchanged
 
 
 def test_batches_are_padded_on_the_left_and_in_order(model, processor, calls):
@@ -119,7 +119,7 @@ def test_answers_are_the_new_tokens_without_special_ones(model, processor, monke
     ],
 )
 def test_arguments_of_generate(model, processor, calls, given, expected):
-    """A given one counts, and no default overrides it."""
+    """Given arguments take precedence over the defaults."""
     generate_answers(model, processor, [row("a?")], **given)
     inputs = {"input_ids", "attention_mask", "mm_token_type_ids", "training", "grad"}
     actual = {key: value for key, value in calls[0].items() if key not in inputs}
@@ -127,7 +127,7 @@ def test_arguments_of_generate(model, processor, calls, given, expected):
 
 
 def test_a_model_in_training_answers_without_dropout(processor, calls):
-    """And without gradients; afterwards every module is in its own mode, also where some are frozen."""
+    """It also runs without gradients. Afterwards, every module is in its previous mode, even if some are frozen."""
     model = make_speaking_model(attention_dropout=0.9)
     rows = [row("a cat?", make_picture(0)), row("the cat on the mat?")]
     expected = generate_answers(model, processor, rows, max_new_tokens=6, eos_token_id=None)

@@ -1,4 +1,4 @@
-"""Exact match: what counts as the same answer, and the percentage."""
+"""Exact match: which answers count as equal, and the percentage."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a factored layer can beyond PEFT's: adapters by row, dropout, DoRA, ranks by expert, halves of the gate."""
+"""Features of the factored layer that PEFT's lacks: adapters by row, dropout, DoRA, ranks by expert, gate or up."""
 
 import math
 from itertools import pairwise
@@ -34,7 +34,7 @@ STACKS = ["gate_up_proj", "down_proj"]
 
 
 def expert_config(model, config_class=LoraConfig, **values):
-    """A configuration whose adapters are factored from the start."""
+    """Returns a configuration whose adapters run factored from the start."""
     defaults = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": STACKS}
     config = config_class(**defaults | values)
     run_factored(config, [module for module in model.modules() if is_experts(module)])
@@ -134,7 +134,7 @@ def test_rows_need_adapters_that_are_not_merged():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria"])
 def test_dropout(name, implementation):
-    """In training random, with the right mean; in evaluation off, and what was saved is plain."""
+    """Dropout is random in training, off in evaluation, and saved as 0."""
     model = make_model(name, num_hidden_layers=1)
     model.set_experts_implementation(implementation)
     with pytest.raises(ValueError, match="does not work with lora_dropout"):
@@ -150,7 +150,7 @@ def test_dropout(name, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_dropout_keeps_the_mean(implementation):
-    """Of the downward projection, in which outputs are linear; W itself sees undropped inputs."""
+    """Tested on the down projection, where the output is linear. The inputs of W are not dropped."""
     model = make_model("qwen3_moe", num_hidden_layers=1)
     model.set_experts_implementation(implementation)
     config = expert_config(model, lora_dropout=0.5, target_parameters=["down_proj"])
@@ -169,7 +169,7 @@ def test_dropout_keeps_the_mean(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria"])
 def test_dropout_is_of_the_update_only(name, implementation):
-    """With nothing left of the update's input, what W is multiplied with is still whole."""
+    """If all inputs of the update are dropped, the inputs of W are still complete."""
     model = make_model(name, num_hidden_layers=1)
     model.set_experts_implementation(implementation)
     adapted = factor_expert_lora(adapt(model))
@@ -185,7 +185,7 @@ def test_dropout_is_of_the_update_only(name, implementation):
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria"])
 def test_another_scaling_counts_at_once(name, grad):
-    """As in PEFT's layer: set, multiplied, divided; also between two steps of generation."""
+    """As in PEFT's layer, the scaling can be set, multiplied and divided, also between two decoding steps."""
     plain, adapted = adapt(make_model(name)), factor_expert_lora(adapt(make_model(name)))
     one_token = {key: value[:1, :1] for key, value in make_inputs(plain.get_base_model()).items()}
     changes = [("set_scale", "default", 0.5), ("scale_layer", 3.0), ("unscale_layer", 4.0), ("unscale_layer", None)]
@@ -207,7 +207,7 @@ def test_another_scaling_counts_at_once(name, grad):
 @pytest.mark.parametrize("use_dora", [False, True])
 @torch.no_grad()
 def test_after_merging_and_unmerging_all_is_as_before(use_dora):
-    """The weights, the outputs, and what a second merge adds, also with another scaling in between."""
+    """Compares weights, outputs and the result of a second merge, also with another scaling in between."""
     model = make_model("qwen3_moe")
     stacks = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=use_dora))).eval()
@@ -233,7 +233,7 @@ def test_after_merging_and_unmerging_all_is_as_before(use_dora):
 
 @pytest.mark.parametrize("is_random", [False, True])
 def test_rows_beyond_the_rank_of_an_expert(is_random):
-    """Those of both factors are zero from the start, and the others are as they were made."""
+    """These rows are zero in both factors from the start, and all other rows keep their initial values."""
     ranks = [3, 0, 1, 2, 3, 3, 0, 1]
     adapters = []
     for config in ({"expert_ranks": {"experts.down_proj": ranks}}, {}):
@@ -250,7 +250,7 @@ def test_rows_beyond_the_rank_of_an_expert(is_random):
 
 
 def literal_dora(layer, adapter: str = "default") -> torch.Tensor:
-    """m · (W + s·B·A) / ‖W + s·B·A‖ of each output, in the orientation of the stack."""
+    """Returns m · (W + s·B·A) / ‖W + s·B·A‖ of each output, in the orientation of the stack."""
     stack = layer.get_param().detach().double()
     a, b = (layer.lora_A[adapter].weight.double(), layer.lora_B[adapter].weight.double())
     num_experts = stack.shape[0]
@@ -312,13 +312,13 @@ def test_dora(name, implementation, tmp_path):
 
 
 def experts_name(model, layer) -> str:
-    """Of the layer's stack, in the model without adapters."""
+    """Returns the name of the stack of a layer in the model without adapters."""
     name = next(name for name, module in model.named_modules() if module is layer)
     return f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{layer.parameter_name}"
 
 
 def test_dora_holds_the_norm_constant_in_backward():
-    """Gradients are those of the literal weights whose norm is detached."""
+    """The gradients equal those of the literal formula with a detached norm."""
     model = make_model("qwen3_moe", num_hidden_layers=1)
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True)))
     inputs = make_inputs(model)
@@ -372,7 +372,7 @@ def test_dora_is_active_alone():
 
 
 def test_rank_pattern_by_group():
-    """Ranks and alphas of their own for the experts of one modality."""
+    """The experts of one modality have a different rank and alpha."""
     model = make_model("isolated")
     targets = [f"experts.{group}.{stack}" for group in ("text", "image") for stack in STACKS]
     patterns = {"rank_pattern": {r".*\.image\..*": 5}, "alpha_pattern": {r".*\.image\..*": 20}}
@@ -396,7 +396,7 @@ def train(adapted, inputs, steps: int = 5):
 
 
 def test_ranks_that_differ_by_expert(tmp_path):
-    """Rows beyond an expert's rank are zero through training; on disk the adapter is plain."""
+    """Rows beyond the rank of an expert stay zero in training. On disk, the adapter is a plain LoRA adapter."""
     model = make_model("qwen3_moe")
     inputs = make_inputs(model)
     ranks = [3, 0, 1, 2, 3, 3, 0, 1]
@@ -427,7 +427,7 @@ def test_ranks_that_differ_by_expert(tmp_path):
 @pytest.mark.parametrize("half", ["gate", "up"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss"])
 def test_one_half_of_the_gate(name, half, tmp_path):
-    """The other half is left alone, in training, and after another loading."""
+    """The other half stays unchanged in training, also after saving and loading."""
     model = make_model(name)
     original = {key: value.clone() for key, value in model.state_dict().items()}
     inputs = make_inputs(model)
@@ -458,7 +458,7 @@ def test_rslora_scales_by_the_root():
 
 
 def test_adapters_in_groups_without_tokens():
-    """Padding and rows of text alone: groups get few tokens, or none, and magnitudes still get finite gradients."""
+    """With padding and text-only rows, groups get few tokens or none. Magnitudes still get finite gradients."""
     model = make_model("isolated")
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True))).train()
     inputs = make_inputs(model)

@@ -1,4 +1,4 @@
-"""Damaged adapters are named, by their file and what it lacks."""
+"""Errors for damaged adapters name the file and what is missing in it."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_files_that_were_cut_off(folder, kept):
     ],
 )
 def test_fields_that_are_missing_or_wrong(folder, fields, message):
-    """PEFT would take its default, and scale the adapter otherwise than it was trained."""
+    """PEFT would use its defaults, and scale the adapter differently than in training."""
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     for field, value in fields.items():

@@ -44,7 +44,7 @@ def two_adapters(name: str):
 
 
 def alone(adapted, run) -> dict[str, torch.Tensor]:
-    """What `run` returns with each adapter for all rows."""
+    """Returns the result of `run` with each adapter active for all rows."""
     results = {}
     for adapter in "ab":
         adapted.set_adapter(adapter)
@@ -60,7 +60,7 @@ def alone(adapted, run) -> dict[str, torch.Tensor]:
 def test_each_row_has_its_adapter(name, kind):
     adapted = two_adapters(name)
     inputs = make_inputs(batch_size=4, images_per_row=0 if kind in ("text", "one token") else 1)
-    if kind == "uneven":  # images in two rows only, in other places
+    if kind == "uneven":  # images in only two rows, at different positions
         inputs["input_ids"][[1, 2], 2:6] = 50
         inputs["mm_token_type_ids"][[1, 2]] = 0
         inputs["pixel_values"] = inputs["pixel_values"][:2]
@@ -72,7 +72,7 @@ def test_each_row_has_its_adapter(name, kind):
         assert_equal(mixed[row], expected[adapter][row], 2e-5)
     assert (expected["a"] - expected["b"]).abs().max() > 0.1
     assert_equal(adapted(**inputs, adapter_names=["a"] * 4).logits, expected["a"], 2e-5)
-    # Nothing is left behind for the next call.
+    # The next call is not affected.
     adapted.set_adapter("b")
     assert torch.equal(adapted(**inputs).logits, expected["b"])
 
@@ -106,7 +106,7 @@ def test_several_answers_for_each_row():
 @pytest.mark.parametrize("number", [1, 2, 5, 8])
 @torch.no_grad()
 def test_another_number_of_names_is_refused(name, number):
-    """Also where the tokens divide by it."""
+    """Also if the number of tokens is a multiple of it."""
     adapted = two_adapters(name)
     inputs = make_inputs(batch_size=4, length=10)
     message = f"`adapter_names` has {number} names, but the batch has 4 rows: give one for each row"
@@ -119,7 +119,7 @@ def test_another_number_of_names_is_refused(name, number):
 
 @torch.no_grad()
 def test_a_wrong_number_is_refused_before_the_layers_are_made_known():
-    """Without `factor_expert_lora`, PEFT hands the names to the layers."""
+    """Without `factor_expert_lora`, PEFT passes the names to the layers."""
     model = models.make_model(expert_groups="joint")
     adapted = get_peft_model(model, expert_lora_config(model), adapter_name="a").eval()
     inputs = make_inputs(batch_size=4, length=10)
@@ -145,7 +145,7 @@ def test_names_that_cannot_be():
 
 @torch.no_grad()
 def test_layers_whose_rows_are_unknown_are_refused():
-    """Patches of the vision tower, of any number of images, without rows."""
+    """For example, patches of any number of images in the vision tower, which are not arranged in rows."""
     adapted = two_adapters("hybrid")
     adapted.get_base_model().lm_head.register_forward_pre_hook(lambda *_: rows_of_tokens(torch.nn.Identity(), 3, 2))
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_layers_whose_rows_are_unknown_are_refused():
 @pytest.mark.parametrize("name", ["qwen2_moe", "ernie4_5_vl_moe"])
 @torch.no_grad()
 def test_always_on_experts_of_other_models(name):
-    """Dense networks that get tokens without rows."""
+    """These are dense networks that get tokens which are not arranged in rows."""
     if name == "qwen2_moe":
         from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
@@ -184,7 +184,7 @@ def test_always_on_experts_of_other_models(name):
 
 
 def meanwhile(function):
-    """Runs something in another thread; returns a list with what it returned, or raised."""
+    """Runs a function in another thread. Returns a list with its result or its exception."""
     result = []
 
     def run():
@@ -202,7 +202,7 @@ def meanwhile(function):
 
 @torch.no_grad()
 def test_threads_choose_adapters_of_their_own():
-    """Calls with names run in the middle of others: with other names, and without."""
+    """Calls with names run in the middle of calls with other names and of calls without names."""
     adapted = two_adapters("hybrid")
     inputs = make_inputs(batch_size=4)
     expected = alone(adapted, lambda: adapted(**inputs).logits)
@@ -247,8 +247,8 @@ def test_an_answer_of_several_adapters_is_refused(change):
     with pytest.raises(RuntimeError, match="another thread has switched, disabled or merged adapters"):
         adapted.generate(**inputs, **GREEDY) if change == "generate" else adapted(**inputs)
     assert done == [[None]]
-    adapted(**inputs)  # the next call is one of one adapter again
-    # What this thread does itself, within a call of its own, is its business.
+    adapted(**inputs)  # the next call uses one adapter again
+    # Switching within a call is allowed in the thread of the call.
     hook.remove()
     adapted.get_base_model().get_decoder().layers[1].register_forward_pre_hook(lambda *_: switch())
     adapted(**inputs)

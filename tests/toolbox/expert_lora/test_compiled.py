@@ -1,4 +1,4 @@
-"""Adapters of experts in models that are compiled as a whole, in part, or where the compiler gives up."""
+"""Adapters of experts in models that are compiled in full or in part, with and without graph breaks."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_adapted(implementation: str):
 )
 @torch.no_grad()
 def test_what_is_compiled_has_its_adapter(implementation, compiled, paged):
-    """Also where a graph ends within the experts, as it does in their readable forward."""
+    """Also if there is a graph break within the experts, as in their readable forward."""
     adapted = make_adapted(implementation)
     inputs = make_inputs(images_per_row=0)
     expected = adapted(**inputs).logits
@@ -50,7 +50,7 @@ def test_what_is_compiled_has_its_adapter(implementation, compiled, paged):
 @pytest.mark.parametrize("compiled", ["all", "layers"])
 @torch.no_grad()
 def test_names_of_rows_do_not_go_with_it(compiled):
-    """Graphs that were made before a call with names would not know of them."""
+    """Graphs that were compiled before a call with names would ignore them."""
     adapted = make_adapted("grouped_mm")
     inputs = make_inputs(images_per_row=0)
     if compiled == "layers":
@@ -61,7 +61,7 @@ def test_names_of_rows_do_not_go_with_it(compiled):
 
 
 def test_contract_of_torch():
-    """Code that runs as it is within a compiled call can tell so."""
+    """Code that runs uncompiled within a compiled call can detect that."""
     seen = []
 
     def step(x):

@@ -1,4 +1,4 @@
-"""What is made of weights is kept between steps, and not a call longer."""
+"""Values computed from weights are reused between decoding steps, and in no other call."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora.decode_cache import StepMemory
 
 
 class Maker:
-    """Counts how often it was asked."""
+    """Counts how often a value is computed."""
 
     def __init__(self):
         self.memory, self.weight, self.made = StepMemory(), torch.zeros(2), 0
 
     def ask(self, num_tokens: int, settings=(1.0,), grad: bool = False) -> int:
-        """One call; returns how often something was made so far."""
+        """Makes one call. Returns how often a value was computed so far."""
         with torch.set_grad_enabled(grad):
             self.memory.begin(num_tokens, most=8)
             self.get(settings)
@@ -37,23 +37,23 @@ def test_it_is_made_once_for_steps(maker):
     assert [maker.ask(num_tokens) for num_tokens in (5, 1, 1, 1)] == [1, 2, 2, 2]
 
 
-def test_it_is_made_anew_when_the_number_of_tokens_changes(maker):
+def test_it_is_computed_again_when_the_number_of_tokens_changes(maker):
     assert [maker.ask(num_tokens) for num_tokens in (1, 2, 1, 1)] == [1, 2, 3, 3]
 
 
-def test_it_is_made_anew_for_many_tokens_and_for_gradients(maker):
+def test_it_is_computed_again_for_many_tokens_and_for_gradients(maker):
     assert [maker.ask(8), maker.ask(8)] == [1, 2]
     assert [maker.ask(1, grad=True), maker.ask(1, grad=True), maker.ask(1), maker.ask(1)] == [3, 4, 5, 5]
 
 
-def test_it_is_made_anew_outside_of_calls(maker):
+def test_it_is_computed_again_outside_of_calls(maker):
     maker.ask(1)
     maker.get()
     assert maker.made == 2
 
 
 @pytest.mark.parametrize("change", ["in place", "other storage", "other dtype", "settings"])
-def test_it_is_made_anew_when_something_changed(maker, change):
+def test_it_is_computed_again_when_something_changed(maker, change):
     maker.ask(1)
     if change == "in place":
         maker.weight.add_(1)
@@ -65,7 +65,7 @@ def test_it_is_made_anew_when_something_changed(maker, change):
 
 
 def test_of_inference_tensors_nothing_is_kept(maker):
-    """They have no version."""
+    """Inference tensors have no version counter."""
     with torch.inference_mode():
         maker.weight = torch.zeros(2)
     assert [maker.ask(1), maker.ask(1)] == [1, 2]

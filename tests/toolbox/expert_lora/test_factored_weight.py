@@ -1,4 +1,4 @@
-"""Stacks with low-rank updates multiply like the sum, in every way that experts use."""
+"""Products with a factored stack equal those with the sum, in every form that experts use."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ E, IN, OUT, ROWS = 4, 8, 12, 10
 
 
 def make(rescaled: bool = False, num_updates: int = 2):
-    """A stack `(E, IN, OUT)` with updates, and the same as one tensor."""
+    """Returns a stack of shape `(E, IN, OUT)` with updates, and the same weights as one tensor."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -47,7 +47,7 @@ def test_one_matrix(rescaled):
 
 @rescaled
 def test_a_selection(rescaled):
-    """Of matrices for each row, from either side, with experts more than once."""
+    """Selects a matrix for each row, with some experts more than once, and multiplies from both sides."""
     weight, total, inputs = make(rescaled)
     experts = torch.tensor([3, 3, 0, 1, 2, 0, 3, 1, 1, 0])
     expected = torch.stack([row @ total[expert] for row, expert in zip(inputs, experts)])
@@ -60,7 +60,7 @@ def test_a_selection(rescaled):
     "function", [F.grouped_mm, torch.ops.transformers.grouped_mm_fallback], ids=["torch", "fallback"]
 )
 def test_groups(rescaled, function):
-    """Of rows, an empty one among them, from a stack and from the transpose of its transpose."""
+    """Groups of rows, one of them empty, with a stack and with the transpose of its transpose."""
     weight, total, inputs = make(rescaled)
     offsets = torch.tensor([3, 3, 8, 10], dtype=torch.int32)
     expected = torch.cat([inputs[:3] @ total[0], inputs[3:8] @ total[2], inputs[8:] @ total[3]])
@@ -74,7 +74,7 @@ def test_groups(rescaled, function):
 @pytest.mark.parametrize("ends", [[1, 1, 2, 3], [3, 3, 4, 7], [0, 0, 0, 0]], ids=["one each", "several", "none"])
 @torch.no_grad()
 def test_few_rows_without_gradients(rescaled, num_updates, ends):
-    """Expert by expert, and rows behind the last group are nobody's."""
+    """The products are computed for each expert. Rows after the last group belong to no expert."""
     weight, total, inputs = make(rescaled, num_updates)
     output = F.grouped_mm(inputs, weight, offs=torch.tensor(ends, dtype=torch.int32))
     assert output.shape == (ROWS, OUT)
@@ -90,8 +90,8 @@ def test_few_rows_under_autocast_stay_as_exact_as_grouped_products():
     close(output[:3], torch.stack([inputs[expert] @ total[expert] for expert in range(3)]))
 
 
-def test_rows_of_nobody_get_into_no_gradient(monkeypatch):
-    """A kernel leaves what it finds in rows behind the last group, NaN here."""
+def test_rows_of_no_expert_do_not_reach_gradients(monkeypatch):
+    """A kernel does not write the rows after the last group. Here they contain NaN."""
     weight, total, inputs = make(rescaled=True)
     weight.rescale.requires_grad_(True)
     offsets = torch.tensor([3, 3, 5, 7], dtype=torch.int32)
@@ -118,7 +118,7 @@ def test_gradients_are_those_of_the_sum():
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
-def test_dropout_is_for_the_updates_alone():
+def test_dropout_is_only_for_the_updates():
     weight, _, inputs = make(num_updates=1)
     weight.updates[0].dropout = torch.nn.Dropout(1.0)
     close(inputs @ weight[0], inputs @ weight.base[0])

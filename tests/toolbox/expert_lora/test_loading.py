@@ -1,4 +1,4 @@
-"""LoRA on experts, factored, against PEFT's own path, which adds W + BA up."""
+"""Compares factored LoRA on experts with PEFT itself, which computes the sum W + B·A."""
 
 import copy
 
@@ -35,17 +35,17 @@ def without_adapter(model, inputs):
 
 
 def assert_matters(model, inputs, logits):
-    """Silencing the adapter changes the output: without this, comparisons could not fail."""
+    """Checks that disabling the adapter changes the output. Otherwise, comparisons could not fail."""
     assert (without_adapter(model, inputs) - logits).abs().max() > 0.1 * logits.abs().max()
 
 
 def num_expected_tensors(model) -> int:
-    """A and B of both stacks of every experts module."""
+    """Returns the number of tensors: A and B of both stacks of every experts module."""
     return 4 * len(experts_of(model))
 
 
 def one_layer(name: str, implementation: str, **config):
-    """The outermost adapter layer of a model's experts by PEFT, whose adapter matters, and what it is called with."""
+    """Returns PEFT's outermost layer of the experts of a model, with an adapter that matters, and its inputs."""
     model = make_model(name, num_hidden_layers=1)
     model.set_experts_implementation(implementation)
     (name,) = experts_of(model)
@@ -60,7 +60,7 @@ def one_layer(name: str, implementation: str, **config):
 
 
 def run_layer(layer, *call) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Output, and gradients of the adapter."""
+    """Returns the output, and the gradients of the adapter."""
     layer.zero_grad()
     output = layer(*call)
     (output.float() * torch.linspace(-1, 1, output.numel()).view(output.shape)).sum().backward()
@@ -86,7 +86,7 @@ def test_logits_and_gradients_are_pefts(name, implementation):
     assert_equal(factored_logits, logits)
     assert_equal(factored_gradients, gradients, 2e-5)
     with torch.no_grad():
-        for _ in range(2):  # what was kept of the first call serves the second
+        for _ in range(2):  # the second call uses the cached values of the first
             assert_equal(adapted(**inputs).logits, logits)
     assert_matters(adapted, inputs, logits)
 
@@ -95,7 +95,7 @@ def test_logits_and_gradients_are_pefts(name, implementation):
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss", "isolated"])
 def test_sizes_that_do_not_tell_inputs_from_outputs(name, sizes, implementation):
-    """Square stacks, as many experts as ranks, and sizes that are no powers of two."""
+    """Square matrices, as many experts as the rank, and sizes that are not powers of two."""
     model = make_model(name, **sizes)
     model.set_experts_implementation(implementation)
     rank = {"r": 4} if sizes.get("num_experts") == 4 else {"r": 5, "use_rslora": True}
@@ -125,7 +125,7 @@ def test_gradient_checkpointing(name, reentrant, implementation):
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss"])
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast", "bfloat16 with float32 adapters"])
 def test_precisions(name, mode, implementation):
-    """Of a layer, whose routing is given: outputs and gradients are about as far from float32 as PEFT's."""
+    """With given routing, the errors of outputs and gradients against float32 are about those of PEFT."""
     layer, call = one_layer(name, implementation)
     expected = run_layer(layer, *call)
     errors = []
@@ -150,7 +150,7 @@ def test_precisions(name, mode, implementation):
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "joint"])
 def test_compiled(name, implementation):
-    """The layer as one graph, in generation and in training."""
+    """The layer compiles as one graph, in generation and in training."""
     layer, call = one_layer(name, implementation)
     factor_expert_lora(layer)
     torch.compiler.reset()
@@ -178,7 +178,7 @@ def test_compiled_model():
 @pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
 @pytest.mark.parametrize("place", ["disk", "cpu"])
 def test_offloaded_by_accelerate(name, implementation, place, tmp_path):
-    """The experts on disk, or all of the model but on demand."""
+    """Only the experts are on disk, or the whole model is offloaded."""
     model = make_model(name)
     inputs = make_inputs(model)
     model.save_pretrained(tmp_path / "model")
@@ -200,7 +200,7 @@ def test_offloaded_by_accelerate(name, implementation, place, tmp_path):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
 def test_paged(name, implementation):
-    """With experts brought in on demand, each finds its own factors."""
+    """Experts are loaded on demand, and each is used with its own factors."""
     model = make_model(name)
     model.set_experts_implementation(implementation)
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What adapters of experts rely on in PEFT. Where one of these fails, PEFT changed, and `expert_lora` must follow."""
+"""Internals of PEFT that `expert_lora` relies on. If a test fails, PEFT has changed and `expert_lora` must follow."""
 
 import inspect
 from contextlib import contextmanager
@@ -63,7 +63,7 @@ def test_attributes():
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "isolated"])
 def test_nesting(name):
-    """`down(gate_up(experts))`: names on disk come from it."""
+    """The layers are nested as `down(gate_up(experts))`, which determines the names on disk."""
     model = make_model(name)
     names = list(experts_of(model))
     adapted = adapt(model).base_model.model
@@ -75,7 +75,7 @@ def test_nesting(name):
 
 
 def test_custom_modules():
-    """Own layers are made where the class of the experts is registered, for both stacks, and for another adapter."""
+    """PEFT makes layers of a registered class for experts, for both stacks and for a second adapter."""
     model = make_model("qwen3_moe")
     config = LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj", "down_proj"])
     run_factored(config, experts_of(model).values())
@@ -102,7 +102,7 @@ def test_merging_calls_what_is_overridden(monkeypatch):
 
 @torch.no_grad()
 def test_every_call_of_the_model_goes_through_one_method(monkeypatch):
-    """With its arguments; `adapter_names` is taken out of them only afterwards."""
+    """The method gets the arguments of the call. `adapter_names` is removed only after that."""
     adapted = adapt(make_model("qwen3_moe")).eval()
     seen = []
 
@@ -122,7 +122,7 @@ def test_every_call_of_the_model_goes_through_one_method(monkeypatch):
 
 @torch.no_grad()
 def test_linear_layers_take_a_name_for_each_input():
-    """Also for inputs without rows, `(tokens, in)`; the hook of PEFT that names them is what ours stands in for."""
+    """Also for inputs of shape `(tokens, in)`. Our hook replaces the hook of PEFT that passes the names."""
     linear = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"], init_lora_weights=False))
     linear.eval()
     inputs = torch.randn(4, 3)

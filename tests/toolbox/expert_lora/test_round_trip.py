@@ -1,4 +1,4 @@
-"""Train, save, load, merge, save, load, quantise: the same logits all along; and adapters of older PEFT."""
+"""Training, saving, loading, merging and quantising keep the logits. Adapters of older versions of PEFT."""
 
 import json
 
@@ -99,7 +99,7 @@ def test_merged_model_with_its_code(tmp_path):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
 def test_trained_by_peft_and_on(name, tmp_path):
-    """An adapter that PEFT's own path trained goes on factored with the same losses, and the other way round."""
+    """Training that PEFT started continues factored with the same losses, and the other way round."""
     inputs = make_inputs(make_model(name))
     losses = {}
     for first, second in ((False, True), (True, False)):
@@ -117,7 +117,7 @@ def test_trained_by_peft_and_on(name, tmp_path):
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "ernie4_5_vl_moe"])
 @torch.no_grad()
 def test_layout_on_disk(name, tmp_path):
-    """`lora_A (E·r, in)`, the expert slowest, and `lora_B (out, r·E)`, the expert fastest; gates and ups inside."""
+    """The expert is the slow index of `lora_A (E·r, in)` and the fast index of `lora_B (out, r·E)`."""
     adapted = adapt(make_model(name))
     adapted.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -193,12 +193,12 @@ def test_adapters_of_older_peft(name, width, tmp_path):
 
 
 def load_unchecked(model, path):
-    """As one would with PEFT alone, which sees the version but not what it means."""
+    """Loads an adapter with PEFT only, which does not check the layout."""
     return PeftModel.from_pretrained(model, path, ignore_mismatched_sizes=True)
 
 
 def test_adapters_that_name_no_version(tmp_path):
-    """Shapes tell as long as they are not square; otherwise nothing does."""
+    """The shapes determine the layout, unless the matrices are square."""
     oblong = make_model("qwen3_moe")
     make_old(tmp_path / "oblong", oblong, version=None)
     with pytest.raises(ValueError, match=r"before 0\.18.*upgrade_expert_adapter"):
@@ -247,7 +247,7 @@ def test_what_does_not_fit(tmp_path):
 
 @pytest.mark.parametrize("bits", ["qint8", "qint4"])
 def test_quantised_attention_beside_factored_experts(bits):
-    """Quanto quantises linear layers; the experts' adapters train beside them."""
+    """Quanto quantises the linear layers, and the adapters of experts are trained."""
     quanto = pytest.importorskip("optimum.quanto")
     model = make_model("qwen3_moe")
     inputs = make_inputs(model)
@@ -268,7 +268,7 @@ def test_quantised_attention_beside_factored_experts(bits):
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
 def test_experts_in_eight_bits(name, config, tmp_path):
-    """A merged model whose experts are quantised gets another adapter, which PEFT's own path cannot run."""
+    """A merged model with quantised experts gets a second adapter, which PEFT itself cannot run."""
     quantization = pytest.importorskip("torchao.quantization")
     config = getattr(quantization, config)()
     adapted = adapt(make_model(name))
@@ -280,13 +280,13 @@ def test_experts_in_eight_bits(name, config, tmp_path):
     quantization.quantize_(model, stacks, filter_fn=None)
     assert {type(experts.down_proj) is nn.Parameter for experts in experts_of(model).values()} == {False}
     quantised = logits_of(model, inputs)
-    # Not the same numbers, and for some tokens not the same experts.
+    # The numbers differ, and for some tokens also the chosen experts.
     assert 0 < (quantised - exact).norm() < 0.4 * exact.norm()
 
     adapted = adapt(model, seed=5)
     with pytest.raises(NotImplementedError, match="Tensor dispatch"):
         adapted(**inputs)
-    # The same adapter on the experts as they are after quantisation, in plain numbers.
+    # The same adapter on dequantised experts.
     plain = type(model).from_pretrained(tmp_path, experts_implementation="eager")
     for experts, low in zip(experts_of(plain).values(), experts_of(model).values(), strict=True):
         for stack in STACKS:

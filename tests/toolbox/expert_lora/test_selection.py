@@ -1,4 +1,4 @@
-"""Which experts get adapters: what is chosen is trained and nothing else; what is not there is refused."""
+"""Selection of experts: only the selected ones are trained, and selections that the model does not have are errors."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ LINEARS = ["gate_proj", "up_proj", "down_proj"]
 
 
 def train(model, inputs, steps: int = 2):
-    """Adapters start as zeros; a few large steps make them matter."""
+    """Trains for a few large steps, so that the adapters, which start at zero, matter."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(steps):
         model(**inputs).logits.square().mean().backward()
@@ -37,14 +37,14 @@ def train(model, inputs, steps: int = 2):
 
 
 def adapted(model, inputs=None, **selection):
-    """The model with trained adapters."""
+    """Returns the model with trained adapters."""
     torch.manual_seed(0)
     inputs = make_inputs(model) if inputs is None else inputs
     return train(get_peft_model(model, expert_lora_config(model, **selection)), inputs)
 
 
 def changes(model, inputs=None, **selection) -> dict[str, torch.Tensor]:
-    """What of the weights has changed, by name, after training and merging."""
+    """Returns the changes of the weights after training and merging, by name."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     after = adapted(model, inputs, **selection).merge_and_unload().state_dict()
     assert before.keys() == after.keys()
@@ -101,11 +101,11 @@ def test_ours_by_layer_group_and_modality(text_config, selection, stacks, linear
 @pytest.mark.parametrize("arrangement", ["hybrid", "isolated"])
 def test_adapters_of_images_leave_text_as_it_is(arrangement):
     model = make_ours(expert_groups=arrangement)
-    text, picture = make_our_inputs(images_per_row=0), make_our_inputs()
-    before = [model(**inputs).logits for inputs in (text, picture)]
-    model = adapted(model, picture, modalities=["image"])
+    text, image = make_our_inputs(images_per_row=0), make_our_inputs()
+    before = [model(**inputs).logits for inputs in (text, image)]
+    model = adapted(model, image, modalities=["image"])
     assert torch.equal(model(**text).logits, before[0])
-    assert (model(**picture).logits - before[1]).abs().max() > 0.1
+    assert (model(**image).logits - before[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "ernie4_5_vl_moe", "isolated"])
@@ -126,7 +126,7 @@ def test_experts_in_shards_have_the_indices_of_their_group():
     busy = busiest_experts(model, torch.tensor([[1, 4, 3, 2]] * 2), share=0.75)
     assert busy == {f"{LAYERS}.{i}.mlp.experts": [1, 2, 3] for i in (0, 1)}
     lora = expert_lora_config(model, experts={"layers.1.mlp.experts": [1, 2]}, r=4)
-    # The first of the shards has two experts.
+    # The first shard has two experts.
     ranks = {f"{LAYERS}.1.mlp.experts.shards.0": [0, 4], f"{LAYERS}.1.mlp.experts.shards.1": [4]}
     assert lora.expert_ranks == {f"{shard}.{stack}": of for shard, of in ranks.items() for stack in STACKS}
     assert set(lora.target_parameters) == set(lora.expert_ranks)
@@ -238,7 +238,7 @@ def test_biases_of_routers_count_once_and_stay_where_the_routers_do(routers, tmp
 def test_options_are_pefts_and_run_factored():
     model = make_ours()
     config = expert_lora_config(model, r=2, lora_alpha=6, lora_dropout=0.5, use_dora=True)
-    inject_adapter_in_model(config, model)  # what `add_adapter` calls
+    inject_adapter_in_model(config, model)  # `add_adapter` calls this
     layer = next(module for module in model.modules() if isinstance(module, FactoredExpertsLayer))
     assert (layer.r["default"], layer.scaling["default"], layer.use_dora["default"]) == (2, 3.0, True)
     inputs = make_our_inputs()
@@ -273,7 +273,7 @@ def test_the_busiest_experts_of_a_modality(form, text_config):
     of_places = {f"{LAYERS}.{i}.mlp.experts": image[i] for i in (0, 1)}
     if "expert_pool" in text_config:
         of_places = {"model.language_model.expert_pools.0": image.sum(dim=0)}
-    if "expert_groups" in text_config:  # the first two are the joint ones, the others serve no image
+    if "expert_groups" in text_config:  # the first two are joint, the others do not serve images
         of_places = {f"{name}.joint": of[:2] for name, of in of_places.items()}
     assert busy.keys() == of_places.keys()
     for name, (expert, *others) in busy.items():

@@ -1,4 +1,4 @@
-"""Adapters of experts do not know of shards: trained with any number of them, loaded with any other."""
+"""Adapters of experts do not depend on shards: they can be trained and loaded with any number of shards."""
 
 import json
 
@@ -47,7 +47,7 @@ def load(folder, num_shards: int) -> SparseMoeVlmForConditionalGeneration:
 
 
 def adapt(folder, num_shards: int, targets: list[str]) -> PeftModel:
-    """A new adapter, large enough to matter."""
+    """Returns a model with a new adapter that is large enough to matter."""
     model = load(folder, num_shards)
     config = LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets)
     adapted = get_peft_model(model, lora_config_for_shards(config, model)).eval()
@@ -117,7 +117,7 @@ def test_plain_peft_does_not_go_on_without_the_weights(tmp_path):
 
 @torch.no_grad()
 def test_experts_chosen_by_shard_are_saved_as_of_whole_stacks(kind, tmp_path):
-    """`expert_lora_config` of a sharded model names shards, which no other number of them has."""
+    """`expert_lora_config` of a sharded model names shards, which differ for another number of shards."""
     base, inputs = make_model(**KINDS[kind][0]), make_inputs()
     base.save_pretrained(tmp_path / "model")
     sharded = load(tmp_path, 2)
@@ -153,7 +153,7 @@ def test_loaded_factored(kind, use_dora, tmp_path):
 
 
 def test_adapters_of_older_peft(tmp_path):
-    """Of square stacks, only the version tells."""
+    """For square matrices, only the version of PEFT determines the layout."""
     base = make_model(num_experts=4, moe_intermediate_size=32)
     base.save_pretrained(tmp_path / "model")
     adapted = get_peft_model(base, expert_lora_config(base, projections=["down"]))

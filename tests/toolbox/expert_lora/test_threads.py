@@ -1,4 +1,4 @@
-"""A model with adapters that several threads call at once answers each as it would alone."""
+"""If several threads call a model with adapters, each gets the result of a single call."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ def make_adapted(name: str, use_dora: bool = False):
 
 
 def interrupt(model, meanwhile) -> None:
-    """At the first call of each experts module, another thread runs from beginning to end."""
+    """Runs another thread from start to end within the first call of each experts module."""
     this_thread, experts = threading.get_ident(), list(experts_of(model.get_base_model()).values())
     left = set(experts)
 
@@ -71,7 +71,7 @@ def test_a_call_in_the_middle_of_another(name, use_dora, paged):
 
 
 def test_training_in_the_middle_of_an_answer():
-    """Both have the weights that they should, and so have the gradients."""
+    """Both calls use the right weights, and the gradients are right."""
     adapted = make_adapted("isolated")
     inputs = make_inputs(adapted.get_base_model())
     with torch.no_grad():
