@@ -41,7 +41,7 @@ def _with_router_loss(function: Callable) -> Callable:
 class SparseMoeTrainer(Trainer):
     """
     A `Trainer` that also monitors the routers of our models. It takes the same arguments as
-    [`~transformers.Trainer`]. In addition, it logs the following figures, over the steps since the last log:
+    `Trainer`. In addition, it logs the following figures, over the steps since the last log:
 
     - The means of the router losses: `aux_loss`, `z_loss`, and the load balancing loss of each modality
       (`aux_loss_text` and so on).
@@ -77,7 +77,7 @@ class SparseMoeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
-        Trains the model, as [`~transformers.Trainer.train`] does.
+        Trains the model, as `Trainer.train` does.
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
