@@ -3,16 +3,15 @@ Runs the numeric tests and every benchmark on a GPU, and writes one table.
 
     python scripts/gpu.py
 
-`make gpu` installs the package first and then runs this. Where torch finds no GPU, everything runs on the CPU with
-small sizes (`--quick`), so that the command itself stays tested.
+`make gpu` installs the package and then runs this script. If torch finds no GPU, everything runs on the CPU with small
+sizes (`--quick`), so that the command itself is tested.
 
-Results go to `outputs/gpu/<device>-<date>/`: for every benchmark its JSON object and its log, and for all of them
-`table.md`. A run that was interrupted resumes: what has finished is not run again, unless with `--again`. A test or a
-benchmark that fails does not stop the others; the exit code is then 1. A ratio above its bar is shown, but is not a
-failure.
+Results go to `outputs/gpu/<device>-<date>/`: the JSON object and the log of every benchmark, and `table.md` for all of
+them. An interrupted run resumes: steps that have finished do not run again, unless you pass `--again`. If a test or a
+benchmark fails, the others still run, and the exit code is 1. A ratio above its bar is shown, but is not a failure.
 
 Benchmarks that train models (`expert_pools`, `upcycling`, `modality_ablation`) compare quality, which does not depend
-on the device, and take long. They always run with `--quick`. Their own scripts run them in full.
+on the device, and take long. They always run with `--quick` here. Run their own scripts for the full benchmarks.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("benchmark", "device", "versions", "rows", "holds")
 ROW_KEYS = ("case", "metric", "ours", "peer", "ratio", "bar", "holds")
 TESTS = "tests"
-SHOWN_LINES = 20  # of the output of what failed
+SHOWN_LINES = 20  # of the output of a failed step
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class Benchmark:
     Args:
         name (`str`): Name of the run.
         script (`str`): Name of the script in `scripts/benchmarks/`.
-        options (`tuple[str, ...]`): Options of a full run, besides `--json` and `--device`.
-        needs_gpu (`bool`): Whether the sizes are for a GPU only.
+        options (`tuple[str, ...]`): Options of a full run, in addition to `--json` and `--device`.
+        needs_gpu (`bool`): Whether the sizes are only for a GPU.
         is_long (`bool`): Whether it always runs with `--quick`.
         limit (`int`): Seconds after which it is stopped.
     """
@@ -80,7 +79,7 @@ TESTS_LIMIT = 300
 
 
 class Failure(Exception):
-    """What was run failed; the message says how."""
+    """A step has failed. The message says how."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             except Failure as failure:
                 failures[name] = str(failure)
                 print(f"{name} FAILED: {failure}", flush=True)
-    finally:  # also when interrupted
+    finally:  # also after an interrupt
         table = make_table(folder, options, failures)
         (folder / "table.md").write_text(table)
         print(f"\n{table}")
@@ -107,12 +106,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=harness.known_device, default=harness.default_device(), help="where to run")
-    parser.add_argument("--quick", action="store_true", help="small sizes; always so on the CPU")
-    parser.add_argument("--again", action="store_true", help="also run what has finished before")
+    parser.add_argument(
+        "--device",
+        type=harness.known_device,
+        default=harness.default_device(),
+        help="device to run on (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="use small sizes; always set on the CPU")
+    parser.add_argument("--again", action="store_true", help="also run steps that have finished before")
     parser.add_argument("--output", type=Path, help="folder for the results")
     steps = [TESTS, *(benchmark.name for benchmark in BENCHMARKS)]
-    parser.add_argument("--only", nargs="+", choices=steps, metavar="STEP", help=f"some of: {', '.join(steps)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=steps, metavar="STEP", help=f"run only these steps: some of {', '.join(steps)}"
+    )
     options = parser.parse_args(arguments)
     on_gpu = harness.is_cuda(options.device)
     options.quick = options.quick or not on_gpu
@@ -123,13 +129,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def folder_name(device: str, quick: bool) -> str:
-    """Name of the device and the date; results of small sizes have a folder for themselves."""
+    """Returns a name from the device and the date. Results of small sizes have a separate folder."""
     slug = re.sub(r"[^a-z0-9]+", "-", harness.device_name(device).lower()).strip("-")
     return f"{slug}-{date.today().isoformat()}{'-quick' if quick else ''}"
 
 
 def missing_requirements() -> list[str]:
-    """What the package requires and is missing or too old here."""
+    """Returns the requirements of the package that are missing here or have the wrong version."""
     problems = []
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
         requirement = Requirement(text)
@@ -173,7 +179,7 @@ def tests_command(device: str, folder: Path) -> list[str]:
 
 
 def benchmark_command(benchmark: Benchmark, options: argparse.Namespace) -> list[str]:
-    # The only GPU that it sees is the first one.
+    # The process sees only one GPU, which is the first one.
     device = "cuda" if harness.is_cuda(options.device) else options.device
     command = [sys.executable, str(ROOT / f"scripts/benchmarks/{benchmark.script}.py"), "--json", "--device", device]
     return [*command, "--quick"] if options.quick or benchmark.is_long else [*command, *benchmark.options]
@@ -188,7 +194,7 @@ def is_installed(package: str) -> bool:
 
 
 def visible_gpu(device: str) -> str:
-    """The value of `CUDA_VISIBLE_DEVICES` with which a process sees only this GPU of those that this process sees."""
+    """Returns the value of `CUDA_VISIBLE_DEVICES` with which a process sees only this GPU."""
     index = int(device.partition(":")[2] or 0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[index].strip() if visible else str(index)
@@ -203,13 +209,13 @@ def has_finished(path: Path, command: list[str]) -> bool:
 
 def run(command: list[str], log: Path, environment: dict[str, str], limit: int) -> str:
     """
-    Runs a command, and its processes with it.
+    Runs a command. If it does not end in time, its child processes are stopped as well.
 
     Returns:
-        `str`: what it printed to its standard output.
+        `str`: The standard output of the command.
 
     Raises:
-        Failure: If it fails, or does not end within `limit` seconds.
+        Failure: If the command fails, or does not end within `limit` seconds.
     """
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -218,7 +224,7 @@ def run(command: list[str], log: Path, environment: dict[str, str], limit: int) 
         try:
             printed, _ = process.communicate(timeout=limit)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # also the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)  # also stops its child processes
             process.wait()
             if isinstance(error, subprocess.TimeoutExpired):
                 raise Failure(f"it did not end within {limit} s; see {log}") from error
@@ -232,7 +238,7 @@ def run(command: list[str], log: Path, environment: dict[str, str], limit: int) 
 
 
 def read_tests(printed: str) -> dict[str, Any]:
-    """How many tests passed and were skipped, from the last line that pytest prints."""
+    """Returns the numbers of passed and skipped tests, from the last line that pytest prints."""
     counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", printed.splitlines()[-1])}
     if not counts.get("passed"):
         raise Failure("no test passed")
@@ -241,10 +247,10 @@ def read_tests(printed: str) -> dict[str, Any]:
 
 def read_result(printed: str) -> dict[str, Any]:
     """
-    The object that a benchmark prints as its last line.
+    Returns the JSON object that a benchmark prints as its last line.
 
     Raises:
-        Failure: If the line is not JSON, or does not have the form that all benchmarks share.
+        Failure: If the line is not JSON, or does not have the format that all benchmarks share.
     """
     lines = printed.splitlines()
     try:
@@ -262,7 +268,7 @@ def read_result(printed: str) -> dict[str, Any]:
         if missing := [key for key in ROW_KEYS if key not in row]:
             raise Failure(f"the row {row} has no {', '.join(missing)}")
     if result["holds"] != all(row["holds"] for row in result["rows"]):
-        raise Failure("`holds` is not whether all rows hold")
+        raise Failure("`holds` must be true exactly if all rows hold")
     return result
 
 
@@ -271,7 +277,7 @@ def _refuse(constant: str) -> None:
 
 
 def make_table(folder: Path, options: argparse.Namespace, failures: dict[str, str]) -> str:
-    """All results of a folder in Markdown."""
+    """Returns all results of a folder as a Markdown table."""
     results = {}
     for name in [TESTS, *(benchmark.name for benchmark in BENCHMARKS)]:
         path = folder / f"{name}.json"
@@ -280,7 +286,7 @@ def make_table(folder: Path, options: argparse.Namespace, failures: dict[str, st
     versions = ", ".join(f"{name} {number}" for name, number in harness.versions(options.device).items())
     lines = [f"# {harness.device_name(options.device)}", "", versions, ""]
     if options.quick:
-        lines += ["Small sizes (`--quick`): figures of time and memory mean nothing.", ""]
+        lines += ["Small sizes (`--quick`): the times and memory sizes are not meaningful.", ""]
     if TESTS in results:
         tests = results.pop(TESTS)
         lines += [f"Numeric tests: {tests['passed']} passed, {tests['skipped']} skipped.", ""]

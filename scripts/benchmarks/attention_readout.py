@@ -1,21 +1,21 @@
 """
-Distributed attention against plain SDPA: what reading α and β out, learning priors and guidance cost, for one layer,
-and what reading out costs a whole model that generates.
+Compares distributed attention with plain SDPA. Measures the cost of reading out α and β, of learned priors and of
+guidance in one layer, and the cost of the read-out in `generate` with a whole model.
 
     python scripts/benchmarks/attention_readout.py --json
 
-The sequence is text (1/8), an image (1/2), text; its rows share that layout, and nothing is padded. On the CPU runs of
-one modality are attended part by part, elsewhere the weights ride in extra channels of the backend's own call. On a GPU
-everything is in bfloat16, and is measured twice: with the kernel that torch chooses, and with FlashAttention.
+The sequence is text (1/8), an image (1/2) and text. All rows have this layout, without padding. On the CPU, runs of one
+modality are attended part by part. On a GPU, extra channels in the backend's own call compute the weights. On a GPU,
+everything runs in bfloat16 and is measured twice: with the kernel that torch chooses, and with FlashAttention.
 
-- `forward_with_readout`: forward, returning the weights and the count-free weights;
-- `train_step_with_priors`: forward and backward, with learned priors by head;
-- `decode_with_readout`: one query after that many keys, returning the weights, through 8 layers, since what a forward
-  pass does once is not small beside one layer with one query;
-- `guidance`: forward with `modality_guidance`;
-- `generate_with_readout`: seconds per token of `generate`, with and without `output_modality_weights`, for a whole
-  model of the `small` preset (`--quick`: `tiny`, without a bar, since fixed costs weigh more in so small a model) after
-  a prompt with an image. Tokens per second are printed, too.
+- `forward_with_readout`: forward that returns the weights and the count-free weights
+- `train_step_with_priors`: forward and backward with learned priors per head
+- `decode_with_readout`: one query after that many keys, returning the weights. It runs through 8 layers, because the
+  work that is done once per forward pass would be too large a part of one layer with one query
+- `guidance`: forward with `modality_guidance`
+- `generate_with_readout`: seconds per token of `generate` with and without `output_modality_weights`, for the `small`
+  preset after a prompt with an image. `--quick` uses `tiny`, without a bar, because fixed costs are a larger part of so
+  small a model. Tokens per second are printed as well
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 class Layer(torch.nn.Module):
-    """What attention functions ask of an attention module."""
+    """The attributes of an attention module that attention functions read."""
 
     num_key_value_groups = 1
     is_causal = True
@@ -71,12 +71,12 @@ def main() -> None:
 
 
 def kernels(device: str) -> dict[str, AbstractContextManager]:
-    """Contexts that choose the kernel of SDPA, by what a case is called with it."""
+    """Returns contexts that choose the kernel of SDPA, by the suffix that the name of a case gets."""
     return {"": nullcontext()} | ({", flash": sdpa_kernel(SDPBackend.FLASH_ATTENTION)} if is_cuda(device) else {})
 
 
 def time_generation(preset: str, new_tokens: int, device: str, dtype: torch.dtype, repetitions: int) -> Row:
-    """Seconds per token that `generate` makes, the prompt's pass included, with and without the read-out."""
+    """Measures the seconds per generated token, including the prefill, with and without the read-out."""
     torch.manual_seed(0)
     config = load_config(preset)
     model = SparseMoeVlmForConditionalGeneration._from_config(config).to(device, dtype).eval()
@@ -104,7 +104,7 @@ def time_generation(preset: str, new_tokens: int, device: str, dtype: torch.dtyp
 
 
 def make_runs(length: int, device: str, dtype: torch.dtype) -> dict[str, tuple[Callable, Callable]]:
-    """By metric, our run and the plain one."""
+    """Returns our run and the plain run, by metric."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, HEADS, length, HEAD_DIM, generator=generator).to(device, dtype).requires_grad_()

@@ -1,19 +1,21 @@
 """
-LoRA on experts, factored, against PEFT's path and against no adapter.
+Compares factored LoRA on experts with PEFT's implementation and with no adapter.
 
     python scripts/benchmarks/expert_lora.py --json
 
 Four layers of Transformers' Qwen3-VL-MoE experts (hidden 1024, width 512, 32 experts, top-4, rank 8, float32; much
-smaller with `--quick`), evenly random routing. `ours` runs factored; the peer is
+smaller with `--quick`), with uniformly random routing. `ours` is the factored adapter. The metric names the peer:
 
-- `decode_vs_adapter_free`: tokens one by one through the same layers without an adapter; `decode_vs_peft`: one token
-  through PEFT's layers;
-- `train_step_vs_adapter_free`: forward and backward over 512 tokens of the same layers without an adapter, their
-  weights trained; `train_step_vs_frozen`: their weights frozen, so that the step does no more than pass gradients on;
-  `train_step_vs_peft`: with PEFT's layers;
-- `forward_vs_peft`: forward of those 512 tokens without gradients, through PEFT's layers;
-- `extra_memory_vs_peft`, `forward_extra_memory_vs_peft`: peak memory (bytes) of the training step and of that forward,
-  minus that of the same layers without an adapter and with frozen weights. Each variant runs in its own process.
+- `decode_vs_adapter_free`: decodes 16 tokens one by one; the peer is the same layers without an adapter
+- `decode_vs_peft`: decodes one token; the peer is PEFT's layers
+- `train_step_vs_adapter_free`: forward and backward over 512 tokens; the peer is the same layers without an adapter,
+  with trained weights
+- `train_step_vs_frozen`: the peer has frozen weights, so that its step only passes gradients on
+- `train_step_vs_peft`: the peer is PEFT's layers
+- `forward_vs_peft`: forward over these 512 tokens without gradients; the peer is PEFT's layers
+- `extra_memory_vs_peft`, `forward_extra_memory_vs_peft`: peak memory (bytes) of the training step and of the forward,
+  minus the peak memory of the same layers without an adapter and with frozen weights. Each variant runs in its own
+  process
 
 `--size large` is one layer of 128 experts (hidden 2048, width 768, top-8, rank 16, 4,096 tokens, bfloat16), for GPUs.
 """
@@ -38,7 +40,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora
 
 VARIANTS = ("factored", "peft", "frozen", "trained")
-DECODED = 16  # tokens of a timed run
+DECODED = 16  # tokens per timed run
 BARS = {
     "decode_vs_adapter_free": 1.15,
     "train_step_vs_adapter_free": 1.15,
@@ -65,16 +67,16 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(hidden=128, width=64, experts=8, layers=2, tokens=64),  # of `--quick`; the figures mean nothing
+    "tiny": Size(hidden=128, width=64, experts=8, layers=2, tokens=64),  # for `--quick`; the figures are not meaningful
     "small": Size(hidden=512, width=256, layers=2),
     "default": Size(),
-    # That of https://github.com/huggingface/peft/pull/3577: 2.56 ms and 1.30 GB on its author's H100.
+    # The size of https://github.com/huggingface/peft/pull/3577: 2.56 ms and 1.30 GB on its author's H100.
     "large": Size(hidden=2048, width=768, experts=128, top_k=8, layers=1, rank=16, tokens=4096, dtype="bfloat16"),
 }
 
 
 class Layers(nn.Module):
-    """Layers of experts, one after the other, with the routing given."""
+    """A stack of experts layers. The routing is an argument of `forward`."""
 
     def __init__(self, size: Size, implementation: str):
         super().__init__()
@@ -111,7 +113,7 @@ def main() -> None:
             seconds = time_interleaved(decoding, arguments.device, arguments.repetitions)
             seconds = {name: total / steps for name, total in seconds.items()}
             rows += compare(case, "decode", seconds, {peer: peers})
-        if implementation == "batched_mm":  # copies an expert per token: for decoding
+        if implementation == "batched_mm":  # it copies an expert per token, so it is only for decoding
             continue
         seconds = time_interleaved(
             {name: trainer(model, size, arguments.device) for name, model in models.items()},
@@ -138,7 +140,7 @@ def compare(case: str, what: str, seconds: dict[str, float], peers: dict[str, st
 
 
 def make_all(size: Size, implementation: str, device: str) -> dict[str, nn.Module]:
-    """The layers without an adapter share their weights with those that have one; trained ones have their own."""
+    """Creates all variants. They share their weights, except `trained`, which has its own."""
     shared, own = (make_layers(size, implementation, device) for _ in range(2))
     return {name: make(name, size, implementation, device, own if name == "trained" else shared) for name in VARIANTS}
 
@@ -163,7 +165,7 @@ def make(variant: str, size: Size, implementation: str, device: str, base: Layer
 
 
 def draw_tokens(num_tokens: int, size: Size, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, evenly random experts of each, and their weights."""
+    """Draws tokens, uniformly random experts for each of them, and the weights of these experts."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(num_tokens, size.hidden, generator=generator).to(device, getattr(torch, size.dtype))
     index = torch.rand(num_tokens, size.experts, generator=generator).topk(size.top_k).indices.to(device)
@@ -171,7 +173,7 @@ def draw_tokens(num_tokens: int, size: Size, device: str) -> tuple[torch.Tensor,
 
 
 def decoder(model: nn.Module, size: Size, steps: int, device: str) -> Callable[[], None]:
-    """Tokens one by one, without gradients."""
+    """Returns a function that decodes tokens one by one, without gradients."""
     tokens = list(zip(*(tensor.split(1) for tensor in draw_tokens(steps, size, device))))
 
     @torch.no_grad()
@@ -183,7 +185,7 @@ def decoder(model: nn.Module, size: Size, steps: int, device: str) -> Callable[[
 
 
 def trainer(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
-    """Forward and backward."""
+    """Returns a function that runs a forward and a backward pass."""
     hidden, index, weights = draw_tokens(size.tokens, size, device)
     hidden.requires_grad_()
 
@@ -196,7 +198,7 @@ def trainer(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
 
 
 def forward(model: nn.Module, size: Size, device: str) -> Callable[[], None]:
-    """Forward without gradients of as many tokens as a training step has."""
+    """Returns a function that runs a forward pass without gradients, over as many tokens as a training step."""
     tokens = draw_tokens(size.tokens, size, device)
 
     @torch.no_grad()
@@ -212,7 +214,7 @@ def memory_in_process(variant: str, arguments: argparse.Namespace) -> dict[str, 
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, int]:
-    """Peak memory of a variant, in bytes, of forwards and of training steps."""
+    """Measures the peak memory of a variant, in bytes, in forward passes and in training steps."""
     size = SIZES[arguments.size]
     base = make_layers(size, "grouped_mm", arguments.device)
     model = make(arguments.memory_of, size, "grouped_mm", arguments.device, base)

@@ -1,24 +1,25 @@
 """
-Paging of experts against Accelerate's own offload and against resident experts, at decoding.
+Compares paged experts with Accelerate's offload and with resident experts, in decoding.
 
     python scripts/benchmarks/expert_offload.py --json
 
 A Qwen3-MoE of Transformers (hidden size 512, 4 layers of 64 experts of width 512, 4 per token; float32, on a GPU
 bfloat16; much smaller with `--quick`). A device map puts its experts, stored as stacks, on disk, and everything else on
-the device. On a GPU a second one puts them in host memory. The page cache is warm, so the speed of the disk does not
-matter.
+the device. On a GPU, a second device map puts them in host memory. The page cache is warm, so the speed of the disk
+does not matter.
 
-Routing: weights are random, and the embedding is large compared with the rest of the residual stream, so the experts of
-a token depend mostly on the token. Tokens are the words of the README in order, which repeat as English words do.
-`even tokens` are drawn evenly from the vocabulary instead, which spreads the choices evenly, the worst case for caches.
+Routing: the weights are random, and the embedding is large compared with the rest of the residual stream, so the
+experts of a token depend mostly on the token. The tokens are the words of the README in order, which repeat as words in
+English do. `even tokens` are drawn uniformly from the vocabulary instead. They choose all experts equally often, which
+is the worst case for caches.
 
-- `bytes_per_token_vs_chosen`: bytes read per decoded token when all slots are empty before it, against the bytes of the
-  experts that a token chooses (4 in each layer).
-- `decode_vs_resident`, `decode_vs_accelerate`: seconds per token, with slots for 25, 50 and 75 % of the experts.
-- `prefill_bytes_isolated_vs_joint`, `decode_...`: bytes read where our model, with the same number of experts, reads an
-  image of 64 tokens among 16 of text, then decodes 16 tokens of text.
+- `bytes_per_token_vs_chosen`: bytes read per decoded token if all slots are empty before it, compared with the bytes of
+  the experts that a token chooses (4 in each layer)
+- `decode_vs_resident`, `decode_vs_accelerate`: seconds per token, with slots for 25, 50 and 75 % of the experts
+- `prefill_bytes_isolated_vs_joint`, `decode_...`: bytes read while our model processes a prompt of 64 image tokens and
+  16 text tokens, and then decodes 16 text tokens. Both arrangements have the same number of experts
 
-Hit rate and tokens/s against the budget are printed, and drawn with `--picture`.
+The hit rate and the tokens per second at each budget are printed, and drawn with `--picture`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the model, and the number of tokens of a timed run."""
+    """Sizes of the model, and the number of tokens per timed run."""
 
     vocabulary: int = 2048
     hidden: int = 512
@@ -75,17 +76,17 @@ class Size:
         } | changes
 
 
-# Of `--quick`; the figures of time mean nothing.
+# For `--quick`; the times are not meaningful.
 QUICK = Size(vocabulary=128, hidden=32, width=16, experts=8, chosen=1, layers=2, heads=4, steps=2)
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
-COMPARED = (1 / 4, 1 / 2, 3 / 4)  # with Accelerate
-BARS = {"resident": 1.3, "accelerate": 0.5}  # for a text, with slots for half of the experts
+COMPARED = (1 / 4, 1 / 2, 3 / 4)  # with resident experts and with Accelerate
+BARS = {"resident": 1.3, "accelerate": 0.5}  # for words of a text, with slots for half of the experts
 IMAGE = 64  # tokens
 TEXT, EVEN = "words of a text", "even tokens"
 
 
 def token_streams(vocabulary: int) -> dict[str, list[int]]:
-    """Tokens by kind: numbers of the README's words and punctuation marks in order, and evenly drawn ones."""
+    """Returns tokens by kind: numbers of the README's words and punctuation marks in order, and uniform random ones."""
     numbers: dict[str, int] = {}
     text = [numbers.setdefault(word, len(numbers)) for word in re.findall(r"\w+|[^\w\s]", README.read_text().lower())]
     even = torch.randint(vocabulary, (4096,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -93,7 +94,7 @@ def token_streams(vocabulary: int) -> dict[str, list[int]]:
 
 
 def main() -> None:
-    drawn = {"type": Path, "help": "where to draw hit rate and speed against the budget (PNG)"}
+    drawn = {"type": Path, "help": "path to a PNG file for a plot of hit rate and speed over the budget"}
     arguments = parse_arguments(__doc__, picture=drawn)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -119,14 +120,14 @@ def main() -> None:
 
 
 def make_models(folder: str, size: Size, device: str, dtype: torch.dtype, place: str) -> list[PreTrainedModel]:
-    """The model three times: resident, and twice with experts on disk or in host memory, as `place` says."""
+    """Creates the model three times: resident, and twice with its experts on disk or in host memory (`place`)."""
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**size.config())).to(dtype).eval()
     with torch.no_grad():
         model.model.embed_tokens.weight.normal_()
-    # Experts stored as stacks are read where they are stored, by both.
+    # Both ways of offloading read experts that are stored as stacks directly from the files.
     model.save_pretrained(folder, save_original_format=False)
-    os.sync()  # otherwise the system would still be writing while time is taken
+    os.sync()  # otherwise, the system would still write during the measurement
     places = {"lm_head": device} | {f"model.{name}": device for name in ("embed_tokens", "norm", "rotary_emb")}
     for layer in range(size.layers):
         for name in ("self_attn", "mlp.gate", "input_layernorm", "post_attention_layernorm"):
@@ -141,19 +142,19 @@ def decode(model: PreTrainedModel, tokens: Iterator[int], steps: int) -> None:
     cache = {}
     for token in itertools.islice(tokens, steps):
         output = model(torch.tensor([[token]], device=model.device), use_cache=True, **cache)
-        # Transformers 5.24 renames it.
+        # Transformers 5.24 renames the cache.
         name = "past_key_values" if "past_key_values" in output else "cache"
         cache = {name: output[name]}
 
 
 def decoding(model: PreTrainedModel, tokens: list[int], steps: int) -> Callable[[], None]:
-    """Each call resumes where the last one stopped."""
+    """Returns a function that decodes tokens. Each call resumes where the last one stopped."""
     stream = itertools.cycle(tokens)
     return lambda: decode(model, stream, steps)
 
 
 def compare_bytes(model: PreTrainedModel, size: Size, tokens: list[int], dtype: torch.dtype) -> Row:
-    """Counts bytes with empty slots before every token."""
+    """Counts the bytes read per token, with empty slots before every token."""
     read = []
     with page_experts(model, size.experts // 2) as pager:
         for token in tokens[: size.steps]:
@@ -174,7 +175,7 @@ def compare_decoding(
     device: str,
     repetitions: int,
 ) -> list[Row]:
-    """Seconds per token, paged against resident and against Accelerate's offload."""
+    """Compares the seconds per token with resident experts and with Accelerate's offload."""
     rows = []
     for kind, tokens in streams.items():
         for budget in COMPARED:
@@ -194,7 +195,7 @@ def compare_decoding(
 def compare_budgets(
     model: PreTrainedModel, size: Size, streams: dict[str, list[int]], device: str, budgets: tuple[float, ...]
 ) -> dict[str, list[list[float]]]:
-    """By kind of tokens, rows of: share of the experts in slots, hit rate, bytes per token, tokens per second."""
+    """Returns, by kind of tokens, rows of: share of experts in slots, hit rate, bytes per token, tokens per second."""
     table: dict[str, list[list[float]]] = {}
     print(f"{'tokens':<18}{'experts in slots':>17}{'hit rate':>10}{'MB per token':>14}{'tokens/s':>10}")
     for kind, tokens in streams.items():
@@ -229,7 +230,7 @@ def draw(budgets: dict[str, list[list[float]]], path: Path) -> None:
 
 @torch.no_grad()
 def compare_groups(size: Size, text: list[int], device: str) -> list[Row]:
-    """Bytes by phase and group, of our model with 16 experts per layer and slots for half of them."""
+    """Compares the bytes read by phase and group, in our model with 16 experts per layer and slots for half of them."""
     totals: dict[str, Counter] = {}
     print(f"\n{'groups':<12}{'phase':<10}{'group':<10}{'MB read':>10}{'hit rate':>10}")
     for arrangement in ("joint", "isolated"):

@@ -1,11 +1,12 @@
 """
-Cross-layer expert pools against experts of one's own, at equal training tokens.
+Compares cross-layer expert pools with separate experts in every layer, after training on equally many tokens.
 
     python scripts/benchmarks/expert_pools.py --json
 
-The tiny preset's four layers have four routed experts each; with pools, two pairs of layers share five each, 62.5 % of
-the experts' parameters. Both are trained alike on the built-in scenes, with the same seeds. `validation_loss` is the
-language loss (nats per token of the answer) on held-out arrangements; `ratio` is with pools / without.
+The four layers of the tiny preset have four routed experts each. With pools, two pairs of layers share five experts
+each, which is 62.5 % of the parameters of the experts. Both models are trained on the built-in scenes with the same
+settings and seeds. `validation_loss` is the language modeling loss (nats per token of the answer) on held-out
+arrangements; `ratio` is with pools / without pools.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained."""
+    """The settings of the training."""
 
     steps: int
     batch_size: int
@@ -109,7 +110,7 @@ def train_and_evaluate(config, processor, train, validation, seed: int, recipe: 
             eval_dataset=conversations(validation),
         )
         trainer.train()
-        model.config.text_config.output_router_logits = False  # only the language loss
+        model.config.text_config.output_router_logits = False  # only the language modeling loss
         return trainer.evaluate()["eval_loss"]
 
 

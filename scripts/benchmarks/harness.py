@@ -1,12 +1,12 @@
-"""Timing, memory and reports, shared by the benchmarks.
+"""Timing, memory measurement and reports, shared by the benchmarks.
 
-Every benchmark accepts `--json`, `--quick` and `--device`. It prints a table and, with `--json`, one object as the last
-line::
+Every benchmark accepts `--json`, `--quick` and `--device`. It prints a table and, with `--json`, a JSON object as the
+last line::
 
     {"benchmark", "device", "versions", "rows": [{"case", "metric", "ours", "peer", "ratio", "bar", "holds"}], "holds"}
 
-`ratio` is ours / peer. `bar` is the largest ratio that is good enough, or null where there is no such limit. `peer` and
-`ratio` are null where there is nothing to compare with.
+`ratio` is ours / peer. `bar` is the largest acceptable ratio, or null if there is no limit. `peer` and `ratio` are null
+if there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Row:
     One comparison.
 
     Args:
-        case (`str`): What was measured, with the sizes.
-        metric (`str`): Name of the figure.
-        ours (`float`): Our figure: seconds, bytes or a loss.
-        peer (`float`): The figure of what we are compared with.
-        bar (`float`, *optional*): The largest ratio that is good enough.
+        case (`str`): The measured case, including its sizes.
+        metric (`str`): Name of the metric.
+        ours (`float`): Our result, in seconds, bytes or as a loss.
+        peer (`float`): Result of the implementation that ours is compared with.
+        bar (`float`, *optional*): The largest acceptable ratio.
     """
 
     case: str
@@ -71,11 +71,14 @@ def parse_arguments(description: str | None, *, repetitions: int = 15, **own: di
     Args:
         description (`str`): Text for `--help`.
         repetitions (`int`): Default of `--repetitions`.
-        **own (`dict[str, Any]`): Further options: by name, the arguments of `add_argument`.
+        **own (`dict[str, Any]`): Further options: arguments of `add_argument`, by name of the option.
     """
     parser = make_parser(description, **own)
     parser.add_argument(
-        "--repetitions", type=int, default=repetitions, help=f"timed runs of each, at least {MIN_REPETITIONS}"
+        "--repetitions",
+        type=int,
+        default=repetitions,
+        help=f"number of timed runs of each variant, at least {MIN_REPETITIONS}",
     )
     arguments = parser.parse_args()
     if arguments.quick:
@@ -86,10 +89,10 @@ def parse_arguments(description: str | None, *, repetitions: int = 15, **own: di
 
 
 def make_parser(description: str | None, **own: dict[str, Any]) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark, `--json`, `--quick` and `--device`, and with further ones."""
+    """Returns a parser with the options of every benchmark (`--json`, `--quick`, `--device`) and further options."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes, within a minute")
+    parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
+    parser.add_argument("--quick", action="store_true", help="use small sizes, which take less than a minute")
     parser.add_argument(
         "--device", type=known_device, default=default_device(), help="cpu, cuda or cuda:1, say (default: %(default)s)"
     )
@@ -103,7 +106,7 @@ def default_device() -> str:
 
 
 def known_device(name: str) -> str:
-    """Returns the name of a device that can be measured here, or raises `argparse.ArgumentTypeError`."""
+    """Returns the name of a device if it can be measured here. Otherwise, raises `argparse.ArgumentTypeError`."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -121,13 +124,13 @@ def is_cuda(device: str) -> bool:
 
 def time_interleaved(runs: dict[str, Callable[[], object]], device: str, repetitions: int) -> dict[str, float]:
     """
-    Returns the median seconds of each run. The runs take turns in a random order, so that changes of the machine's
-    speed and the state of the caches affect all of them alike.
+    Returns the median seconds of each run. The runs alternate in a random order, so that changes in the speed of the
+    machine and the state of the caches affect all of them equally.
 
     Args:
         runs (`dict[str, Callable]`): The functions to time, by name.
-        device (`str`): Where they run.
-        repetitions (`int`): Timed runs of each. Two more runs come first, to warm up.
+        device (`str`): Device on which they run.
+        repetitions (`int`): Number of timed runs of each function, after two untimed runs to warm up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = random.Random(0)
@@ -140,7 +143,7 @@ def time_interleaved(runs: dict[str, Callable[[], object]], device: str, repetit
 
 
 def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Returns the seconds of one run: between two events of the stream on a GPU, otherwise of the clock."""
+    """Returns the seconds of one run, measured with CUDA events on a GPU and with the clock otherwise."""
     if is_cuda(device):
         with torch.cuda.device(device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -163,7 +166,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     run()
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
@@ -177,7 +180,7 @@ def device_name(device: str) -> str:
 
 
 def versions(device: str) -> dict[str, str | None]:
-    """Versions of the libraries that are installed, and of CUDA where it is used."""
+    """Returns the versions of the installed libraries, and of CUDA if it is used."""
     found: dict[str, str | None] = {"cuda": torch.version.cuda} if is_cuda(device) else {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -198,7 +201,7 @@ def report(benchmark: str, arguments: argparse.Namespace, rows: list[Row]) -> No
             f"{'' if row.bar is None else 'yes' if row.holds else 'NO'}"
         )
     if arguments.quick:
-        print("\nThese are the sizes of a quick test: figures of time and memory mean nothing.")
+        print("\nThese are the sizes of a quick test: the times and memory sizes are not meaningful.")
     if arguments.json:
         print_json(benchmark, arguments.device, [row.as_dict() for row in rows])
 

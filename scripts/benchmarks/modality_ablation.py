@@ -1,16 +1,16 @@
 """
-Does α mean something? On a trained model: how much does an answer's probability change without its picture, and does α
-tell?
+Measures whether α predicts how much a trained model depends on the image: how much does the probability of an answer
+change without its image, and does α correlate with this change?
 
     python scripts/benchmarks/modality_ablation.py --model outputs/demo/model
 
-For held-out scenes, the log-probability of the right answer is measured with its picture, with another scene's
-(`swapped`), with a blank one (`blank`), and with the picture's keys masked (`masked`). α is that of the tokens that
-predict the answer, averaged over layers and heads, from the pass with the picture. Printed is Spearman's ρ of α with
-the loss of log-probability, with a 95 % bootstrap interval, over all scenes and by the number of objects in them; then,
-for swapped pictures, how steering changes the answers.
+For held-out scenes, the log-probability of the right answer is measured with its image, with the image of another scene
+(`swapped`), with a blank image (`blank`), and with the image's keys masked (`masked`). α is taken from the pass with
+the right image, for the tokens that predict the answer, and averaged over layers and heads. The script prints
+Spearman's ρ of α and the loss of log-probability, with a 95 % bootstrap interval, over all scenes and by the number of
+objects in them. Then it prints how steering changes the answers to swapped images.
 
-With `--json`, a row's `ours` is ρ, null where it is not defined (one scene alone); there is no peer.
+With `--json`, `ours` of a row is ρ, or null if it is not defined (with a single scene). There is no peer.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def main() -> None:
                 rho, low, high = spearman(part[weight], part[ablation])
                 rows.append({"ablation": ablation, "weight": weight, "objects": str(objects), "examples": len(part)})
                 rows[-1] |= {"rho": rho, "low": low, "high": high, "mean_loss": float(part[ablation].mean())}
-    print(f"\nSpearman's ρ of α with the log-probability that the right answer loses, {len(measured)} held-out scenes")
-    print(f"{'picture':<10}{'weight':<12}{'objects':<9}{'scenes':>7}{'mean loss':>11}{'ρ':>8}   95 % interval")
+    print(f"\nSpearman's ρ of α and the log-probability that the right answer loses, {len(measured)} held-out scenes")
+    print(f"{'image':<10}{'weight':<12}{'objects':<9}{'scenes':>7}{'mean loss':>11}{'ρ':>8}   95 % interval")
     for row in rows:
         print(
             f"{row['ablation']:<10}{row['weight']:<12}{row['objects']:<9}{row['examples']:>7}{row['mean_loss']:>11.2f}"
@@ -72,8 +72,8 @@ def main() -> None:
         )
 
     steered = steer(model, processor, data.select(range(min(arguments.steered, len(data)))))
-    print("\nAnswers to swapped pictures, in percent")
-    print(f"{'steering':<42}{'right for the true picture':>28}{'as without steering':>21}")
+    print("\nAnswers to swapped images, in percent")
+    print(f"{'steering':<42}{'right for the true image':>28}{'as without steering':>21}")
     for row in steered:
         print(f"{row['steering']:<42}{row['original']:>28.1f}{row['same']:>21.1f}")
     if arguments.json:
@@ -83,16 +83,16 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
-        model={"default": DEMO, "help": "checkpoint (default: %(default)s)"},
+        model={"default": DEMO, "help": "path to a checkpoint, or its name on the Hub (default: %(default)s)"},
         examples={"type": int, "default": 1000, "help": "number of held-out questions"},
-        steered={"type": int, "default": 500, "help": "number of questions that are answered with steering"},
-        cell_size={"type": int, "default": 16, "help": "pixels per cell of a scene, as in training"},
+        steered={"type": int, "default": 500, "help": "number of questions to answer with steering"},
+        cell_size={"type": int, "default": 16, "help": "pixels per cell of a scene; use the value of the training"},
     )
     arguments = parser.parse_args()
     if arguments.model == DEMO and not Path(DEMO).exists():
         if not arguments.quick:
-            parser.error(f"there is no {DEMO} yet: run `make demo`, or name a checkpoint with --model")
-        print(f"There is no {DEMO}: the model is a random one, and the figures mean nothing.", file=sys.stderr)
+            parser.error(f"there is no {DEMO} yet: run `make demo`, or pass a checkpoint with --model")
+        print(f"There is no {DEMO}: the model is a random one, and the figures are not meaningful.", file=sys.stderr)
         arguments.model = None
     if arguments.quick:
         arguments.examples, arguments.steered = min(arguments.examples, 100), min(arguments.steered, 50)
@@ -102,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load(checkpoint: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """A checkpoint's model and processor, or random ones of the tiny preset."""
+    """Loads the model and processor of a checkpoint, or creates random ones from the tiny preset."""
     if checkpoint is None:
         return from_scratch(str(PRESET), scenes("train", 50, cell_size=16), vocab_size=512)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, trust_remote_code=True)
@@ -110,9 +110,9 @@ def load(checkpoint: str | None) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 
 def as_comparison(row: dict) -> dict:
-    """A correlation in the form that all benchmarks report in."""
+    """Returns a correlation in the format that all benchmarks report."""
     rho, low, high = (None if math.isnan(row[name]) else row[name] for name in ("rho", "low", "high"))
-    case = f"{row['ablation']} picture, {row['objects']} objects"
+    case = f"{row['ablation']} image, {row['objects']} objects"
     comparison = {"case": case, "metric": f"spearman_{row['weight']}", "ours": rho, "peer": None, "ratio": None}
     own = {"low": low, "high": high, "examples": row["examples"], "mean_loss": row["mean_loss"]}
     return comparison | {"bar": None, "holds": True} | own
@@ -120,7 +120,7 @@ def as_comparison(row: dict) -> dict:
 
 @torch.no_grad()
 def measure(model, processor, data) -> Iterator[dict[str, float]]:
-    """For every example, α, the count-free α, and the log-probability that the answer loses by each ablation."""
+    """Yields α, the count-free α, and the log-probability that the answer loses in each ablation, for every example."""
     collator = VisionLanguageCollator(processor)
     rows = [to_messages(row) for row in data]
     for start in tqdm(range(0, len(rows), BATCH_SIZE), desc="Measuring", unit="batch"):
@@ -136,7 +136,7 @@ def measure(model, processor, data) -> Iterator[dict[str, float]]:
         lost = {
             name: with_picture - log_probability(model(**inputs).logits, labels) for name, inputs in without.items()
         }
-        # The token before an answer's token predicts it.
+        # Each token predicts the next one.
         predicts = (labels != -100).roll(-1, dims=1)
         predicts[:, -1] = False
         image = 1
@@ -154,7 +154,7 @@ def measure(model, processor, data) -> Iterator[dict[str, float]]:
 
 
 def log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Of the answers, `(B,)`."""
+    """Returns the log-probabilities of the answers, `(B,)`."""
     log_probabilities = torch.log_softmax(logits[:, :-1].float(), dim=-1)
     targets = labels[:, 1:]
     chosen = log_probabilities.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
@@ -162,13 +162,13 @@ def log_probability(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def spearman(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:
-    """Spearman's ρ, and the 2.5th and 97.5th percentiles of its bootstrap distribution; NaN where one is constant."""
+    """Returns Spearman's ρ and the 2.5th and 97.5th percentiles of its bootstrap; NaN if an input is constant."""
     if first.nunique() < 2 or second.nunique() < 2:
         return math.nan, math.nan, math.nan
 
     def rho(indices: np.ndarray) -> float:
         ranks = [pd.Series(values.to_numpy()[indices]).rank() for values in (first, second)]
-        with np.errstate(invalid="ignore"):  # a draw of the same scene again and again
+        with np.errstate(invalid="ignore"):  # a sample may contain the same scene many times
             return float(np.corrcoef(*ranks)[0, 1])
 
     generator = np.random.default_rng(0)
@@ -178,7 +178,7 @@ def spearman(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:
 
 
 def steer(model, processor, data) -> list[dict]:
-    """Each question with the next one's picture: how the answers change with steering."""
+    """Asks each question with the image of the next one, and returns how steering changes the answers."""
     pictures = data["image"][:]
     swapped = [dict(row, image=pictures[(i + 1) % len(pictures)]) for i, row in enumerate(data)]
     conversation = [to_messages(row) for row in swapped]

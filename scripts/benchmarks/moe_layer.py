@@ -1,17 +1,17 @@
 """
-One sparse block against that of Transformers' Qwen3-VL-MoE with the fastest of its experts implementations.
+Compares one sparse block with the block of Transformers' Qwen3-VL-MoE, in its fastest experts implementation.
 
     python scripts/benchmarks/moe_layer.py --json
 
 On a GPU: 128 experts, hidden size 2048, width 768, 8 experts per token, 4,096 tokens, bfloat16. On the CPU: 32 experts,
-hidden size 1024, width 512, 4 per token, 512 tokens, float32. `--quick` is much smaller. Our block runs with the
-implementation that our models choose by themselves, `grouped_mm`:
+hidden size 1024, width 512, 4 experts per token, 512 tokens, float32. `--quick` is much smaller. Our block runs with
+`grouped_mm`, the default implementation of our models:
 
-- `joint`: the same architecture with the peer's weights, so that outputs are compared first;
-- `isolated`: half of the experts for text, half for images, and half of the tokens are image tokens.
+- `joint`: the same architecture with the peer's weights, so that the outputs are compared first
+- `isolated`: half of the experts serve text and half images; half of the tokens are image tokens
 
-The peer runs with every implementation that is available here; those that need a package or another GPU are skipped and
-named. `forward` is without gradients, `train_step` is forward and backward.
+The peer runs with every implementation that is available here. Those that need another package or GPU are skipped, and
+their names are printed. `forward` is without gradients, `train_step` is forward and backward.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def build(size: Size, device: str) -> tuple[dict[str, Callable], dict[str, nn.Module]]:
-    """Our blocks by arrangement, as functions of the hidden states, and the peer's by implementation."""
+    """Creates our blocks, by arrangement, and the peer's blocks, by implementation."""
     torch.manual_seed(0)
     config = Qwen3VLMoeTextConfig(**size.config())
     peers: dict[str, nn.Module] = {}
@@ -109,7 +109,7 @@ def build(size: Size, device: str) -> tuple[dict[str, Callable], dict[str, nn.Mo
 
 
 class Ours(nn.Module):
-    """Our block with the routing planned once, as the decoder does for all of its layers."""
+    """Our block, with the routing planned once, as the decoder does for all its layers."""
 
     def __init__(self, size: Size, arrangement: str, device: str, peer: nn.Module):
         super().__init__()
@@ -140,7 +140,7 @@ def output_of(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_equal(joint: nn.Module, peer: nn.Module, hidden_states: torch.Tensor) -> None:
-    """With the same weights the joint arrangement computes what the peer computes."""
+    """Checks that the joint arrangement has the outputs of the peer with the same weights."""
     ours, theirs = (output_of(block, hidden_states).float() for block in (joint, peer))
     difference = ((ours - theirs).norm() / theirs.norm()).item()
     if not difference < (1e-5 if hidden_states.dtype == torch.float32 else 2e-2):
@@ -148,7 +148,7 @@ def check_equal(joint: nn.Module, peer: nn.Module, hidden_states: torch.Tensor) 
 
 
 def is_usable(name: str, peer: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether an implementation runs here, forward and backward; says why not."""
+    """Whether forward and backward of an implementation run here. Prints the reason if they do not."""
     try:
         train_step(peer, hidden_states)()
     except Exception as error:

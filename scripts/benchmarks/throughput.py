@@ -1,16 +1,17 @@
 """
-Speed of the decoder against Transformers' own Qwen3-VL-MoE text model and against a dense model.
+Compares the speed of the decoder with Transformers' Qwen3-VL-MoE text model and with a dense model.
 
     python scripts/benchmarks/throughput.py --json
 
-Same sizes, same backends (SDPA, grouped_mm), equal parameters in total and per token, in turn:
+The models have the same sizes, the same backends (SDPA, grouped_mm), and equally many parameters, both in total and
+active per token. They run in turn:
 
-- `joint`: the very same architecture, with the peer's weights, so that outputs are first compared;
-- `hybrid`: our default, with one of the k experts of a token always on for its modality, half of the tokens image
-  tokens.
+- `joint`: the same architecture as the peer, with the peer's weights, so that the outputs are compared first
+- `hybrid`: our default, in which one of the k experts of a token is always on for its modality; half of the tokens are
+  image tokens
 
-The dense floor is a dense decoder with as many parameters as the others use per token. A train step is forward and
-backward; the optimizer's part is the same for all and would only dilute the ratio.
+`dense_floor` is a dense decoder with as many parameters as the others use per token. A training step is forward and
+backward: the optimizer's step is the same for all models and would only bring the ratios closer to 1.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of the decoders, and the numbers of tokens."""
+    """Sizes of the decoders, and numbers of tokens."""
 
     hidden: int = 1024
     width: int = 512
@@ -45,7 +46,7 @@ class Size:
     train_batch: tuple[int, int] = (4, 256)
 
 
-# Of `--quick`; the figures mean nothing.
+# For `--quick`; the figures are not meaningful.
 QUICK = Size(hidden=128, width=64, experts=8, layers=2, vocabulary=256, prompt=64, train_batch=(2, 32))
 
 
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def build(size: Size) -> dict[str, torch.nn.Module]:
-    """The models, by name."""
+    """Creates the models, by name."""
     torch.manual_seed(0)
     sizes = {
         "vocab_size": size.vocabulary,
@@ -92,7 +93,7 @@ def build(size: Size) -> dict[str, torch.nn.Module]:
     )
     joint = ours(**sizes, **experts, expert_groups="joint")
     joint.load_state_dict(peer.state_dict())
-    # Two of the experts become the always-on ones, so totals agree, and one slot of a token is theirs.
+    # Two experts become always-on experts, so that the totals agree. They replace one of the k experts of a token.
     fewer = experts | {"num_experts": size.experts - 2, "num_experts_per_tok": size.top_k - 1}
     hybrid = ours(**sizes, **fewer, expert_groups="hybrid")
     dense_width, dense_layers = size.top_k * size.width, list(range(size.layers))
@@ -107,7 +108,7 @@ def ours(**config) -> SparseMoeVlmTextModel:
 
 
 def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) -> dict[str, torch.Tensor]:
-    """Token ids and, for our models, modality ids: first half image, then text."""
+    """Returns token ids and, for our models, modality ids: the first half is an image, the rest text."""
     generator = torch.Generator().manual_seed(1)
     batch = {
         "input_ids": torch.randint(0, model.config.vocab_size, (batch_size, length), generator=generator).to(device)
@@ -119,7 +120,7 @@ def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) ->
 
 @torch.no_grad()
 def check_equal(joint: torch.nn.Module, peer: torch.nn.Module, device: str) -> None:
-    """With the same weights the joint arrangement is the peer, so both do the same work."""
+    """Checks that the joint arrangement has the outputs of the peer with the same weights."""
     ours, theirs = (model(**inputs(model, 2, 32, device)).last_hidden_state.float() for model in (joint, peer))
     tolerance = 1e-4 if next(peer.parameters()).dtype == torch.float32 else 5e-2
     if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):

@@ -31,7 +31,7 @@ def test_report(benchmark, load_gpu, monkeypatch, capsys, tmp_path):
     rows = {(row["metric"], row["case"]): row for row in result["rows"]}
     for ablation in benchmark.ABLATIONS:
         for metric in ("spearman_alpha", "spearman_count_free"):
-            row = rows[metric, f"{ablation} picture, all objects"]
+            row = rows[metric, f"{ablation} image, all objects"]
             assert row["examples"] == 8
             assert -1 <= row["ours"] <= 1
             assert row["low"] <= row["high"]
@@ -43,7 +43,7 @@ def test_one_scene_alone_has_no_correlation(benchmark):
     row = {"ablation": "blank", "weight": "alpha", "objects": 1, "examples": 1, "mean_loss": 0.5}
     comparison = benchmark.as_comparison(row | {"rho": rho, "low": low, "high": high})
     assert (comparison["ours"], comparison["low"], comparison["high"]) == (None, None, None)
-    assert comparison["case"] == "blank picture, 1 objects"
+    assert comparison["case"] == "blank image, 1 objects"
 
 
 def test_without_the_demo(benchmark, monkeypatch, capsys, tmp_path):

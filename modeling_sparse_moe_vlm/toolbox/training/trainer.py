@@ -40,8 +40,8 @@ def _with_router_loss(function: Callable) -> Callable:
 
 class SparseMoeTrainer(Trainer):
     """
-    A `Trainer` that also monitors the routers of our models. It takes the same arguments as
-    `Trainer`. In addition, it logs the following figures, over the steps since the last log:
+    A `Trainer` that also monitors the routers of our models. It takes the same arguments as `Trainer`. In addition, it
+    logs the following figures, over the steps since the last log:
 
     - The means of the router losses: `aux_loss`, `z_loss`, and the load balancing loss of each modality
       (`aux_loss_text` and so on).
