@@ -26,6 +26,13 @@ KINDS = {
 }
 STARTS = {"copy": {"expert_groups": "joint", "start": "copy"}, "residual": {"start": "residual"}}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+# What is known of types beyond what the census finds.
+NOTES = {
+    "shieldgemma2": "Compared in memory only: Transformers saves this type, dense or upcycled, under names of weights "
+    "that it does not find again.",
+    "hy_v4": "With Transformers 5.20, `save_pretrained` drops the layers from the names of the experts' weights, so "
+    "the upcycled model does not load: use a later release.",
+}
 EXACT, ON_REQUEST, REFUSED, FAILED, NOT_BUILT = "exact", "exact, on request", "no", "failed", "not examined"
 
 
@@ -180,6 +187,7 @@ def table(entries: list[Entry]) -> str:
         ]
         for entry in of_kind:
             figures = [f"{entry.differences[start]:.1e}" if entry.differences else "" for start in STARTS]
-            reason = entry.reason.replace("|", "\\|").replace("\n", " ")
+            reason = " ".join(text for text in (entry.reason, NOTES.get(entry.model_type)) if text)
+            reason = reason.replace("|", "\\|").replace("\n", " ")
             lines.append(f"| `{entry.model_type}` | {entry.outcome} | {' | '.join(figures)} | {reason} |")
     return "\n".join(lines) + "\n"

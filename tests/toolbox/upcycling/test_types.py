@@ -3,7 +3,18 @@
 import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.support.upcycling_census import EXACT, KINDS, ON_REQUEST, REFUSED, census, difference, table
+from tests.support.processes import ROOT
+from tests.support.upcycling_census import (
+    EXACT,
+    KINDS,
+    NOTES,
+    ON_REQUEST,
+    REFUSED,
+    Entry,
+    census,
+    difference,
+    table,
+)
 
 VISION_LANGUAGE = [
     "aya_vision",
@@ -98,3 +109,15 @@ def test_census():
     assert "2 types: 1 exact, 0 exact on request, 1 not." in page
     assert "3 types: 1 exact, 1 exact on request, 1 not." in page
     assert "| `qwen3_vl_moe` | no |  |  | Qwen3VLMoeForConditionalGeneration is already a mixture of experts" in page
+
+
+def test_notes_are_in_the_table():
+    entries = [
+        Entry("Images and text", "shieldgemma2", EXACT, differences={"copy": 2e-7, "residual": 0.0}),
+        Entry("Text", "hy_v4", ON_REQUEST, "`layers=[0]`", {"copy": 2e-7, "residual": 0.0}),
+    ]
+    lines = table(entries).splitlines()
+    assert f"| `shieldgemma2` | exact | 2.0e-07 | 0.0e+00 | {NOTES['shieldgemma2']} |" in lines
+    assert f"| `hy_v4` | exact, on request | 2.0e-07 | 0.0e+00 | `layers=[0]` {NOTES['hy_v4']} |" in lines
+    page = (ROOT / "docs/upcycling_types.md").read_text()
+    assert all(note in page for note in NOTES.values())
