@@ -34,7 +34,7 @@ class Interception:
     attend: AttentionFunction
 
     def is_here(self) -> bool:
-        """Whether it applies to this thread, which entered the context or has a copy of that thread's context."""
+        """Whether it applies to this thread: the thread entered the context, or runs in a copy of its context."""
         return self in _here.get() and self in _open
 
 

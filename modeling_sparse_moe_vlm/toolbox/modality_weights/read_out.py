@@ -84,7 +84,7 @@ class ModalityWeights:
         Args:
             modality (`str`):
                 Name of the modality, one of `MODALITIES`.
-            count_free (`bool`, defaults to `False`):
+            count_free (`bool`, *optional*, defaults to `False`):
                 Whether to return the count-free weights, which do not grow with the number of tokens of the modality.
 
         Returns:
@@ -174,7 +174,7 @@ def modality_weights(
     if modality_ids is not None:
         check(
             modality_ids.dim() == 2 and bool((modality_ids >= 0).all() and (modality_ids < len(MODALITIES)).all()),
-            f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1} (for {', '.join(MODALITIES)}).",
+            f"`modality_ids` must be of shape (B, T), from 0 to {len(MODALITIES) - 1} ({', '.join(MODALITIES)}).",
         )
     model = base_model_of(model)
     decoder = model.get_decoder()
@@ -305,7 +305,8 @@ class _Recorder:
         """Called on exit, unless an error ends the context: checks that everything was read out."""
         check(
             self.thread in (None, threading.get_ident()),
-            "a forward pass of another thread had not ended when `modality_weights` was left: join the thread before.",
+            "a forward pass of another thread had not ended when `modality_weights` was left: join the thread before "
+            "you leave the context.",
         )
         if self.num_passes_elsewhere and not self.weights.steps:
             warnings.warn(

@@ -58,7 +58,7 @@ def readable_size(size: float) -> str:
 def _bytes(size: int | float | str) -> float:
     if isinstance(size, float):
         if math.isnan(size) or size < 0:
-            raise ValueError("a number of bytes is at least 0.")
+            raise ValueError("a number of bytes must be at least 0.")
         return size
     if isinstance(size, str):
         # Accelerate does not support units above GB and GiB.

@@ -30,7 +30,7 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
             Number of experts by name of the experts module, in the model's order.
         config (`PreTrainedConfig`):
             Configuration of the decoder.
-        routing (*optional*):
+        routing (`Any`, *optional*):
             Measured routing, see [`~toolbox.placement.plan_expert_placement`]. By default, all experts of a layer have
             the same load.
 
@@ -51,18 +51,18 @@ def expert_loads(sizes: Mapping[str, int], config: PreTrainedConfig, routing: An
 
 def with_unmeasured_layers(loads: Loads, names: Sequence[str], num_measured_layers: int) -> Loads:
     """
-    Adds the experts of layers in which no routing was measured. Every layer is given the same load.
+    Adds the experts of layers in which no routing was measured. Every layer gets the same load.
 
     Args:
         loads (`dict[str, dict[str, float]]`):
-            What [`expert_loads`] returns for the layers in which routing was measured.
+            Loads of the layers in which routing was measured, from [`expert_loads`].
         names (`Sequence[str]`):
-            Names of the experts modules of the other layers, one of each layer.
+            Names of the experts modules of the other layers, one per layer.
         num_measured_layers (`int`):
             Number of layers in which routing was measured.
 
     Returns:
-        `dict[str, dict[str, float]]`: by module, by modality; sums to 1 over modules.
+        `dict[str, dict[str, float]]`: Loads by module and modality. The loads of a modality sum to 1 over modules.
     """
     num_layers = num_measured_layers + len(names)
     modalities = next(iter(loads.values()), {})
@@ -82,7 +82,7 @@ def expert_counts(sizes: Mapping[str, int], config: PreTrainedConfig, routing: A
             Number of experts by name of the experts module, in the model's order.
         config (`PreTrainedConfig`):
             Configuration of the decoder.
-        routing (*optional*):
+        routing (`Any`, *optional*):
             Measured routing, as for [`expert_loads`].
 
     Returns:
@@ -152,7 +152,7 @@ def _checked(counts: Sequence[Any], modality: str, place: str) -> list[float]:
         if not is_number or count < 0 or math.isinf(count):
             raise ValueError(
                 f"`routing` has {count!r} for {modality!r} and expert {expert} of {place!r}: counts and shares are "
-                "finite numbers of at least 0 (or NaN where the layer has no such expert for the modality)."
+                "finite numbers of at least 0 (or NaN if the layer has no such expert for the modality)."
             )
     return [0.0 if math.isnan(count) else float(count) for count in counts]
 

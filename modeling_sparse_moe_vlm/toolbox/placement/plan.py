@@ -65,7 +65,7 @@ def plan_expert_placement(
         max_memory (`Mapping[int | str, int | float | str]`):
             Bytes that the weights may take on each device, in Accelerate's form: `{0: "80GB", 1: 80e9, "cpu": "200GB",
             "disk": "1TB"}`. Other devices are not used. Leave room for key/value caches and activations.
-        routing (*optional*):
+        routing (`Any`, *optional*):
             Measured routing. One of: the return value of [`~toolbox.routing.measure_routing`],
             [`~toolbox.routing.routing_statistics`] or [`~toolbox.routing.expert_load`], also after a round trip through
             JSON; a mapping from modalities to tensors or lists of shape `(layers with experts, experts)`; or one such
@@ -110,7 +110,7 @@ def plan_expert_placement(
             f"`max_memory` is too small by {readable_size(missing_bytes(parts, budgets))} on each of "
             f"{fast_devices(budgets)}: the weights take {readable_size(needed)} of {readable_size(offered)}, but parts "
             f"cannot be split (the largest, {largest.name!r}, takes {readable_size(largest.bytes)}). Raise it, or "
-            "cut the experts into more shards (`num_expert_shards`, where the model has it)."
+            "cut the experts into more shards (`num_expert_shards`, if the model supports it)."
         )
     return device_map_of(parts, devices)
 
@@ -129,7 +129,7 @@ def describe_placement(
             Configuration of the model, or the model, as for [`plan_expert_placement`].
         device_map (`Mapping[str, int | str]`):
             An Accelerate device map, from [`plan_expert_placement`] or any other source.
-        routing (*optional*):
+        routing (`Any`, *optional*):
             Measured routing, as for [`plan_expert_placement`]. By default, all experts of a layer have the same load.
         dtype (`torch.dtype` or `str`, *optional*):
             Data type of the weights. By default, the data type of the configuration or model.
@@ -162,6 +162,6 @@ def _loads(model: PreTrainedModel, routing: Any) -> Loads:
     of_base = experts_of_base(model)
     if routing is None or not of_base:
         return expert_loads(sizes, config, routing)
-    # Routing is only measured in the layers with expert groups.
+    # Routing is measured only in the layers with expert groups.
     loads = expert_loads({name: size for name, size in sizes.items() if name not in of_base}, config, routing)
     return with_unmeasured_layers(loads, list(of_base), len(config.sparse_layers))

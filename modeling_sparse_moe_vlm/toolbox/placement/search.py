@@ -1,4 +1,4 @@
-"""Searches a placement: which parts are offloaded, and the device of every other part."""
+"""Searches for a placement: which parts are offloaded, and the device of every other part."""
 
 from __future__ import annotations
 

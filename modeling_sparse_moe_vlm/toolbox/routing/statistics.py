@@ -112,8 +112,10 @@ class RoutingStatistics:
 
     def metrics(self) -> dict[str, float]:
         """
-        Returns every figure of every row, by `"<place>/<group>/<modality>/<figure>"`. Modalities without tokens and
-        figures that are NaN are left out.
+        Returns every figure of every row. Modalities without tokens and figures that are NaN are left out.
+
+        Returns:
+            `dict[str, float]`: Figures by `"<place>/<group>/<modality>/<figure>"`.
         """
         return {
             f"{row.place}/{row.group}/{row.modality}/{name}": value
@@ -124,8 +126,11 @@ class RoutingStatistics:
 
     def summary(self) -> dict[str, float]:
         """
-        Returns the figures over all places, by `"<group>/<modality>/<figure>"`: the maximum of `max_violation`, the
-        minimum of `effective_experts`, the sum of `dead_experts`, and the mean of all others.
+        Summarises the figures over all places: the maximum of `max_violation`, the minimum of `effective_experts`, the
+        sum of `dead_experts`, and the mean of all others.
+
+        Returns:
+            `dict[str, float]`: Figures by `"<group>/<modality>/<figure>"`.
         """
         by_name: dict[str, list[float]] = {}
         for name, value in self.metrics().items():

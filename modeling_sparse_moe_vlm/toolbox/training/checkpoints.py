@@ -115,7 +115,7 @@ def _require(folder: Path, *patterns: str) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Raises `OSError` if a file is truncated, as far as its format allows to detect this."""
+    """Raises `OSError` if a file is truncated, as far as its format shows it."""
     if path.suffix == ".safetensors":
         check_weights([path])
     elif path.suffix == ".json":

@@ -106,11 +106,11 @@ def from_checkpoint(
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether to run code from the checkpoint.
         language_models (`bool`, *optional*, defaults to `False`):
-            Whether the model may be a language model, which has a tokenizer in place of a processor.
+            Whether to accept language models, which have a tokenizer instead of a processor.
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor; of a language model,
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`.
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor. For a language
+        model, the second element is a `PreTrainedTokenizerBase`.
 
     Raises:
         OSError: If there is no such checkpoint.
@@ -148,12 +148,14 @@ def from_checkpoint_with_experts(path: str, language_models: bool = False) -> tu
     Loads a trained model of this package or an upcycled model, with its processor.
 
     Args:
-        path, language_models:
-            See [`from_checkpoint`].
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+        language_models (`bool`, *optional*, defaults to `False`):
+            Whether to accept language models, which have a tokenizer instead of a processor.
 
     Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor; of a language model,
-        `tuple[PreTrainedModel, PreTrainedTokenizerBase]`.
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor. For a language
+        model, the second element is a `PreTrainedTokenizerBase`.
 
     Raises:
         ValueError: If the model has no experts of this package, or if it is a language model and `language_models` is

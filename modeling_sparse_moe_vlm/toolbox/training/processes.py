@@ -58,8 +58,8 @@ def silence_others(arguments: TrainingArguments) -> None:
 def save_and_part(trainer: Trainer, folder: Path) -> bool:
     """
     Saves the complete trained model, even if it is sharded over processes, and ends the group of processes. The first
-    process can then continue for any time without the others waiting for it. All processes must call this function. An
-    older model stays in the folder until the new model is completely written.
+    process can then continue for as long as it needs, and the others do not wait for it. All processes must call this
+    function. An older model stays in the folder until the new model is completely written.
 
     Args:
         trainer (`Trainer`):
