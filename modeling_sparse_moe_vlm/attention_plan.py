@@ -58,11 +58,11 @@ def plan_attention(
         output_attentions (`bool`, *optional*, defaults to `False`):
             Whether the attention weights of the layers are returned.
         output_modality_weights (`bool`, *optional*, defaults to `False`):
-            See [`SparseMoeVlmTextModel.forward`].
+            See [`SparseMoeVlmForConditionalGeneration.forward`].
         modality_priors (`Mapping[str, float]`, *optional*):
-            See [`SparseMoeVlmTextModel.forward`].
+            See [`SparseMoeVlmForConditionalGeneration.forward`].
         modality_guidance (`float`, *optional*, defaults to 0.0):
-            See [`SparseMoeVlmTextModel.forward`].
+            See [`SparseMoeVlmForConditionalGeneration.forward`].
 
     Returns:
         [`~attention_parts.AttentionParts`], *optional*: The implementation. `None` if plain attention gives the same

@@ -52,11 +52,12 @@ class SparseMoeVlmLanguageHead(SparseMoeVlmPreTrainedModel, GenerationMixin):
                 `return_dict_in_generate=True`.
             kwargs (`Any`):
                 Other arguments of [`~transformers.GenerationMixin.generate`], inputs of the model, and the steering
-                arguments `modality_priors` and `modality_guidance` (see [`SparseMoeVlmTextModel.forward`]).
+                arguments `modality_priors` and `modality_guidance` (see
+                [`SparseMoeVlmForConditionalGeneration.forward`]).
 
         Returns:
-            `ModelOutput` or `torch.LongTensor`: The generated token ids, or an output with other
-            fields if `return_dict_in_generate=True`.
+            `ModelOutput` or `torch.LongTensor`: The generated token ids, or with `return_dict_in_generate=True` an
+            output that also has other fields.
 
         Raises:
             ValueError: If `output_modality_weights=True` is passed without `return_dict_in_generate=True`, or if a
