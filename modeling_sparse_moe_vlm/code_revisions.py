@@ -42,8 +42,8 @@ def warn_of_other_code(model_class: type, checkpoint: str | os.PathLike, revisio
     different = sorted(path.name for path in others if _differ(path, own / path.name))
     if different:
         logger.warning(
-            f"The code of {checkpoint} differs from the code in {own} ({', '.join(different)}). The latter is used, "
-            "because the auto classes prefer an imported package to the code in a checkpoint. To use the "
+            f"The code of {checkpoint} differs from the code in {own} ({', '.join(different)}), and the latter is "
+            "used, because the auto classes prefer an imported package to the code in a checkpoint. To use the "
             "checkpoint's own code, load it in a process that does not import the package, or with "
             "`transformers.dynamic_module_utils.get_class_from_dynamic_module("
             f"'{own_entry.stem}.{model_class.__name__}', '{checkpoint}').from_pretrained('{checkpoint}')`."
