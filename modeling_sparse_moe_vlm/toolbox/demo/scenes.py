@@ -98,8 +98,8 @@ def scenes(
     - `caption`: a description of the whole scene
 
     Kinds of question that are impossible with a grid or vocabulary, such as `above` in a single row, are left out. The
-    categories are made of subgroups of Unicode, see `CATEGORIES`. Every question has one right answer, and the question
-    alone does not reveal it: see [`~toolbox.evaluation.blind_baseline`].
+    categories are made of subgroups of Unicode, see `CATEGORIES`. Every question has one right answer, which cannot be
+    guessed from the question: see [`~toolbox.evaluation.blind_baseline`].
 
     Each arrangement of objects always belongs to the same split, whatever the seed and the sizes of the splits: 70 %
     belong to `train` and 10 % to each other split. Within a split, a question is asked at most once about the same
