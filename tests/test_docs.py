@@ -10,6 +10,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support import stand_ins
 from tests.support.pages import RUN, blocks_of, run_page
 from tests.support.processes import ROOT
@@ -101,3 +102,8 @@ def test_the_reference_has_every_public_name(package):
         described.append(getattr(import_module(parent), name))
     for name in getattr(module, "__all__", []):
         assert any(getattr(module, name) is one for one in described), name
+
+
+def test_sizes_of_the_presets(capsys):
+    main(["info", "tiny", "small", "large"])
+    assert capsys.readouterr().out.strip() in (DOCS / "benchmarks.md").read_text()

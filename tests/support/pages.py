@@ -48,6 +48,7 @@ SMALL_RECIPE = {
     "training.dataloader_persistent_workers": "false",
 }
 WITH_RECIPE = ("train", "evaluate", "lora")
+OUTPUT_DIRS = {"train": "outputs/demo", "lora": "outputs/lora/experts"}
 # Sends its arguments to the process of the tests, and prints what comes back.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
@@ -195,9 +196,12 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 
 def with_small_recipe(arguments: list[str]) -> list[str]:
-    """The arguments of a verb; if it takes a recipe, with changes that make it small."""
+    """The arguments of a verb; if it takes a recipe, with changes that make it small and keep it in this folder."""
     if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
-        changes = {key: value for key, value in SMALL_RECIPE.items() if arguments[0] != "evaluate" or "data" in key}
+        writes = arguments[0] != "evaluate"
+        changes = {key: value for key, value in SMALL_RECIPE.items() if writes or "data" in key}
+        if writes and "--output-dir" not in arguments:  # which is otherwise in the root of a clone
+            arguments = [*arguments, "--output-dir", os.path.abspath(OUTPUT_DIRS[arguments[0]])]
         return [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
     return arguments
 
