@@ -60,6 +60,18 @@ def make_speaking_model(**text_config) -> SparseMoeVlmForConditionalGeneration:
     return SparseMoeVlmForConditionalGeneration(make_speaking_config(**text_config)).eval()
 
 
+def speak_printably(model):
+    """The model, which from now on generates to the end, and printable text only."""
+    tokenizer = make_tokenizer()
+    texts = [tokenizer.decode([token]) for token in range(VOCAB_SIZE)]
+    model.generation_config.suppress_tokens = [
+        token
+        for token, text in enumerate(texts)
+        if token < len(SPECIAL_TOKENS) or not (text.isascii() and text.isprintable())
+    ]
+    return model
+
+
 def user(*parts) -> dict:
     """A user's message: strings are texts, anything else is a picture."""
     return {"role": "user", "content": [_part(part) for part in parts]}

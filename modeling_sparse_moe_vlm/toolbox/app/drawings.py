@@ -19,7 +19,7 @@ _MAGMA = np.array(
         (229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191),
     ]
 )  # fmt: skip
-# Hue and saturation of the first groups of experts: orange, blue, green, violet, red, teal.
+# Hues of the first groups of experts: orange, blue, green, violet, red, teal.
 _GROUP_HUES = (0.08, 0.58, 0.36, 0.78, 0.99, 0.48)
 _INK, _PAPER, _FAINT = (31, 41, 55), (255, 255, 255), (107, 114, 128)
 _MARGIN = 8
@@ -43,7 +43,7 @@ def magma(values: np.ndarray) -> np.ndarray:
 
 def expert_colour(group: int, number: int, size: int) -> tuple[int, int, int]:
     """
-    The colour of an expert: groups differ in hue, the experts of a group in lightness.
+    Returns the colour of an expert. Groups differ in hue, the experts of a group in lightness.
 
     Args:
         group (`int`):
@@ -53,8 +53,9 @@ def expert_colour(group: int, number: int, size: int) -> tuple[int, int, int]:
         size (`int`):
             Number of experts of the group.
     """
-    lightness = 0.35 + 0.45 * (number + 0.5) / size
-    red, green, blue = colorsys.hls_to_rgb(_GROUP_HUES[group % len(_GROUP_HUES)], lightness, 0.75)
+    place = (number + 0.5) / size
+    hue = _GROUP_HUES[group % len(_GROUP_HUES)] + 0.1 * (place - 0.5)
+    red, green, blue = colorsys.hls_to_rgb(hue, 0.35 + 0.45 * place, 0.75)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
@@ -65,7 +66,7 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
 
 
-def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None, side: int = 420) -> Image.Image:
+def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None, side: int = 320) -> Image.Image:
     """
     Draws the attention that the tokens of an image received over the image, above a scale.
 
@@ -76,7 +77,7 @@ def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None
             The share of attention of every cell.
         highest (`float`, *optional*):
             The share that is drawn in the brightest colour; by default the highest of the heat.
-        side (`int`, defaults to 420):
+        side (`int`, defaults to 320):
             Longer side of the image in the drawing, in pixels.
 
     Returns:
@@ -111,7 +112,7 @@ def draw_experts(
     experts: np.ndarray,
     layers: Sequence[int],
     groups: Sequence[Sequence[tuple[str, int]]],
-    side: int = 200,
+    side: int = 150,
     columns: int = 4,
 ) -> Image.Image:
     """
@@ -126,7 +127,7 @@ def draw_experts(
             Numbers of the layers.
         groups (`Sequence[Sequence[tuple[str, int]]]`):
             Name and number of experts of the routed groups of every layer.
-        side (`int`, defaults to 200):
+        side (`int`, defaults to 150):
             Longer side of the image in each grid, in pixels.
         columns (`int`, defaults to 4):
             Number of grids in a line.

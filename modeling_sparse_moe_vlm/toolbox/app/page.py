@@ -21,6 +21,8 @@ from .conversation import Turn, image_paths, to_bubbles, to_messages, turn_of_bu
 from .panels import WAITING, panels, problem
 from .settings import NO_ADAPTER, Settings
 
+GREETING = "Attach an image and ask about it. A click on an answer shows how it was made."
+ODDS = "<small>modality_priors = {{'image': {}}}</small>"
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
 CSS = """
 .alpha .words { display: flex; flex-wrap: wrap; gap: 6px; }
@@ -35,6 +37,7 @@ CSS = """
 .figures figure { margin: 0; max-width: 100%; }
 .figures img { max-width: 100%; height: auto; border-radius: 6px; }
 .figures figcaption { font-size: 0.8rem; text-align: center; }
+#trouble, #factor { min-height: 0; }
 .note { opacity: 0.75; font-size: 0.9rem; margin: 4px 0; }
 .problem { color: #b91c1c; background: #fef2f2; border: 1px solid #fecaca; border-radius: 6px; padding: 6px 10px;
   margin: 0; }
@@ -64,7 +67,7 @@ class Page:
             turns = gr.State([])
             with gr.Row():
                 with gr.Column(scale=5, min_width=380):
-                    chatbot = gr.Chatbot(label="Chat", height=430, elem_id="chat", buttons=["copy"])
+                    chatbot = gr.Chatbot(label="Chat", height=430, elem_id="chat", buttons=[], placeholder=GREETING)
                     message = gr.MultimodalTextbox(
                         show_label=False,
                         placeholder="Ask, with or without images" if chat.reads_images else "Ask",
@@ -73,28 +76,25 @@ class Page:
                         sources=["upload"] if chat.reads_images else [],
                         elem_id="message",
                     )
-                    trouble = gr.HTML("", elem_id="problem")
+                    trouble = gr.HTML("", elem_id="trouble", padding=False)
                     with gr.Row():
                         again = gr.Button("Ask again", size="sm", elem_id="again")
                         stop = gr.Button("Stop", size="sm", elem_id="stop")
                         clear = gr.Button("New conversation", size="sm", elem_id="clear")
                     controls = self._controls()
                 with gr.Column(scale=6, min_width=380):
-                    gr.Markdown(
-                        "### α by word\nThe share of attention that went to the images when the word was chosen."
-                    )
+                    gr.Markdown("### α by word\nShare of attention that went to the images when each word was chosen")
                     alpha = gr.HTML(WAITING, elem_id="alpha", padding=False)
-                    gr.Markdown("### Where attention fell\nThe share of the attention to the images, by image token.")
+                    gr.Markdown("### Where attention fell\nShare of the attention to the images, by image token")
                     heat = gr.HTML(WAITING, elem_id="heat", padding=False)
-                    gr.Markdown("### Experts of the image tokens\nThe routed expert with the largest weight, by layer.")
+                    gr.Markdown("### Experts of the image tokens\nThe routed expert with the largest weight, by layer")
                     experts = gr.HTML(WAITING, elem_id="experts", padding=False)
-                    gr.Markdown("Click on an answer to see its panels.", visible=True)
             shown = [alpha, heat, experts]
             outputs = [chatbot, turns, message, trouble, *shown]
             message.submit(self.ask, [turns, message, *controls], outputs, concurrency_id="model")
             again.click(self.ask_again, [turns, *controls], outputs, concurrency_id="model")
             stop.click(self.stop, None, None, queue=False)
-            clear.click(self.clear, None, outputs, queue=False)
+            gr.on([clear.click, chatbot.clear], self.clear, None, outputs, queue=False)
             chatbot.select(self.show, [turns], shown, queue=False)
 
     def _controls(self) -> list[Any]:
@@ -108,19 +108,21 @@ class Page:
                 elem_id="adapter",
                 visible=len(self.chat.adapters) > 1,
             )
-            with gr.Row():
+            with gr.Row(visible=reads_images):
                 odds = gr.Slider(
-                    -2, 2, value=0, step=0.1, label="Image odds", elem_id="odds", visible=reads_images,
-                    info="modality_priors, as a power of two: −2 is a quarter, 0 the model's own, 2 four times.",
+                    -2, 2, value=0, step=0.1, label="Image odds", elem_id="odds",
+                    info="Power of two: 0 is the model's own, 2 is four times",
                 )  # fmt: skip
                 guidance = gr.Slider(
-                    0, 4, value=0, step=0.1, label="Image guidance", elem_id="guidance", visible=reads_images,
-                    info="modality_guidance: how far to move away from what the text says by itself.",
+                    0, 4, value=0, step=0.1, label="Image guidance", elem_id="guidance",
+                    info="Moves the output of attention away from that of the text by itself",
                 )  # fmt: skip
+            factor = gr.HTML(ODDS.format(1), elem_id="factor", padding=False, visible=reads_images)
+            odds.change(None, odds, factor, js="(x) => `" + ODDS.format("${(2 ** x).toFixed(2)}") + "`")
             with gr.Row():
                 new_tokens = gr.Slider(1, 1024, value=128, step=1, label="Max new tokens", elem_id="new-tokens")
                 temperature = gr.Slider(
-                    0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature", info="0: the likeliest token."
+                    0, 2, value=0, step=0.05, label="Temperature", elem_id="temperature", info="0: greedy decoding"
                 )
         return [adapter, odds, guidance, new_tokens, temperature]
 

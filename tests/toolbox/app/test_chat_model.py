@@ -23,6 +23,7 @@ from tests.support.processors import (
     make_processor,
     make_speaking_model,
     make_tokenizer,
+    speak_printably,
     user,
 )
 
@@ -30,17 +31,9 @@ QUESTION = [user(make_picture(), "Where is the cat?")]
 TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 
 
-def let_speak(model):
-    """Lets a random model answer to the end, in printable text."""
-    tokenizer = make_tokenizer()
-    texts = [tokenizer.decode([token]) for token in range(VOCAB_SIZE)]
-    silent = [token for token, text in enumerate(texts) if token < 4 or not (text.isascii() and text.isprintable())]
-    model.generation_config.suppress_tokens = silent
-
-
 def make_chat(**options) -> ChatModel:
     model = make_speaking_model(**options)
-    let_speak(model)
+    speak_printably(model)
     read_attention_matrices(model)
     return ChatModel(model, make_processor())
 
@@ -48,7 +41,7 @@ def make_chat(**options) -> ChatModel:
 def make_language_chat(template: str | None = TEMPLATE) -> ChatModel:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**TEXT | {"vocab_size": VOCAB_SIZE})).eval()
-    let_speak(model)
+    speak_printably(model)
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     return ChatModel(model, tokenizer)
@@ -156,7 +149,7 @@ def test_matrices_that_are_not_known():
         image_token_index=3, image_seq_length=4, vision_feature_layer=-1,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
-    let_speak(model)
+    speak_printably(model)
     chat = LlavaChat(model, make_processor())
     answer = chat.answer(QUESTION, Settings(max_new_tokens=4))
     assert answer.heat_note == NO_ATTENTION
