@@ -1,9 +1,13 @@
 """
-Opens a web page to chat with a model: α by word, where attention fell, and the experts of each image token.
+Opens a web page to chat with a model about images.
 
     sparse-moe-vlm app outputs/demo/model
-    sparse-moe-vlm app Qwen/Qwen3-VL-2B-Instruct --adapter charts=adapters/charts --port 8000
-    sparse-moe-vlm app my-name/my-model --space my-space
+    sparse-moe-vlm app outputs/demo/model --adapter style=outputs/lora/experts/adapter --port 8000
+    sparse-moe-vlm app outputs/demo/model --space outputs/space
+
+Beside each answer, the page shows α for each word (the share of the attention that goes to the images), where in the
+images the attention fell, and the experts of each image token. The model of the examples is written by `sparse-moe-vlm
+train`, and the adapter by `sparse-moe-vlm lora`. The page needs gradio: pip install 'sparse-moe-vlm[app]'.
 """
 
 from __future__ import annotations
@@ -16,15 +20,21 @@ from .options import trained_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="folder or name on the Hub")
+    parser.add_argument("model", help="trained model: folder or name on the Hub")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=PATH", help="LoRA adapter to choose; may be repeated"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="LoRA adapter to offer; may be given several times",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 for all of this computer's")
-    parser.add_argument("--port", type=int, default=0, help="port to listen at; by default a free one")
-    parser.add_argument("--share", action="store_true", help="make the page public through gradio's servers")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings along")
-    parser.add_argument("--space", metavar="DIR", help="write a folder for a Hugging Face Space, and start nothing")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0: all)")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free port)")
+    parser.add_argument("--share", action="store_true", help="make the page public, through the servers of gradio")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow running code from the model's folder")
+    parser.add_argument(
+        "--space", metavar="DIR", help="write the folder of a Hugging Face Space instead of opening the page"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

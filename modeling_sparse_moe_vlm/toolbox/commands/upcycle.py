@@ -1,16 +1,21 @@
 """
-Makes a sparse mixture of experts of a dense model, with the same outputs.
+Turns a dense model into a sparse mixture-of-experts model with the same outputs.
 
-    sparse-moe-vlm upcycle Qwen/Qwen3-VL-2B-Instruct --output outputs/qwen3-vl-sparse
-    sparse-moe-vlm upcycle path/to/llava --output outputs/llava-sparse --expert-groups isolated --num-experts 8
+    sparse-moe-vlm upcycle HuggingFaceTB/SmolVLM-256M-Instruct --output outputs/smolvlm-sparse
+    sparse-moe-vlm upcycle Qwen/Qwen3-VL-2B-Instruct --output outputs/isolated --expert-groups isolated --num-experts 4
     sparse-moe-vlm upcycle HuggingFaceTB/SmolLM2-135M --dry-run --expert-groups joint --start split --granularity 2
-    sparse-moe-vlm upcycle path/to/gguf --gguf-file model-f16.gguf --output outputs/sparse --set router=sigmoid
-    sparse-moe-vlm upcycle outputs/trained --native --output outputs/qwen3-moe
-    sparse-moe-vlm upcycle --text Qwen/Qwen3-0.6B --vision google/siglip2-base-patch16-224 --output outputs/from-parts
 
-The weights go from file to file, block by block. To compare the outputs, the dense model is loaded, and one sparse
-block at a time; with --no-comparison it need not fit into memory. The folder gets a whole model, its processor and its
-card, or nothing. --dry-run writes nothing and reads no weights.
+--dry-run prints what both models cost, and reads no weights. Otherwise, the weights are converted block by block, from
+file to file. Then the outputs of both models are compared. For that, the dense model is loaded, and one sparse block at
+a time. With --no-comparison, the dense model does not have to fit into memory. The output folder receives the complete
+model with its processor and its model card, or nothing if there is an error.
+
+A GGUF file (with the package gguf), a model as a class of Transformers, and a model from a language model and a vision
+encoder:
+
+    sparse-moe-vlm upcycle path/to/gguf --gguf-file model-f16.gguf --output outputs/sparse --set router=sigmoid
+    sparse-moe-vlm upcycle Qwen/Qwen3-0.6B --output outputs/qwen3-moe --expert-groups joint --native
+    sparse-moe-vlm upcycle --text Qwen/Qwen3-0.6B --vision google/siglip2-base-patch16-224 --output outputs/from-parts
 """
 
 from __future__ import annotations
@@ -28,43 +33,60 @@ from .routing_report import read_rows
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", nargs="?", help="dense model (with --native also an upcycled one): folder or name on the Hub"
+        "source",
+        nargs="?",
+        help="dense model: folder or name on the Hub; with --native, it can also be an upcycled model",
     )
-    parser.add_argument("--output", help="folder for the sparse model")
-    parser.add_argument("--dry-run", action="store_true", help="only print what dense and sparse model cost")
+    parser.add_argument("--output", help="folder to write the sparse model to")
+    parser.add_argument("--dry-run", action="store_true", help="print the costs of both models, and write nothing")
     add_json_option(parser)
     parser.add_argument("--revision", help="branch, tag or commit of the source on the Hub")
-    parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file in the source")
-    parser.add_argument("--text", metavar="MODEL", help="with --vision, in place of a source: a language model")
-    parser.add_argument("--vision", metavar="ENCODER", help="with --text: a vision encoder")
-    parser.add_argument("--dtype", default="auto", help="type of the weights, by default the source's")
-    parser.add_argument("--max-shard-size", default="50GB", help="largest size of a file of weights, 50GB by default")
-    parser.add_argument("--native", action="store_true", help="save as the library's own class of sparse models")
-    parser.add_argument("--parity-bound", type=float, help="largest relative difference of the outputs; inf for any")
-    parser.add_argument("--no-comparison", action="store_true", help="compare sparse blocks with dense ones only")
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that is in the output folder")
+    parser.add_argument("--gguf-file", metavar="FILE", help="name of a GGUF file in the source")
+    parser.add_argument("--text", metavar="MODEL", help="language model to build a model from, instead of a source")
+    parser.add_argument("--vision", metavar="ENCODER", help="vision encoder to build a model from, with --text")
+    parser.add_argument("--dtype", default="auto", help="dtype of the weights (default: that of the source)")
+    parser.add_argument("--max-shard-size", default="50GB", help="largest size of a weights file (default: 50GB)")
+    parser.add_argument("--native", action="store_true", help="save as a class of Transformers, such as Mixtral")
+    parser.add_argument("--parity-bound", type=float, help="largest allowed relative difference of the outputs, or inf")
+    parser.add_argument(
+        "--no-comparison", action="store_true", help="compare only the blocks of both models, not the outputs"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in the output folder")
     experts = parser.add_argument_group("experts")
     experts.add_argument(
-        "--expert-groups", default="hybrid", metavar="GROUPS", help="hybrid, joint, isolated, or a JSON list of groups"
+        "--expert-groups",
+        default="hybrid",
+        metavar="GROUPS",
+        help="hybrid, joint, isolated, or a JSON list of groups (default: hybrid)",
     )
-    experts.add_argument("--num-experts", type=int, metavar="N", help="routed experts of a layer, 8 by default")
+    experts.add_argument("--num-experts", type=int, metavar="N", help="routed experts per layer (default: 8)")
     experts.add_argument(
         "--num-experts-per-tok",
         type=int,
         default=2,
         metavar="K",
-        help="routed experts of a token, 2 by default",
+        help="routed experts per token (default: 2)",
     )
-    experts.add_argument("--start", help="copy, split, residual or drop; by default an exact one that fits the groups")
-    experts.add_argument("--granularity", type=int, metavar="G", help="how many times finer routed experts are")
-    experts.add_argument("--drop-ratio", type=float, help="share of neurons that are drawn again, with --start drop")
-    experts.add_argument("--layers", help="layers that become sparse, such as 0-11,20; by default all")
-    experts.add_argument("--router-init", default="random", help="random, or data: made of the inputs on --data")
-    experts.add_argument("--data", metavar="ROWS", help="conversations (JSONL): for data, and to compare on")
+    experts.add_argument("--start", help="copy, split, residual or drop (default: an exact start that fits the groups)")
     experts.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="another field of the experts' configuration"
+        "--granularity", type=int, metavar="G", help="number of parts of a split block, with --start split"
     )
-    experts.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
+    experts.add_argument("--drop-ratio", type=float, help="share of neurons to draw again, with --start drop")
+    experts.add_argument("--layers", help="layers to make sparse, such as 0-11,20 (default: all)")
+    experts.add_argument(
+        "--router-init", default="random", help="random, or data: from the inputs of --data (default: random)"
+    )
+    experts.add_argument(
+        "--data", metavar="ROWS", help="JSONL file of conversations, for --router-init data and the comparison"
+    )
+    experts.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="set another field of the configuration of the experts",
+    )
+    experts.add_argument("--seed", type=int, default=0, help="seed of all random values (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> None:
