@@ -1,4 +1,4 @@
-"""Where the experts of Transformers' own models and of ours are: the same with and without adapters."""
+"""Finds the experts of Transformers' models and of ours, with and without adapters."""
 
 import pytest
 from peft import LoraConfig, get_peft_model

@@ -23,7 +23,7 @@ def experts():
 
 
 def call(num_experts: int = 8):
-    """A token for each expert."""
+    """Returns the arguments of a call with one token for each expert."""
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(num_experts)[:, None]
     return torch.randn(num_experts, 32, generator=generator), index, torch.ones(num_experts, 1)
@@ -34,7 +34,7 @@ def doubled(stack, held):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_adapted_stacks_are_found_during_the_call_only(experts, implementation):
+def test_adapted_stacks_are_used_only_during_the_call(experts, implementation):
     experts.config._experts_implementation = implementation
     before, stack = experts(*call()), experts.down_proj
     assert isinstance(stack, nn.Parameter)
@@ -60,7 +60,7 @@ def test_a_prepared_class_looks_as_before(experts):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
-def test_copies_and_pickles_are_modules_of_their_own(experts, copied):
+def test_copies_and_pickles_are_separate_modules(experts, copied):
     other = copied(experts)
     assert type(other) is type(experts)
     with torch.no_grad():
@@ -71,8 +71,8 @@ def test_copies_and_pickles_are_modules_of_their_own(experts, copied):
     assert not run_with_adapters(other, {"down_proj": doubled}, *call()).any()
 
 
-def test_another_thread_sees_the_module_as_it_is(experts):
-    """It runs while this thread is in the middle of a call with other stacks."""
+def test_another_thread_sees_the_unchanged_module(experts):
+    """The other thread runs in the middle of this thread's call with other stacks."""
     before, seen = experts(*call()), []
 
     def meanwhile(stack, held):
@@ -87,7 +87,7 @@ def test_another_thread_sees_the_module_as_it_is(experts):
     torch.testing.assert_close(adapted, before * 2)
 
 
-def test_another_module_is_left_alone(experts):
+def test_another_module_is_not_affected(experts):
     other = copy.deepcopy(experts)
     before, seen = other(*call()), []
 
@@ -99,7 +99,7 @@ def test_another_module_is_left_alone(experts):
     assert torch.equal(seen[0], before)
 
 
-def test_after_an_error_all_is_as_before(experts):
+def test_everything_is_restored_after_an_error(experts):
     before = experts(*call())
 
     def fail(stack, held):
@@ -114,7 +114,7 @@ def test_after_an_error_all_is_as_before(experts):
 
 
 def test_some_of_the_experts(experts):
-    """Stacks of some, with the adapters that were asked for further out; adapters are told which experts they are."""
+    """Stacks of some experts, with the adapters of the outer call. Adapters receive the numbers of the experts."""
     held = torch.tensor([5, 2, 7])
     stacks = {name: getattr(experts, name)[held] for name in ("gate_up_proj", "down_proj")}
     hidden_states, _, weights = call(3)
@@ -144,8 +144,8 @@ def test_some_of_the_experts(experts):
     assert told[0][1] is held
 
 
-def test_stacks_that_a_hook_brings_in_are_those_that_are_adapted(experts):
-    """Accelerate's hook, added before and after."""
+def test_stacks_loaded_by_a_hook_are_adapted(experts):
+    """Accelerate's hook is added before and after."""
     expected = experts(*call()) * 2
     weights = {name: value.clone() for name, value in experts.state_dict().items()}
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_stacks_that_a_hook_brings_in_are_those_that_are_adapted(experts):
         assert not experts.down_proj.is_meta
 
 
-def test_a_wrapper_that_was_there_before(experts):
+def test_an_earlier_wrapper_of_the_forward(experts):
     """Expert parallelism keeps the bound forward that the module had when the model was loaded."""
     plain = next(iter(experts_of(make_model("qwen3_moe").requires_grad_(False)).values()))
     kept = plain.forward
@@ -169,7 +169,7 @@ def test_a_wrapper_that_was_there_before(experts):
     torch.testing.assert_close(run_with_adapters(plain, {"down_proj": doubled}, *call()), expected)
 
 
-def test_parametrisations_come_before(experts):
+def test_parametrisations_are_applied_first(experts):
     expected = experts(*call()) * 3
 
     class Tripled(nn.Module):
@@ -191,7 +191,7 @@ def test_attributes_can_be_set(experts):
 
 
 def test_a_replica_of_data_parallel(experts):
-    """It has plain tensors in the place of parameters."""
+    """A replica has plain tensors instead of parameters."""
     expected = experts(*call()) * 2
     replica = experts._replicate_for_data_parallel()
     stacks = {name: value.clone() for name, value in experts._parameters.items()}
@@ -231,7 +231,7 @@ def test_a_class_that_was_replaced_is_refused(experts):
         use_stacks(experts, {}, torch.arange(2))
 
 
-def test_an_owner_hears_of_changes(experts):
+def test_an_owner_is_notified_of_changes(experts):
     class Owner:
         is_read_only = True
         heard = ()

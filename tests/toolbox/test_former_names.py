@@ -1,4 +1,4 @@
-"""Import paths of before the toolbox had packages."""
+"""Import paths from before the toolbox had packages."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from modeling_sparse_moe_vlm.toolbox.former_names import FORMER_NAMES
 
 TOOLBOX = "modeling_sparse_moe_vlm.toolbox"
-# What the README and its readers imported, by the path they knew.
+# Public names, by their former import path.
 PUBLIC = {
     "collator": ["VisionLanguageCollator"],
     "evaluation": ["exact_match", "generate_answers"],
@@ -35,12 +35,12 @@ def test_a_former_name_is_the_same_module(former):
 
 
 @pytest.mark.parametrize("path", PUBLIC)
-def test_public_names_are_where_they_were(path):
+def test_public_names_have_not_moved(path):
     module = import_module(f"{TOOLBOX}.{path}")
     assert all(hasattr(module, name) for name in PUBLIC[path])
 
 
-def test_a_former_name_may_be_imported_first():
+def test_a_former_name_can_be_imported_first():
     program = f"from {TOOLBOX}.scenes import scenes; from {TOOLBOX}.demo import scenes as same; assert scenes is same"
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -1,4 +1,4 @@
-"""The toolbox loads upcycled models with the code of this package, and asks nobody to trust another."""
+"""The toolbox loads upcycled models with the code of this package and does not require `trust_remote_code`."""
 
 import json
 
@@ -22,7 +22,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_auto_classes_run_the_installed_code(kind, tmp_path):
-    """Without `trust_remote_code`, from a folder that has no code."""
+    """Without `trust_remote_code`, from a folder without code."""
     auto_class, model_name, config_name = CLASSES[kind]
     model = make_upcycled(kind)
     model.save_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_auto_classes_run_the_installed_code(kind, tmp_path):
     assert model_size(config) == model_size(model)
 
 
-def test_other_models_are_left_alone(tmp_path):
+def test_other_models_are_not_affected(tmp_path):
     before = AutoConfig.for_model("llava")
     register(LlavaConfig)
     assert type(AutoConfig.for_model("llava")) is type(before)

@@ -1,4 +1,4 @@
-"""Sizes of models from their configurations: ours, and those of the library."""
+"""Sizes of our models and of models of the library, from their configurations."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ NORMS = 2 * 16
 EMBEDDINGS = 50 * 16
 
 
-def test_of_ours(arrangement):
+def test_our_models(arrangement):
     config = make_config(expert_groups=arrangement)
     assert model_size(config) == ModelSize(
         config.num_parameters(),
@@ -45,14 +45,14 @@ def test_of_ours(arrangement):
     assert model_size(decoder).active["text"] == decoder.num_active_parameters("text")
 
 
-def test_of_a_dense_decoder():
+def test_a_dense_decoder():
     total = 2 * EMBEDDINGS + 2 * (ATTENTION + NORMS + 3 * 16 * 24) + 16
     assert model_size(LlamaConfig(**DECODER)) == ModelSize(total, {"text": total})
     tied = model_size(LlamaConfig(**DECODER, tie_word_embeddings=True))
     assert tied == ModelSize(total - EMBEDDINGS, {"text": total - EMBEDDINGS})
 
 
-def test_of_a_mixture_of_experts():
+def test_a_mixture_of_experts():
     config = Qwen3MoeConfig(**DECODER, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=1)
     expert = 3 * 16 * 12
     layer = ATTENTION + NORMS + 2 * 8 + 4 * 16  # with norms of queries and keys, and a router
@@ -62,14 +62,14 @@ def test_of_a_mixture_of_experts():
     assert model_size(config).active == {"text": rest + 2 * 3 * expert}
 
 
-def test_of_a_mixture_that_the_experts_interface_does_not_run():
+def test_experts_without_the_experts_interface():
     config = JetMoeConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, kv_channels=8, num_local_experts=4)
     size = model_size(config)
     assert size.active == {}
     assert size.total > EMBEDDINGS
 
 
-def test_where_the_configuration_names_no_number_of_chosen_experts(monkeypatch):
+def test_a_configuration_without_the_number_of_chosen_experts(monkeypatch):
     config = Qwen3MoeConfig(**DECODER, moe_intermediate_size=12, num_experts=4)
     assert model_size(config).active
     monkeypatch.setattr(module, "CHOSEN_EXPERTS", ())
@@ -77,7 +77,7 @@ def test_where_the_configuration_names_no_number_of_chosen_experts(monkeypatch):
 
 
 def test_names_of_the_number_of_chosen_experts():
-    """As `num_experts_per_tok` is not the only one."""
+    """`num_experts_per_tok` is not the only name."""
     config = Gemma4TextConfig(
         **DECODER | {"intermediate_size": 8},
         global_head_dim=8,
@@ -101,7 +101,7 @@ def test_text_does_not_use_the_vision_encoder_and_the_connector():
     assert size.total > size.active["text"] + 16 * 16
 
 
-def test_of_a_vision_language_mixture_of_the_library():
+def test_a_vision_language_mixture_of_experts_of_the_library():
     text = {**DECODER, "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
     size = model_size(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
@@ -110,7 +110,7 @@ def test_of_a_vision_language_mixture_of_the_library():
     assert size.active["text"] == model_size(Qwen3MoeConfig(**text)).active["text"]
 
 
-def test_a_model_in_a_sentence():
+def test_description_of_a_model():
     model = make_model()
     size = model_size(model.config)
     assert describe_size(model) == (
@@ -129,7 +129,7 @@ def test_numbers_with_units(number, text):
 
 
 def test_an_encoder_of_another_modality_is_not_used():
-    """Tokens of images do not pass through the encoder of audio, nor those of audio through that of images."""
+    """Image tokens do not pass through the audio encoder, and audio tokens not through the image encoder."""
     text = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     audio = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
     model = model_on_meta_device(Gemma4Config(text_config=text, audio_config=audio, vision_config={"hidden_size": 16}))
@@ -142,8 +142,8 @@ def test_an_encoder_of_another_modality_is_not_used():
     assert size.active["text"] < min(size.total - image, size.total - sound)
 
 
-def test_of_a_decoder_that_is_in_no_table_of_the_library():
-    """It is found by the class that its configuration names."""
+def test_a_decoder_without_an_auto_class():
+    """It is found by the class name in its configuration."""
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = MllamaTextConfig(**DECODER, **tokens, cross_attention_layers=[], rope_parameters=rope)

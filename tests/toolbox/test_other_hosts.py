@@ -1,4 +1,4 @@
-"""The toolbox finds experts, layers, routers and the parts for text in models whose names are nothing like ours."""
+"""The toolbox finds experts, layers, routers and the parts for text in models with entirely different names."""
 
 import pytest
 import torch
@@ -27,10 +27,10 @@ BLOCKS = ["parts.1.h.1.ffn", "parts.1.h.2.ffn"]
 POOLED = {"expert_pool": [None, 5, 5]}
 
 
-# ------------------------------------------------------------------------------------------------ where things are
+# ------------------------------------------------------------------------------------------------ finding modules
 
 
-def test_which_configuration_is_read():
+def test_the_configuration_that_is_read():
     model = make_other_host()
     assert our_experts_config(model.config) is model.config.experts_config
     assert our_experts_config(make_llava().config) is None
@@ -62,8 +62,8 @@ def test_banks_of_pools():
     assert decoder_layers(model, ["parts.1.expert_pools.5.text"]) == [f"parts.1.h.{layer}" for layer in range(3)]
 
 
-def test_blocks_know_their_layer_whatever_their_name():
-    """A layer's place in a list may not be its number."""
+def test_blocks_know_their_layer_under_any_name():
+    """The position of a layer in a list can differ from its number."""
     model = make_other_host()
     model.parts[1].h[1].ffn.layer_idx = 7
     layers = layers_of_modules(model)
@@ -72,7 +72,7 @@ def test_blocks_know_their_layer_whatever_their_name():
 
 
 def test_experts_that_a_model_had_before_belong_to_no_group():
-    """Else they would count as the only group's, and learn where this one does."""
+    """Otherwise, they would count as part of the only group, and would be trained with it."""
     model = make_other_host(expert_groups="joint")
     model.parts[1].h[0].ffn = torch.nn.ModuleDict({"experts": model.parts[1].h[1].ffn.experts})
     model.parts[1].h[1].ffn.experts = None
@@ -80,7 +80,7 @@ def test_experts_that_a_model_had_before_belong_to_no_group():
     assert groups == {"parts.1.h.0.ffn.experts": None, "parts.1.h.2.ffn.experts": "joint"}
 
 
-# ------------------------------------------------------------------------------------------------ what works on them
+# ------------------------------------------------------------------------------------------------ tools
 
 
 def test_loads_by_place():
@@ -131,7 +131,7 @@ def read(model, images: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, POOLED], ids=["layers", "pools"])
-def test_text_stays_as_it_is(fields):
+def test_text_does_not_change(fields):
     model = make_other_host(**fields)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     text, images = read(model, False), read(model, True)
@@ -149,8 +149,8 @@ def test_text_stays_as_it_is(fields):
         assert rows.any(dim=1).tolist() == [False, False, True, True]
 
 
-def test_everything_but_experts_of_a_decoder_alone_is_frozen():
-    """There is nothing around it that only images use."""
+def test_everything_except_experts_of_a_separate_decoder_is_frozen():
+    """There are no modules around it that only images use."""
     model = make_other_host()
     model.get_decoder = lambda: model
     freeze_text(model).remove()
@@ -182,13 +182,13 @@ def test_a_device_map_covers_the_model(fields):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_experts_lie_one_by_one_on_disk(shards):
+def test_experts_are_saved_one_by_one(shards):
     model = make_other_host(num_expert_shards=shards, num_experts=6)
     assert [(stack.name, stack.place) for stack in expert_stacks(model)] == [
         (f"{block}.experts.{group}", f"ffn.experts.{group}") for block in BLOCKS for group in ("text", "image")
     ]
     steps = saving_conversions(model)
-    assert len(steps) == 2 * 2 * shards  # groups, parameters, shards; the same for both layers
+    assert len(steps) == 2 * 2 * shards  # groups, parameters and shards; the same for both layers
     disk = {name: value.clone() for name, value in model.state_dict().items() if ".experts." not in name}
     for stack in expert_stacks(model):
         for part, experts in stack.parts.items():
@@ -219,7 +219,7 @@ def test_sizes_that_do_not_fit_are_refused(fields, sizes, message):
         prepare_plans(make_other_host(**fields), DistributedConfig(**sizes))
 
 
-def test_plans_name_groups_wherever_blocks_are():
+def test_parallel_plans_name_groups_in_any_module():
     plan = {"h.*.ffn.experts": "a", "h.*.ffn.experts.down_proj": "b", "h.*.my_experts.x": "c", "experts": "d"}
     assert plan_by_group(plan, make_other_host().config.experts_config) == {
         "h.*.ffn.experts.text": "a",

@@ -11,7 +11,7 @@ from tests.support.processes import ROOT
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A package as a wheel installs it."""
+    """Makes a package that is installed like a wheel."""
     package = tmp_path / "site-packages/modeling_sparse_moe_vlm"
     for path in ("training/b.yaml", "training/a.yaml", "training/a.json", "models/m.json", "lora/l.yaml"):
         (package / "configuration" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def test_in_a_wheel(wheel, tmp_path):
     assert shipped_presets("lora") == {"l": wheel / "configuration/lora/l.yaml"}
 
 
-def test_a_path_goes_before_a_name(wheel, tmp_path):
+def test_a_path_has_precedence_over_a_name(wheel, tmp_path):
     assert find_preset("a", "training") == wheel / "configuration/training/a.yaml"
     assert find_preset("configuration/training/a.yaml", "training") == wheel / "configuration/training/a.yaml"
     (tmp_path / "a").mkdir()
@@ -49,7 +49,7 @@ def test_a_path_goes_before_a_name(wheel, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["l", "a.yaml", "training/a.yaml", ""])
-def test_what_is_nowhere_is_named(wheel, name):
+def test_the_error_names_a_missing_file(wheel, name):
     message = re.escape(f"there is no file {name!r}: pass a path, or one of the names a, b.")
     with pytest.raises(FileNotFoundError, match=message):
         find_preset(name, "training")

@@ -1,4 +1,4 @@
-"""Explanation of an answer: each figure by hand, on a model whose outputs are given, and on one without training."""
+"""Explains an answer: each value computed by hand for a model with given outputs, and a real model without training."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ LAYERS, HEADS = 2, 3
 
 
 class Processor:
-    """Knows three words; every other token is a special one."""
+    """Knows three words. All other tokens are special tokens."""
 
     def apply_chat_template(self, messages, **options):
         assert options == {
@@ -34,7 +34,7 @@ class Processor:
 
 
 class Model:
-    """Gives an answer and random weights and attentions; its routers choose others than the experts of most logit."""
+    """Returns a fixed answer, and random weights and attentions. Its routers do not choose the largest logits."""
 
     device = "cpu"
 
@@ -44,7 +44,7 @@ class Model:
         length = self.sequences.shape[1]
         self.config = SimpleNamespace(_attn_implementation="sdpa")
         self.model = SimpleNamespace(get_mm_token_type_ids=lambda tokens: (tokens == IMAGE).long())
-        # The first step is that of the prompt.
+        # The first step is the prefill.
         self.steps = {
             name: [
                 [torch.rand(1, HEADS, 1 if step else len(PROMPT), 2, generator=generator) for _ in range(LAYERS)]
@@ -81,7 +81,7 @@ class Model:
     [([11, 12, 13], [0, 1, 2]), ([12, END], [0]), ([SPECIAL, 11, SPECIAL, 13, END], [1, 3])],
     ids=["words", "words and the end", "special tokens between"],
 )
-def test_every_figure_is_that_of_its_word(answer, steps):
+def test_every_value_belongs_to_its_word(answer, steps):
     model, processor = Model(answer), Processor()
     explanation = explain(model, processor, make_picture(0), "Why?")
     (message,) = processor.messages
@@ -105,7 +105,7 @@ def test_every_figure_is_that_of_its_word(answer, steps):
     for matrix in model.attentions:
         for head in range(HEADS):
             for step in steps:
-                query = len(PROMPT) - 1 + step  # the token before, which predicts it
+                query = len(PROMPT) - 1 + step  # the previous token, which predicts it
                 looked += matrix[0, head, query, 2:6]
     torch.testing.assert_close(explanation.looked, (looked / looked.sum()).view(2, 2))
 
@@ -119,7 +119,7 @@ def test_an_empty_answer():
         explain(Model([SPECIAL, END]), Processor(), make_picture(0), "Why?")
 
 
-def test_attention_is_as_before_after_an_error(monkeypatch):
+def test_an_error_restores_the_attention_implementation(monkeypatch):
     model = Model([11])
     model.router_logits = None
     monkeypatch.setattr(Model, "__call__", lambda self, **kwargs: 1 / 0)
@@ -128,7 +128,7 @@ def test_attention_is_as_before_after_an_error(monkeypatch):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_the_drawing_shows_the_figures(monkeypatch, tmp_path):
+def test_the_drawing_shows_the_values(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append((figure, path)))
     explanation = Explanation(
@@ -176,7 +176,7 @@ def test_the_drawing_shows_the_figures(monkeypatch, tmp_path):
         ]
 
 
-def test_of_many_layers_some_are_shown_and_of_many_tokens_no_numbers(monkeypatch, tmp_path):
+def test_many_layers_are_sampled_and_many_tokens_have_no_numbers(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(module, "save_figure", lambda figure, path: drawn.append(figure))
     explanation = Explanation(
@@ -205,7 +205,7 @@ def explained():
     return model, explanation, picture
 
 
-def test_it_adds_up(explained):
+def test_shapes_and_ranges(explained):
     model, explanation, _ = explained
     assert len(explanation.words) == len(explanation.alpha) == len(explanation.count_free_alpha) > 0
     assert ((explanation.alpha > 0) & (explanation.alpha < 1)).all()

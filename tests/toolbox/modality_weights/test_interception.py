@@ -1,4 +1,4 @@
-"""Attention is intercepted where it was asked for, and nowhere else, and everything is as before afterwards."""
+"""Attention is intercepted only where requested, and everything is restored afterwards."""
 
 import pytest
 import torch
@@ -18,10 +18,10 @@ def hooks(model) -> int:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_everything_is_as_before_afterwards(implementation):
+def test_everything_is_restored_afterwards(implementation):
     model, inputs = make_model(), make_inputs()
     model.set_attn_implementation(implementation)
-    model(**inputs)  # Transformers has hooks of its own
+    model(**inputs)  # Transformers also registers hooks
     before, local, num_hooks = registered(), dict(ALL_ATTENTION_FUNCTIONS._local_mapping), hooks(model)
     with modality_weights(model) as weights:
         assert registered() != before
@@ -36,7 +36,7 @@ def test_everything_is_as_before_afterwards(implementation):
     assert len(weights.steps) == 1
 
 
-def test_an_override_of_somebody_else_is_put_back(monkeypatch):
+def test_an_earlier_override_is_restored(monkeypatch):
     def override(*args, **kwargs):
         return ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"](*args, **kwargs)
 
@@ -48,8 +48,8 @@ def test_an_override_of_somebody_else_is_put_back(monkeypatch):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_an_override_that_came_meanwhile_stays(implementation):
-    """It may call what it found, which by then only passes the call on."""
+def test_a_later_override_stays(implementation):
+    """It may call the function that it replaced, which then only passes the call on."""
     model, inputs = make_model(), make_inputs()
     model.set_attn_implementation({"text_config": implementation})
     plain, calls = model(**inputs).logits, []
@@ -65,15 +65,15 @@ def test_an_override_that_came_meanwhile_stays(implementation):
     try:
         assert ALL_ATTENTION_FUNCTIONS[implementation] is override
         assert torch.equal(model(**inputs).logits, plain)
-        # Of two layers in two passes; the vision tower has one layer, with SDPA.
+        # Two layers in two passes. The vision tower has one layer, with SDPA.
         assert len(calls) == {"eager": 4, "sdpa": 6}[implementation]
         assert len(weights.steps) == 1
     finally:
         del ALL_ATTENTION_FUNCTIONS[implementation]
 
 
-def test_contract_with_the_librarys_functions():
-    """Which of two functions of one name is the library's, and which an override."""
+def test_contract_with_the_functions_of_the_library():
+    """Tells the function of the library from an override with the same name."""
     assert "sdpa" in ALL_ATTENTION_FUNCTIONS._global_mapping
     assert "eager" not in ALL_ATTENTION_FUNCTIONS._global_mapping
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -86,8 +86,8 @@ def test_contract_with_the_librarys_functions():
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @torch.no_grad()
-def test_contexts_of_several_models_do_not_mix(implementation):
-    """Whichever ends first; and models without a context, with the same backend, are left alone."""
+def test_contexts_of_several_models_are_independent(implementation):
+    """They can end in any order. Models without a context are not affected, even with the same backend."""
     llava, qwen, other = make_model(), make_model("qwen3_vl"), make_model("idefics3")
     for model in (llava, qwen, other):
         model.set_attn_implementation(implementation)
@@ -134,7 +134,7 @@ def test_compiled_models_run_uncompiled():
 
 
 @torch.no_grad()
-def test_backends_that_are_compiled_by_themselves_stay_so(monkeypatch):
+def test_backends_that_compile_themselves_stay_compiled(monkeypatch):
     graphs: list = []
     compiled = torch.compile(
         torch.nn.functional.scaled_dot_product_attention,
@@ -155,7 +155,7 @@ def test_backends_that_are_compiled_by_themselves_stay_so(monkeypatch):
     assert graphs
 
 
-def test_a_backend_that_is_not_registered():
+def test_an_unregistered_backend_is_refused():
     model = make_model()
     model.config.text_config._attn_implementation_internal = "nobody/knows"
     message = r"`nobody/knows` is not in `ALL_ATTENTION_FUNCTIONS`: choose another backend"

@@ -1,4 +1,4 @@
-"""α and β of other people's models: as eager attention has them, with the model's output left alone, and steered."""
+"""α and β of models of Transformers: equal to those of eager attention, without changes to outputs, and steered."""
 
 import copy
 
@@ -40,7 +40,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def expected_weights(attentions: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain and count-free weights of eager attention `(B, H, T, S)` for keys of modality `ids (B, S)`."""
+    """Returns plain and count-free weights from eager attention `(B, H, T, S)`, for keys of modality `ids (B, S)`."""
     is_of = torch.nn.functional.one_hot(ids, len(MODALITIES)).float()[:, None]
     weights = attentions @ is_of
     each = weights / ((attentions > 0).float() @ is_of).clamp(min=1)
@@ -53,7 +53,7 @@ def assert_close_where_real(ours, expected, attention_mask):
 
 
 def assert_read_out(step, attentions, inputs):
-    """The weights of one forward pass are those of the attention matrices of the same pass."""
+    """Checks the weights of one forward pass against the attention matrices of the same pass."""
     ids = (inputs["input_ids"] == IMAGE).long()
     assert len(step.modality_weights) == len(attentions) == 2
     for layer, matrix in enumerate(attentions):
@@ -69,7 +69,7 @@ def assert_read_out(step, attentions, inputs):
 
 @every_model
 @torch.no_grad()
-def test_weights_are_those_of_eager_attention(name):
+def test_weights_equal_those_of_eager_attention(name):
     model, inputs = make_model(name), make_inputs(name)
     plain = model(**inputs).logits
     with modality_weights(model) as weights:
@@ -90,7 +90,7 @@ def test_weights_are_those_of_eager_attention(name):
 @every_model
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_generate(name, options):
-    """Greedy and in beams, past the window of sliding layers: same tokens, and what one pass over them reads out."""
+    """Greedy and beam search, beyond the sliding window: the same tokens, and the weights of one pass over all."""
     if (name, *options) == ("paligemma2", "cache_implementation"):
         pytest.skip("PaliGemma 2 has no static cache in Transformers")
     model, inputs = make_model(name), make_inputs(name)
@@ -106,7 +106,7 @@ def test_generate(name, options):
         return
     whole = inputs | {"input_ids": plain[:, :-1]}
     for key in {"attention_mask", "token_type_ids", "mm_token_type_ids"} & set(inputs):
-        # What PaliGemma generates is the part whose tokens do not see what comes later.
+        # In PaliGemma, only generated tokens do not see later tokens.
         value = 1 if key == "attention_mask" or name == "paligemma2" else 0
         whole[key] = torch.nn.functional.pad(inputs[key], (0, 7), value=value)
     ids = torch.nn.functional.pad((inputs["input_ids"] == IMAGE).long(), (0, 7))
@@ -119,7 +119,7 @@ def test_generate(name, options):
 
 
 @torch.no_grad()
-def test_a_static_window_that_is_not_full_has_room_behind():
+def test_a_static_window_that_is_not_full():
     torch.manual_seed(0)
     model, inputs = prepare(make_gemma3(sliding_window=18)), make_inputs("gemma3")
     both = []
@@ -135,7 +135,7 @@ def test_a_static_window_that_is_not_full_has_room_behind():
 @pytest.mark.parametrize("name", ["llava", "paligemma2"])
 @torch.no_grad()
 def test_flex_attention(name, monkeypatch):
-    # Without its compiler, which takes half a minute.
+    # Without the compiler, which takes half a minute.
     torch.compiler.set_stance("force_eager")
     monkeypatch.setattr(
         flex_attention,
@@ -155,7 +155,7 @@ def test_flex_attention(name, monkeypatch):
 def windowed_attention(
     module, query, key, value, attention_mask, *, scaling, dropout=0.0, sliding_window=None, **kwargs
 ):
-    """Like FlashAttention, it takes padding `(B, S)` and a window, and lets the last query see the last key."""
+    """Like FlashAttention, takes padding `(B, S)` and a window, and lets the last query see the last key."""
     length, num_keys = query.shape[2], key.shape[2]
     last = torch.arange(num_keys - length, num_keys)[:, None]
     visible = (torch.arange(num_keys) <= last) & (torch.arange(num_keys) > last - sliding_window)
@@ -179,7 +179,7 @@ def test_backends_with_a_window_instead_of_a_mask(padded, monkeypatch):
     with modality_weights(model) as weights:
         assert torch.equal(model(**inputs).logits, plain)
     assert_read_out(weights.steps[0], attentions, inputs)
-    # Several tokens behind cached ones.
+    # Several tokens after cached ones.
     with modality_weights(model) as weights:
         cache, start = None, 0
         for stop in (11, 12, 14):
@@ -198,7 +198,7 @@ def test_backends_with_a_window_instead_of_a_mask(padded, monkeypatch):
 
 @torch.no_grad()
 def test_attention_that_is_not_causal():
-    """Without a mask, SDPA goes by what the layer says of itself."""
+    """Without a mask, SDPA uses `is_causal` of the layer."""
     model, inputs = make_model(), make_inputs(padded=False)
     for layer in model.get_decoder().layers:
         layer.self_attn.is_causal = False
@@ -225,8 +225,8 @@ def test_videos():
     assert weights.alpha.eq(0).all()
 
 
-def test_layers_that_pass_over_a_prompt():
-    """Gemma 4 runs its last layers on the last token alone, where the name of the backend and the mask allow it."""
+def test_layers_that_skip_a_prompt():
+    """Gemma 4 runs its last layers only on the last token, if the name of the backend and the mask allow it."""
     torch.manual_seed(0)
     model = prepare(make_gemma4())
     inputs = {name: make_inputs(padded=False)[name] for name in ("input_ids", "attention_mask")}
@@ -244,7 +244,7 @@ def test_layers_that_pass_over_a_prompt():
         torch.testing.assert_close(weights.alpha[..., 13:], at_once.alpha[..., 13:], rtol=1e-3, atol=1e-5)
 
 
-def test_assisted_generation_leaves_out_what_was_refused():
+def test_assisted_generation_leaves_out_rejected_tokens():
     model, inputs = make_model("gemma3"), {key: value[:1] for key, value in make_inputs("gemma3").items()}
     assistant = copy.deepcopy(model)
     with torch.no_grad():
@@ -264,11 +264,11 @@ def test_sequences_one_after_the_other():
     first = inputs | {"input_ids": inputs["input_ids"][:, :11], "attention_mask": inputs["attention_mask"][:, :11]}
     with modality_weights(model) as weights:
         model.generate(**{name: value[:1] for name, value in inputs.items()}, **GREEDY)
-        # A cache that the model makes, and a copy of it, positional arguments, and a chat that goes on.
+        # A cache that the model creates, a copy of it, positional arguments, and a chat that continues.
         cache = model(**first)[CACHE_NAME]
         branch = copy.deepcopy(cache)
         model(inputs["input_ids"][:, 11:], past_key_values=cache)
-        # A placeholder that was generated has no picture.
+        # A generated placeholder has no image.
         model(torch.full((2, 1), IMAGE), past_key_values=cache)
     with modality_weights(model) as other:  # in another context
         model(inputs["input_ids"][:, 11:], past_key_values=branch)
@@ -294,7 +294,7 @@ def test_a_placeholder_is_an_image_unless_it_was_generated():
 
 
 @torch.no_grad()
-def test_text_alone(monkeypatch):
+def test_only_text(monkeypatch):
     """There is nothing to steer, so the model's own call runs."""
     monkeypatch.setattr("modeling_sparse_moe_vlm.toolbox.modality_weights.read_out.attend_by_channels", None)
     model = make_model()
@@ -307,8 +307,8 @@ def test_text_alone(monkeypatch):
 
 
 @torch.no_grad()
-def test_ids_that_the_caller_knows():
-    """Embeddings have no placeholders; and a model of text alone may be given parts of any kind."""
+def test_given_modality_ids():
+    """Embeddings have no placeholders. A text-only model can also receive parts of any modality."""
     model, inputs = make_model(), make_inputs(padded=False)
     ids = (inputs["input_ids"] == IMAGE).long()
     with modality_weights(model) as expected:
@@ -320,7 +320,7 @@ def test_ids_that_the_caller_knows():
     with modality_weights(model, modality_ids=ids) as by_context:
         model.generate(**embeds, **GREEDY, num_beams=2)
     torch.testing.assert_close(by_call.alpha, expected.alpha)
-    with modality_weights(model) as step_by_step:  # with the ids of the cached tokens, too
+    with modality_weights(model) as step_by_step:  # with the ids of the cached tokens as well
         first = embeds | {"inputs_embeds": inputs_embeds[:, :11]}
         cache = model(**first, mm_token_type_ids=ids[:, :11])[CACHE_NAME]
         model(inputs_embeds=inputs_embeds[:, 11:], mm_token_type_ids=ids, past_key_values=cache)
@@ -357,7 +357,7 @@ def test_bfloat16():
 
 
 def make_reference(ids: torch.Tensor, log_priors: torch.Tensor, guidance: float):
-    """Attention in literal parts, with the mask of eager attention: parts, their logsumexps, merged with priors."""
+    """Returns attention computed part by part with the mask of eager attention, and merged by logsumexps and priors."""
 
     def attention(module, query, key, value, attention_mask, *, scaling, dropout=0.0, softcap=None, **kwargs):
         groups = query.shape[1] // key.shape[1]
@@ -398,7 +398,7 @@ def test_steered_models_attend_in_parts(name, steering, prior, guidance, monkeyp
         steered = model(**inputs).logits
     real = inputs["attention_mask"].bool()
     assert (steered - plain)[real].abs().max() > 0.1
-    # In the first layer the logits are the same: the odds of the picture are multiplied by its prior, to the letter.
+    # The logits of the first layer do not change, so the odds of the image are multiplied exactly by its prior.
     alphas = [each.alpha[0].transpose(1, 2)[real] for each in (before, after)]
     odds = [alpha / (1 - alpha) for alpha in alphas]
     both = (alphas[0] > 1e-3) & (alphas[0] < 1 - 1e-3)
@@ -428,7 +428,7 @@ def test_steering_while_generating(name):
     assert torch.equal(model.generate(**inputs, **GREEDY), plain)
 
 
-# ---------------------------------------------------------------- the calls that are followed
+# ---------------------------------------------------------------- the calls that are recorded
 
 
 @torch.no_grad()
@@ -448,7 +448,7 @@ def test_the_base_model_and_adapters():
 
 
 @torch.no_grad()
-def test_a_pass_that_fails_leaves_nothing_behind():
+def test_a_failed_pass_leaves_no_state():
     model, inputs = make_model(), make_inputs()
     with modality_weights(model, modality_guidance=1.0) as weights:
         model(**inputs)
@@ -460,8 +460,8 @@ def test_a_pass_that_fails_leaves_nothing_behind():
     assert len(weights.steps) == 2
 
 
-def test_training_is_not_disturbed():
-    """Dropout draws the same numbers, gradients are the same, and gradient checkpointing works."""
+def test_training_is_not_affected():
+    """Dropout uses the same random numbers, gradients are equal, and gradient checkpointing works."""
     inputs = make_inputs()
     gradients = []
     for reads_out in (False, True):
@@ -546,7 +546,7 @@ def test_cross_attention_is_refused_by_the_name_of_its_layer():
 
 
 @torch.no_grad()
-def test_soft_capped_logits_are_steered_by_eager_attention_alone(monkeypatch):
+def test_soft_capped_logits_are_steered_only_by_eager_attention(monkeypatch):
     monkeypatch.setitem(
         ALL_ATTENTION_FUNCTIONS._global_mapping,
         "capped",
@@ -560,7 +560,7 @@ def test_soft_capped_logits_are_steered_by_eager_attention_alone(monkeypatch):
 
 
 def step_of(start: int, length: int, value: float, passed_over: int = 0) -> Step:
-    """One row and head; in layers 3 and 10 the weight of modality m at token t is value + layer + m / 10 + t / 100."""
+    """One row and head. In layers 3 and 10, the weight of modality m at token t is value + layer + m / 10 + t / 100."""
     plain, count_free = (
         {
             layer: torch.stack(
@@ -578,17 +578,17 @@ def step_of(start: int, length: int, value: float, passed_over: int = 0) -> Step
     [
         ([(0, 3, 100)], [100, 100.01, 100.02]),
         ([(0, 2, 100), (2, 1, 200), (3, 1, 300)], [100, 100.01, 200, 300]),
-        # Two of three candidates were refused: the next pass starts behind the one that was taken.
+        # Two of three candidates were rejected: the next pass starts after the accepted one.
         ([(0, 1, 100), (1, 3, 200), (2, 2, 300), (4, 1, 400)], [100, 200, 300, 300.01, 400]),
         ([(0, 2, 100), (2, 1, 200), (0, 1, 300), (1, 1, 400)], [300, 400]),
-        # A cache that is there already, and then, from its beginning, another sequence; and the same place again.
+        # An existing cache; another sequence from its beginning; and the same position again.
         ([(5, 2, 100), (7, 1, 200)], [100, 100.01, 200]),
         ([(5, 2, 100), (7, 1, 200), (0, 2, 300), (2, 1, 400)], [300, 300.01, 400]),
         ([(5, 2, 100), (7, 1, 200), (5, 1, 300)], [300]),
     ],
     ids=["one pass", "step by step", "assisted", "restart", "later", "restart from before", "again"],
 )
-def test_steps_are_put_together(steps, expected):
+def test_steps_are_concatenated(steps, expected):
     weights = ModalityWeights([step_of(*step) for step in steps])
     for column, modality in enumerate(MODALITIES):
         for count_free in (False, True):
@@ -600,7 +600,7 @@ def test_steps_are_put_together(steps, expected):
     assert torch.equal(weights.beta, weights.of("text"))
 
 
-def test_tokens_that_a_layer_passes_over_are_nan():
+def test_tokens_that_a_layer_skips_are_nan():
     weights = ModalityWeights([step_of(0, 3, 100, passed_over=2), step_of(3, 1, 200)])
     alpha = weights.alpha[:, 0, 0]
     assert not alpha[0].isnan().any()
@@ -608,7 +608,7 @@ def test_tokens_that_a_layer_passes_over_are_nan():
     torch.testing.assert_close(alpha[1, 2:], torch.tensor([110.12, 210.1]))
 
 
-def test_what_was_read_out():
+def test_results_that_are_not_there():
     weights = ModalityWeights()
     with pytest.raises(ValueError, match="nothing has been read out"):
         _ = weights.alpha

@@ -1,4 +1,4 @@
-"""A context holds for its thread: others run the same model as it is, or in a context of their own."""
+"""A context applies to its thread. Others run the same model without a context, or in their own."""
 
 import contextvars
 import threading
@@ -27,7 +27,7 @@ def _compiler_as_before():
 
 
 def generate(model, steering: dict | None = None):
-    """Tokens and, unless it is plain generation, α."""
+    """Returns the tokens and, unless generation is plain, α."""
     inputs = make_inputs()
     if steering is None:
         return model.generate(**inputs, **GREEDY), None
@@ -41,8 +41,8 @@ def generate(model, steering: dict | None = None):
 @pytest.mark.parametrize(
     ("first", "second"), [(PRIORS, None), ({}, None), (PRIORS, GUIDANCE), ({}, PRIORS), (GUIDANCE, {})], ids=str
 )
-def test_every_thread_gets_its_own(first, second, implementation):
-    """A context and a bystander, or two contexts, on one model."""
+def test_every_thread_has_its_own_context(first, second, implementation):
+    """A thread with a context and a thread without one, or two contexts, on one model."""
     model = make_model()
     model.set_attn_implementation({"text_config": implementation})
     expected = [generate(model, steering) for steering in (first, second)]
@@ -60,8 +60,8 @@ def test_every_thread_gets_its_own(first, second, implementation):
     assert "sdpa" not in ALL_ATTENTION_FUNCTIONS._local_mapping
 
 
-def test_contexts_of_two_threads_that_end_in_turns():
-    """The first to begin is the first to end, while the other runs on."""
+def test_contexts_of_two_threads_that_overlap():
+    """The context that begins first ends first, while the other continues."""
     model, inputs = make_model(), make_inputs()
     steps = threading.Barrier(2, timeout=TIMEOUT)
 
@@ -96,7 +96,7 @@ def test_contexts_of_two_threads_that_end_in_turns():
 # ---------------------------------------------------------------- threads that are started inside
 
 
-def test_a_thread_does_not_inherit_the_context_and_it_is_said():
+def test_a_thread_does_not_inherit_the_context_and_a_warning_says_so():
     model = make_model()
     expected, _ = generate(model)
     with (
@@ -110,7 +110,7 @@ def test_a_thread_does_not_inherit_the_context_and_it_is_said():
 
 
 @torch.no_grad()
-def test_nothing_is_said_about_bystanders_of_a_context_that_is_used():
+def test_no_warning_about_other_threads_if_the_context_is_used():
     model, inputs = make_model(), make_inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -124,8 +124,8 @@ def test_nothing_is_said_about_bystanders_of_a_context_that_is_used():
         run_at_once(lambda: generate(model) and 1 / 0)
 
 
-def test_a_thread_may_be_given_the_context():
-    """As for generation that is streamed."""
+def test_a_thread_can_run_in_a_copy_of_the_context():
+    """As in streamed generation."""
     model, inputs = make_model(), make_inputs()
     tokens, alpha = generate(model, PRIORS)
     with modality_weights(model, **PRIORS) as weights:
@@ -133,8 +133,8 @@ def test_a_thread_may_be_given_the_context():
         (streamed,) = run_at_once(lambda: context.run(model.generate, **inputs, **GREEDY))
     assert torch.equal(streamed, tokens)
     assert torch.equal(weights.alpha, alpha)
-    # The copy outlives the context, which does not hold any more.
-    with modality_weights(make_model("qwen3_vl")):  # nor while another one does
+    # The copy outlives the context, which does not apply any more.
+    with modality_weights(make_model("qwen3_vl")):  # nor while another context applies
         (plain,) = run_at_once(lambda: context.run(model.generate, **inputs, **GREEDY))
     assert torch.equal(plain, generate(model)[0])
     assert len(weights.steps) == 8
@@ -162,7 +162,7 @@ def test_two_threads_in_one_context_are_refused():
         assert is_inside.wait(TIMEOUT)
         with pytest.raises(ValueError, match="enter one in each thread"):
             model(**inputs)
-        # A part of the model has no ids of its own, and takes none from the pass of the other thread.
+        # A part of the model has no modality ids, and does not use those of the other thread's pass.
         model.get_decoder()(input_ids=inputs["input_ids"].flip(1))
         goes_on.set()
         thread.join(TIMEOUT)
@@ -173,7 +173,7 @@ def test_two_threads_in_one_context_are_refused():
 
 
 @torch.no_grad()
-def test_a_context_that_is_left_too_early():
+def test_a_context_that_ends_before_its_thread():
     model, inputs = make_model(), make_inputs()
     is_inside, goes_on = threading.Event(), threading.Event()
 
@@ -209,8 +209,8 @@ def test_replicas_of_data_parallelism_are_refused():
 
 
 @torch.no_grad()
-def test_compiled_code_of_other_threads_stays():
-    """It runs where its guards hold; what would have to be compiled again runs uncompiled, with the same result."""
+def test_other_threads_keep_their_compiled_code():
+    """Compiled code runs if its guards hold. What would be compiled again runs uncompiled, with the same result."""
     model, inputs, runs = make_model(), make_inputs(), []
 
     def backend(graph, _):
@@ -227,7 +227,7 @@ def test_compiled_code_of_other_threads_stays():
     assert runs
     runs.clear()
 
-    @torch.no_grad()  # which is by thread, too
+    @torch.no_grad()  # this also depends on the thread
     def bystander():
         function(torch.ones(2))
         assert runs == [threading.current_thread()]
@@ -246,7 +246,7 @@ def test_compiled_code_of_other_threads_stays():
     assert runs
 
 
-def test_the_stance_of_the_compiler_is_that_of_a_thread():
+def test_the_stance_of_the_compiler_depends_on_the_thread():
     model = make_model()
 
     def stance() -> str:
@@ -273,8 +273,8 @@ def test_the_stance_of_the_compiler_is_that_of_a_thread():
     assert stance() == "default"
 
 
-def test_a_stance_that_is_restored_in_another_order_does_no_harm():
-    """Somebody saves the stance inside of a context, and sets it again behind its end."""
+def test_a_saved_stance_can_be_restored_later():
+    """Other code saves the stance inside a context, and sets it again after the end of the context."""
     before, context = eval_frame._stance, modality_weights(make_model())
     context.__enter__()
     with torch.compiler.set_stance("eager_on_recompile"):
@@ -288,7 +288,7 @@ def test_a_stance_that_is_restored_in_another_order_does_no_harm():
 
 
 def test_contract_with_dynamo():
-    """What stands in for dynamo's stance has what dynamo reads, and dynamo reads it where it is set."""
+    """The replacement has every attribute of dynamo's stance, and dynamo reads it from where it is set."""
     with modality_weights(make_model()):
         ours = eval_frame._stance
         assert isinstance(ours, StanceByThread)

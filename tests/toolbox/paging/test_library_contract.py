@@ -1,4 +1,4 @@
-"""What paging and adapters rely on in Accelerate, torch and Transformers, beyond what these document."""
+"""Undocumented behaviour of Accelerate, torch and Transformers that paging and adapters rely on."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.support.in_tree_moe import device_map_of, experts_of, make_qwen3_moe
 
 
 def test_hooks_wrap_the_forward_that_a_module_keeps():
-    """`_old_forward` is what runs between a hook's two halves, and is looked up at every call."""
+    """`_old_forward` runs between the two methods of a hook, and is looked up in every call."""
     seen = []
 
     class Hook(ModelHook):
@@ -44,8 +44,8 @@ def test_hooks_wrap_the_forward_that_a_module_keeps():
     assert not hasattr(module, "_old_forward")
 
 
-def test_another_hook_takes_the_place_of_the_first():
-    """What it replaces is there while it is initialised, and the forward below stays the module's own."""
+def test_another_hook_replaces_the_first():
+    """The replaced hook is available while the new one is initialised. The wrapped forward stays the module's own."""
     module, seen = nn.Linear(2, 2), []
     own = module.forward
 
@@ -63,8 +63,8 @@ def test_another_hook_takes_the_place_of_the_first():
     assert (first.execution_device, first.offload) == ("cpu", False)
 
 
-def test_where_accelerate_keeps_offloaded_weights(tmp_path):
-    """Views of host memory, of files of its own and of safetensors files."""
+def test_where_accelerate_stores_offloaded_weights(tmp_path):
+    """In views of host memory, of its own files and of safetensors files."""
     model = make_qwen3_moe(4).eval()
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(
@@ -93,8 +93,8 @@ def test_sizes():
         convert_file_size_to_int("many")
 
 
-def test_the_hooks_around_that_keep_what_autograd_saves():
-    """They are told apart from none, and can be called in the place of autograd."""
+def test_outer_hooks_for_saved_tensors():
+    """They can be distinguished from no hooks, and can be called instead of autograd."""
     top = torch._C._autograd._top_saved_tensors_default_hooks
     assert top(False) is None
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: ("kept", tensor), lambda saved: saved[1]):
@@ -104,7 +104,7 @@ def test_the_hooks_around_that_keep_what_autograd_saves():
         assert unpack(("kept", one)) is one
 
 
-def test_what_is_saved_shares_the_storage_that_was_computed_with():
+def test_saved_tensors_share_the_storage_of_the_computation():
     stack, seen = torch.randn(3, 4, 2), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: seen.append(tensor) or tensor, lambda saved: saved):
         torch.randn(5, 4, requires_grad=True) @ stack[1]
@@ -113,7 +113,7 @@ def test_what_is_saved_shares_the_storage_that_was_computed_with():
 
 
 def test_the_experts_interface():
-    """What marks a module that it runs, and what it reads of the module when it does."""
+    """The attributes that mark a module of the interface, and those that the interface reads to run it."""
 
     @use_experts_implementation
     class Experts(nn.Module):
@@ -142,8 +142,8 @@ def test_the_experts_interface():
         assert not experts(*call).any()
 
 
-def test_the_stand_in_for_grouped_products():
-    """On CPUs without a kernel: rows of each matrix up to its offset."""
+def test_the_fallback_for_grouped_products():
+    """Used on CPUs without a kernel. Each matrix multiplies the rows up to its offset."""
     rows, stack = torch.randn(4, 3), torch.randn(2, 3, 5)
     product = torch.ops.transformers.grouped_mm_fallback(rows, stack, torch.tensor([1, 4], dtype=torch.int32))
     torch.testing.assert_close(product, torch.cat([rows[:1] @ stack[0], rows[1:] @ stack[1]]))
@@ -151,7 +151,7 @@ def test_the_stand_in_for_grouped_products():
 
 
 def test_the_placement_of_shared_tensors():
-    """What `expert_lora/processes.py` asks of a tensor that several processes share."""
+    """The attributes of a tensor shared by several processes that `expert_lora/processes.py` reads."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

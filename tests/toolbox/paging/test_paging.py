@@ -1,4 +1,4 @@
-"""Paging of experts, on models of Transformers and on ours, against the same models with all experts resident."""
+"""Compares paged experts with resident ones, in models of Transformers and in ours."""
 
 import copy
 import os
@@ -46,7 +46,7 @@ def inputs_of(model) -> dict[str, torch.Tensor]:
 
 
 def from_disk(model, folder: Path):
-    """The model with its experts on disk and all else in memory."""
+    """Returns the model with its experts on disk and everything else in memory."""
     model.save_pretrained(folder)
     loaded = type(model).from_pretrained(
         folder, device_map=device_map_of(model, "disk"), offload_folder=folder / "offload"
@@ -57,8 +57,8 @@ def from_disk(model, folder: Path):
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_paged_is_resident(name, implementation, tmp_path):
-    """In memory and from disk, with as few slots as can be (several passes for a prompt): logits and tokens."""
+def test_paged_experts_equal_resident_ones(name, implementation, tmp_path):
+    """In memory and from disk, with as few slots as possible (several passes for a prompt): logits and tokens."""
     model = build(name)
     inputs = inputs_of(model)
     model.set_experts_implementation(implementation)
@@ -81,7 +81,7 @@ def test_paged_is_resident(name, implementation, tmp_path):
 
 
 @torch.no_grad()
-def test_the_same_arithmetic_where_the_slots_suffice():
+def test_results_are_bit_identical_with_enough_slots():
     model = build("qwen3_moe")
     paged = copy.deepcopy(model)
     page_experts(paged, MANY)
@@ -93,8 +93,8 @@ def test_the_same_arithmetic_where_the_slots_suffice():
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated", "pool"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
-def test_gradients_are_those_of_the_resident_model(name, implementation, checkpointing):
-    """Of everything but the experts, which are frozen, over two calls before backward; slots are overwritten often."""
+def test_gradients_equal_those_of_the_resident_model(name, implementation, checkpointing):
+    """Gradients of everything except the frozen experts, with two calls before backward and frequent replacement."""
     resident, gradients = build(name), []
     inputs = inputs_of(resident)
     paged = copy.deepcopy(resident)
@@ -131,8 +131,8 @@ def lora(model, targets):
     return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
 
 
-def test_lora_beside_paged_experts_trains_as_beside_resident_ones(tmp_path):
-    """Adapters on attention; experts frozen by PEFT, on disk."""
+def test_lora_with_paged_experts_trains_as_with_resident_ones(tmp_path):
+    """Adapters are on attention. PEFT freezes the experts, which are on disk."""
     model = build("qwen3_moe")
     inputs, losses = inputs_of(model), []
     for base in (copy.deepcopy(model), from_disk(model, tmp_path)):
@@ -152,7 +152,7 @@ def test_lora_beside_paged_experts_trains_as_beside_resident_ones(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_an_adapter_that_folds_itself_into_paged_experts_is_refused():
+def test_an_adapter_that_merges_itself_into_paged_experts_is_refused():
     model = build("qwen3_moe")
     targets = [f"{name}.down_proj" for name in experts_of(model)]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=targets))
@@ -165,8 +165,8 @@ def test_an_adapter_that_folds_itself_into_paged_experts_is_refused():
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["memory", "disk"])
-def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
-    """While the experts run, in the thread that runs them: the rows of their parameters are those of the model."""
+def test_an_adapter_receives_the_expert_of_each_slot(source, tmp_path):
+    """The rows of the parameters match the model while the experts run, in the thread that runs them."""
     model = build("qwen3_moe")
     paged = copy.deepcopy(model) if source == "memory" else from_disk(model, tmp_path)
     name, experts = next(iter(experts_of(paged).items()))
@@ -186,7 +186,7 @@ def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
         return type(experts).forward(experts, hidden_states, top_k_index, top_k_weights)
 
     experts.forward = forward
-    if source == "disk":  # where there is a hook already
+    if source == "disk":  # with an existing hook
         experts._old_forward = forward
     with page_experts(paged, 3):
         run_with_adapters(experts, {"down_proj": adapt}, torch.randn(9, 32), torch.arange(9)[:, None], torch.ones(9, 1))
@@ -197,8 +197,8 @@ def test_an_adapter_learns_which_expert_each_slot_holds(source, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("source", ["memory", "disk"])
-def test_only_the_chosen_experts_move(source, tmp_path, monkeypatch):
-    """Counted, by phase and module, and as asked of the memory or the system."""
+def test_only_the_chosen_experts_are_read(source, tmp_path, monkeypatch):
+    """Checked by the counts of each phase and module, and by the reads from memory or from the file."""
     model, moved = build("qwen3_moe"), set()
     kind, name = {"memory": (MemorySource, "read"), "disk": (FileSource, "load")}[source]
     move = getattr(kind, name)
@@ -224,7 +224,7 @@ def test_only_the_chosen_experts_move(source, tmp_path, monkeypatch):
     counts = pager.statistics()["prefill"]
     for name, experts in chosen.items():
         assert counts[name] == PagingCounts(0, len(experts), len(experts) * expert_bytes)
-    paged(prompt)  # all there now
+    paged(prompt)  # all are in slots now
     assert pager.total("prefill").bytes == sum(map(len, chosen.values())) * expert_bytes
     for experts in chosen.values():
         experts.clear()
@@ -237,7 +237,7 @@ def test_only_the_chosen_experts_move(source, tmp_path, monkeypatch):
 
 
 @torch.no_grad()
-def test_least_recently_used_experts_leave_first():
+def test_least_recently_used_experts_are_replaced_first():
     model = build("qwen3_moe")
     pager = page_experts(model, 3)
     name, experts = next(iter(experts_of(model).items()))
@@ -250,16 +250,16 @@ def test_least_recently_used_experts_leave_first():
 
     assert call(0, 1) == (0, 2)
     assert call(2, 0) == (1, 1)
-    assert call(3) == (0, 1)  # in the place of 1
+    assert call(3) == (0, 1)  # replaces 1
     assert call(0, 2) == (2, 0)
     assert call(1) == (0, 1)
     assert call(3) == (0, 1)
-    assert call(MANY, MANY) == (0, 0)  # sentinels, as under expert parallelism
+    assert call(MANY, MANY) == (0, 0)  # sentinels, as in expert parallelism
 
 
 @torch.no_grad()
-def test_hits_first_where_reading_overlaps():
-    """As on a GPU."""
+def test_hits_run_first_if_reading_overlaps():
+    """This is the case on a GPU."""
     model = build("qwen3_moe")
     paged = copy.deepcopy(model)
     page_experts(paged, 6)
@@ -271,7 +271,7 @@ def test_hits_first_where_reading_overlaps():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated"])
-def test_saved_from_paging_is_saved_from_memory(name, tmp_path):
+def test_a_paged_model_saves_all_experts(name, tmp_path):
     model = build(name)
     model.save_pretrained(tmp_path / "expected")
     for source in ("memory", "disk"):
@@ -288,13 +288,13 @@ def test_saved_from_paging_is_saved_from_memory(name, tmp_path):
 
 
 @torch.no_grad()
-def test_undone(tmp_path):
+def test_unpaging_restores_the_model(tmp_path):
     paged = from_disk(build("qwen3_moe"), tmp_path)
     hooks = {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()}
     inputs = inputs_of(paged)
     expected = paged(**inputs).logits
     page_experts(paged, 3)
-    assert not hasattr(paged.model.norm, "_hf_hook")  # it only cost time
+    assert not hasattr(paged.model.norm, "_hf_hook")  # it had no effect except its cost
     unpage_experts(paged)
     assert {name: getattr(module, "_hf_hook", None) for name, module in paged.named_modules()} == hooks
     assert all(isinstance(module._hf_hook, AlignDevicesHook) for module in experts_of(paged).values())
@@ -304,8 +304,8 @@ def test_undone(tmp_path):
 
 
 @torch.no_grad()
-def test_stacks_are_read_where_they_lie(tmp_path):
-    """In a checkpoint of stacks: without a copy, and in another type than the model's, converted one by one."""
+def test_stacks_are_read_from_the_checkpoint(tmp_path):
+    """The checkpoint contains stacks. They are not copied, or are converted one by one if their dtype differs."""
     model = build("qwen3_moe").bfloat16()
     model.save_pretrained(tmp_path, save_original_format=False)
     before = set(tmp_path.iterdir())
@@ -334,7 +334,7 @@ def test_a_budget_in_bytes_is_shared(tmp_path):
     model = make_model(
         expert_groups=[{"name": "a", "num_experts": 8}, {"name": "b", "num_experts": 4}], num_experts=None
     )
-    expert = 3 * 32 * 24 * 4  # 12 of them in 111 KB
+    expert = 3 * 32 * 24 * 4  # 12 experts in 111 KB
     with page_experts(model, "111KB") as pager:
         assert sum(pager.slots.values()) == 12
         assert {name.rsplit(".", 1)[1]: slots for name, slots in pager.slots.items()} == {"a": 4, "b": 2}
@@ -355,8 +355,8 @@ def test_a_budget_in_bytes_is_shared(tmp_path):
 
 
 def test_a_budget_that_fits_exactly(monkeypatch):
-    """To the byte: for the experts of one token, and for one more."""
-    # Accelerate reads whole thousands of bytes only.
+    """To the byte: enough for the experts of one token, and for one more expert."""
+    # Accelerate reads only whole thousands of bytes.
     monkeypatch.setattr("modeling_sparse_moe_vlm.toolbox.paging.hook.convert_file_size_to_int", int)
     model, expert = build("qwen3_moe"), 3 * 32 * 24 * 4
     for budget, slots in ((4 * expert, [2, 2]), (5 * expert - 1, [2, 2]), (5 * expert, [2, 3]), (9**9, [12, 12])):
@@ -366,17 +366,17 @@ def test_a_budget_that_fits_exactly(monkeypatch):
         page_experts(model, str(4 * expert - 1))
 
 
-def test_what_cannot_be_paged():
+def test_models_that_cannot_be_paged_are_refused():
     with pytest.raises(ValueError, match="Qwen3VLForConditionalGeneration has no experts to page"):
         page_experts(make_qwen3_vl())
     with pytest.raises(ValueError, match="has no weights: it is on the meta device"):
         page_experts(make_qwen3_moe(MANY).to("meta"), 2, "cpu")
 
 
-def test_experts_that_are_trained_say_so():
+def test_trained_experts_are_an_error_in_backward():
     model = make_qwen3_moe(MANY)
     page_experts(model, 4)
-    loss = model(torch.tensor([[7, 8]])).logits.sum()  # not yet wrong
+    loss = model(torch.tensor([[7, 8]])).logits.sum()  # not an error yet
     with pytest.raises(ValueError, match="paged experts cannot be trained: freeze them"):
         loss.backward()
 
@@ -384,8 +384,8 @@ def test_experts_that_are_trained_say_so():
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["mapped", "read"])
 def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
-    """Found when paging begins and at every later call, whether experts are in slots or not; never a bus error."""
-    if form == "read":  # as for a GPU
+    """Detected when paging begins and in every later call, whether or not experts are in slots. Never a bus error."""
+    if form == "read":  # as on a GPU
         monkeypatch.setattr(MappedSlots, "serve", lambda *_: False)
     model = build("qwen3_moe")
     loaded = from_disk(model, tmp_path)
@@ -413,8 +413,8 @@ def test_truncated_and_vanished_files(form, tmp_path, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3_moe", "isolated"])
-def test_files_that_hold_other_weights_too(name, tmp_path):
-    """Transformers maps them as well, and attention or the vision tower would touch what is gone before the experts."""
+def test_files_that_also_contain_other_weights(name, tmp_path):
+    """Transformers maps them as well. Attention or the vision tower would access a missing part before the experts."""
     model, inputs = build(name), inputs_of(build(name))
     model.save_pretrained(tmp_path, save_original_format=False)
     loaded = type(model).from_pretrained(
@@ -429,7 +429,7 @@ def test_files_that_hold_other_weights_too(name, tmp_path):
 
 
 @torch.no_grad()
-def test_compiled_around():
+def test_compiled_model():
     model = build("qwen3_moe")
     inputs = inputs_of(model)
     expected = model(**inputs).logits
@@ -439,14 +439,14 @@ def test_compiled_around():
     torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_copy_would_share_slots():
+def test_copies_are_refused():
     model = build("qwen3_moe")
     with page_experts(model, 4), pytest.raises(ValueError, match="call `unpage_experts` before a copy"):
         copy.deepcopy(model)
     copy.deepcopy(model)
 
 
-def test_called_by_several_threads():
+def test_calls_from_several_threads():
     model = build("qwen3_moe")
     inputs = inputs_of(model)
     greedy = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

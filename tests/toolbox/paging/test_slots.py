@@ -1,4 +1,4 @@
-"""Slots without a model: who leaves, what is read and counted, what failed, and what autograd gets back."""
+"""Slots without a model: replacement, reads and counts, failures, and tensors saved by autograd."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Slots:
-    """Slots for two stacks of different widths, what they hold and what they counted."""
+    """Slots for two stacks of different widths, with their contents and counts."""
 
     def __init__(self, num_slots: int, dtype: torch.dtype = torch.float32, folder=None, kind=ExpertSlots):
         generator = torch.Generator().manual_seed(0)
@@ -37,14 +37,14 @@ class Slots:
         self.slots = kind(sources, dtypes, num_slots, CPU, lambda *counts: self.counts.append(counts))
 
     def place(self, *experts: int) -> dict[int, int]:
-        """Brings experts in, as one pass would."""
+        """Reads experts into slots, as one pass would."""
         (placement,) = self.slots.plan(experts, fixed=False)
         self.slots.start(placement)
         self.slots.wait()
         return placement
 
     def check(self) -> None:
-        """Every slot that counts as filled has the matrices of its expert."""
+        """Checks that every slot that counts as filled contains the matrices of its expert."""
         for slot, expert in enumerate(self.slots.assignment.experts):
             for name, stack in self.whole.items():
                 if expert is not None:
@@ -60,7 +60,7 @@ def make(request, tmp_path):
     return make_slots
 
 
-def test_slots_hold_what_was_asked_for(make):
+def test_slots_contain_the_requested_experts(make):
     given = make(3)
     expert_bytes = (4 * 3 + 3 * 2) * given.whole["up"].element_size()
     assert given.place(1, 4) == {1: 0, 4: 1}
@@ -76,7 +76,7 @@ def test_slots_hold_what_was_asked_for(make):
     assert expert_in.tolist() == [0, 4, 2]
 
 
-def test_after_clear_all_is_read_again(make):
+def test_everything_is_read_again_after_clear(make):
     given = make(3)
     given.place(1, 4)
     given.slots.clear()
@@ -84,13 +84,13 @@ def test_after_clear_all_is_read_again(make):
     assert given.slots.tables()[0].tolist() == [3] * 7
     assert given.slots.tables()[1].tolist() == [0] * 3
     for stack in given.slots.stacks.values():
-        stack.fill_(9.0)  # what is there does not count
+        stack.fill_(9.0)  # experts in slots are not counted
     given.place(1, 4)
     given.check()
     assert given.counts[1][:2] == (0, 2)
 
 
-def test_an_expert_that_is_moved_is_read_once_and_leaves_its_slot(make):
+def test_a_moved_expert_is_read_once_and_leaves_its_slot(make):
     given = make(3)
     given.place(1, 4)
     given.slots.start({1: 2})
@@ -101,7 +101,7 @@ def test_an_expert_that_is_moved_is_read_once_and_leaves_its_slot(make):
 
 
 @pytest.mark.parametrize("when", ["start", "wait"])
-def test_a_failed_read_does_not_count_as_there(when, monkeypatch):
+def test_a_failed_read_is_not_a_hit_later(when, monkeypatch):
     given = Slots(3)
     given.place(5)
     source = given.slots.sources["down"]
@@ -121,8 +121,8 @@ def test_a_failed_read_does_not_count_as_there(when, monkeypatch):
     assert given.counts[-1][:2] == (0, 2)
 
 
-def test_short_reads_go_on_where_they_stopped(tmp_path, monkeypatch):
-    """The system may hand over fewer bytes than asked for."""
+def test_short_reads_resume_where_they_stopped(tmp_path, monkeypatch):
+    """The system may return fewer bytes than requested."""
     given = Slots(3, folder=tmp_path)
     read = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, at: read(file, [views[0][:5]], at))
@@ -181,12 +181,12 @@ def test_plans(arguments, expected):
     assert plans(**arguments) == expected
 
 
-def test_a_fixed_plan_does_not_depend_on_what_is_there():
+def test_a_fixed_plan_does_not_depend_on_the_slots():
     asked = [0, 2, 3, 5]
     assert plans(3, asked=asked, fixed=True) == plans(3, held=[5, 0, 3], asked=asked, fixed=True)
 
 
-def test_least_recently_used_is_what_was_planned_for_longest_ago():
+def test_least_recently_used_is_least_recently_planned():
     assignment = SlotAssignment(3, NUM_EXPERTS)
     for slot, expert in enumerate((3, 4, 5)):
         assert assignment.place(expert, slot) == []
@@ -201,7 +201,7 @@ def test_least_recently_used_is_what_was_planned_for_longest_ago():
 
 
 class Watched(torch.autograd.Function):
-    """The sum of a stack times a number; backward shows what was saved, before and after something else happened."""
+    """The sum of a stack times a number. Its backward records the saved tensor, before and after another event."""
 
     meanwhile, seen = staticmethod(lambda: None), []
 
@@ -221,8 +221,8 @@ class Watched(torch.autograd.Function):
 
 @pytest.mark.parametrize("part", ["all", "one", "turned"])
 @pytest.mark.parametrize("form", ["memory", "file", "mapped"])
-def test_backward_gets_the_experts_that_were_there(form, part, tmp_path):
-    """Also while another thread fills the slots with others, after backward was given what it needs."""
+def test_backward_gets_the_experts_of_the_forward(form, part, tmp_path):
+    """Also if another thread fills the slots with other experts after backward has its tensors."""
     kind = MappedSlots if form == "mapped" else ExpertSlots
     given = Slots(2, folder=None if form == "memory" else tmp_path, kind=kind)
     placement = {1: 1, 4: 0}
@@ -256,7 +256,7 @@ def test_backward_gets_the_experts_that_were_there(form, part, tmp_path):
     assert not lock.locked()
 
 
-def test_backward_counts_and_copies_what_is_still_there():
+def test_backward_counts_and_copies_experts_still_in_slots():
     given = Slots(2)
     placement = given.place(1, 4)
     number = torch.ones((), requires_grad=True)

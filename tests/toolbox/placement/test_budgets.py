@@ -1,4 +1,4 @@
-"""Budgets of memory: units, order of the devices, and what is refused."""
+"""Memory budgets: units, order of the devices, and errors."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_sizes(size, expected):
     assert read_budgets({0: size}) == {0: expected}
 
 
-def test_devices_come_in_the_order_of_their_speed():
+def test_devices_are_in_the_order_of_their_speed():
     budgets = read_budgets({"disk": 1, 3: 2, "cpu": 3, 1: 4, "mps": 5})
     assert list(budgets.items()) == [(3, 2), (1, 4), ("mps", 5), ("cpu", 3), ("disk", 1)]
     assert fast_devices(budgets) == [3, 1, "mps"]
@@ -40,13 +40,13 @@ def test_devices_come_in_the_order_of_their_speed():
 @pytest.mark.parametrize(
     "size", ["much", "muchTB", "-1GB", "-1TB", "5", "nanGB", "infTB", None, -1, -1.0, float("nan")]
 )
-def test_sizes_that_are_refused(size):
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(ValueError, match=r"^`max_memory\['cpu'\]` is "):
         read_budgets({0: "1GB", "cpu": size})
 
 
 @pytest.mark.parametrize("device", ["gpu", -1, True, "0", 1.0, None])
-def test_devices_that_are_refused(device):
+def test_invalid_devices_are_refused(device):
     with pytest.raises(ValueError, match=r"`max_memory` names \[.*\]: devices are numbers of accelerators"):
         read_budgets({0: "1GB"} | {device: "1GB"} if device is not True else {device: "1GB"})
 
@@ -63,5 +63,5 @@ def test_devices_that_are_refused(device):
         (2e12, "2000.00 GB"),
     ],
 )
-def test_sizes_as_a_person_reads_them(size, expected):
+def test_readable_sizes(size, expected):
     assert readable_size(size) == expected

@@ -1,4 +1,4 @@
-"""The load of experts modules: exact shares, and routing that cannot be right."""
+"""The load of experts modules: exact shares, and errors for invalid routing."""
 
 import json
 import math
@@ -15,7 +15,7 @@ TEXT = make_config(num_experts=4, expert_groups="isolated").text_config
 LAYERS = [f"language_model.layers.{layer}.mlp.experts" for layer in range(2)]
 SIZES = {f"{layer}.{group}": 2 for layer in LAYERS for group in ("text", "image")}
 NAN = math.nan
-# As `expert_load` returns it: NaN where an expert does not serve the modality.
+# As `expert_load` returns it: NaN if an expert does not serve the modality.
 MEASURED = {
     "text": [[0.75, 0.25, NAN, NAN], [0.5, 0.5, NAN, NAN]],
     "image": [[NAN, NAN, 1.0, 0.0], [NAN, NAN, 0.5, 1.5]],
@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-def test_gaps_of_measured_routing_are_no_load():
+def test_gaps_in_measured_routing_have_no_load():
     counts = expert_counts(SIZES, TEXT, MEASURED)
     assert counts == {
         f"{LAYERS[0]}.text": {"text": [0.75, 0.25], "image": [0.0, 0.0]},
@@ -56,7 +56,7 @@ def test_rows():
     }
 
 
-def test_without_routing_all_experts_of_a_layer_do_the_same():
+def test_without_routing_all_experts_of_a_layer_have_the_same_load():
     sizes = {f"{LAYERS[0]}.text": 2, f"{LAYERS[0]}.image": 6, f"{LAYERS[1]}.text": 1}
     assert expert_loads(sizes, TEXT) == {
         f"{LAYERS[0]}.text": {"all": 0.125},
@@ -76,7 +76,7 @@ def test_shards_and_pools():
     }
 
 
-def test_a_modality_that_chose_nothing_is_left_out():
+def test_a_modality_without_choices_is_left_out():
     loads = expert_loads(SIZES, TEXT, {"text": [[1, 0, 0, 0], [1, 0, 0, 0]], "image": [[0] * 4] * 2})
     assert loads[f"{LAYERS[0]}.text"] == {"text": 0.5}
 
@@ -87,7 +87,7 @@ def with_count(count) -> dict:
 
 @pytest.mark.parametrize("count", [-3, -0.5, math.inf, -math.inf, "many", None, True])
 @pytest.mark.parametrize("form", ["table", "rows", "one table"])
-def test_counts_that_cannot_be_right(count, form):
+def test_invalid_counts_are_refused(count, form):
     if form == "rows":
         rows = [*ROWS[:-1], ROWS[-1] | {"wanted": [2, count]}]
         routing, message = {"rows": rows}, f"has {count!r} for 'image' and expert 1 of 'layer_1': "
@@ -101,7 +101,7 @@ def test_counts_that_cannot_be_right(count, form):
 
 
 @pytest.mark.parametrize("count", [-3.0, math.inf])
-def test_counts_of_tensors_that_cannot_be_right(count):
+def test_invalid_counts_in_tensors_are_refused(count):
     routing = {modality: torch.tensor(table) for modality, table in with_count(count).items()}
     with pytest.raises(ValueError, match=f"has {count!r} for 'text' and expert 2 of '{LAYERS[1]}': "):
         expert_loads(SIZES, TEXT, routing)
@@ -112,14 +112,14 @@ def test_an_unknown_modality():
         expert_loads(SIZES, TEXT, {"text": [[1] * 4] * 2, "pictures": [[1] * 4] * 2})
     with pytest.raises(ValueError, match=r"the modality 'pictures', .*: \['text', 'image'\]"):
         expert_loads(SIZES, TEXT, {"rows": [*ROWS[:-1], ROWS[-1] | {"modality": "pictures"}]})
-    # Other models do not say which ones they have.
+    # Other models do not name their modalities.
     config = Qwen3MoeConfig(num_hidden_layers=1, num_experts=2)
     loads = expert_loads({"model.layers.0.mlp.experts": 2}, config, {"pictures": [[1, 3]]})
     assert loads == {"model.layers.0.mlp.experts": {"pictures": 1.0}}
 
 
 @pytest.mark.parametrize("routing", [{}, {"text": [[0] * 4] * 2}, [[0.0] * 4] * 2, {"image": [[NAN] * 4] * 2}])
-def test_routing_without_any_choice(routing):
+def test_routing_without_choices_is_refused(routing):
     with pytest.raises(ValueError, match="`routing` is empty: no token chose any expert"):
         expert_loads(SIZES, TEXT, routing)
     with pytest.raises(ValueError, match="`routing` is empty"):
@@ -147,7 +147,7 @@ def test_tables_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             expert_loads(SIZES, TEXT, {"text": table})
-    # Layers with fewer experts than others are filled up.
+    # Layers with fewer experts than others are padded.
     assert expert_loads(SIZES, TEXT, {"text": [[1, 0, 0, 1, 0], [1, 0, 0, 1, NAN]]})[f"{LAYERS[0]}.text"] == {
         "text": 0.25
     }

@@ -1,4 +1,4 @@
-"""Plans of placement: complete, within budgets, balanced, accepted by Accelerate, from the configuration alone."""
+"""Placement plans: complete, within budgets, balanced, accepted by Accelerate, and made from only a configuration."""
 
 import json
 import time
@@ -48,7 +48,7 @@ CONFIGS = {
     "ours, all in pools": make_config(num_hidden_layers=4, expert_pool=[0, 1, 0, 1]),
     "ours, the decoder": make_config(num_hidden_layers=3, mlp_only_layers=[1]).text_config,
 }
-# From the bytes of all, of the experts and of one stack of them: what is offloaded needs room to run.
+# Budgets from the bytes of the model, of the experts and of one stack: offloaded parts need room to run.
 BUDGETS = {
     "even": lambda size, experts, stack: {0: size, 1: size, 2: size},
     "offload": lambda size, experts, stack: {0: size - 3 * experts // 4 + stack, "cpu": experts // 4, "disk": size},
@@ -72,7 +72,7 @@ def check_covers_once(model, device_map):
 
 
 def stack_size(model) -> int:
-    """Bytes of the largest stack of experts, with what belongs to it."""
+    """Returns the bytes of the largest experts module."""
     stacks = [module for module in model.modules() if hasattr(module, "has_gate")]
     return max(sum(p.numel() * p.element_size() for p in stack.parameters()) for stack in stacks)
 
@@ -84,7 +84,7 @@ def imbalance(shares) -> float:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_part_once_within_budgets(name, budget):
+def test_every_part_is_placed_once_within_the_budgets(name, budget):
     config = CONFIGS[name]
     model = skeleton(config)
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
@@ -104,14 +104,14 @@ def test_every_part_once_within_budgets(name, budget):
         assert shares["disk"].bytes == shares["disk"].expert_bytes > 0, "experts go first"
     if model.all_tied_weights_keys:
         assert device_map["lm_head"] == next(device for entry, device in device_map.items() if "embed_tokens" in entry)
-    # What lies beside the experts of a layer stays together.
+    # The parts of a layer other than its experts stay together.
     for layer in range(config.get_text_config().num_hidden_layers):
         beside = {d for entry, d in device_map.items() if f"layers.{layer}." in f"{entry}." and "experts" not in entry}
         assert len(beside) <= 1
 
 
 @pytest.mark.parametrize("config", [Qwen3MoeConfig(**BIG), SparseMoeVlmConfig(text_config=BIG, dtype="bfloat16")])
-def test_a_large_model_over_eight_devices(config):
+def test_a_large_model_on_eight_devices(config):
     max_memory = dict.fromkeys(range(8), "80GB")
     start = time.perf_counter()
     device_map = plan_expert_placement(config, max_memory)
@@ -127,7 +127,7 @@ def _layers(device_map):
     return {entry.rsplit(".", 1)[0] for entry in device_map if entry.rsplit(".", 1)[0].endswith("layers")}
 
 
-def test_the_type_of_the_weights():
+def test_the_dtype_of_the_weights():
     config = CONFIGS["qwen3_moe"]
     sizes = {}
     for dtype in (torch.float32, "bfloat16"):
@@ -136,22 +136,13 @@ def test_the_type_of_the_weights():
     assert sizes["bfloat16"] < 0.6 * sizes[torch.float32]
 
 
-def test_the_head_is_that_of_the_architecture():
+def test_the_head_matches_the_architecture():
     model = SparseMoeVlmModel(make_config())
     model.config.architectures = ["SparseMoeVlmModel"]
     check_covers_once(model, plan_expert_placement(model.config, {0: "1GB", 1: "1GB"}))
 
 
 # ------------------------------------------------------------------------------------------------ routing
-
-
-def routed(config, hot: int):
-    """By modality: pictures use the experts of the layers from `hot` on more, texts those of `hot` alone."""
-    text = config.get_text_config()
-    layers, experts = text.num_hidden_layers, text.num_experts
-    table = torch.ones(layers, experts)
-    table[hot] = 100
-    return {"text": table, "image": torch.ones(layers, experts)}
 
 
 def test_cold_experts_are_offloaded_first():
@@ -170,8 +161,8 @@ def test_cold_experts_are_offloaded_first():
     assert shares["cpu"] >= shares.get("disk", 0.0)
 
 
-def test_load_and_modalities_are_balanced():
-    """Groups of text and of pictures: every device gets the same of both, though whole layers would not."""
+def test_the_load_of_every_modality_is_balanced():
+    """With groups for text and for images, every device gets the same load of both. Whole layers would not."""
     config = make_config(num_hidden_layers=2, expert_groups="isolated")
     routing = {
         "text": torch.tensor([[5.0, 5, 0, 0], [5, 5, 0, 0]]),
@@ -225,7 +216,7 @@ def test_every_form_of_routing(kind):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [{}, {"expert_groups": "isolated"}, {"expert_pool": [0, 0]}])
-def test_maps_load(kind, tmp_path):
+def test_models_load_with_the_maps(kind, tmp_path):
     model, inputs = make_model(**kind), make_inputs()
     model.save_pretrained(tmp_path / "model")
     size = describe_placement(model, {"": "cpu"})[0].bytes
@@ -239,7 +230,7 @@ def test_maps_load(kind, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss"])
-def test_maps_dispatch_models_of_the_library(name, tmp_path):
+def test_models_of_the_library_are_dispatched_with_the_maps(name, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
     inputs = {"input_ids": torch.arange(5, 15).view(2, 5)}
@@ -267,13 +258,13 @@ def test_maps_dispatch_models_of_the_library(name, tmp_path):
         ({0: None}, r"`max_memory\[0\]` is None"),
     ],
 )
-def test_budgets_that_cannot_be_met(max_memory, message):
+def test_budgets_that_are_too_small(max_memory, message):
     with pytest.raises(ValueError, match=message):
         plan_expert_placement(CONFIGS["qwen3_moe"], max_memory)
 
 
-def test_no_room_to_run_what_is_offloaded(caplog):
-    """Good enough for paging, which brings single experts; said, since Accelerate brings the whole stack."""
+def test_no_room_to_run_offloaded_parts(caplog):
+    """Good enough for paging, which loads single experts. A warning is logged: Accelerate loads whole stacks."""
     config = CONFIGS["qwen3_moe"]
     everything = describe_placement(config, {"": 0})[0]
     max_memory = {0: everything.bytes - everything.expert_bytes, "cpu": everything.expert_bytes}
@@ -283,7 +274,7 @@ def test_no_room_to_run_what_is_offloaded(caplog):
     assert "no room to run the largest" in caplog.text
 
 
-def test_what_is_missing_is_enough():
+def test_adding_the_missing_bytes_is_enough():
     config = CONFIGS["qwen3_moe"]
     size = describe_placement(config, {"": 0})[0].bytes
     with pytest.raises(ValueError, match="are missing") as error:
@@ -314,7 +305,7 @@ def test_routing_of_another_model(routing, message):
 
 
 @pytest.mark.parametrize("wrong", ["nonsense", "auto", "int8", torch.int8])
-def test_wrong_types_of_the_weights(wrong):
+def test_wrong_dtypes_are_refused(wrong):
     with pytest.raises(ValueError, match="`dtype` must be a type of weights"):
         plan_expert_placement(CONFIGS["qwen3_moe"], {0: "1GB"}, dtype=wrong)
 

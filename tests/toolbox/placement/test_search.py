@@ -1,4 +1,4 @@
-"""The search for a placement, on parts made by hand: exact maps."""
+"""The search for a placement, with hand-made parts and exact maps."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def experts(layer: int, size: int, name: str = "", is_apart: bool = False, **loa
 
 
 def model(*stacks: Part, attention: int = 10) -> list[Part]:
-    """An embedding, layers with attention and these experts, a norm, and a head that is tied to the embedding."""
+    """Returns an embedding, layers with attention and these experts, a norm, and a head tied to the embedding."""
     parts = [Part("embed", 40)]
     for layer in dict.fromkeys(stack.layer for stack in stacks):
         parts.append(Part(f"{layer}.attention", attention, layer=layer))
@@ -30,10 +30,10 @@ def model(*stacks: Part, attention: int = 10) -> list[Part]:
     return [*parts, Part("norm", 5, is_last=True), Part("head", 0, is_last=True, tied_to="embed")]
 
 
-# ------------------------------------------------------------------------------------------------ what is offloaded
+# ------------------------------------------------------------------------------------------------ offloaded parts
 
 
-def test_experts_are_offloaded_by_load_per_byte_then_layers_then_the_rest_from_its_end_on():
+def test_order_of_offloading():
     parts = model(experts(0, 100, text=0.5), experts(1, 400, text=0.6), experts(2, 100, text=0.1, image=0.1))
     assert [part.name for part in offload_order(parts)] == [
         "layers.1.experts",  # 0.6 of 400 bytes
@@ -56,12 +56,12 @@ def test_experts_without_bytes_are_not_offloaded():
     assert "layers.0.experts" not in [part.name for part in offload_order(model(experts(0, 0, all=1.0)))]
 
 
-def test_the_most_used_of_what_is_offloaded_lies_on_the_cpu():
+def test_the_most_used_offloaded_parts_are_on_the_cpu():
     cold = [experts(0, 30, all=0.1), experts(1, 20, all=0.2), experts(2, 30, all=0.3)]
     budgets = {0: 1000, "cpu": 50, "disk": 1000}
     names = [f"layers.{n}.experts" for n in range(3)]
     assert place_offloaded(cold, budgets) == dict(zip(names, ["disk", "cpu", "cpu"], strict=True))
-    # A smaller one may still fit where a larger one did not.
+    # A smaller part may still fit if a larger one did not.
     budgets["cpu"] = 40
     assert place_offloaded(cold, budgets) == dict(zip(names, ["disk", "disk", "cpu"], strict=True))
     assert place_offloaded(cold[::-1], budgets) == dict(zip(names, ["cpu", "disk", "disk"], strict=True))
@@ -76,9 +76,9 @@ LOADS = [0.05, 0.4, 0.1, 0.25, 0.2]
 
 
 def test_three_tiers():
-    """The hottest experts stay, the next ones go to the CPU, and the coldest to the disk."""
+    """The most used experts stay, the next ones go to the CPU, and the least used to the disk."""
     parts = model(*(experts(layer, 100, text=load, image=load) for layer, load in enumerate(LOADS)))
-    # 95 bytes of other parts, two stacks, and room to run one more.
+    # 95 bytes for other parts, two stacks, and room to run one more.
     devices = assign(parts, {0: 395, "cpu": 200, "disk": 1000})
     assert devices == {
         "embed": 0,
@@ -111,7 +111,7 @@ def test_three_tiers():
     assert assign(parts, {0: 395, "cpu": 200, "disk": 99}) is None
 
 
-def test_as_few_as_will_do_are_offloaded():
+def test_as_few_parts_as_possible_are_offloaded():
     parts = model(*(experts(layer, 100, text=load) for layer, load in enumerate(LOADS)))
 
     def offloaded(budget: int, keeps_room: bool = True) -> list[str]:
@@ -120,7 +120,7 @@ def test_as_few_as_will_do_are_offloaded():
 
     coldest = [f"layers.{layer}.experts" for layer in (0, 2, 4, 3, 1)]
     assert offloaded(595) == []
-    # What is offloaded needs room for the largest of it.
+    # Offloaded parts need room for the largest of them.
     assert set(offloaded(594)) == set(coldest[:2])
     assert set(offloaded(495)) == set(coldest[:2])
     assert set(offloaded(494)) == set(coldest[:3])
@@ -128,12 +128,12 @@ def test_as_few_as_will_do_are_offloaded():
     assert set(offloaded(495, keeps_room=False)) == set(coldest[:1])
     assert set(offloaded(494, keeps_room=False)) == set(coldest[:2])
     assert set(offloaded(195)) == set(coldest)
-    # Without room for the experts, layers follow, and in the end everything.
+    # Without room for the experts, layers are offloaded as well, and finally everything.
     assert set(offloaded(194)) > set(coldest)
     assert set(offloaded(40, keeps_room=False)) >= {*coldest, *(f"layers.{n}.attention" for n in range(5))}
 
 
-def test_how_many_bytes_are_missing():
+def test_missing_bytes():
     parts = model(*(experts(layer, 1000, text=load) for layer, load in enumerate(LOADS)))
     # Three layers of 1,010 bytes and the norm on one of two devices.
     assert assign(parts, {0: 1500 + 1534, 1: 1500 + 1534}, keeps_room=False) is None
@@ -143,20 +143,20 @@ def test_how_many_bytes_are_missing():
     assert missing_bytes(parts, {0: 1500, "cpu": 1500}) > missing, "the CPU does not grow"
 
 
-# ------------------------------------------------------------------------------------------------ where the rest lies
+# ------------------------------------------------------------------------------------------------ the other parts
 
 
-def test_layers_follow_each_other_evenly():
+def test_consecutive_layers_are_spread_evenly():
     parts = model(*(experts(layer, 90, all=0.25) for layer in range(4)), attention=10)
     devices = assign_with(parts, [], {1: 1000, 0: 1000}, keeps_room=True)
     assert [devices[part.name] for part in parts] == [1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1]
-    # Not evenly where there is no room for that.
+    # Not evenly if there is no room for it.
     devices = assign_with(parts, [], {0: 140, 1: 1000}, keeps_room=True)
     assert [devices[part.name] for part in parts] == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0]
     assert assign_with(parts, [], {0: 139, 1: 304}, keeps_room=True) is None
 
 
-def test_attention_beside_offloaded_experts_lies_where_accelerate_runs_them():
+def test_attention_of_offloaded_experts_is_on_the_device_that_runs_them():
     parts = model(*(experts(layer, 90, all=0.25) for layer in range(4)), attention=10)
     devices = assign_with(parts, [parts[6]], {0: 1000, 1: 1000, "cpu": 100}, keeps_room=True)
     assert parts[6].name == "layers.2.experts"
@@ -171,7 +171,7 @@ def test_attention_beside_offloaded_experts_lies_where_accelerate_runs_them():
 
 
 def test_every_modality_is_balanced():
-    """Groups of one size: by bytes alone, those of the pictures could all lie on one device."""
+    """All groups have the same size: balanced only by bytes, those of images could all be on one device."""
     stacks = [
         experts(layer, 100, f".{group}", is_apart=True, text=text / 2, image=image / 2)
         for layer in range(2)
@@ -187,18 +187,18 @@ def test_every_modality_is_balanced():
         assert {devices[f"layers.{layer}.experts.{name}"] for name in "ab"} == {0, 1}
 
 
-def test_modalities_without_any_choice_weigh_nothing():
+def test_modalities_without_choices_have_no_weight():
     stacks = [experts(layer, 100, text=0.5, image=0.0) for layer in range(2)]
     assert set(assign(model(*stacks), {0: 160, 1: 160}).values()) == {0, 1}
 
 
-def test_what_is_tied_lies_together():
+def test_tied_parts_are_on_the_same_device():
     parts = [Part("head", 10, tied_to="embed"), Part("embed", 100), *model(experts(0, 50, all=1.0))[1:3]]
     devices = assign(parts, {0: 120, 1: 120})
     assert devices["head"] == devices["embed"] == 0
 
 
-def test_what_does_not_fit_first_is_noticed():
+def test_parts_before_the_layers_that_do_not_fit():
     bins = [Bin(39), Bin(1000)]
     assert not pack(model(experts(0, 10, all=1.0)), bins, set())
     assert bins[0].names == []
@@ -211,20 +211,20 @@ def item(name: str, size: int, *shares: float) -> Item:
     return Item([name], size, list(shares))
 
 
-def test_runs_are_as_even_as_can_be():
+def test_runs_are_as_even_as_possible():
     items = [item(name, size, size / 20) for name, size in zip("abcdef", (5, 1, 4, 4, 2, 4), strict=True)]
     bins = [Bin(100), Bin(100), Bin(100)]
     assert partition(items, bins)
     assert [full.names for full in bins] == [["a", "b"], ["c", "d"], ["e", "f"]]
     assert [full.bytes for full in bins] == [6, 8, 6]
-    # By the share that is largest: here the second one's.
+    # By the largest share, which is the second one here.
     items = [item(name, 1, 0.25, share) for name, share in zip("abcd", (0.7, 0.1, 0.1, 0.1), strict=True)]
     bins = [Bin(100), Bin(100)]
     assert partition(items, bins)
     assert [full.names for full in bins] == [["a"], ["b", "c", "d"]]
 
 
-def test_a_bin_that_is_too_full_is_left_as_it_was():
+def test_bins_are_unchanged_if_items_do_not_fit():
     bins = [Bin(3), Bin(3)]
     assert not partition([item("a", 2, 0.4), item("b", 2, 0.4), item("c", 2, 0.2)], bins)
     assert [full.names for full in bins] == [[], []]
@@ -247,7 +247,7 @@ def test_families_are_spread():
 # ------------------------------------------------------------------------------------------------ maps
 
 
-def test_names_that_begin_alike():
+def test_names_with_the_same_beginning():
     parts = [
         Part(f"layers.{layer}.{name}", 1, is_experts=name == "experts", layer=f"layers.{layer}")
         for layer in (1, 10)

@@ -1,4 +1,4 @@
-"""Counts of routing against loops over tokens, and what must not change them."""
+"""Compares routing counts with a loop over tokens, and checks what must not change them."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def random_routing(config, with_bias: bool):
 
 
 def literal_counts(config, router_logits, mask, biases) -> RoutingCounts:
-    """Token by token, without a capacity."""
+    """Counts token by token, without a capacity."""
     shape = (len(router_logits), 2, config.num_experts)
     wanted = torch.zeros(shape, dtype=torch.long)
     entropy = torch.zeros(len(router_logits), 2, len(config.routed_group_names))
@@ -64,7 +64,7 @@ def literal_counts(config, router_logits, mask, biases) -> RoutingCounts:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "padded"])
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_counts_are_the_literal_ones(name, masked):
+def test_counts_equal_those_of_the_loop(name, masked):
     config = make_config(**ARRANGEMENTS[name], num_hidden_layers=3, mlp_only_layers=[1]).text_config
     logits, biases = random_routing(config, with_bias=config.router_bias_update_rate is not None)
     counts = count_routing(config, logits, IDS, MASK if masked else None, biases)
@@ -87,14 +87,14 @@ def test_groups_by_layer():
     assert (counts.wanted[1, :, 4] == 0).all()
 
 
-def test_all_text():
+def test_only_text():
     config = make_config().text_config
     logits, _ = random_routing(config, with_bias=False)
     assert_equal(count_routing(config, logits), count_routing(config, logits, torch.zeros_like(IDS)))
 
 
-def test_dropped_choices_are_those_that_the_model_dropped():
-    """Each expert keeps as many tokens of a modality as its capacity allows, whatever more wanted to come."""
+def test_dropped_choices_are_counted():
+    """Each expert keeps as many tokens of a modality as its capacity allows, and drops the others."""
     config = make_config(expert_groups="joint", expert_capacity_factor=1.0).text_config
     logits, _ = random_routing(config, with_bias=False)
     logits[0][:, 0] += 4
@@ -132,7 +132,7 @@ def test_checkpointing_counts_nothing_twice():
     assert_equal(count_batch(model, inputs, outputs.router_logits), expected)
 
 
-def test_no_router_logits_no_counts():
+def test_no_counts_without_router_logits():
     model, inputs = make_model(), make_inputs()
     assert count_batch(model, inputs, None) is None
     assert measure_routing(make_model(mlp_only_layers=[0, 1]), [inputs]) is None

@@ -1,4 +1,4 @@
-"""`SparseMoeTrainer` counts routing, moves biases once per step, logs figures and warns of a collapse."""
+"""`SparseMoeTrainer` counts routing, updates biases once per step, logs figures and warns about a collapse."""
 
 import peft
 import pytest
@@ -28,7 +28,7 @@ def train(model, tmp_path, rows=None, **arguments) -> SparseMoeTrainer:
         "logging_steps": 1,
         "save_strategy": "no",
         "per_device_train_batch_size": 8,
-        "learning_rate": 0.0,  # so that what is counted can be counted again
+        "learning_rate": 0.0,  # so that the counts can be repeated
     }
     trainer = SparseMoeTrainer(
         model=model,
@@ -42,8 +42,8 @@ def train(model, tmp_path, rows=None, **arguments) -> SparseMoeTrainer:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)], ids=["one batch", "four micro-batches"])
-def test_statistics_are_those_of_the_whole_batch(tmp_path, size, accumulation, checkpointing):
-    """However the batch is cut, and though checkpointing runs every layer twice."""
+def test_statistics_cover_the_whole_batch(tmp_path, size, accumulation, checkpointing):
+    """With any micro-batches, and although gradient checkpointing runs every layer twice."""
     model = make_model(output_router_logits=True)
     expected = routing_statistics(model.config.text_config, measure_routing(model, [collate(make_rows())]))
     trainer = train(
@@ -71,8 +71,8 @@ def test_each_log_covers_the_steps_since_the_last(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4)], ids=["one batch", "four micro-batches"])
-def test_bias_moves_once_per_step(tmp_path, size, accumulation, checkpointing):
-    """By the load of the whole step: as if updated by hand after each."""
+def test_biases_are_updated_once_per_step(tmp_path, size, accumulation, checkpointing):
+    """By the load of the whole step, as if updated by hand after each step."""
     fields = {"expert_groups": "joint", "router_bias_update_rate": 0.01, "output_router_logits": True}
     by_hand = make_model(**fields)
     for _ in range(3):
@@ -104,7 +104,7 @@ def test_bias_is_in_the_checkpoint_and_resumes(tmp_path):
         assert bias.any()
 
 
-def test_evaluation_counts_nothing_and_moves_nothing(tmp_path):
+def test_evaluation_is_not_counted_and_updates_nothing(tmp_path):
     model = make_model(router_bias_update_rate=0.01, output_router_logits=True)
     trainer = SparseMoeTrainer(
         model=model,
@@ -120,7 +120,7 @@ def test_evaluation_counts_nothing_and_moves_nothing(tmp_path):
 def test_bias_needs_router_logits(tmp_path):
     with pytest.raises(ValueError, match=r"set `output_router_logits=True`"):
         train(make_model(router_bias_update_rate=0.01), tmp_path)
-    train(make_model(router_bias_update_rate=0.0), tmp_path)  # stays as it is, so nothing is needed
+    train(make_model(router_bias_update_rate=0.0), tmp_path)  # the biases do not change, so nothing is needed
 
 
 def test_without_router_logits_nothing_is_logged(tmp_path):
@@ -130,8 +130,8 @@ def test_without_router_logits_nothing_is_logged(tmp_path):
     assert not [name for entry in dense.state.log_history for name in entry if "routing" in name]
 
 
-def test_alarm_once_until_it_recovers(caplog):
-    """Image tokens of the second layer go to the first two experts alone."""
+def test_one_warning_until_routing_recovers(caplog):
+    """Image tokens of the second layer go only to the first two experts."""
     model, monitor = make_model(expert_groups="joint", output_router_logits=True), RoutingMonitor()
     inputs = make_inputs(batch_size=24)
 
@@ -199,7 +199,7 @@ def train_plainly(model, tmp_path, callbacks=(), **arguments) -> Trainer:
 
 @pytest.mark.parametrize("returns_logits", [False, True])
 @pytest.mark.parametrize(("size", "accumulation", "checkpointing"), [(8, 1, False), (2, 4, True)])
-def test_bias_moves_with_any_trainer(tmp_path, size, accumulation, checkpointing, returns_logits):
+def test_biases_are_updated_with_any_trainer(tmp_path, size, accumulation, checkpointing, returns_logits):
     """By the load of the whole step, whether or not the model returns router logits."""
     fields = {"expert_groups": "joint", "router_bias_update_rate": 0.01}
     by_hand = make_model(**fields)
@@ -220,14 +220,14 @@ def test_bias_moves_with_any_trainer(tmp_path, size, accumulation, checkpointing
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len([entry for entry in logs if "routing/joint/text/entropy" in entry]) == 3
     tokens = sum(int(row["attention_mask"].sum()) for row in make_rows())
-    assert sum(row.num_tokens for row in monitor.statistics.rows) == 2 * tokens  # layers; one step, since the last log
+    assert sum(row.num_tokens for row in monitor.statistics.rows) == 2 * tokens  # layers; one step since the last log
     (decoder,) = decoders(model)
     assert not decoder._forward_hooks
     assert not decoder._forward_pre_hooks
 
 
 def test_frozen_routers_keep_their_biases(tmp_path):
-    """With an adapter, whose checkpoint would not have them; a router that is trained as well moves its own."""
+    """An adapter is trained, whose checkpoint would not contain the biases. A trained router updates its own."""
     model = make_model(expert_groups="joint", router_bias_update_rate=0.01)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     first, second = (layer.mlp.gate for layer in model.model.language_model.layers)
@@ -244,7 +244,7 @@ def resting_biases(caplog, call) -> list[str]:
     return [record.getMessage() for record in caplog.records if "do not move by themselves" in record.getMessage()]
 
 
-def test_biases_that_nobody_moves_are_pointed_out_once(tmp_path, caplog):
+def test_a_warning_once_about_biases_that_nothing_updates(tmp_path, caplog):
     fields = {"expert_groups": "joint", "router_bias_update_rate": 0.01}
     (message,) = resting_biases(caplog, lambda: train_plainly(make_model(**fields), tmp_path))
     assert "from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor" in message
@@ -260,7 +260,7 @@ def test_biases_that_nobody_moves_are_pointed_out_once(tmp_path, caplog):
 
 
 def test_passes_without_gradient_are_not_counted(tmp_path):
-    """Such as those of a reference model that is the trained one without its adapter."""
+    """For example, passes of a reference model that is the trained model without its adapter."""
 
     class Peek(TrainerCallback):
         @torch.no_grad()
@@ -274,7 +274,7 @@ def test_passes_without_gradient_are_not_counted(tmp_path):
 
 
 def test_logs_are_means_since_the_last_log(tmp_path):
-    """Of the router losses of two steps each, and of a modality only over the steps that have it."""
+    """Means of the router losses over two steps each, and of a modality only over the steps that have it."""
 
     class Recorded(SparseMoeTrainer):
         def compute_loss(self, *args, **kwargs):

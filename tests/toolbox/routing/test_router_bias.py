@@ -1,4 +1,4 @@
-"""Loss-free balancing: the paper's update, per modality, and alike in every process."""
+"""Auxiliary-loss-free load balancing: the update of the paper, per modality, and equal in all processes."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def counts_of(wanted: list) -> RoutingCounts:
 
 
 def literal_update(bias: list[list[float]], chosen, serving, rate: float) -> list[list[float]]:
-    """Algorithm 1 of arXiv 2408.15664, for one modality after the other."""
+    """Returns the update of algorithm 1 in arXiv 2408.15664, one modality after the other."""
     updated = []
     for own_bias, load, serves in zip(bias, chosen, serving, strict=True):
         mean = sum(c for c, s in zip(load, serves, strict=True) if s) / sum(serves)
@@ -28,7 +28,7 @@ def literal_update(bias: list[list[float]], chosen, serving, rate: float) -> lis
     return updated
 
 
-def test_direction_is_the_literal_one():
+def test_direction_equals_that_of_the_paper():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         chosen = torch.randint(0, 6, (2, 5), generator=generator)
@@ -39,8 +39,8 @@ def test_direction_is_the_literal_one():
 
 
 @pytest.mark.parametrize("rate", [None, 0.5])
-def test_bias_moves_by_the_rate_with_each_modality_on_its_own(rate):
-    """Expert 0 has text in abundance and no pictures; 4 and 4 tokens in all on each would look balanced."""
+def test_biases_of_each_modality_are_updated_separately(rate):
+    """Expert 0 has too much text and no images. The totals of 4 tokens per expert would look balanced."""
     model = make_model(expert_groups="joint", num_hidden_layers=1, router_bias_update_rate=1e-3)
     (bias,) = router_biases(model)
     for _ in range(3):
@@ -52,13 +52,13 @@ def test_bias_moves_by_the_rate_with_each_modality_on_its_own(rate):
     torch.testing.assert_close(bias, expected, msg="balanced, or absent: nothing moves")
 
 
-def test_rate_of_zero_moves_nothing():
+def test_a_rate_of_zero_updates_nothing():
     model = make_model(router_bias_update_rate=0.0)
     update_router_bias(model, measure_routing(model, [make_inputs()]))
     assert all((bias == 0).all() for bias in router_biases(model))
 
 
-def test_bias_of_experts_that_do_not_serve_stays():
+def test_biases_of_experts_that_do_not_serve_do_not_change():
     model = make_model(expert_groups=MANY_GROUPS, num_experts=None, router_bias_update_rate=1e-3)
     update_router_bias(model, measure_routing(model, [make_inputs()]))
     for bias in router_biases(model):
@@ -118,6 +118,6 @@ dist.destroy_process_group()
 """
 
 
-def test_processes_move_alike(tmp_path):
+def test_all_processes_make_the_same_update(tmp_path):
     result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Routing statistics: the figures, the alarm, and the load of the experts for every arrangement of them."""
+"""Routing statistics: the figures, the alarm, and the load of the experts in every arrangement."""
 
 import math
 
@@ -28,7 +28,7 @@ def make_row(wanted, dropped=None, num_tokens=None, entropy=1.0) -> GroupRouting
 
 
 def make_counts(wanted, num_tokens, dropped=None, num_groups=1) -> RoutingCounts:
-    """Counts `(layers, modalities, experts)`, with an entropy of 1 everywhere."""
+    """Returns counts `(layers, modalities, experts)`, with an entropy of 1 everywhere."""
     wanted, num_tokens = torch.tensor(wanted), torch.tensor(num_tokens)
     dropped = torch.zeros_like(wanted) if dropped is None else torch.tensor(dropped)
     entropy = num_tokens.float()[None, :, None].expand(len(wanted), -1, num_groups)
@@ -52,7 +52,7 @@ def test_figures_of_a_row():
 
 
 @pytest.mark.parametrize("number", [1, 4, 64])
-def test_even_and_concentrated_load(number):
+def test_balanced_and_concentrated_load(number):
     even, single = make_row([10] * number), make_row([10 * number] + [0] * (number - 1))
     assert even.max_violation == pytest.approx(0.0)
     assert even.effective_experts == pytest.approx(number)
@@ -76,22 +76,22 @@ def test_rows_without_tokens_or_choices():
     ("wanted", "num_tokens", "collapsed"),
     [
         ([100, 100, 100, 100], 400, False),
-        ([100, 100, 0, 0], 200, False),  # half of the experts: unbalanced, yet no collapse
+        ([100, 100, 0, 0], 200, False),  # half of the experts: unbalanced, but not a collapse
         ([385, 5, 5, 5], 400, True),
-        ([200, 200, 0, 0], 200, True),  # two experts per token, always the same
+        ([200, 200, 0, 0], 200, True),  # two experts per token, always the same ones
         ([200, 100, 50, 50], 200, False),
-        ([200, 200], 200, False),  # every token goes to all experts: there is nothing to choose
-        ([31, 0, 0, 0], 31, False),  # too few tokens to tell
+        ([200, 200], 200, False),  # every token goes to all experts, so there is no choice
+        ([31, 0, 0, 0], 31, False),  # too few tokens to judge
         ([32, 0, 0, 0], 32, True),
         ([0, 0, 0, 0], 0, False),
-        ([20, 20, 0, 0, 0], 40, False),  # a quarter of what can be used beyond one expert, exactly
-        ([21, 19, 0, 0, 0], 40, True),  # less than that
-        ([40, 40, 39, 1, 0, 0], 60, False),  # likewise beyond the two experts of a token
+        ([20, 20, 0, 0, 0], 40, False),  # exactly a quarter of the experts beyond the first
+        ([21, 19, 0, 0, 0], 40, True),  # less than a quarter
+        ([40, 40, 39, 1, 0, 0], 60, False),  # the same beyond the two experts of a token
         ([42, 40, 38, 0, 0, 0], 60, True),
-        ([20, 19, 0, 0, 0], 39, False),  # one choice too few to tell
+        ([20, 19, 0, 0, 0], 39, False),  # one choice too few to judge
     ],
 )
-def test_what_counts_as_collapsed(wanted, num_tokens, collapsed):
+def test_collapsed_routing(wanted, num_tokens, collapsed):
     assert make_row(wanted, num_tokens=num_tokens).is_collapsed == collapsed
 
 
@@ -136,7 +136,7 @@ def test_metrics_and_summary():
         "joint/text/max_violation": 3.0,  # the worst layer
         "joint/text/entropy": 1.0,
         "joint/text/effective_experts": 1.0,  # the worst layer
-        "joint/text/dead_experts": 3,  # in all
+        "joint/text/dead_experts": 3,  # in total
         "joint/text/dropped_share": 0.25,
         "joint/text/experts_per_token": 1.5,
     }
@@ -158,8 +158,8 @@ def test_table_has_a_line_per_row():
 # ---------------------------------------------------------------- the alarm
 
 
-def test_alarm_when_one_modality_collapses_while_the_total_looks_fine():
-    """A quarter of the tokens are image tokens, all on expert 0, which text leaves alone: in all, a perfect balance."""
+def test_alarm_if_one_modality_collapses_while_the_total_looks_balanced():
+    """A quarter of the tokens are image tokens, all on expert 0, which no text uses. The total is balanced."""
     config = make_config(expert_groups="joint", num_experts_per_tok=1, norm_topk_prob=False).text_config
     collapsed, fine = [[0, 50, 50, 50], [50, 0, 0, 0]], [[40, 40, 35, 35], [12, 12, 13, 13]]
     total = make_row([sum(column) for column in zip(*collapsed, strict=True)])
@@ -191,7 +191,7 @@ def test_alarm_names_a_pool():
 # ---------------------------------------------------------------- the load of the experts
 
 
-def test_every_slot_is_counted_once(arrangement):
+def test_every_choice_is_counted_once(arrangement):
     model, inputs = make_model(expert_groups=arrangement), make_inputs()
     load = expert_load(model, [inputs, make_inputs(seed=1)])
     assert set(load) == {"text", "image"}
@@ -200,7 +200,7 @@ def test_every_slot_is_counted_once(arrangement):
         torch.testing.assert_close(shares.nansum(dim=1), torch.ones(2))
 
 
-def test_shares_are_those_of_the_chosen_experts():
+def test_shares_of_the_chosen_experts():
     model, inputs = make_model(), make_inputs(batch_size=1)
     logits = model(**inputs, output_router_logits=True).router_logits
     is_image = inputs["mm_token_type_ids"].flatten() == 1
@@ -218,11 +218,11 @@ def test_layers_with_other_experts_leave_gaps():
         torch.testing.assert_close(shares.nansum(dim=1), torch.ones(2))
 
 
-def test_dense_models_have_no_load():
+def test_no_load_for_dense_models():
     assert expert_load(make_model(mlp_only_layers=[0, 1]), [make_inputs()]) == {}
 
 
-def test_modalities_without_tokens_have_no_share():
+def test_no_share_for_modalities_without_tokens():
     load = expert_load(make_model(), [make_inputs(images_per_row=0)])
     assert load["image"].tolist() == [[0.0] * 4] * 2
 
@@ -230,7 +230,7 @@ def test_modalities_without_tokens_have_no_share():
 @pytest.mark.parametrize(
     "missing", [["attention_mask"], ["mm_token_type_ids"], ["attention_mask", "mm_token_type_ids"]]
 )
-def test_inputs_may_be_left_out(missing):
+def test_optional_inputs(missing):
     model, inputs = make_model(), make_inputs()
     whole = expert_load(model, [inputs])
     load = expert_load(model, [{name: value for name, value in inputs.items() if name not in missing}])
@@ -238,7 +238,7 @@ def test_inputs_may_be_left_out(missing):
         torch.testing.assert_close(load[modality], shares)
 
 
-def test_padding_and_labels_do_not_count():
+def test_padding_and_labels_are_ignored():
     model, inputs = make_model(), make_inputs()
     padded = {
         name: value if name == "pixel_values" else torch.nn.functional.pad(value, (0, 5))

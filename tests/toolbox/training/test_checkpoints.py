@@ -31,7 +31,7 @@ def make_arguments(folder: Path, **arguments) -> TrainingArguments:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, Path]:
-    """Runs that saved a checkpoint after each of two steps: of a model with its processor, and of an adapter."""
+    """Runs with a checkpoint after each of two steps: of a model with its processor, and of an adapter."""
     folders = {}
     for kind in ("model", "adapter"):
         folders[kind] = tmp_path_factory.mktemp(kind)
@@ -65,7 +65,7 @@ def warnings(caplog, monkeypatch):
     return take
 
 
-def test_the_newest_is_taken_by_number(run, warnings):
+def test_the_newest_checkpoint_has_the_highest_number(run, warnings):
     assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-2")
     (run / "checkpoint-1").rename(run / "checkpoint-10")
     (run / "checkpoint-final").mkdir()
@@ -75,7 +75,7 @@ def test_the_newest_is_taken_by_number(run, warnings):
     assert warnings() == ""
 
 
-def test_every_file_that_is_needed_must_be_there(run, kind, warnings):
+def test_every_needed_file_must_exist(run, kind, warnings):
     newest, needed = run / "checkpoint-2", set(STATE) | set(MODEL if kind == "model" else ADAPTER)
     files = {path.name for path in newest.iterdir()}
     assert needed <= files
@@ -93,7 +93,7 @@ def test_every_file_that_is_needed_must_be_there(run, kind, warnings):
     assert last_whole_checkpoint(make_arguments(run)) == str(newest)
 
 
-def test_files_that_were_cut_off(run, warnings):
+def test_truncated_files(run, warnings):
     newest = run / "checkpoint-2"
     formats = (".json", ".safetensors", ".pt", ".pth", ".bin")
     checked = [path for path in sorted(newest.iterdir()) if path.suffix in formats]
@@ -110,7 +110,7 @@ def test_files_that_were_cut_off(run, warnings):
 
 
 def test_checkpoints_without_an_optimizer(run, warnings):
-    """With `save_only_model` they are whole; else `Trainer` would begin with a new optimizer without a word."""
+    """They are complete with `save_only_model`. Otherwise, `Trainer` would silently start with a new optimizer."""
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (run / "checkpoint-2" / name).unlink()
     assert last_whole_checkpoint(make_arguments(run, save_only_model=True)) == str(run / "checkpoint-2")
@@ -163,7 +163,7 @@ def test_several_adapters(run, warnings):
     for name in ADAPTER:
         shutil.copy(newest / name, newest / "other" / name)
     assert last_whole_checkpoint(make_arguments(run)) == str(newest)
-    for name in ADAPTER:  # also where all adapters lie in folders of their own
+    for name in ADAPTER:  # also if every adapter has its own folder
         (newest / name).unlink()
     assert last_whole_checkpoint(make_arguments(run)) == str(newest)
     (newest / "other" / "adapter_config.json").unlink()
@@ -189,7 +189,7 @@ def test_states_of_several_processes(run, warnings):
 
 @pytest.mark.parametrize("kind", ["model"], indirect=True)
 def test_sharded_states(run, warnings):
-    """FSDP writes folders of torch's distributed checkpoints, or one file with another ending."""
+    """FSDP writes folders with distributed checkpoints of torch, or one file with another suffix."""
     newest = run / "checkpoint-2"
     (newest / "optimizer.pt").rename(newest / "optimizer.bin")
     assert last_whole_checkpoint(make_arguments(run)) == str(newest)
@@ -230,7 +230,7 @@ def test_deepspeed(run, warnings):
 
 
 @pytest.mark.parametrize("kind", ["model"], indirect=True)
-def test_the_training_goes_on(run):
+def test_the_training_resumes(run):
     os.truncate(run / "checkpoint-2" / "optimizer.pt", 1000)
     arguments = make_arguments(run)
     trainer = Trainer(make_model(seed=3), arguments, collate, make_rows(4))
@@ -247,7 +247,7 @@ class Starts(TrainerCallback):
 
 
 @pytest.mark.parametrize(("resume", "step"), [(True, 1), (False, 0), (None, 0), ("checkpoint-1", 1)])
-def test_the_trainer_itself_goes_on_from_the_newest_whole_checkpoint(trained, tmp_path, resume, step):
+def test_the_trainer_resumes_from_the_newest_complete_checkpoint(trained, tmp_path, resume, step):
     run = shutil.copytree(trained["model"], tmp_path / "run")
     (run / "checkpoint-2" / "trainer_state.json").unlink()
     starts = Starts()
@@ -257,7 +257,7 @@ def test_the_trainer_itself_goes_on_from_the_newest_whole_checkpoint(trained, tm
     assert trainer.state.global_step == 2
 
 
-def test_the_trainer_says_that_there_is_nothing_to_go_on_from(tmp_path):
+def test_the_trainer_fails_if_there_is_no_checkpoint_to_resume_from(tmp_path):
     trainer = SparseMoeTrainer(make_model(), make_arguments(tmp_path), collate, make_rows(4))
     with pytest.raises(ValueError, match=r"There is no checkpoint in .* to resume from"):
         trainer.train(resume_from_checkpoint=True)

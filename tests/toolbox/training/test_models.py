@@ -1,4 +1,4 @@
-"""The model that training starts from: its tokens, its image processor and what it may generate."""
+"""The model at the start of training: its tokens, its image processor and its settings of generation."""
 
 import json
 
@@ -23,7 +23,7 @@ from tests.support.processors import make_processor, make_speaking_model
 from tests.support.upcycled import make_speaking
 
 PRESET = str(ROOT / "configuration/models/tiny.json")
-SIDE = 32  # of the preset's images
+SIDE = 32  # size of the preset's images
 COLOURS = [(255, 0, 51), (0, 0, 102)]
 
 
@@ -38,7 +38,7 @@ def fresh():
     return from_scratch(PRESET, Dataset.from_list(rows, features=features), vocab_size=280)
 
 
-def test_tokens_of_the_configuration_are_those_of_the_tokenizer(fresh):
+def test_the_configuration_has_the_tokens_of_the_tokenizer(fresh):
     model, processor = fresh
     config = model.config
     assert (config.image_token_id, config.text_config.pad_token_id, config.text_config.eos_token_id) == (1, 0, 3)
@@ -75,7 +75,7 @@ def test_presets_by_name_in_any_folder(fresh, tmp_path, monkeypatch):
         from_scratch("tny", rows)
 
 
-def test_everything_else_is_the_presets(fresh):
+def test_everything_else_is_as_in_the_preset(fresh):
     preset, config = AutoConfig.from_pretrained(PRESET), fresh[0].config
     changed = {"vocab_size", "pad_token_id", "eos_token_id"}
     ours, its = (
@@ -86,25 +86,25 @@ def test_everything_else_is_the_presets(fresh):
     assert config.image_seq_length == preset.image_seq_length == fresh[1].image_seq_length
 
 
-def test_generation_ends_and_never_makes_an_image(fresh):
+def test_generation_ends_and_never_generates_an_image(fresh):
     generation = fresh[0].generation_config
     assert (generation.eos_token_id, generation.pad_token_id, generation.suppress_tokens) == (3, 0, [1])
 
 
-def test_images_are_normalised_by_channel_as_those_at_hand_ask_for(fresh):
+def test_images_are_normalised_by_the_statistics_of_each_channel(fresh):
     image_processor = fresh[1].image_processor
     assert dict(image_processor.size) == {"height": SIDE, "width": SIDE}
     spread = (4 * SIDE * SIDE / (4 * SIDE * SIDE - 1)) ** 0.5  # of a sample
     assert image_processor.image_mean == pytest.approx([0.5, 0.0, 0.3], abs=1e-6)
-    # A channel in which all are alike is not divided by zero.
+    # A constant channel is not divided by zero.
     assert image_processor.image_std == pytest.approx([0.5 * spread, 1e-3, 0.1 * spread], rel=1e-4)
     pixels = image_processor([picture(COLOURS[0])], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, SIDE, SIDE)
     torch.testing.assert_close(pixels[0, :, 5, 7], torch.tensor([1.0, 0.0, -1.0]), atol=1e-3, rtol=0)
 
 
-def test_a_new_model_normalises_the_images_at_hand():
-    """Also transparent ones, which are white, and grey ones of 16 bits. Channels that hardly vary are not blown up."""
+def test_a_new_model_normalises_its_images():
+    """Includes transparent images (as white) and grey 16-bit images. Channels that hardly vary are not amplified."""
     red = PILImage.new("RGB", (8, 8), (255, 0, 51))
     images = [red, red, PILImage.new("RGBA", (8, 8), (0, 0, 0, 0)), PILImage.new("I;16", (8, 8), 51 * 257)]
     columns = {"question": ["what?"] * 4, "answer": ["red"] * 4}
@@ -127,7 +127,7 @@ def test_a_new_model_normalises_the_images_at_hand():
 @pytest.mark.parametrize(
     ("number", "looked_at"), [(3, range(3)), (7, range(7)), (8, range(0, 8, 2)), (9, range(0, 9, 2))]
 )
-def test_of_many_images_some_evenly_spread_ones_are_looked_at(monkeypatch, number, looked_at):
+def test_many_images_are_sampled_evenly(monkeypatch, number, looked_at):
     monkeypatch.setattr(models, "NUM_IMAGES_LOOKED_AT", 4)
     shades = [10 * index for index in range(number)]
     examples = [{"image": picture((shade,) * 3)} for shade in shades]
@@ -135,7 +135,7 @@ def test_of_many_images_some_evenly_spread_ones_are_looked_at(monkeypatch, numbe
     assert mean == pytest.approx([sum(shades[i] for i in looked_at) / len(looked_at) / 255] * 3, abs=1e-5)
 
 
-def test_checkpoints_of_ours_are_ready_to_answer(tmp_path):
+def test_our_checkpoints_are_loaded_in_evaluation_mode(tmp_path):
     model = make_speaking_model().train()
     model.save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)
@@ -148,14 +148,14 @@ def test_checkpoints_of_ours_are_ready_to_answer(tmp_path):
             assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_checkpoints_of_others_are_refused_where_ours_is_needed(tmp_path):
+def test_checkpoints_of_other_classes_are_refused_if_ours_is_needed(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"{tmp_path} is a model of type 'llama'; this needs 'sparse_moe_vlm'"):
         from_our_checkpoint(str(tmp_path))
 
 
 def test_checkpoints_with_experts(tmp_path):
-    """Ours and upcycled ones, without trust in code; of others the type is named."""
+    """Ours and upcycled ones load without `trust_remote_code`. The error for other models names their type."""
     upcycled, processor = make_speaking(), make_processor()
     for name, model in (("ours", make_speaking_model()), ("upcycled", upcycled)):
         model.train().save_pretrained(tmp_path / name)

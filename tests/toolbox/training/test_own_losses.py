@@ -30,7 +30,7 @@ def make_trainer(tmp_path, model, trainer_class=SparseMoeTrainer, compute_loss_f
 
 
 def smoothed(logits, labels, num_items):
-    """Smoothing by 0.1, by torch: with the labels of the next position."""
+    """Returns the loss of torch with a smoothing of 0.1 and the labels of the next position."""
     logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     return nn.functional.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum") / num_items
 
@@ -66,20 +66,20 @@ def test_router_losses_are_added(tmp_path, kind, has_router_losses, is_training)
     torch.testing.assert_close(router.weight.grad, expected_gradient)
 
 
-def test_the_router_loss_of_the_outputs_is_what_the_model_adds():
+def test_the_router_loss_in_the_outputs_is_what_the_model_adds():
     model = make_model(output_router_logits=True, **COEFFICIENTS).train()
     batch = collate(make_rows(4))
     outputs = model(**batch)
     without = model(**batch, output_router_logits=False)
     assert without.router_loss is None
     torch.testing.assert_close(outputs.loss - without.loss, outputs.router_loss)
-    # As long as the entropies count, it is more than both losses that have a name.
+    # With the entropy losses, it is more than the two losses with a name.
     named = 0.5 * outputs.aux_loss + 0.25 * outputs.z_loss
     assert abs(outputs.router_loss - named) > 1e-3
 
 
 @pytest.mark.parametrize("text_only", [False, True])
-def test_other_trainers_say_that_router_losses_are_left_out(tmp_path, monkeypatch, text_only):
+def test_other_trainers_warn_that_router_losses_are_left_out(tmp_path, monkeypatch, text_only):
     messages = []
     monkeypatch.setattr(losses.logger, "warning_once", messages.append)
 

@@ -1,4 +1,4 @@
-"""What all processes do but the first. That saving works among several is tested with the scripts."""
+"""Processes other than the first. The tests of the scripts cover saving with several processes."""
 
 from types import SimpleNamespace
 

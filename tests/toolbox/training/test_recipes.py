@@ -51,14 +51,14 @@ def test_values_and_overrides(tmp_path):
         ("include_for_metrics: []", []),
     ],
 )
-def test_numbers_with_exponents_are_numbers_where_a_number_is_wanted(tmp_path, line, value):
+def test_numbers_with_exponents_are_numbers_if_a_number_is_expected(tmp_path, line, value):
     recipe = load_recipe(write(tmp_path, f"model: m\ntraining:\n  {line}\n"))
     (got,) = recipe.training.values()
     assert got == value
     assert type(got) is type(value)
 
 
-def test_sections_may_be_empty_and_overridden(tmp_path):
+def test_sections_can_be_empty_and_overridden(tmp_path):
     path = write(tmp_path, "model: m\ndata:\ntraining:\n")
     assert load_recipe(path, ["training.max_steps=3"]) == Recipe(model="m", training={"max_steps": 3})
 
@@ -68,7 +68,7 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
-def test_what_a_recipe_may_set():
+def test_keys_that_a_recipe_can_set():
     assert {"max_steps", "learning_rate", "seed"} <= training_arguments().keys()
     assert not {"output_dir", "remove_unused_columns"} & training_arguments().keys()
     assert training_arguments()["max_steps"] is int
@@ -78,7 +78,7 @@ def test_what_a_recipe_may_set():
     assert tokenizer_arguments() == {"vocab_size": int}
 
 
-def test_an_override_opens_sections_at_any_depth(tmp_path):
+def test_an_override_creates_sections_at_any_depth(tmp_path):
     path = write(tmp_path, "model: m\ntraining:\n")
     overrides = ["training.lr_scheduler_kwargs.num_cycles=2", "model=other", "data.grid=[3, 2]", "tokenizer="]
     assert load_recipe(path, overrides) == Recipe(
@@ -86,12 +86,12 @@ def test_an_override_opens_sections_at_any_depth(tmp_path):
     )
 
 
-def test_the_last_override_counts_and_values_may_hold_equals_signs(tmp_path):
+def test_the_last_override_counts_and_values_can_contain_equals_signs(tmp_path):
     recipe = load_recipe(write(tmp_path, "model: m"), ["model=a", "model=b=c", "training.run_name=x=1"])
     assert (recipe.model, recipe.training) == ("b=c", {"run_name": "x=1"})
 
 
-def test_recipes_of_other_kinds_have_sections_of_their_own(tmp_path):
+def test_recipes_of_other_kinds_have_their_own_sections(tmp_path):
     path = write(tmp_path, "model: m\nown: {rate: 1e-2, name: 1e-2}")
     assert read_recipe(path, [], {"own": {"rate": float, "name": str}, "other": {}}) == {
         "model": "m",
@@ -102,7 +102,7 @@ def test_recipes_of_other_kinds_have_sections_of_their_own(tmp_path):
         read_recipe(path, [], {"other": {}})
 
 
-def test_models_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
+def test_models_are_found_in_the_current_directory_or_in_the_repository(tmp_path, monkeypatch):
     here, root = tmp_path / "here", tmp_path / "root"
     for folder in (here, root):
         folder.mkdir()
@@ -118,7 +118,7 @@ def test_models_are_found_here_or_in_the_repository(tmp_path, monkeypatch):
             find_model(wrong, root)
 
 
-def test_presets_are_found_by_name_where_no_file_has_it(tmp_path, monkeypatch):
+def test_presets_are_found_by_name_if_no_file_has_this_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_model("tiny") == str(ROOT / "configuration/models/tiny.json")
     assert find_model("configuration/models/large.json") == str(ROOT / "configuration/models/large.json")
@@ -170,6 +170,6 @@ def test_presets_are_found_by_name_where_no_file_has_it(tmp_path, monkeypatch):
         ("model: m", ["tokenizer.vocab_size=1e-3"], "`tokenizer.vocab_size` must be a whole number, got 1e-3"),
     ],
 )
-def test_mistakes_are_named(tmp_path, text, overrides, message):
+def test_errors_name_the_mistake(tmp_path, text, overrides, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(write(tmp_path, text), overrides)

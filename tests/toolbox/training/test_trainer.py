@@ -1,4 +1,4 @@
-"""From a preset and built-in data to a trained, evaluated, saved model, in small."""
+"""A small run from a preset and built-in data to a trained, evaluated and saved model."""
 
 import json
 
@@ -32,7 +32,7 @@ def fresh(data):
     return from_scratch(PRESET, data, vocab_size=400)
 
 
-def test_tokenizer_loses_no_text():
+def test_the_tokenizer_is_lossless():
     tokenizer = train_tokenizer(["What is left of the cat?"], vocab_size=300)
     text = "Żółć, 🐈 and <unknown> words\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -69,7 +69,7 @@ def test_training_lowers_the_loss_and_logs_router_losses(tmp_path, data, fresh):
         assert entry["aux_loss"] > 0
 
 
-def test_answers_and_load_and_pictures(tmp_path, data, fresh):
+def test_answers_load_and_figures(tmp_path, data, fresh):
     model, processor = fresh
     rows = conversations(data.select(range(6)))
     answers = generate_answers(model, processor, rows, batch_size=4, max_new_tokens=3)
@@ -85,7 +85,7 @@ def test_answers_and_load_and_pictures(tmp_path, data, fresh):
     assert (tmp_path / "load.png").stat().st_size > 5000
 
 
-def test_model_card_says_what_was_measured(tmp_path, fresh):
+def test_the_model_card_has_the_scores(tmp_path, fresh):
     model, processor = fresh
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

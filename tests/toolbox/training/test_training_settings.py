@@ -1,4 +1,4 @@
-"""Trained models are saved without the settings of their training."""
+"""Trained models are saved without the settings of training."""
 
 import json
 
@@ -36,14 +36,14 @@ def test_saved_models_do_not_return_router_logits(tmp_path, configured):
     assert [("aux_loss" in entry) for entry in logs] == [configured, configured]
 
 
-def test_the_setting_comes_back_when_saving_fails():
+def test_the_setting_is_restored_if_saving_fails():
     model = make_model(output_router_logits=True)
     with pytest.raises(ZeroDivisionError), no_training_settings(model):
         _ = 1 / model.config.text_config.output_router_logits
     assert model.config.text_config.output_router_logits
 
 
-def test_models_of_others_are_left_alone():
+def test_other_models_are_not_affected():
     model = make_llava()
     before = model.config.to_dict()
     compute_router_losses(model)
@@ -51,17 +51,17 @@ def test_models_of_others_are_left_alone():
         assert LlavaConfig.from_dict(before).to_dict() == model.config.to_dict() == before
 
 
-def test_training_goes_on_with_router_losses():
+def test_training_continues_with_router_losses():
     model = make_model()
     compute_router_losses(model)
     assert model.config.text_config.output_router_logits
 
 
-def test_models_from_scratch_limit_no_answer():
+def test_new_models_do_not_limit_answers():
     torch.manual_seed(0)
     model, processor = from_scratch("configuration/models/tiny.json", scenes("train", 11, cell_size=8), vocab_size=300)
     assert model.generation_config.max_new_tokens is None
     assert model.generation_config.max_length is None
     assert model.generation_config.suppress_tokens == [model.config.image_token_id]
     assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert model.config.text_config.output_router_logits  # training from scratch needs the router losses
+    assert model.config.text_config.output_router_logits  # training from scratch needs router losses
