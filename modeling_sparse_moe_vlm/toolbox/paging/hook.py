@@ -374,9 +374,11 @@ class PagingHook(ModelHook):
                 run(current)
                 current = {}
             slots.start(following)
-            if current:
-                run(current)
-            slots.wait()
+            try:
+                if current:
+                    run(current)
+            finally:  # also after an error: the reads must not go on while the slots serve the next call
+                slots.wait()
             current = following
         if not outputs:
             return self._run(module, current, *inputs)
@@ -392,7 +394,7 @@ class PagingHook(ModelHook):
         saved = (
             save_experts_for_backward(self.slots, placement, self.in_use) if torch.is_grad_enabled() else nullcontext()
         )
-        with expert_seam.use_stacks(module, self.parameters, held), saved:
+        with self.slots.computing(), expert_seam.use_stacks(module, self.parameters, held), saved:
             return self._forward(hidden_states, slot_of[top_k_index], top_k_weights)
 
 

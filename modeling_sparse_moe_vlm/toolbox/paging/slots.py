@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_all
 from contextlib import contextmanager
 from functools import partial
 
@@ -57,6 +58,10 @@ class ExpertSlots:
         # A GPU copies during computations. On the CPU, a second pass costs more time than the overlap saves.
         self.overlaps = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # which fills the slots with zeros
+            for stack in self.stacks.values():
+                stack.record_stream(self._stream)
 
     def _allocate(self, num_slots: int, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
         return {
@@ -105,9 +110,6 @@ class ExpertSlots:
             self._read(missing)
 
     def _read(self, placement: Mapping[int, int]) -> None:
-        if self._stream is not None:
-            # Computations launched earlier may still need the experts that are overwritten.
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         for expert, slot in placement.items():
             for name, source in self.sources.items():
                 read = partial(self._read_one, source, expert, self.stacks[name][slot])
@@ -131,6 +133,8 @@ class ExpertSlots:
             self._finish(reading)
 
     def _finish(self, placement: Mapping[int, int]) -> None:
+        # For all of them: after an error, another read would write into a slot that has been reassigned.
+        wait_for_all(self._reads)
         reads, self._reads = self._reads, []
         for read in reads:
             read.result()
@@ -138,11 +142,28 @@ class ExpertSlots:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     @contextmanager
+    def computing(self) -> Iterator[None]:
+        """
+        Context of a computation with the slots. Reads that start later may overwrite the slots, so they wait until the
+        device has finished the computation, whatever stream launches it.
+        """
+        try:
+            yield
+        finally:
+            if self._stream is not None:
+                stream = torch.cuda.current_stream(self.device)
+                self._stream.wait_stream(stream)
+                for tensor in (*self.stacks.values(), *(self._tables or ())):
+                    tensor.record_stream(stream)
+
+    @contextmanager
     def _or_forget(self, placement: Mapping[int, int]) -> Iterator[None]:
         """Removes the experts from their slots after an error: a slot that was not filled must not count as a hit."""
         try:
             yield
         except BaseException:
+            wait_for_all(self._reads)
+            self._reads = []
             self.assignment.forget(placement)
             self._tables = None
             raise
@@ -167,12 +188,13 @@ class ExpertSlots:
         wanted = {expert: slot - first for expert, slot in placement.items() if first <= slot <= last}
         missing = [expert for expert in wanted if self.assignment.slot_of(expert) is None]
         self.count(len(wanted) - len(missing), len(missing), len(missing) * _bytes_of([source]))
-        for expert, row in wanted.items():
-            slot = self.assignment.slot_of(expert)
-            if slot is None:
-                source.read(expert, rows[row])
-            else:
-                rows[row].copy_(stack[slot])
+        with self.computing():
+            for expert, row in wanted.items():
+                slot = self.assignment.slot_of(expert)
+                if slot is None:
+                    source.read(expert, rows[row])
+                else:
+                    rows[row].copy_(stack[slot])
         return rows
 
 

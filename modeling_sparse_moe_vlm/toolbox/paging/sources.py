@@ -94,7 +94,9 @@ class FileSource:
 
     def read(self, expert: int, slot: torch.Tensor) -> None:
         direct = slot.device.type == "cpu" and slot.dtype == self.dtype
-        buffer = slot if direct else torch.empty(self.shape[1:], dtype=self.dtype)
+        # A copy from pinned memory to a GPU overlaps with computations. Torch keeps the memory until the copy is done.
+        pinned = slot.device.type == "cuda"
+        buffer = slot if direct else torch.empty(self.shape[1:], dtype=self.dtype, pin_memory=pinned)
         array: Any = buffer.view(-1).view(torch.uint8).numpy()
         view = memoryview(array)
         position = self.offset + expert * self.expert_bytes
@@ -104,7 +106,7 @@ class FileSource:
                 count = os.preadv(self._file.fileno(), [view], position)
             view, position = view[count:], position + count
         if not direct:
-            slot.copy_(buffer)
+            slot.copy_(buffer, non_blocking=pinned)
 
     def map(self) -> torch.Tensor:
         """Returns the whole stack, `(experts, ...)`, memory-mapped: experts that are not accessed take no memory."""

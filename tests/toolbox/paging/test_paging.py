@@ -3,6 +3,7 @@
 import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -255,6 +256,42 @@ def test_least_recently_used_experts_are_replaced_first():
     assert call(1) == (0, 1)
     assert call(3) == (0, 1)
     assert call(MANY, MANY) == (0, 0)  # sentinels, as in expert parallelism
+
+
+def test_after_an_error_in_the_experts(monkeypatch):
+    """The experts run inside `computing`, and no read that was started goes on afterwards."""
+    model = build("qwen3_moe")
+    page_experts(model, 4)
+    experts = next(iter(experts_of(model).values()))
+    slots, log = experts._hf_hook.slots, []
+    for name in ("start", "wait"):
+        method = getattr(slots, name)
+        monkeypatch.setattr(slots, name, lambda *args, m=method, name=name: (log.append(name), m(*args))[1])
+
+    @contextmanager
+    def computing():
+        log.append("begin")
+        try:
+            yield
+        finally:
+            log.append("end")
+
+    monkeypatch.setattr(slots, "computing", computing)
+    inputs = torch.randn(1, 32), torch.tensor([[0, 5]]), torch.ones(1, 2)  # two passes where gradients are recorded
+    expected = experts(*inputs)
+    assert log == ["start", "wait", "start", "begin", "end", "wait", "begin", "end"]
+    log.clear()
+    slots.clear()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts._hf_hook, "_forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            experts(*inputs)
+    assert log == ["start", "wait", "start", "begin", "end", "wait"]
+    torch.testing.assert_close(experts(*inputs), expected)
 
 
 @torch.no_grad()
