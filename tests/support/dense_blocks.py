@@ -1,4 +1,4 @@
-"""Dense feed-forward blocks, what they compute, and the sparse blocks that start from them."""
+"""Dense feed-forward blocks, their outputs, and the sparse blocks that start from them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.starts import GatedWeights, empty
 HIDDEN_SIZE = 32
 WIDTH = 24
 TEXT, IMAGE = 0, 1
-# Modality ids of the tokens (2, 40): one row of both kinds, one of text only.
+# Modality ids of the tokens (2, 40): one row with text and images, one with only text.
 MODALITY_IDS = torch.tensor([[TEXT] * 7 + [IMAGE] * 20 + [TEXT] * 13, [TEXT] * 40])
 BASE = {
     "num_hidden_layers": 1,
@@ -26,7 +26,7 @@ BASE = {
 
 
 def dense_weights(width: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float32) -> GatedWeights:
-    """Random weights whose means and standard deviations differ between the three."""
+    """Returns three random weights, with different means and standard deviations."""
     generator = torch.Generator().manual_seed(seed)
     gate = 0.3 * torch.randn(width, HIDDEN_SIZE, generator=generator) + 0.02
     up = 0.2 * torch.randn(width, HIDDEN_SIZE, generator=generator) - 0.05
@@ -40,7 +40,7 @@ def hidden_states(seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Te
 
 
 def dense(states: torch.Tensor, weights: GatedWeights, act=F.silu) -> torch.Tensor:
-    """The dense block, neuron by neuron, in float64."""
+    """Computes the dense block neuron by neuron, in float64."""
     states = states.double()
     gate, up, down = (weight.double() for weight in weights)
     neurons = zip(gate, up, down.T, strict=True)
@@ -48,7 +48,7 @@ def dense(states: torch.Tensor, weights: GatedWeights, act=F.silu) -> torch.Tens
 
 
 def arrange(widths: dict[int, int] | None = None, **request: Any) -> tuple[Start, SparseMoeVlmExpertsConfig]:
-    """How the experts of a request start, and their configuration."""
+    """Returns how the experts of a request start, and their configuration."""
     start, fields = experts_fields(**(BASE | {"widths": {0: WIDTH} if widths is None else widths} | request))
     config = SparseMoeVlmExpertsConfig(**fields)
     config._experts_implementation = "eager"
@@ -60,7 +60,7 @@ def upcycled_block(
 ) -> SparseMoeVlmSparseMoeBlock:
     block = empty_block(config, layer, weights.gate.dtype)
     for parameter in block.parameters():
-        parameter.data.fill_(torch.nan)  # what the start leaves out is seen
+        parameter.data.fill_(torch.nan)  # weights that the start does not set become visible
     start_block(block, config, weights, start, **options)
     return block
 
@@ -79,6 +79,6 @@ def run(block, config, states: torch.Tensor, ids: torch.Tensor | None = MODALITY
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, in multiples of the largest value that is expected."""
+    """Returns the largest difference, relative to the largest expected value."""
     expected = expected.double()
     return ((actual.double() - expected).abs().max() / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Small random vision-language models that Transformers has, and inputs for them."""
+"""Small random vision-language models of Transformers, and inputs for them."""
 
 import torch
 from transformers import (
@@ -84,7 +84,7 @@ def make_qwen3_vl_moe():
 
 
 def make_gemma3(sliding_window=WINDOW):
-    """Sliding layers, and tokens of a picture that see each other."""
+    """Has sliding layers. The tokens of an image see each other."""
     config = Gemma3Config(
         text_config=TEXT | SLIDING | {"sliding_window": sliding_window},
         vision_config=VISION | {"vision_use_head": False},
@@ -97,7 +97,7 @@ def make_gemma3(sliding_window=WINDOW):
 
 
 def make_paligemma2():
-    """Sliding layers, soft-capped logits, and a prompt whose tokens see each other."""
+    """Has sliding layers and soft-capped logits. The tokens of a prompt see each other."""
     config = PaliGemmaConfig(
         text_config=Gemma2Config(**TEXT | SLIDING | {"attn_logit_softcapping": 2.0}),
         vision_config=VISION | {"model_type": "siglip_vision_model", "patch_size": 8, "vision_use_head": False},
@@ -106,7 +106,7 @@ def make_paligemma2():
         hidden_size=32,
     )
     model = PaliGemmaForConditionalGeneration(config)
-    model.set_attn_implementation({"text_config": "eager"})  # SDPA has no soft-capping
+    model.set_attn_implementation({"text_config": "eager"})  # SDPA does not support soft-capping
     return model
 
 
@@ -121,7 +121,7 @@ def make_smolvlm():
 
 
 def make_gemma4():
-    """Text alone; the last layers take their keys from the ones before, and run on the last token of a prompt alone."""
+    """Text only. The last layers use the keys of earlier layers, and run only on the last token of a prompt."""
     text_config = TEXT | {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -136,7 +136,7 @@ def make_gemma4():
 
 
 def make_mllama():
-    """Cross-attention to the picture."""
+    """Has cross-attention to the image."""
     text_config = TEXT | {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     vision_config = {
         "hidden_size": 16,
@@ -167,7 +167,7 @@ MODELS = {
 
 
 def prepare(model):
-    """Generates to the end, without dropout."""
+    """Makes a model generate up to the maximum length, without dropout."""
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -178,7 +178,7 @@ def make_model(name: str = "llava"):
 
 
 def make_inputs(name: str = "llava", padded: bool = True) -> dict[str, torch.Tensor]:
-    """Two rows with a picture of 4 tokens each, in different places, the second one padded left."""
+    """Returns two rows with an image of 4 tokens each, at different positions. The second row is padded on the left."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(7, 99, (2, 14), generator=generator)
     input_ids[0, 2:6] = IMAGE

@@ -1,4 +1,4 @@
-"""Small random mixtures of experts, Transformers' and ours, and inputs for them."""
+"""Small random mixtures of experts of Transformers and of ours, and inputs for them."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -49,24 +49,24 @@ def make_olmoe(num_experts=NUM_EXPERTS, width=WIDTH, **sizes):
 
 
 def make_aria(num_experts=NUM_EXPERTS, width=WIDTH, **sizes):
-    """Stacks of shape `(E, in, out)`."""
+    """Has stacks of shape `(E, in, out)`."""
     config = {"intermediate_size": width, "moe_num_experts": num_experts, "moe_topk": 2, "moe_num_shared_experts": 1}
     return AriaTextForCausalLM(AriaTextConfig(**TEXT | config | sizes))
 
 
 def make_gpt_oss(num_experts=NUM_EXPERTS, width=WIDTH, **sizes):
-    """Stacks of shape `(E, in, out)`, with biases, and with gates and ups in turns."""
+    """Has stacks of shape `(E, in, out)` with biases, in which gate and up rows alternate."""
     config = {"intermediate_size": width, "num_local_experts": num_experts, "num_experts_per_tok": 2}
     model = GptOssForCausalLM(GptOssConfig(**TEXT | config | {"sliding_window": 6} | sizes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "bias" in name:  # zero at first
+            if "bias" in name:  # initialised to zero
                 parameter.normal_(std=0.2)
     return model
 
 
 def make_ernie(num_experts=NUM_EXPERTS, width=WIDTH, **sizes):
-    """Two banks of experts, one for text and one for pictures, of different widths."""
+    """Has two banks of experts of different widths, one for text and one for images."""
     text = TEXT | {
         "moe_intermediate_size": [width, width - 8],
         "moe_num_experts": num_experts,
@@ -110,29 +110,29 @@ def make_model(name: str, seed: int = 0, **sizes):
     """
     Args:
         name (`str`): One of [`MODELS`].
-        seed (`int`): Of the weights.
-        **sizes: `num_experts`, `width` (of an expert) and whatever the text configuration has.
+        seed (`int`): Seed of the weights.
+        **sizes: `num_experts`, `width` (of an expert) and any field of the text configuration.
     """
     torch.manual_seed(seed)
     return MODELS[name](**sizes).eval()
 
 
 def make_inputs(model, batch_size: int = 2, length: int = 14) -> dict[str, torch.Tensor]:
-    """Text, with tokens of pictures where the model has experts for them."""
+    """Returns text, with image tokens if the model has experts for them."""
     if model.config.model_type == "sparse_moe_vlm":
         return make_our_inputs(batch_size=batch_size, length=length)
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(9, 99, (batch_size, length), generator=generator)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if model.config.model_type == "ernie4_5_vl_moe":
-        # Which bank a token goes to; pictures themselves would add nothing.
+        # The bank of each token. Images themselves would not test anything else.
         is_image = torch.rand(input_ids.shape, generator=generator) < 0.4
         inputs["moe_mm_token_type_ids"] = is_image.int()
     return inputs
 
 
 def experts_of(model) -> dict[str, torch.nn.Module]:
-    """The modules that hold stacks of experts, by name."""
+    """Returns the modules with stacks of experts, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -141,7 +141,7 @@ def experts_of(model) -> dict[str, torch.nn.Module]:
 
 
 def device_map_of(model, experts: str) -> dict[str, str]:
-    """Experts in one place, and all else in memory. Accelerate wants entries that do not contain each other."""
+    """Returns a device map with the experts in one place and everything else in memory. Entries must not be nested."""
     modules, places = experts_of(model), {}
     for name, _ in model.named_modules():
         inside = [other for other in modules if f"{other}.".startswith(f"{name}." if name else "")]
@@ -151,7 +151,7 @@ def device_map_of(model, experts: str) -> dict[str, str]:
 
 
 def adapt(model, seed: int = 0, **config):
-    """The model with a LoRA on its experts by PEFT, of random factors."""
+    """Returns the model with a PEFT LoRA adapter on its experts, with random factors."""
     defaults = {"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}
     adapted = get_peft_model(model, LoraConfig(**defaults | config))
     randomise(adapted, seed)
@@ -159,7 +159,7 @@ def adapt(model, seed: int = 0, **config):
 
 
 def randomise(model, seed: int = 0, adapter: str = "default", std: float = 0.3):
-    """Other random factors for an adapter, so large that they matter."""
+    """Sets the factors of an adapter to random values that are large enough to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -173,7 +173,7 @@ def adapter_tensors(model) -> dict[str, torch.nn.Parameter]:
 
 
 def logits_and_gradients(model, inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits, and the gradients of every tensor of adapters."""
+    """Returns the logits, and the gradients of all adapter tensors."""
     model.zero_grad()
     logits = model(**inputs).logits
     (logits.float().sin() * 3).sum().backward()
@@ -184,7 +184,7 @@ def logits_and_gradients(model, inputs) -> tuple[torch.Tensor, dict[str, torch.T
 
 
 def assert_equal(got, expected, tolerance: float = 1e-5):
-    """Of tensors, or of all in dictionaries, relative to the largest element."""
+    """Compares tensors, or all tensors of dictionaries, relative to the largest element."""
     if isinstance(expected, dict):
         assert got.keys() == expected.keys()
         for name in expected:

@@ -1,10 +1,10 @@
-"""Small models that every test may use. Weights are large enough that experts, attention and routing all matter."""
+"""Small models for all tests. Their weights are large enough that experts, attention and routing all matter."""
 
 import torch
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
 
-# Sizes that tiny decoders and vision towers of every kind have.
+# Sizes of tiny decoders and vision towers of every kind.
 TINY_DECODER = {
     "vocab_size": 99,
     "hidden_size": 32,
@@ -13,7 +13,7 @@ TINY_DECODER = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    # At the usual 0.02 the experts of a tiny model hardly move the logits, and comparisons could not fail.
+    # With the usual 0.02, the experts of a tiny model hardly change the logits, so comparisons could not fail.
     "initializer_range": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -31,7 +31,7 @@ TINY_TOWER = {
 TEXT_CONFIG = TINY_DECODER | {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 VISION_CONFIG = TINY_TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
 IMAGE_TOKEN_ID = 3
-# Arguments of training runs that log nowhere, on the CPU.
+# Arguments of training runs on the CPU without logging.
 QUIET_TRAINING = {"use_cpu": True, "remove_unused_columns": False, "report_to": "none", "disable_tqdm": True}
 
 
@@ -51,7 +51,7 @@ def make_model(seed: int = 0, **text_config) -> SparseMoeVlmForConditionalGenera
 def make_inputs(
     seed: int = 0, batch_size: int = 2, length: int = 14, images_per_row: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Rows of text with `images_per_row` pictures of 4 tokens each after the first two tokens."""
+    """Returns rows of text with `images_per_row` images of 4 tokens each after the first two tokens."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(4, 99, (batch_size, length), generator=generator)
     input_ids[:, 2 : 2 + 4 * images_per_row] = IMAGE_TOKEN_ID

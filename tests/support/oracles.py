@@ -1,4 +1,4 @@
-"""Slow, literal forms of the papers' formulas, token by token and expert by expert, that fast code is compared with."""
+"""Slow, literal implementations of the formulas in papers, token by token and expert by expert, as references."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmSparseMoeBlock
 from tests.support.models import make_config
 
-# Groups of every kind behind one router: own experts per modality, joint ones, and always-on ones of two widths.
+# Groups of every kind with one router: experts per modality, joint experts, and always-on experts of two widths.
 MANY_GROUPS = [
     {"name": "text", "num_experts": 2, "modalities": ["text"], "intermediate_size": 16},
     {"name": "joint", "num_experts": 3},
@@ -16,7 +16,7 @@ MANY_GROUPS = [
     {"name": "vision", "num_experts": 2, "modalities": ["image"], "always_on": True},
     {"name": "everyone", "num_experts": 2, "always_on": True, "intermediate_size": 8},
 ]
-# Configurations whose experts and routing differ in kind.
+# Configurations with different kinds of experts and routing.
 ARRANGEMENTS = {
     "hybrid": {},
     "joint": {"expert_groups": "joint"},
@@ -44,7 +44,7 @@ ARRANGEMENTS = {
 
 
 def make_block(seed: int = 0, implementation: str = "eager", **text_config):
-    """A sparse block with random weights, large enough to matter, and its configuration."""
+    """Returns a sparse block with random weights that are large enough to matter, and its configuration."""
     config = make_config(**text_config).text_config
     config._experts_implementation = implementation
     block = SparseMoeVlmSparseMoeBlock(config, layer_idx=0)
@@ -57,7 +57,7 @@ def make_block(seed: int = 0, implementation: str = "eager", **text_config):
 def route_token(
     scores: torch.Tensor, k: int, router: str, normalised: bool, top_p: float, bias: torch.Tensor | None = None
 ) -> dict[int, torch.Tensor]:
-    """Weights of the experts that one token with these router logits and this bias, `(experts,)`, goes to."""
+    """Returns the weights of the chosen experts of one token with these router logits and this bias, `(experts,)`."""
     affinity = torch.sigmoid(scores) if router == "sigmoid" else torch.exp(scores) / torch.exp(scores).sum()
     rank = affinity if bias is None else affinity + bias
     chosen, mass = [], 0.0
@@ -76,7 +76,7 @@ def swiglu(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Te
 
 def run_block(block, config, hidden_states: torch.Tensor, modality_ids: torch.Tensor):
     """
-    The sparse block in float64. Returns its output `(T, D)`, and the float64 copy whose parameters autograd reaches.
+    Runs the sparse block in float64. Returns its output `(T, D)` and the float64 copy, for gradients of its parameters.
     """
     block = copy.deepcopy(block).double()
     groups = config.layer_expert_groups(0)
@@ -85,7 +85,7 @@ def run_block(block, config, hidden_states: torch.Tensor, modality_ids: torch.Te
     for x, modality_id in zip(hidden_states, modality_ids.tolist(), strict=True):
         modality = config.modalities[modality_id]
         output = torch.zeros_like(x)
-        candidates = []  # (row of the router, stack of experts, number in the stack)
+        candidates = []  # (row of the router, stack of experts, index in the stack)
         row = 0
         for group in groups:
             if group.always_on:

@@ -1,4 +1,4 @@
-"""A model of another architecture that holds our sparse blocks, with names that are nothing like ours."""
+"""A model of another architecture that contains our sparse blocks, with entirely different names."""
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class OtherHost(ExpertsHost):
 
 
 def make_other_host(num_expert_shards: int = 1, **experts) -> OtherHost:
-    """A model of three layers, of which the first is dense unless `mlp_only_layers` says otherwise."""
+    """Returns a model with three layers. The first is dense, unless `mlp_only_layers` says otherwise."""
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 3, "moe_intermediate_size": 24, "num_experts": 4}
     fields = sizes | {"mlp_only_layers": [0], "expert_groups": "isolated"} | experts
     config = OtherConfig(experts_config=SparseMoeVlmExpertsConfig(**fields, initializer_range=0.2))
@@ -108,7 +108,7 @@ def make_other_host(num_expert_shards: int = 1, **experts) -> OtherHost:
 
 
 def make_other_inputs(seed: int = 0, images: bool = True) -> dict[str, torch.Tensor]:
-    """Two rows, with four image tokens each if there are images."""
+    """Returns two rows, with four image tokens each if there are images."""
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(4, VOCABULARY, (2, 12), generator=generator)
     if not images:

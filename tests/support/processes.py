@@ -1,4 +1,4 @@
-"""Programs that several processes run together."""
+"""Runs programs in several processes."""
 
 import subprocess
 import sys
@@ -6,12 +6,12 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# At a busy interpreter's exit, threads of torch's are at times ended too late, and it aborts.
+# At the exit of a busy interpreter, threads of torch sometimes end too late, and the process aborts.
 LEAVE = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
 
 
 def run_in_processes(program: str, folder: Path, number: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs the program under `torchrun`, written to the folder, which is also its first argument."""
+    """Writes the program to the folder and runs it with `torchrun`. The folder is its first argument."""
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
     return _run(launcher, program, folder, timeout)
 
@@ -19,8 +19,8 @@ def run_in_processes(program: str, folder: Path, number: int = 2, timeout: float
 def launch(
     config_file: Path, program: str, folder: Path, *options: str, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """Runs the program under `accelerate launch` likewise."""
-    # Port 0 is any free one: by default all programs want the same.
+    """Runs the program with `accelerate launch` in the same way."""
+    # Port 0 means any free port. By default, all programs use the same one.
     launcher = ["accelerate.commands.launch", "--config_file", str(config_file), "--main_process_port", "0", *options]
     return _run(launcher, program, folder, timeout)
 
@@ -39,7 +39,7 @@ def _run(launcher: list[str], program: str, folder: Path, timeout: float) -> sub
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # the launcher ends what it has launched
+        process.terminate()  # the launcher stops the processes that it has started
         output, errors = process.communicate()
         raise AssertionError(f"not done after {timeout} seconds: {output[-4000:]} {errors[-4000:]}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

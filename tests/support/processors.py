@@ -1,4 +1,4 @@
-"""A tokenizer, pictures and a processor that fit the small models of `models.py`."""
+"""A tokenizer, images and a processor for the small models of `models.py`."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ IMAGE_SEQ_LENGTH = 4
 
 
 def make_tokenizer(image_token: str = "<image>", normalizer=None) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges, so that no text is unknown."""
+    """Returns a byte-level BPE tokenizer with a few merges, for which no text is unknown."""
     special_tokens = [*SPECIAL_TOKENS[:3], image_token]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -51,7 +51,7 @@ def make_picture(seed: int = 0, width: int = 20, height: int = 24) -> Image.Imag
 
 
 def make_speaking_config(**text_config) -> SparseMoeVlmConfig:
-    """A configuration whose vocabulary is that of [`make_tokenizer`]."""
+    """Returns a configuration with the vocabulary of [`make_tokenizer`]."""
     return make_config(vocab_size=VOCAB_SIZE, **text_config)
 
 
@@ -73,7 +73,7 @@ def speak_printably(model):
 
 
 def user(*parts) -> dict:
-    """A user's message: strings are texts, anything else is a picture."""
+    """Returns a message of a user: strings are texts, anything else is an image."""
     return {"role": "user", "content": [_part(part) for part in parts]}
 
 

@@ -1,4 +1,4 @@
-"""A small training run that any number of processes give the same result, to be launched in several ways."""
+"""A small training run, launched in several ways, with the same result for any number of processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ GLOBAL_BATCH = 4
 
 
 def make_global_batches() -> list[dict[str, torch.Tensor]]:
-    """Rows in an order in which, of two processes, the second never sees a picture."""
+    """Returns rows in an order in which the second of two processes never gets an image."""
     rows = make_rows()
     pictures, texts = rows[1::2], rows[::2]
     return [*pictures[:2], *texts[:2], *pictures[2:], *texts[2:]]
@@ -27,9 +27,9 @@ def make_global_batches() -> list[dict[str, torch.Tensor]]:
 
 def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: type[Trainer] = Trainer):
     """
-    Trains the model saved in `start` for a few steps, with plain gradient descent, whose steps do not magnify rounding.
+    Trains the model saved in `start` for a few steps of plain gradient descent, which does not amplify rounding errors.
 
-    Writes to the folder: the model (`model`), what it holds (`tensors.pt`), and the loss of every step (`losses.json`).
+    Writes to the folder: the model (`model`), its tensors (`tensors.pt`), and the loss of every step (`losses.json`).
     """
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
@@ -42,7 +42,7 @@ def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: t
         save_strategy="no",
     )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" or "tp_size" in (sizes or {}):
-        # Accelerate refuses both on the CPU, unless it takes it for a GPU.
+        # Accelerate refuses both on the CPU, unless the CPU is treated as a GPU.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     arguments.per_device_train_batch_size = GLOBAL_BATCH // (sizes or {}).get("dp", arguments.world_size)
     distributed = {k: v for k, v in (sizes or {}).items() if k != "dp"}

@@ -1,4 +1,4 @@
-"""Threads that run at the same time for certain: every one waits for the others, layer by layer."""
+"""Runs threads at the same time: every thread waits for the others, layer by layer."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-TIMEOUT = 60  # seconds, after which a thread that waits fails
+TIMEOUT = 60  # seconds after which a waiting thread fails
 
 
 def run_at_once(*functions: Callable[[], Any]) -> list[Any]:
-    """What each function returns, run in a thread each; raises what the first of them has raised."""
+    """Runs each function in its own thread, and returns their results. Raises the first of their exceptions."""
     results: list[Any] = [None] * len(functions)
     errors: list[BaseException] = []
 
@@ -34,7 +34,7 @@ def run_at_once(*functions: Callable[[], Any]) -> list[Any]:
 
 @contextmanager
 def in_step(modules: list[nn.Module], num_threads: int = 2) -> Iterator[threading.Barrier]:
-    """While in this context, threads other than the main one run these modules together. Yields their barrier."""
+    """A context in which threads other than the main one run these modules together. Yields their barrier."""
     barrier = threading.Barrier(num_threads, timeout=TIMEOUT)
 
     def wait(module, args):

@@ -1,4 +1,4 @@
-"""A tiny random model of every type that Transformers has, from its default configuration."""
+"""Tiny random models of all types of Transformers, from their default configurations."""
 
 import re
 
@@ -6,11 +6,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
 
 VOCABULARY = 128
-FIRST_TOKEN = 3  # ids of placeholders and other special tokens start here, and end before TEXT_TOKENS
+FIRST_TOKEN = 3  # ids of placeholders and other special tokens start here and end before TEXT_TOKENS
 TEXT_TOKENS = range(64, VOCABULARY)
 HEADS, HEAD_DIM = 4, 8
 
-# What whole numbers become, by the name of their field; the first pattern that fits counts.
+# Replacements of integers, by the name of the field. The first pattern that matches applies.
 SIZES = {
     r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length": 256,
     r"(.*_)?vocab_size(_.*)?|n_words|.*codebook_size": VOCABULARY,
@@ -57,7 +57,7 @@ GEMMA3N = {
 }
 FIXED_HEADS = {"head_dim": HEAD_DIM}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-# What a type needs besides, by the `model_type` of the configuration or sub-configuration.
+# Further fields of types, by the `model_type` of the configuration or sub-configuration.
 FIXES: dict[str, dict] = {
     "glm4v_text": ROTARY_SECTIONS,
     "glm_ocr_text": ROTARY_SECTIONS,
@@ -133,24 +133,24 @@ FIXES: dict[str, dict] = {
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The default configuration of a type, with small sizes; every token of [`TEXT_TOKENS`] is a word."""
+    """Returns the default configuration of a type, with small sizes. Every token in [`TEXT_TOKENS`] is a word."""
     return _shrunk(AutoConfig.for_model(model_type))
 
 
 def tiny_model(model_type: str, auto_class, device: str = "cpu") -> PreTrainedModel:
-    """A random model of a type, of the class that an Auto class has for it."""
+    """Returns a random model of a type, of the class that an Auto class chooses for it."""
     if device == "meta":
         return _on_meta(tiny_config(model_type), auto_class)
     torch.manual_seed(0)
     model = _build(tiny_config(model_type), auto_class).eval()
     for parameter in model.parameters():
-        if parameter.dim() > 1 and not parameter.any():  # xLSTM's gates, with which nothing would depend on experts
+        if parameter.dim() > 1 and not parameter.any():  # the gates of xLSTM, which would hide the effect of experts
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
 def default_model(model_type: str, auto_class) -> PreTrainedModel:
-    """A model of a type in its default size, on the meta device."""
+    """Returns a model of a type in its default size, on the meta device."""
     return _on_meta(AutoConfig.for_model(model_type), auto_class)
 
 
@@ -165,7 +165,7 @@ def _build(config: PreTrainedConfig, auto_class) -> PreTrainedModel:
         model_class = model_class[0]
     for part in vars(config).values():
         if isinstance(part, model_class.config_class):
-            config = part  # a model of text that the library also lists under the type of a larger model
+            config = part  # a text model that the library also lists under the type of a larger model
     return model_class(config)
 
 

@@ -12,7 +12,7 @@ KINDS = ["llava", "qwen3_vl", "llama"]
 
 
 def make_dense(kind: str = "llava", **text):
-    """The dense model, in evaluation mode; it generates to the end."""
+    """Returns the dense model in evaluation mode. It generates up to the maximum length."""
     torch.manual_seed(0)
     if kind == "llama":
         return in_tree_models.prepare(LlamaForCausalLM(LlamaConfig(**TEXT | text)))
@@ -27,7 +27,7 @@ def make_dense(kind: str = "llava", **text):
 
 def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", seed: int = 0, dense=None, **fields):
     """
-    An upcycled model after what training does: experts that differ, and routers that have preferences. A Llama has
+    Returns an upcycled model as after training: experts differ, and routers have preferences. A Llama has
     images, too, where `mm_token_type_ids` say so.
     """
     fields = {"num_experts": 8, "num_experts_per_tok": 2, "modalities": ["text", "image"]} | fields
@@ -41,12 +41,12 @@ def make_upcycled(kind: str = "llava", expert_groups: str | list = "isolated", s
 
 
 def make_speaking(kind: str = "llava", expert_groups: str = "hybrid", **fields):
-    """An upcycled LLaVA or Llama whose vocabulary is that of [`~tests.support.processors.make_tokenizer`]."""
+    """Returns an upcycled LLaVA or Llama with the vocabulary of [`~tests.support.processors.make_tokenizer`]."""
     return make_upcycled(kind, expert_groups, dense=make_dense(kind, vocab_size=VOCAB_SIZE), **fields)
 
 
 def make_inputs(kind: str = "llava", padded: bool = True, images: bool = True) -> dict[str, torch.Tensor]:
-    """Two rows of 14 tokens, with an image of 4 tokens each if there are images; the second one may be padded left."""
+    """Returns two rows of 14 tokens, each with an image of 4 tokens if there are images. The second can be padded."""
     inputs = in_tree_models.make_inputs("llava" if kind == "llama" else kind, padded)
     if images and kind != "llama":
         return inputs
@@ -58,17 +58,17 @@ def make_inputs(kind: str = "llava", padded: bool = True, images: bool = True) -
 
 
 def make_dense_inputs(kind: str = "llava") -> dict[str, torch.Tensor]:
-    """What the dense model takes as well: images but for a Llama, and no padding."""
+    """Returns inputs that the dense model also accepts: images, except for a Llama, and no padding."""
     return make_inputs(kind, padded=False, images=kind != "llama")
 
 
 def make_few_experts(kind: str = "llava", expert_groups: str | list = "isolated", **fields):
-    """[`make_upcycled`] with four experts a layer, for the modalities that the base has."""
+    """Calls [`make_upcycled`] with four experts per layer, for the modalities of the base."""
     return make_upcycled(kind, expert_groups, **{"num_experts": 4, "modalities": None} | fields)
 
 
 def make_rows(kind: str = "llava", number: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Rows of unequal length, every other one with an image; the first half of a row is no target."""
+    """Returns rows of unequal length, every other one with an image. The first half of a row is not a target."""
     rows = []
     for seed in range(number):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which types of models that Transformers has can be upcycled: a tiny model of each is, and is compared with itself."""
+"""Finds the types of Transformers that can be upcycled: upcycles a tiny model of each, and compares the two."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
 }
 STARTS = {"copy": {"expert_groups": "joint", "start": "copy"}, "residual": {"start": "residual"}}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-# What is known of types beyond what the census finds.
+# Notes about types, in addition to the results of the census.
 NOTES = {
     "shieldgemma2": "Compared in memory only: Transformers saves this type, dense or upcycled, under names of weights "
     "that it does not find again.",
@@ -38,7 +38,7 @@ EXACT, ON_REQUEST, REFUSED, FAILED, NOT_BUILT = "exact", "exact, on request", "n
 
 @dataclass
 class Entry:
-    """What came out for one type: the largest relative difference of logits by start, or why there is none."""
+    """The result for one type: the largest relative difference of logits by start, or why there is none."""
 
     kind: str
     model_type: str
@@ -48,7 +48,7 @@ class Entry:
 
 
 def census(kind: str, model_types: list[str] | None = None) -> Iterator[Entry]:
-    """Yields an entry for every type of a kind, or for those named."""
+    """Yields an entry for every type of a kind, or for the given types."""
     auto_class, names = KINDS[kind]
     for model_type in sorted(names):
         if model_type != "sparse_moe_vlm" and model_type in (model_types or names):
@@ -74,17 +74,17 @@ def examine(kind: str, model_type: str, auto_class) -> Entry:
 
 
 def structure(model_type: str, auto_class) -> PreTrainedModel:
-    """A tiny model without weights; of the default sizes where small ones do not fit each other."""
+    """Returns a tiny model without weights, or one of the default size if small sizes do not fit each other."""
     try:
         return tiny_model(model_type, auto_class, "meta")
-    except ImportError:  # of a library that is not installed
+    except ImportError:  # it needs a library that is not installed
         raise
     except Exception:
         return default_model(model_type, auto_class)
 
 
 def convertible_layers(model_type: str, auto_class) -> list[int]:
-    """The layers of a tiny model that can be upcycled one by one."""
+    """Returns the layers of a tiny model that can be upcycled one by one."""
     layers = []
     try:
         model = tiny_model(model_type, auto_class, "meta")
@@ -105,14 +105,14 @@ def difference(model_type: str, auto_class, layers: list[int] | None = None, **r
     Upcycles a tiny model, compares its tokens, saves and loads it.
 
     Returns:
-        `float`: the largest difference of logits, before or after, relative to the largest logit.
+        `float`: The largest difference of logits, before or after saving, relative to the largest logit.
     """
     dense = tiny_model(model_type, auto_class)
     inputs = inputs_of(dense)
     sparse = upcycle(dense, num_experts=4, layers=layers, batch=inputs, **request)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         sparse.save_pretrained(folder)
-        # The library lists some models of text under the type of a larger one, and finds neither dense nor sparse ones.
+        # The library lists some text models under the type of a larger one, and finds neither dense nor sparse ones.
         loader = auto_class if auto_class.__name__ in sparse.config.auto_map else type(sparse)
         reloaded = loader.from_pretrained(folder, trust_remote_code=True)
         assert type(reloaded).__name__ == type(sparse).__name__, f"loads as a {type(reloaded).__name__}"
@@ -129,13 +129,13 @@ def difference(model_type: str, auto_class, layers: list[int] | None = None, **r
 
 
 def relative_difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    allowed = expected > torch.finfo(expected.dtype).min  # Chameleon's tokens of images are never generated
+    allowed = expected > torch.finfo(expected.dtype).min  # Chameleon never generates image tokens
     logits, expected = logits[allowed], expected[allowed]
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
 def loads_again(dense: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether a dense model that was saved is the same when it is loaded, which is up to the library."""
+    """Whether a saved dense model is the same after loading, which depends on the library."""
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)
         return torch.equal(type(dense).from_pretrained(folder)(**inputs).logits, dense(**inputs).logits)
@@ -147,7 +147,7 @@ def generated(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Two rows of words, with two placeholders of each modality; the towers have nothing to do."""
+    """Returns two rows of words, with two placeholders of each modality. The encoders do not run."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(TEXT_TOKENS.start, TEXT_TOKENS.stop, (2, 12), generator=generator)
     for place, ids in enumerate(placeholder_ids(model.config).values()):
@@ -162,7 +162,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def table(entries: list[Entry]) -> str:
-    """The census as a page of the documentation."""
+    """Returns the census as a page of the documentation."""
     lines = [
         "# Types of models that can be upcycled",
         "",

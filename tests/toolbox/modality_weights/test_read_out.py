@@ -205,7 +205,7 @@ def test_attention_that_is_not_causal():
     with modality_weights(model) as weights:
         model(**inputs)
     alpha, beta = weights.alpha, weights.beta
-    assert alpha[..., 0].min() > 0, "the first token sees the picture behind it"
+    assert alpha[..., 0].min() > 0, "the first token sees the image after it"
     torch.testing.assert_close(weights.of("image", count_free=True), (alpha / 4) / (alpha / 4 + beta / 10))
 
 

@@ -49,7 +49,7 @@ def test_biases_of_each_modality_are_updated_separately(rate):
     expected = torch.tensor([[-step, 0, step, step], [step, 0, -step, -step]])
     torch.testing.assert_close(bias, expected)
     update_router_bias(model, counts_of([[[2, 2, 2, 2], [0, 0, 0, 0]]]), rate)
-    torch.testing.assert_close(bias, expected, msg="balanced, or absent: nothing moves")
+    torch.testing.assert_close(bias, expected, msg="balanced or absent: nothing changes")
 
 
 def test_a_rate_of_zero_updates_nothing():
@@ -98,7 +98,7 @@ from tests.support.models import make_inputs, make_model
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 model = make_model(expert_groups="joint", router_bias_update_rate=1e-3)
-batches = [make_inputs(batch_size=3), make_inputs(seed=1, batch_size=2, images_per_row=0)]  # one without pictures
+batches = [make_inputs(batch_size=3), make_inputs(seed=1, batch_size=2, images_per_row=0)]  # one without images
 update_router_bias(model, measure_routing(model, batches))
 expected = [bias.clone() for bias in router_biases(model)]
 alone = make_model(expert_groups="joint", router_bias_update_rate=1e-3)
