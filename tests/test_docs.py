@@ -1,5 +1,6 @@
 """The pages of the documentation: their blocks run as pasted, in order, and their links lead somewhere."""
 
+import ast
 import os
 import re
 import shutil
@@ -107,3 +108,24 @@ def test_the_reference_has_every_public_name(package):
 def test_sizes_of_the_presets(capsys):
     main(["info", "tiny", "small", "large"])
     assert capsys.readouterr().out.strip() in (DOCS / "benchmarks.md").read_text()
+
+
+def messages_of(path: Path) -> list[str]:
+    """All texts in a source file, with an ellipsis for what is formatted into them."""
+    texts = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    return texts
+
+
+def test_quoted_messages_are_in_the_source():
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = [quote.strip() for quote in re.findall(r"^\| ``(.+?)`` \|", page, flags=re.MULTILINE)]
+    assert len(quoted) == page.count("\n| ") - 2 * page.count("| message |")  # every row but heads and rules
+    texts = [text for path in (ROOT / "modeling_sparse_moe_vlm").rglob("*.py") for text in messages_of(path)]
+    for quote in quoted:
+        pattern = re.compile(".*".join(map(re.escape, quote.split("…"))), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), quote
