@@ -37,7 +37,9 @@ CSS = """
 .figures figure { margin: 0; max-width: 100%; }
 .figures img { max-width: 100%; height: auto; border-radius: 6px; }
 .figures figcaption { font-size: 0.8rem; text-align: center; }
-#trouble, #factor { min-height: 0; }
+#alpha .html-container, #heat .html-container, #experts .html-container, #trouble .html-container { padding: 0; }
+#factor .html-container { padding: 0 2px; }
+#trouble:not(:has(.problem)), #chat [aria-label="Share"] { display: none; }
 .note { opacity: 0.75; font-size: 0.9rem; margin: 4px 0; }
 .problem { color: #b91c1c; background: #fef2f2; border: 1px solid #fecaca; border-radius: 6px; padding: 6px 10px;
   margin: 0; }
