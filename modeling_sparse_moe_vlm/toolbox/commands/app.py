@@ -13,7 +13,6 @@ train`, and the adapter by `sparse-moe-vlm lora`. The page needs gradio: pip ins
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 
 from .mistakes import mistakes_in_one_line
 from .options import trained_model
@@ -39,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     with mistakes_in_one_line():
-        if find_spec("gradio") is None:
-            raise ValueError("the web page needs gradio: pip install 'sparse-moe-vlm[app]'.")
+        from ..extras import check_installed
+
+        check_installed("gradio", "app", "the web page")
         from ..app.loading import parse_adapters
         from ..app.space import page_name, write_space
 
