@@ -117,6 +117,8 @@ def test_of_parts(tmp_path, run_verb):
     assert made["source"] == f"{tmp_path / 'text'} + {tmp_path / 'vision'}"
     model = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path / "sparse")
     assert model.config.text_config.num_experts == 4
+    assert made["start"] == model.config.text_config.start
+    assert {"name": "residual", "seed": 0, "base_model": str(tmp_path / "text")}.items() <= made["start"].items()
     assert made["sparse"]["total"] == model.num_parameters()
     assert (tmp_path / "sparse/processor_config.json").exists()
     card = ModelCard.load(tmp_path / "sparse/README.md")

@@ -74,7 +74,7 @@ def upcycle_parts_checkpoint(
         source=str(language_model) if vision_encoder is None else f"{language_model} + {vision_encoder}",
         output=str(output),
         model_class=type(model).__name__,
-        start={"router_init": router_init, "seed": seed},
+        start=model.config.get_text_config().start,
         dense=dense,
         sparse=costs_of(model),
         processor=class_name(processor),
