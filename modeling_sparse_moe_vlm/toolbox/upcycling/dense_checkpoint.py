@@ -1,4 +1,4 @@
-"""Reads the checkpoint of a dense model a few tensors at a time, each as the library would load it."""
+"""Reading the checkpoint of a dense model a few tensors at a time, as the library would load them."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from .errors import UpcyclingError
 
 class DenseCheckpoint:
     """
-    A model on the meta device, and the files that hold its weights. Names, types and conversions are the library's,
-    which also loads what is asked for. Nothing that was read stays in memory.
+    A model on the meta device, and the files with its weights. The library converts and loads the tensors, so their
+    names and types are those of a loaded model. Nothing that was read is kept in memory.
 
     Args:
         model (`PreTrainedModel`):
             The model, on the meta device.
         files (`list[str]`):
-            Its files of weights: safetensors, or PyTorch's.
+            Files with its weights, in the format of safetensors or PyTorch.
         load_config (`LoadStateDictConfig`):
-            How the library would load them.
+            Settings with which the library would load them.
 
     Attributes:
         model (`PreTrainedModel`): The model; its `_weight_conversions` are those that the files need.
-        names (`list[str]`): Names of the model's tensors that the files hold, in their natural order.
+        names (`list[str]`): Names of the model's tensors that are in the files, in their natural order.
 
     Raises:
         OSError: If a file is damaged or missing.
-        UpcyclingError: If the model is quantised, or its tensors are not those in the files; the message names them.
+        UpcyclingError: If the model is quantised, or if its tensors are not those in the files. The message names them.
     """
 
     def __init__(self, model: PreTrainedModel, files: list[str], load_config: LoadStateDictConfig) -> None:
@@ -97,7 +97,7 @@ class DenseCheckpoint:
             def _finalize_model_loading(model, load_config, loading_info):
                 return loading_info
 
-        # The library has conversions and options by a class's name and module.
+        # The library looks up conversions and options by the name and the module of a class.
         WithoutWeights.__name__, WithoutWeights.__module__ = model_class.__name__, model_class.__module__
         model = WithoutWeights.from_pretrained(source, **options)
         model.__class__ = model_class
@@ -110,11 +110,11 @@ class DenseCheckpoint:
         self._files.close()
 
     def on_meta(self) -> PreTrainedModel:
-        """The model on the meta device."""
+        """Returns the model on the meta device."""
         return self.model
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The type that a tensor of the model has when it is loaded."""
+        """Returns the type that a tensor of the model has after loading."""
         plan = self._load_config.dtype_plan or {}
         if plan:
             pattern, by_group, _ = build_glob_alternation(list(plan))
@@ -129,14 +129,14 @@ class DenseCheckpoint:
 
         Args:
             names (`Iterable[str]`):
-                Some of [`names`].
+                Names of tensors, out of [`names`].
 
         Returns:
-            `dict[str, torch.Tensor]`: by name in the model, those tensors, and others that the files have in one with
-            them.
+            `dict[str, torch.Tensor]`: These tensors by their names in the model, and others that the files store in one
+            tensor with them.
 
         Raises:
-            UpcyclingError: If a tensor has another shape in the files than in the model.
+            UpcyclingError: If the shape of a tensor in the files differs from its shape in the model.
         """
         units = list(dict.fromkeys(self._unit_of[name] for name in names))
         on_meta = self.model.state_dict(keep_vars=True)
@@ -157,13 +157,13 @@ class DenseCheckpoint:
         return loaded
 
     def pieces(self, name: str) -> dict[str, Any]:
-        """By name in the files, what a tensor of the model is made of; `[...]` reads it."""
+        """Returns the tensors in the files that a tensor of the model is made of, by name. `[...]` reads them."""
         return self._units[self._unit_of[name]]
 
     def _find_units(self, tensors: dict[str, Any]) -> set[str]:
         """
-        Finds which of the model's tensors are made of which in the files, as the library does in loading. Returns what
-        the model does not know.
+        Finds the tensors in the files that each tensor of the model is made of, as the library does in loading. Returns
+        the names that the model does not know.
         """
         own = self.model.state_dict()
         steps = self._load_config.weight_mapping or []
@@ -181,7 +181,7 @@ class DenseCheckpoint:
             if name not in own:
                 unknown.add(name)
                 continue
-            # What is only renamed has its new name at once: some renamings depend on the keys that came before.
+            # Tensors that are only renamed get their new names here, because some renamings depend on earlier keys.
             self._units.setdefault(name, {})[name if pattern is None else key] = tensors[key]
             made = targets[pattern] if pattern is not None else [""]
             self._unit_of |= {name.replace(made[0], target): name for target in made}
@@ -191,7 +191,7 @@ class DenseCheckpoint:
         return unknown
 
     def _check_names(self, unknown: set[str]) -> None:
-        """Raises `UpcyclingError` where the files lack a tensor of the model, or have one that it does not know."""
+        """Raises `UpcyclingError` if the files lack a tensor of the model, or have one that it does not know."""
         with _no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(self.model, {}, self._load_config)
         self.model._weight_conversions = self._conversions
@@ -207,13 +207,13 @@ class DenseCheckpoint:
                 more = f" and {len(names) - 6} more" if len(names) > 6 else ""
                 raise UpcyclingError(
                     f"{'the checkpoint' if fault == 'lacks' else type(self.model).__name__} {fault} {listed}{more}. "
-                    "See what `from_pretrained` says of it; where that is right, upcycle the model that it returns."
+                    "See what `from_pretrained` says about it. If the loaded model is right, upcycle that model."
                 )
 
 
 class LoadedModel:
     """
-    As [`DenseCheckpoint`], for a model that is in memory.
+    A model in memory, with the interface of [`DenseCheckpoint`].
 
     Args:
         model (`PreTrainedModel`):
@@ -226,7 +226,7 @@ class LoadedModel:
         self.names = sorted(self._state, key=dot_natural_key)
 
     def on_meta(self) -> PreTrainedModel:
-        """A model of the same class and configuration on the meta device."""
+        """Returns a model of the same class and configuration on the meta device."""
         model = model_on_meta_device(self.model, self.model.dtype)
         model.generation_config = copy.deepcopy(self.model.generation_config)
         return model
@@ -244,33 +244,33 @@ def load_gguf(
     source: str | os.PathLike, gguf_file: str, model_class: type[PreTrainedModel], **options: Any
 ) -> PreTrainedModel:
     """
-    Loads a model from a GGUF file, in full precision.
+    Loads a model from a GGUF file in full precision.
 
     Args:
         source (`str` or `os.PathLike`):
             Folder, or name on the Hub.
         gguf_file (`str`):
-            The file in it.
+            Name of the file in the source.
         model_class (`type[PreTrainedModel]`):
             Class of the model.
         options:
             Further arguments of `from_pretrained`, such as `dtype` and `revision`.
 
     Returns:
-        `PreTrainedModel`: without a trace of the quantisation.
+        `PreTrainedModel`: The model, with dequantised weights.
     """
     in_full = GgufConfig(dequantize=True)
     return model_class.from_pretrained(source, gguf_file=gguf_file, quantization_config=in_full, **options)
 
 
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a configuration names, else one for images and text where there is one."""
+    """Returns the class that a configuration names, or else the class for images and text if there is one."""
     return type(model_on_meta_device(config))
 
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """The library shows one for everything that it loads."""
+    """Disables the progress bar that the library shows whenever it loads tensors."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

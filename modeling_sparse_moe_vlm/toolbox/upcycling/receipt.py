@@ -18,8 +18,8 @@ from .errors import UpcyclingError
 from .starts import seeded_generator
 
 ROWS, LENGTH = 2, 16
-# Relative to the dense model's logits: in full precision what the order of sums may cost; in half precision some steps
-# of the type, since the dense model itself is that far from its own results in full precision.
+# Relative to the dense model's logits. In full precision, sums in another order differ by this much. In half precision,
+# the dense model differs by a few steps of the type from its own results in full precision.
 FULL_PRECISION_BOUND = 1e-5
 STEPS_OF_HALF_PRECISION = 4
 
@@ -27,17 +27,18 @@ STEPS_OF_HALF_PRECISION = 4
 @dataclass(frozen=True)
 class ParityReceipt:
     """
-    How far an upcycled model is from its dense model on one batch, in evaluation mode.
+    The difference between an upcycled model and its dense model on one batch, in evaluation mode.
 
     Args:
-        relative_difference (`float`): ‖sparse − dense‖ / ‖dense‖ over all logits (hidden states, without a head).
-        max_difference (`float`): The largest difference of two logits.
-        same_tokens (`float`): Share of the positions at which both find the same token the most probable.
-        bound (`float`, *optional*): What `relative_difference` had to stay within; `None` where the start is not exact.
+        relative_difference (`float`):
+            ‖sparse − dense‖ / ‖dense‖ over all logits (hidden states, if the model has no head).
+        max_difference (`float`): Largest difference of two logits.
+        same_tokens (`float`): Share of the positions at which both models predict the same token.
+        bound (`float`, *optional*): Largest `relative_difference` that was accepted; `None` if the start is not exact.
         dtype (`str`): Type of the weights.
         num_tokens (`int`): Number of tokens of the batch, without padding.
-        batch (`str`): `"given"`, or `"made"` for random tokens of every modality.
-        transformers_version (`str`): Release that computed it.
+        batch (`str`): `"given"` for a batch of the user, or `"made"` for random tokens of every modality.
+        transformers_version (`str`): Version of Transformers that was used.
     """
 
     relative_difference: float
@@ -66,14 +67,14 @@ class ParityReceipt:
 
 
 def default_bound(dtype: torch.dtype) -> float:
-    """What the relative difference of an exact start must stay within."""
+    """Returns the largest relative difference of outputs that counts as exact, for weights of a type."""
     eps = torch.finfo(dtype).eps
     return FULL_PRECISION_BOUND if eps <= torch.finfo(torch.float32).eps else STEPS_OF_HALF_PRECISION * eps
 
 
 @torch.no_grad()
 def dense_outputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Tensor:
-    """The logits `(B, T, V)` of a model in evaluation mode, or its hidden states if it has no head, on the CPU."""
+    """Returns the logits `(B, T, V)` of a model in evaluation mode (hidden states, if it has no head), on the CPU."""
     with evaluating(model):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     found = outputs.get("logits")
@@ -81,7 +82,7 @@ def dense_outputs(model: PreTrainedModel, batch: Mapping[str, Any]) -> torch.Ten
 
 
 def made_batch(model: PreTrainedModel, placeholders: set[int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens for a model, `(2, 16)`, none of which stands for an image or the like."""
+    """Draws tokens for a model, `(2, 16)`, none of which is a placeholder for an image or another modality."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     allowed = torch.tensor([token for token in range(min(vocabulary, 4096)) if token not in placeholders])
     chosen = torch.randint(len(allowed), (ROWS, LENGTH), generator=seeded_generator(seed, "parity batch"))
@@ -93,16 +94,16 @@ def parity(
     dense: torch.Tensor, model: Any, batch: Mapping[str, Any], *, is_given: bool, bound: float | None
 ) -> ParityReceipt:
     """
-    Compares an upcycled model with the outputs of its dense model. In a batch that was made, the tokens of a row are
-    of every modality in turn, which makes no difference to the dense model: so the experts of all modalities run.
+    Compares an upcycled model with the outputs of its dense model. In a batch of random tokens, the tokens are assigned
+    to all modalities in turn, so that the experts of all modalities run. This does not affect the dense model.
 
     Args:
         dense (`torch.Tensor` of shape `(B, T, V)`):
-            What [`dense_outputs`] of the dense model are.
+            Outputs of the dense model: see [`dense_outputs`].
         model (`PreTrainedModel`):
             The upcycled model.
         batch (`Mapping[str, Any]`):
-            Inputs of both.
+            Inputs of both models.
         is_given (`bool`):
             Whether the user gave the batch.
         bound (`float`, *optional*):
@@ -138,9 +139,9 @@ def _plan_of_all_modalities(model: Any, input_ids: torch.Tensor) -> TokenPlan:
 
 
 def check_receipt(receipt: ParityReceipt) -> None:
-    """Raises `UpcyclingError` if the upcycled model does not do what the dense one does."""
+    """Raises `UpcyclingError` if the upcycled model does not compute what the dense model computes."""
     if not receipt.holds:
         raise UpcyclingError(
-            f"the upcycled model's outputs are not those of the dense model: {receipt}. It was not returned. Pass "
-            "`parity_bound=float('inf')` to have it nevertheless, or another bound."
+            f"the upcycled model's outputs are not those of the dense model: {receipt}. It is not returned. Pass "
+            "`parity_bound=float('inf')` to get it nevertheless, or another bound."
         )

@@ -1,4 +1,4 @@
-"""Writes a checkpoint tensor by tensor, in any order: the files are those that `save_pretrained` writes."""
+"""Writing a checkpoint tensor by tensor, in any order. The files are those that `save_pretrained` writes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import UpcyclingError
 
-MAX_SHARD_SIZE = "50GB"  # as of `save_pretrained`
+MAX_SHARD_SIZE = "50GB"  # the default of `save_pretrained`
 
-# The format's names of types, in the order in which the library sorts tensors: the last first.
+# Names of types in the file format. The library sorts tensors by type, in the reverse order.
 _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -36,18 +36,18 @@ _RANKS = {dtype: rank for rank, dtype in enumerate(_DTYPES)}
 
 class ShardFiles:
     """
-    The files of a checkpoint whose tensors are known by name, shape and type, and written one at a time. Nothing stays
-    in memory.
+    The files of a checkpoint, to which tensors of known names, shapes and types are written one at a time. Nothing is
+    kept in memory.
 
     Args:
         folder (`Path`):
-            Where the files are made.
+            Folder for the files.
         tensors (`Mapping[str, torch.Tensor]`):
-            What the checkpoint will hold, in order; tensors on the meta device.
+            All tensors of the checkpoint in their order, on the meta device.
         num_parameters (`int`):
             Number of parameters of the model, for the index.
         max_shard_size (`int` or `str`, defaults to `"50GB"`):
-            Largest size of one file, as of `save_pretrained`.
+            Largest size of one file, in the form that `save_pretrained` takes.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ShardFiles:
     ) -> None:
         self.missing = dict(tensors)
         self._places: dict[str, tuple[Path, int]] = {}
-        # Views of one tensor lie in one file, as when they share memory.
+        # Views of one tensor are stored in one file, like tensors that share memory.
         split = split_state_dict_into_shards_factory(
             dict(tensors),
             get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
@@ -81,10 +81,10 @@ class ShardFiles:
 
         Args:
             tensors (`Mapping[str, torch.Tensor]`):
-                By name.
+                Tensors by name.
 
         Raises:
-            ValueError: If a tensor is not one that the checkpoint still lacks, or has another shape or type.
+            ValueError: If the checkpoint has no such tensor, or has it already, or if its shape or type differs.
         """
         for name, tensor in tensors.items():
             planned = self.missing.pop(name, None)
@@ -98,7 +98,7 @@ class ShardFiles:
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     def _begin(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Makes a file with its header and room for its tensors: see [`~checkpoint_integrity.read_header`]."""
+        """Creates a file with its header and space for its tensors: see [`~checkpoint_integrity.read_header`]."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         begin, offsets = 0, {}
         for name in _sorted(tensors):
@@ -120,7 +120,7 @@ class ShardFiles:
 
 
 def check_shard_size(max_shard_size: int | str) -> None:
-    """Raises `UpcyclingError` unless a size is one of `save_pretrained`: a number of bytes, or such as `"5GB"`."""
+    """Raises `UpcyclingError` unless a size is a number of bytes or a text such as `"5GB"`."""
     try:
         split_state_dict_into_shards_factory(
             {"": 0}, get_storage_size=int, filename_pattern="{suffix}", max_shard_size=max_shard_size

@@ -1,4 +1,4 @@
-"""Upcycles a checkpoint without ever holding the model: block by block, from the dense files to the sparse ones."""
+"""Upcycling block by block, from the files of the dense model to those of the sparse one."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_sparse_weights(
     max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> dict[int, float]:
     """
-    Writes the weights of an upcycled model. The files are those that `save_pretrained` writes of the model that
-    [`upcycle`] makes, but at no time more than one sparse block is in memory, or one tensor of what is kept (of an
-    expert pool, all its experts and one block).
+    Writes the weights of an upcycled model. The files are those that `save_pretrained` writes for a model from
+    [`upcycle`]. At any time, the memory contains at most one sparse block, or one of the tensors that are kept. For an
+    expert pool, it contains all experts of the pool and one block.
 
     Args:
         checkpoint ([`DenseCheckpoint`] or [`LoadedModel`]):
@@ -52,21 +52,22 @@ def write_sparse_weights(
         start ([`~arrangement.Start`]):
             How the experts start.
         folder (`Path`):
-            Where the files are made.
+            Folder for the files.
         seed (`int`, defaults to 0):
-            Seed of all that is drawn.
+            Seed of all random draws.
         inputs (`Mapping[int, BlockInputs]`, *optional*):
-            By layer, inputs of its dense block, which router rows are made from; random rows without them.
+            Inputs of the dense blocks by layer, from which the router rows are computed. Without them, the rows are
+            random.
         max_shard_size (`int` or `str`, defaults to `"50GB"`):
             Largest size of one file.
 
     Returns:
-        `dict[int, float]`: by layer, how far the outputs of the sparse block are from those of the dense one: see
+        `dict[int, float]`: Difference between the outputs of the sparse and the dense block, by layer: see
         [`~block_parity.block_error`].
 
     Raises:
-        UpcyclingError: If a weight of the dense model is NaN or infinite, or if the tensors that are written are not
-            those of the sparse model.
+        UpcyclingError: If a weight of the dense model is NaN or infinite, or if the dense checkpoint lacks tensors of
+            the sparse model.
     """
     return _Run(checkpoint, sparse, dense_blocks, start, folder, seed, inputs or {}, max_shard_size).write()
 
@@ -91,7 +92,7 @@ class _Run:
         self.pools = f"{dense_blocks.decoder}.expert_pools".removeprefix(".")
         self.parameters = {name for name, _ in checkpoint.model.named_parameters()}
         self.errors: dict[int, float] = {}
-        # Looked up once for all tensors: for that the library's base model is made each time.
+        # Looked up once for all tensors, because each look-up builds the base model.
         sparse._weight_conversions = saving_conversions(sparse)
         sparse.tie_weights()
         self.state = remove_tied_weights_from_state_dict(self._planned_state(), sparse)
@@ -113,7 +114,7 @@ class _Run:
         return dict(sorted(self.errors.items()))
 
     def _planned_state(self) -> dict[str, torch.Tensor]:
-        """The tensors of the sparse model on the meta device, with the types that they are going to have."""
+        """Returns the tensors of the sparse model on the meta device, with the types that will be written."""
         state, dense = self.sparse.state_dict(), self.checkpoint.model.state_dict()
         for name in state.keys() & dense.keys():
             state[name] = state[name].to(self.checkpoint.dtype_of(name))
@@ -136,7 +137,7 @@ class _Run:
         self.errors[layer] = block_error(block.float(), self.config, weights, pooled_experts)
 
     def _write_pool(self, pool: int) -> nn.Module:
-        """Writes the experts of a pool, and returns them in float32."""
+        """Writes the experts of a pool and returns them in float32."""
         experts = self._empty_pool(pool, "cpu")
         weights = (self._weights(layer) for layer in self.config.pools[pool])
         start_pool(experts, self.config, pool, weights, self.start, seed=self.seed)
@@ -144,7 +145,7 @@ class _Run:
         return experts.float()
 
     def _write_rest(self) -> None:
-        """Writes what the sparse model has in common with the dense one."""
+        """Writes the tensors that the sparse model has in common with the dense model."""
         replaced = tuple(f"{block.name}." for block in self.blocks.values())
         left = [name for name in self.checkpoint.names if not name.startswith(replaced)]
         while left:
@@ -156,7 +157,7 @@ class _Run:
                 self._write_tied(name, loaded[name])
 
     def _write_tied(self, name: str, tensor: torch.Tensor) -> None:
-        """For a tensor that the sparse model saves under the name of one that it is tied to."""
+        """Writes a tensor that the sparse model saves under the name of another tensor, to which it is tied."""
         pairs = self.sparse.all_tied_weights_keys.items()
         kept = next(other for pair in pairs if name in pair for other in pair if other in self.state)
         if kept not in self.checkpoint.names:
@@ -180,7 +181,7 @@ class _Run:
         return GatedWeights(**parts)
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors of the dense model. Its parameters must be finite; buffers need not be, since masks are buffers."""
+        """Reads tensors of the dense model. Parameters must be finite, but not buffers, because some are masks."""
         loaded = self.checkpoint.read(names)
         check_finite((name, tensor) for name, tensor in loaded.items() if name in self.parameters)
         return loaded

@@ -52,56 +52,57 @@ def upcycle(
     **fields: Any,
 ) -> Any:
     r"""
-    Makes a sparse mixture of experts of a dense model: its feed-forward blocks become experts, and it starts with the
-    same outputs. All else is the base model's own, so its processor and chat template are used with it as before.
+    Turns a dense model into a sparse mixture of experts that starts with the same outputs: its feed-forward blocks
+    become experts. Everything else is the base model's own, so its processor and chat template are used as before.
 
     Args:
         model (`PreTrainedModel`):
             A loaded vision-language model or language model of Transformers whose decoder has gated feed-forward
-            blocks. It stays as it is; the sparse model shares no weights with it.
+            blocks. It is not changed, and the sparse model shares no weights with it.
         expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
             `"hybrid"`, `"joint"`, `"isolated"`, or a list of groups: see [`SparseMoeVlmExpertsConfig`].
         num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts of a layer; with a list of groups it follows from them.
+            Number of routed experts of a layer. With a list of groups, it follows from the groups.
         num_experts_per_tok (`int`, defaults to 2):
-            Number of routed experts that a token goes to.
+            Number of routed experts per token.
         start (`str`, *optional*):
-            `"copy"`, `"split"`, `"residual"` or `"drop"`: see [`Start`]. By default an exact one: `"residual"` for
-            hybrid, `"copy"` for joint and isolated experts (`"split"` with a `granularity`).
+            `"copy"`, `"split"`, `"residual"` or `"drop"`: see [`~arrangement.Start`]. By default, an exact start:
+            `"residual"` for hybrid experts, and `"copy"` for joint and isolated experts (`"split"` with a
+            `granularity`).
         layers (`Collection[int]`, *optional*):
-            The decoder layers that become sparse; by default all that have a gated feed-forward block.
+            Indices of the decoder layers that become sparse. By default, all that have a gated feed-forward block.
         router_init (`str`, defaults to `"random"`):
             `"random"` for small random router rows, or `"data"` for the centroids of the dense blocks' inputs on
             `batch`, per modality (spherical k-means, arXiv 2604.13508).
-        batch (`dict` or iterable of such, *optional*):
-            Inputs as the base's processor makes them: what the parity receipt is measured on (the first, if there are
-            several), and `router_init="data"` is computed from. By default the receipt is measured on random tokens,
-            which experts of every modality serve.
+        batch (`dict` or iterable of `dict`, *optional*):
+            Inputs in the form that the base's processor returns. The parity receipt is measured on the first of them,
+            and `router_init="data"` uses all of them. By default, the receipt is measured on random tokens, which are
+            assigned to all modalities in turn.
         seed (`int`, defaults to 0):
-            Seed of all that is drawn. PyTorch's own random state is not touched.
+            Seed of all random draws. PyTorch's random state does not change.
         modalities (`list[str]`, *optional*):
-            Names of the token modalities; by default text for a language model, else text and image (with video as
-            images). `["text", "image", "video"]` makes video one of its own.
+            Names of the token modalities. By default, text for a language model, and text and image for other models.
+            Video then counts as image; `["text", "image", "video"]` makes it a separate modality.
         placeholders (`dict[str, list[int]]`, *optional*):
-            By modality, the ids of the tokens that stand for it in a text; by default those that the base's
-            configuration declares.
+            Ids of the placeholder tokens of each modality. By default, those in the base's configuration.
         include_dense_layers_of_moe (`bool`, defaults to `False`):
-            Whether the dense layers of a model that is a mixture of experts already may be upcycled.
+            Whether to upcycle the dense layers of a model that is a mixture of experts already.
         parity_bound (`float`, *optional*):
-            What the relative difference of the outputs must stay within; by default 1e-5 in float32 and the rounding
-            of the type in half precision, and none for starts that are not exact. `float("inf")` accepts everything.
+            Largest relative difference of the outputs that is accepted. By default, 1e-5 in float32, four times the
+            machine epsilon of the type in half precision, and no bound for starts that are not exact. `float("inf")`
+            accepts everything.
         fields:
-            `granularity` (with `"split"`), `drop_ratio` (with `"drop"`), `pool_start` (with pools), and further fields
-            of [`SparseMoeVlmExpertsConfig`], such as `router` and `router_aux_loss_coef`.
+            `granularity`, `drop_ratio` (with `"drop"`), `pool_start` (with pools), and further fields of
+            [`SparseMoeVlmExpertsConfig`], such as `router` and `router_aux_loss_coef`.
 
     Returns:
-        `PreTrainedModel`: the sparse model, of a class made from the base's own, such as
+        `PreTrainedModel`: The sparse model, of a subclass of the base's class, such as
         `UpcycledLlavaForConditionalGeneration`. `config.experts_config` describes its experts, and
         `config.experts_config.start["parity"]` is the parity receipt.
 
     Raises:
-        UpcyclingError: If the model cannot be upcycled, what is asked for contradicts itself, or the outputs of the
-            sparse model are not those of the dense one; the message says why.
+        UpcyclingError: If the model cannot be upcycled, if arguments contradict each other, or if the outputs of the
+            sparse model differ from those of the dense model. The message says why.
 
     Example:
 
@@ -156,7 +157,7 @@ def upcycle(
 
 
 def check_base(model: Any) -> None:
-    """Raises `UpcyclingError` unless a model is one of Transformers' own, whose class others can find by its name."""
+    """Raises `UpcyclingError` unless a model is of a class that Transformers exports, so that others can load it."""
     name = type(model).__name__
     if getattr(getattr(model, "config", None), "experts_config", None) is not None:
         raise UpcyclingError(f"{name} is upcycled already.")
@@ -164,7 +165,7 @@ def check_base(model: Any) -> None:
         raise UpcyclingError(f"`upcycle` takes a model of Transformers, got {name}.{_advice_on_wrapper(model)}")
     if any(name in table.values() for table in _OTHER_HEADS):
         raise UpcyclingError(
-            f"{name} has a head that experts are not trained with. Upcycle the language model that it is made from "
+            f"{name} has a head that experts are not trained with. Upcycle the language model that it is based on "
             "(`AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModel`)."
         )
     for kind in (type(model), type(model.config)):
@@ -196,7 +197,7 @@ def experts_config(
     placeholders: Mapping[str, Sequence[int]] | None,
     **request: Any,
 ) -> tuple[Start, UpcycledExpertsConfig]:
-    """How experts start, and their configuration, from a dense model and what was asked for: see [`upcycle`]."""
+    """Returns how experts start, and their configuration, for a dense model and a request: see [`upcycle`]."""
     check_not_of_dense_model(request)
     if placeholders is None:
         placeholders = placeholder_ids(model.config)
@@ -238,7 +239,7 @@ def experts_config(
 
 
 def _check_placeholders(placeholders: Any) -> None:
-    """Raises `UpcyclingError` unless there are lists of token ids by modality."""
+    """Raises `UpcyclingError` unless `placeholders` has a list of token ids for each of its modalities."""
     is_dict = isinstance(placeholders, Mapping)
     for name, ids in placeholders.items() if is_dict else ():
         are_ids = isinstance(ids, list | tuple) and all(isinstance(token, int) and token >= 0 for token in ids)
@@ -278,26 +279,26 @@ def _as_list(batch: Any) -> list[Mapping[str, Any]]:
     for inputs in batches:
         if not isinstance(inputs, Mapping):
             raise UpcyclingError(
-                "`batch` must be inputs as the base's processor makes them (a dict of tensors), or a list of such, got "
-                f"{type(batch).__name__}."
+                "`batch` must be inputs as the base's processor returns them (a dict of tensors), or a list of them, "
+                f"got {type(batch).__name__}."
             )
     return batches
 
 
 def with_sparse_blocks(model: PreTrainedModel, found: DenseBlocks, config: UpcycledExpertsConfig) -> Any:
-    """A copy of the model with empty sparse blocks in the place of its dense ones, which are not copied."""
+    """Copies a model, with empty sparse blocks in place of its dense blocks, which are not copied."""
     blocks = [model.get_submodule(block.name) for block in found.blocks]
     quantizer = getattr(model, "hf_quantizer", None)
     shared: dict[int, Any] = {id(module): module for module in (*blocks, quantizer)}
     sparse: Any = copy.deepcopy(model, shared)
-    if quantizer is not None:  # whose weights were unpacked when they were loaded: they are saved as any others
+    if quantizer is not None:  # the weights were dequantised when they were loaded, and are saved like any others
         quantizer.remove_quantization_config(sparse)
     make_sparse(sparse, config)
     return sparse
 
 
 def make_sparse(model: Any, config: UpcycledExpertsConfig) -> None:
-    """Puts empty sparse blocks in the place of a model's dense ones, on their devices, and changes its class."""
+    """Replaces a model's dense blocks with empty sparse blocks on the same devices, and changes its class."""
     own_config = model.config
     own_config.__class__ = upcycled_config_class(type(own_config))
     own_config.__dict__.pop("_experts_implementation_internal", None)

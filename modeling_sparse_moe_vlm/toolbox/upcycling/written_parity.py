@@ -1,4 +1,4 @@
-"""The parity receipt of a model that was written to files, read back with one sparse block in memory at a time."""
+"""The parity receipt of a model in files, which are read with one sparse block in memory at a time."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ def written_parity(
     seed: int = 0,
 ) -> ParityReceipt:
     """
-    Compares the files of an upcycled model with the dense model. In memory are what both have in common, and the dense
-    blocks or one sparse one.
+    Compares the files of an upcycled model with the dense model. The memory contains what both models have in common,
+    and either the dense blocks or one sparse block.
 
     Args:
         dense (`PreTrainedModel`):
-            The dense model, loaded. It is the sparse one afterwards, without the weights of its blocks.
+            The dense model, loaded. It is turned into the sparse model, without the weights of its blocks.
         sparse (`PreTrainedModel`):
             The upcycled model, on the meta device.
         found ([`DenseBlocks`]):
             The blocks that became sparse.
         folder (`Path`):
-            Where the upcycled model's files of weights are.
+            Folder with the weights of the upcycled model.
         batch (`Mapping[str, Any]`, *optional*):
-            Inputs of both; random tokens by default.
+            Inputs of both models; random tokens by default.
         bound (`float`, *optional*):
             See [`ParityReceipt`].
         seed (`int`, defaults to 0):
-            What the random tokens are drawn with.
+            Seed of the random tokens.
 
     Raises:
-        UpcyclingError: If what both have in common differs; or if the dense model does not run on text only, and there
-            is no `batch`.
+        UpcyclingError: If tensors that both models have differ, or if the dense model does not run on text only and
+            there is no `batch`.
     """
     config = experts_config_of(sparse.config)
     placeholders = {token for ids in config.placeholder_ids.values() for token in ids}
@@ -80,7 +80,7 @@ def written_parity(
 
 
 def _check_rest(dense: PreTrainedModel, written: DenseCheckpoint, found: DenseBlocks) -> None:
-    """Raises `UpcyclingError` unless the files hold what the models have in common."""
+    """Raises `UpcyclingError` unless the tensors that both models have are equal in the files."""
     state = dense.state_dict()
     shared = [name for name in written.names if name in state]
     while shared:
@@ -91,7 +91,7 @@ def _check_rest(dense: PreTrainedModel, written: DenseCheckpoint, found: DenseBl
 
 
 def _sparse_modules(model: Any, found: DenseBlocks) -> dict[str, nn.Module]:
-    """By name, the sparse blocks and the experts of pools."""
+    """Returns the sparse blocks and the experts of pools, by name."""
     blocks = {block.name: model.get_submodule(block.name) for block in found.blocks}
     pools = f"{found.decoder}.expert_pools".removeprefix(".")
     numbers = experts_config_of(model.config).pools
@@ -111,8 +111,8 @@ def _open_written(sparse: PreTrainedModel, folder: Path) -> DenseCheckpoint:
 
 def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint, stacks: dict[Any, torch.Tensor]) -> None:
     """
-    Lets a module that is on the meta device read its weights when it is called, and forget them afterwards. The memory
-    of stacks is used again by the next module: given back each time, it would be scattered.
+    Makes a module on the meta device read its weights when it is called, and release them afterwards. The memory of
+    stacks is reused by the next module, because releasing it each time would fragment the memory.
     """
     on_meta = {key: tensor.to("meta") for key, tensor in module.state_dict().items()}
 
@@ -137,7 +137,7 @@ def _read_when_called(name: str, module: nn.Module, written: DenseCheckpoint, st
 
 
 def _read_stack(name: str, stack: torch.Tensor, written: DenseCheckpoint) -> None:
-    """Reads experts one by one: the library, which stacks them, has all of them in memory three times for a moment."""
+    """Reads experts one by one. Loading a stack with the library would need three times its memory."""
     matrices, pieces = MATRICES[name.rpartition(".")[2]], written.pieces(name)
     for expert, of_expert in enumerate(stack):
         for matrix, place in zip(matrices, of_expert.chunk(len(matrices)), strict=True):
