@@ -30,7 +30,7 @@ def test_blocks_and_reasons():
     "text",
     [
         page(python("x = [1, 2]"), python("print(x)  # [1, 2]")),
-        python("print(1)", "#> 1", "print(2)", "#> 2"),
+        python("print(1)", "#> 1", "print(2)", "# > 2"),
         python("for x in (1, 2):", "    print(x)", "#> 1", "#> 2"),
         python("for x in (1, 2):", "    print(x)", "# > 1", "# > 2"),
         python("print(0.25)  # 0.…"),
@@ -72,6 +72,8 @@ def test_what_runs(text, tmp_path, monkeypatch):
         (shell("false | true"), "exit code 1"),
         (shell("echo $unset"), "unbound variable"),
         (shell("echo a", "#> b"), "says 'b', but got 'a'"),
+        (shell("echo a", "# > b"), "says 'b', but got 'a'"),
+        (python("print(1)", "# > 2"), "says '2', but got '1'"),
         (shell("sparse-moe-vlm nope"), "exit code 2"),
         (shell("python scripts/nowhere.py"), "exit code 1"),
         (page(shell("touch a"), python("raise SystemExit(0)")), "SystemExit"),

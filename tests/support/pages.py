@@ -112,12 +112,17 @@ def run_python(code: str, names: dict) -> None:
 
 def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
     """What a statement prints according to the comment behind it, or to the lines below it."""
-    below = [line.partition(">")[2].removeprefix(" ") for line in lines[1:] if line.startswith(("#>", "# >"))]
-    if below:
-        return "\n".join(below)
+    if (below := shown_output(lines[1:])) is not None:
+        return below
     is_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
     comment = lines[0].encode()[statement.end_col_offset :].decode().partition("#")[2].strip()
     return comment if is_print and is_value(comment) else None
+
+
+def shown_output(lines: list[str]) -> str | None:
+    """What lines such as `# > 1` show. Ruff writes a space behind the `#`."""
+    shown = [found[1] for line in lines if (found := re.match(r"# ?> ?(.*)", line))]
+    return "\n".join(shown) if shown else None
 
 
 def is_value(comment: str) -> bool:
@@ -154,9 +159,8 @@ def run_shell(code: str, folder: Path) -> None:
             output.seek(0)
             errors.seek(0)
             assert process.returncode == 0, f"exit code {process.returncode}\n{output.read()}\n{errors.read()}"
-            expected = [line[2:].removeprefix(" ") for line in code.split("\n") if line.startswith("#>")]
-            if expected:
-                compare(output.read(), "\n".join(expected))
+            if (expected := shown_output(code.split("\n"))) is not None:
+                compare(output.read(), expected)
 
 
 def _serve(connection: socket.socket) -> None:
