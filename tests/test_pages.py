@@ -73,7 +73,6 @@ def test_what_runs(text, tmp_path, monkeypatch):
         (shell("echo $unset"), "unbound variable"),
         (shell("echo a", "#> b"), "says 'b', but got 'a'"),
         (shell("echo a", "# > b"), "says 'b', but got 'a'"),
-        (python("print(1)", "# > 2"), "says '2', but got '1'"),
         (shell("sparse-moe-vlm nope"), "exit code 2"),
         (shell("python scripts/nowhere.py"), "exit code 1"),
         (page(shell("touch a"), python("raise SystemExit(0)")), "SystemExit"),
