@@ -1,4 +1,4 @@
-"""Small upcycled models of every base that has a sparse twin in Transformers, with random weights everywhere."""
+"""Small upcycled models of every base with a sparse twin in Transformers. All their weights are random."""
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
@@ -34,7 +34,7 @@ _LINEAR = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-# By name, the type of a dense decoder and its configuration.
+# Type and configuration of dense decoders, by name.
 BASES = {
     "cohere2": (
         "cohere2",
@@ -127,14 +127,14 @@ BASES = {
 
 
 def make_dense(name: str):
-    """A dense language model."""
+    """Returns a dense language model."""
     model_type, settings = BASES[name]
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**settings))
 
 
 def make_qwen3_5_with_images():
-    """Layers of two kinds, and images as in Qwen3-VL."""
+    """Returns a model with two kinds of layers, and with images as in Qwen3-VL."""
     text_config = TINY_DECODER | _LINEAR | {"head_dim": 8, "tie_word_embeddings": True}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}
     vision = {name: value for name, value in QWEN["vision_config"].items() if name != "deepstack_visual_indexes"}
@@ -144,7 +144,7 @@ def make_qwen3_5_with_images():
 
 
 def make_upcycled(dense, **fields):
-    """The upcycled model of a base, whose weights are all random: like one after training."""
+    """Returns the upcycled model of a base. All its weights are random, as after training."""
     found = find_blocks(dense)
     defaults = {
         "hidden_size": found.hidden_size,
@@ -165,7 +165,7 @@ def make_upcycled(dense, **fields):
 
 
 def randomize(model):
-    """Gives every parameter and router's bias other values, large enough that all of them matter."""
+    """Sets all parameters and router biases to random values that are large enough to matter."""
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

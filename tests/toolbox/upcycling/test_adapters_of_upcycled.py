@@ -1,4 +1,4 @@
-"""LoRA on the experts of upcycled models: chosen by modality, factored, saved, loaded, and beside paging."""
+"""LoRA on the experts of upcycled models: selected by modality, factored, saved, loaded, and with paging."""
 
 import warnings
 
@@ -40,8 +40,8 @@ def train(model, kind, steps: int = 3) -> None:
 
 @pytest.mark.parametrize("groups", ["isolated", "hybrid"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_of_images_leave_text_alone(kind, groups, tmp_path):
-    """Factored adapters learn, are PEFT's on disk, and load again with the same outputs."""
+def test_adapters_of_images_do_not_change_text(kind, groups, tmp_path):
+    """Factored adapters are trained, have PEFT's format on disk, and load again with the same outputs."""
     model = make_upcycled(kind, groups)
     text, images = read(model, kind, images=False), read(model, kind)
     config = expert_lora_config(model, modalities=["image"], r=4, lora_alpha=8)
@@ -62,7 +62,7 @@ def test_adapters_of_images_leave_text_alone(kind, groups, tmp_path):
 
     if groups == "isolated":
         loaded = load_expert_lora(make_upcycled(kind, groups), tmp_path)
-    else:  # dense networks, which PEFT runs by itself
+    else:  # dense networks, which PEFT adapts itself
         loaded = peft.PeftModel.from_pretrained(make_upcycled(kind, groups), tmp_path)
     torch.testing.assert_close(read(loaded, kind), trained)
     plain = peft.PeftModel.from_pretrained(make_upcycled(kind, groups), tmp_path)
@@ -72,7 +72,7 @@ def test_adapters_of_images_leave_text_alone(kind, groups, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_factored_adapters_are_those_of_peft(kind):
+def test_factored_adapters_equal_those_of_peft(kind):
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     plain = peft.get_peft_model(
         make_upcycled(kind, "joint"), peft.LoraConfig(target_parameters=targets, target_modules=[], r=4)
@@ -107,8 +107,8 @@ def test_the_busiest_experts_of_a_modality(kind):
 @pytest.mark.parametrize(
     ("targets", "warns"), [(["gate_proj", "q_proj"], True), (["w1", "q_proj"], True), (["q_proj", "v_proj"], False)]
 )
-def test_adapters_that_miss_the_routed_experts_are_told(targets, warns):
-    """In `hybrid` the names of the dense blocks reach the always-on experts only, and a base's own names nothing."""
+def test_a_warning_about_adapters_that_miss_the_routed_experts(targets, warns):
+    """In `hybrid`, names of dense blocks match only always-on experts, and names of the base match nothing."""
     model = make_upcycled("llava", "hybrid")
     config = peft.LoraConfig(target_modules=targets, r=2)
     with warnings.catch_warnings(record=True) as caught:
@@ -120,7 +120,7 @@ def test_adapters_that_miss_the_routed_experts_are_told(targets, warns):
 @pytest.mark.parametrize("groups", ["isolated", "hybrid"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_paged_experts_with_adapters(kind, groups):
-    """A budget of the experts of one token gives the outputs of the resident model, with adapters and without."""
+    """With a budget for one token's experts, outputs equal those of the resident model, with and without adapters."""
     model = make_upcycled(kind, groups)
     resident = read(model, kind)
     answer = model.generate(**make_inputs(kind), max_new_tokens=4, do_sample=False)
@@ -137,8 +137,8 @@ def test_paged_experts_with_adapters(kind, groups):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_has_the_adapter_that_it_names(kind):
-    """Though groups get some of the tokens only."""
+def test_each_row_uses_the_adapter_that_it_names(kind):
+    """Although each group gets only some of the tokens."""
     model, inputs = make_upcycled(kind), make_inputs(kind)
     names = ["one", "two"]
     adapted = peft.get_peft_model(model, expert_lora_config(model, r=2, init_lora_weights=False), "one")
@@ -157,7 +157,7 @@ def test_each_row_has_the_adapter_that_it_names(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_that_layers_share(kind):
-    """Statistics add the layers of a pool up, and adapters, routers and slots go by the pool."""
+    """Statistics sum over the layers of a pool. Adapters, routers and slots belong to the pool."""
     model = make_upcycled(kind, "isolated", expert_pool=[0, 0], pool_start="first")
     pool = f"{'model' if kind == 'llama' else 'model.language_model'}.expert_pools.0"
     counts = measure_routing(model, [make_inputs(kind)])
@@ -184,7 +184,7 @@ def test_experts_that_layers_share(kind):
 
 
 def test_a_mixture_of_experts_whose_dense_layers_were_upcycled():
-    """Its own experts belong to no group, serve every token, and stay as they are where only text is frozen."""
+    """The experts of the base belong to no group, serve every token, and are not changed when text is frozen."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 3, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
     dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT | sizes, mlp_only_layers=[1])).eval()

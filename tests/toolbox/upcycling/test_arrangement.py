@@ -1,4 +1,4 @@
-"""The experts' configuration that follows from a request, and the requests that cannot start exactly."""
+"""The experts configuration of a request, and errors for requests that cannot start exactly."""
 
 import re
 
@@ -32,7 +32,7 @@ def group(name: str, num_experts: int, width: int, modalities=BOTH, always_on: b
     }
 
 
-# ---------------------------------------------------------------- what follows from a request
+# ---------------------------------------------------------------- the configuration of a request
 
 
 def test_every_field_of_the_default_request():
@@ -120,7 +120,7 @@ def test_further_fields_are_passed_on():
                 group("image", 1, 24, ["image"], always_on=True),
             ],
         ),
-        # A list: residual where always-on experts can hold the dense block, else copies.
+        # A list: residual if always-on experts can contain the dense block, otherwise copies.
         (
             {"expert_groups": [{"name": "a", "num_experts": 3}, {"name": "b", "num_experts": 2, "always_on": True}]},
             Start("residual"),
@@ -210,7 +210,7 @@ def test_widths_by_layer_of_finer_experts():
 
 
 def test_groups_of_one_width_stay_whole():
-    """Routed experts of a width of their own, and a group that lies in layers of one width."""
+    """Routed experts with their own width, and a group whose layers all have the same width."""
     _, fields = experts_fields(
         **BASE | BY_LAYER,
         expert_groups=[
@@ -227,7 +227,7 @@ def test_groups_of_one_width_stay_whole():
     ]
 
 
-def test_request_is_left_as_it_was():
+def test_the_request_is_not_changed():
     groups = [{"name": "a", "num_experts": 3}]
     widths = {3: 48, 0: 48}
     experts_fields(**BASE | {"widths": widths}, expert_groups=groups)
@@ -242,7 +242,7 @@ def test_whether_a_start_is_exact():
     assert not Start("copy", pool_start="mean").is_exact
 
 
-# ---------------------------------------------------------------- who holds the dense block
+# ---------------------------------------------------------------- the experts that contain the dense block
 
 
 def carriers(*groups: tuple[str, int, int, str], modalities: str = "ti", width: int = 8) -> list[str] | None:
@@ -250,7 +250,7 @@ def carriers(*groups: tuple[str, int, int, str], modalities: str = "ti", width: 
     return dense_carriers(always_on, list(modalities), width)
 
 
-def test_dense_block_is_held_once_per_modality():
+def test_the_dense_block_is_contained_once_per_modality():
     assert carriers(("a", 1, 8, "ti")) == ["a"]
     assert carriers(("a", 1, 8, "t"), ("b", 1, 8, "i")) == ["a", "b"]
     assert carriers(("b", 1, 8, "i"), ("a", 1, 8, "t")) == ["a", "b"]
@@ -260,7 +260,7 @@ def test_dense_block_is_held_once_per_modality():
     assert carriers(("c", 1, 8, "iv"), ("a", 1, 8, "t"), ("b", 1, 8, "ti"), modalities="tiv") == ["a", "c"]
 
 
-def test_dense_block_needs_room_and_every_modality_once():
+def test_the_dense_block_needs_enough_width_and_every_modality_once():
     assert carriers(("a", 1, 7, "ti")) is None
     assert carriers(("a", 2, 4, "ti")) == ["a"]
     assert carriers(("a", 2, 5, "ti")) == ["a"]
@@ -270,7 +270,7 @@ def test_dense_block_needs_room_and_every_modality_once():
     assert dense_carriers([routed], ["t", "i"], 8) is None
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- errors
 
 ALWAYS_ON = [{"name": "a", "num_experts": 3}, {"name": "b", "num_experts": 1, "always_on": True}]
 REFUSED = {
@@ -465,7 +465,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_start_is_refused(name):
+def test_requests_that_cannot_start_are_refused(name):
     request, message = REFUSED[name]
     with pytest.raises(UpcyclingError, match=re.escape(message)):
         experts_fields(**BASE | request)
@@ -496,6 +496,6 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_what_can_start_is_accepted(name):
+def test_requests_that_can_start_are_accepted(name):
     _, fields = experts_fields(**BASE | ACCEPTED[name])
     assert SparseMoeVlmExpertsConfig(**fields).expert_groups == fields["expert_groups"]

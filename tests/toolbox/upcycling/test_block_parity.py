@@ -1,4 +1,4 @@
-"""The error of a sparse block: that of the modality, and of the group, that is wrong."""
+"""The error of a sparse block is that of the modality and of the group that are wrong."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ def make_block(weights, num_layers=1, **request):
     return block, config
 
 
-def test_of_a_block_that_is_exact(arrangement):
+def test_an_exact_block(arrangement):
     weights = make_weights()
     assert block_error(*make_block(weights, expert_groups=arrangement), weights) <= 1e-6
 
 
-def test_is_relative_to_the_largest_output():
-    """Outputs that are too large by half differ by half of the largest one."""
+def test_the_error_is_relative_to_the_largest_output():
+    """Outputs that are 50 % too large have an error of one half."""
     weights = make_weights()
     block, config = make_block(weights, expert_groups="joint")
     block.experts.down_proj.data *= 1.5
@@ -47,19 +47,19 @@ def test_is_relative_to_the_largest_output():
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
-def test_sees_the_experts_of_every_modality(modality):
+def test_the_experts_of_every_modality_are_compared(modality):
     weights = make_weights()
     block, config = make_block(weights)
     block.shared_experts[modality].down_proj.weight.data.zero_()
     assert block_error(block, config, weights) > 0.5
 
 
-def test_in_float32_whatever_the_type_of_the_weights():
+def test_the_comparison_is_in_float32_for_any_dtype():
     weights = make_weights(dtype=torch.bfloat16)
     assert block_error(*make_block(weights), weights) == 0.0
 
 
-def test_is_the_same_every_time():
+def test_the_error_is_reproducible():
     weights = make_weights()
     block, config = make_block(weights, expert_groups="joint", start="drop")
     state = torch.random.get_rng_state()
@@ -69,7 +69,7 @@ def test_is_the_same_every_time():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_of_a_layer_of_a_pool():
+def test_a_layer_of_a_pool():
     weights = make_weights()
     block, config = make_block(weights, expert_groups="joint", num_layers=2, expert_pool=[0, 0], pool_start="first")
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The dense blocks of models that Transformers has, and why others have none."""
+"""The dense blocks of models of Transformers, and the reasons why some have none."""
 
 import copy
 from types import SimpleNamespace
@@ -104,7 +104,7 @@ def test_cross_attention_layers_have_blocks_too():
     assert [block.layer for block in find_blocks(make_mllama()).blocks] == [0, 1]
 
 
-def test_encoder_decoder_models_have_those_of_the_decoder():
+def test_encoder_decoder_models_have_the_blocks_of_the_decoder():
     text = TEXT | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
     model = on_meta("t5gemma", AutoModelForSeq2SeqLM, encoder=text, decoder=text)
     assert [block.name for block in find_blocks(model).blocks] == [f"model.decoder.layers.{i}.mlp" for i in (0, 1)]
@@ -155,7 +155,7 @@ def test_mixtures_of_experts():
     assert "SparseMoeVlmForConditionalGeneration is already a mixture of experts" in refusal(make_own_model())
 
 
-def test_dense_layers_of_mixtures_are_taken_on_request():
+def test_dense_layers_of_mixtures_of_experts_are_found_on_request():
     model = on_meta("qwen2_moe", **TEXT | {"num_hidden_layers": 6, "mlp_only_layers": [0, 2], "num_experts": 4})
     assert refusal(model) == (
         "Qwen2MoeForCausalLM is already a mixture of experts, in layers 1, 3-5. `include_dense_layers_of_moe=True` "
@@ -200,7 +200,7 @@ def test_two_blocks_in_one_layer():
     assert "Layer 1, it has 2 gated blocks (mlp, second_mlp)." in refusal(model)
 
 
-def test_the_innermost_block_is_taken():
+def test_the_innermost_block_is_found():
     model = llama()
     model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)
     assert [block.name for block in find_blocks(model).blocks] == ["model.layers.0.mlp", "model.layers.1.mlp.0"]
@@ -250,7 +250,7 @@ def test_reasons(model_type, settings, reason):
     assert reason in refusal(on_meta(model_type, **TEXT | settings))
 
 
-def test_activation_sparsity_is_no_gate():
+def test_activation_sparsity_is_not_a_gate():
     sizes = {"intermediate_size": [48] * 4, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
     further = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99, "num_kv_shared_layers": 0}
     pattern = {"activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0], "laurel_rank": 4}
@@ -285,7 +285,7 @@ def test_quantised_models():
     assert "is quantised" in refusal(model)
 
 
-def test_weights_that_were_unpacked_are_not_quantised():
+def test_unpacked_weights_are_not_quantised():
     model = llama()
     expected = find_blocks(model)
     model.config.quantization_config = Mxfp4Config(dequantize=True)

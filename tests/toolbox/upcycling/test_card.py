@@ -1,4 +1,4 @@
-"""The cards of upcycled models and of what is made from them, line by line."""
+"""The model cards of upcycled models and of models made from them, line by line."""
 
 import huggingface_hub
 import pytest
@@ -19,7 +19,7 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """Cards of models on the Hub are only looked for in the cache."""
+    """Cards of models on the Hub are read only from the cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
@@ -33,13 +33,13 @@ def make_card(folder, source, model, **request):
 
 
 def usage_of(card):
-    """The program in a card, line by line; it must at least compile."""
+    """Returns the program in a card, line by line. It must compile."""
     program = card.content.split("```python\n")[1].split("```")[0]
     compile(program, "usage", "exec")
     return program.splitlines()
 
 
-def test_of_a_vision_language_model_from_the_hub(tmp_path):
+def test_a_vision_language_model_from_the_hub(tmp_path):
     card, table, sparse = make_card(tmp_path, "some/llava", make_llava())
     assert card.data.base_model == "some/llava"
     assert card.data.pipeline_tag == "image-text-to-text"
@@ -75,7 +75,7 @@ def test_of_a_vision_language_model_from_the_hub(tmp_path):
         ({"layers": [1]}, "copy (router rows random, seed 0)"),
     ],
 )
-def test_of_a_language_model_in_a_folder(request_, start, tmp_path):
+def test_a_language_model_in_a_folder(request_, start, tmp_path):
     model = LlamaForCausalLM(LlamaConfig(**TINY_DECODER))
     card, _, _ = make_card(tmp_path, str(tmp_path), model, expert_groups="joint", **request_)
     assert card.data.base_model is None
@@ -87,7 +87,7 @@ def test_of_a_language_model_in_a_folder(request_, start, tmp_path):
     assert 'model = AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)' in lines
 
 
-def test_the_base_model_is_what_the_configuration_says(tmp_path):
+def test_the_base_model_in_the_configuration(tmp_path):
     model = make_llava()
     sparse = upcycle(model, "joint")
     sparse.save_pretrained(tmp_path / "nameless")
@@ -151,7 +151,7 @@ def test_usage_with_text(template, line, tmp_path):
 # ------------------------------------------------------------------------------------- classes of Transformers
 
 
-def test_of_a_native_export(tmp_path):
+def test_a_native_export(tmp_path):
     sparse = upcycle(LlamaForCausalLM(LlamaConfig(**TINY_DECODER)), "joint", num_experts=4)
     twin = to_native(sparse)
     twin.save_pretrained(tmp_path)
@@ -174,7 +174,7 @@ def test_of_a_native_export(tmp_path):
     assert "trust_remote_code" not in card.content
 
 
-def test_of_a_model_that_was_not_upcycled(tmp_path):
+def test_a_model_that_was_not_upcycled(tmp_path):
     make_llava().save_pretrained(tmp_path)
     card = write_model_card(tmp_path)
     assert card.data.tags is None or card.data.tags == []

@@ -1,4 +1,4 @@
-"""From a dense checkpoint to a sparse one: what lies in the folder, what is refused, and that nothing is left then."""
+"""From a dense checkpoint to a sparse one: the files in the folder, and errors, after which nothing is left."""
 
 import json
 
@@ -28,7 +28,7 @@ from tests.toolbox.upcycling.test_processors import make_llava_processor
 
 @pytest.fixture
 def dense(tmp_path):
-    """Folder of a small LLaVA with its processor."""
+    """Returns the folder of a small LLaVA with its processor."""
     torch.manual_seed(0)
     text_config = LlamaConfig(**TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8})
     model = make_llava(text_config)
@@ -71,7 +71,7 @@ def test_a_folder_that_loads(dense, tmp_path):
     assert made.processor == "LlavaProcessor" == type(processors[1]).__name__
 
 
-def test_what_it_says(dense, tmp_path):
+def test_the_report(dense, tmp_path):
     made = upcycle_checkpoint(dense, tmp_path / "sparse")
     planned = plan_checkpoint(dense)
     config = json.loads((tmp_path / "sparse/config.json").read_text())
@@ -126,7 +126,7 @@ def rows():
 
 
 def test_router_rows_from_data(dense, tmp_path):
-    """And the receipt is of the first example, with its image."""
+    """The receipt uses the first example, with its image."""
     made = upcycle_checkpoint(dense, tmp_path / "sparse", router_init="data", rows=rows(), num_experts=2)
     model, processor = LlavaForConditionalGeneration.from_pretrained(dense), AutoProcessor.from_pretrained(dense)
     batch = [
@@ -170,7 +170,7 @@ def test_without_the_comparison_the_dense_model_is_not_loaded(dense, tmp_path, m
     assert "outputs of blocks differ by 0.0e+00 at most" in str(made)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ errors
 
 
 def broken_start(block, *args, start=streaming.start_block, **kwargs):
@@ -179,7 +179,7 @@ def broken_start(block, *args, start=streaming.start_block, **kwargs):
 
 
 @pytest.mark.parametrize("compare", [True, False])
-def test_a_start_that_is_broken(compare, dense, tmp_path, monkeypatch):
+def test_a_broken_start_is_refused(compare, dense, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "start_block", broken_start)
     with pytest.raises(UpcyclingError, match=r"the sparse block of layer \d is not what .* differ by 1\.0e-02"):
         upcycle_checkpoint(dense, tmp_path / "sparse", compare=compare)
@@ -189,8 +189,8 @@ def test_a_start_that_is_broken(compare, dense, tmp_path, monkeypatch):
     assert "config.json" in names_in(tmp_path / "sparse")
 
 
-def test_files_that_do_not_hold_the_model(dense, tmp_path, monkeypatch):
-    """Blocks were right, but what was written is not: the receipt tells."""
+def test_files_that_differ_from_the_model(dense, tmp_path, monkeypatch):
+    """The blocks are right, but the written files are not. The receipt detects this."""
     monkeypatch.setattr(
         streaming._Run, "_write", lambda run, tensors, write=streaming._Run._write: write(run, add_one(tensors))
     )
@@ -218,7 +218,7 @@ def test_an_interruption_leaves_nothing(where, error, dense, tmp_path, monkeypat
 
 
 def test_the_configuration_comes_last(dense, tmp_path, monkeypatch):
-    """So that what a process leaves which is killed is not taken for a model."""
+    """If the process is killed, the files that it leaves are not mistaken for a model."""
     seen = []
     written = checkpoints.written_parity
 
@@ -231,7 +231,7 @@ def test_the_configuration_comes_last(dense, tmp_path, monkeypatch):
     assert seen == [{"model.safetensors"}]
 
 
-def test_a_model_that_is_there_is_replaced_only_when_told(dense, tmp_path):
+def test_an_existing_model_is_replaced_only_on_request(dense, tmp_path):
     upcycle_checkpoint(dense, tmp_path / "sparse", max_shard_size="50KB", compare=False)
     assert len(list((tmp_path / "sparse").glob("*.safetensors"))) > 2
     with pytest.raises(UpcyclingError, match="holds a model already"):
@@ -253,8 +253,8 @@ def test_a_model_that_is_there_is_replaced_only_when_told(dense, tmp_path):
         ({"router_init": "data"}, '`router_init="data"` needs examples'),
     ],
 )
-def test_requests_that_cannot_be_met(request_, message, dense, tmp_path, monkeypatch):
-    """Nothing is read or written then."""
+def test_impossible_requests(request_, message, dense, tmp_path, monkeypatch):
+    """Nothing is read or written."""
     monkeypatch.setattr(checkpoints.DenseCheckpoint, "open", None)
     with pytest.raises(UpcyclingError, match=message):
         upcycle_checkpoint(dense, tmp_path / "sparse", **request_)

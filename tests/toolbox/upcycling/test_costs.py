@@ -1,4 +1,4 @@
-"""What models cost: parameters, bytes and operations per token, against counts by hand."""
+"""Costs of models: parameters, bytes and operations per token, compared with counts by hand."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ EMBEDDINGS = 50 * 16
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_of_a_dense_language_model(tied):
-    """The head is multiplied by whether or not it is the embedding, which is looked up."""
+def test_a_dense_language_model(tied):
+    """The head is a multiplication, whether or not it is tied to the embedding, which is a lookup."""
     total = 2 * LAYER + NORMS + EMBEDDINGS * (1 if tied else 2)
     assert costs_of(LlamaConfig(**DECODER, tie_word_embeddings=tied)) == Costs(
         total=total,
@@ -35,7 +35,7 @@ def test_of_a_dense_language_model(tied):
     )
 
 
-def test_of_a_model_without_weights():
+def test_a_model_without_weights():
     config = LlamaConfig(**DECODER)
     model = model_on_meta_device(config)
     assert costs_of(model) == costs_of(config)
@@ -53,7 +53,7 @@ def test_encoders_are_in_the_parameters_but_not_in_the_operations():
     assert costs.flops_per_token == dict.fromkeys(["text", "image"], text.flops_per_token["text"])
 
 
-def test_of_a_mixture_of_experts_of_the_library():
+def test_a_mixture_of_experts_of_the_library():
     config = Qwen3MoeConfig(**DECODER, moe_intermediate_size=12, num_experts=4, num_experts_per_tok=3)
     layer = ATTENTION + 4 * 16 + 3 * 3 * 16 * 12
     assert costs_of(config).flops_per_token == {"text": 2 * (2 * layer + EMBEDDINGS)}

@@ -1,4 +1,4 @@
-"""Decoders that are laid out in unusual ways: what our decoder takes over all the same, and what it does not."""
+"""Decoders with an unusual layout: those that our decoder can represent, and those that it cannot."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.toolbox.upcycling.test_from_parts import assert_same_logits, make_den
 
 
 def with_linear(old: nn.Linear, bias: bool) -> nn.Linear:
-    """Of the same shape, with other weights."""
+    """Returns a linear layer of the same shape with other weights."""
     torch.manual_seed(old.out_features)
     linear = nn.Linear(old.in_features, old.out_features, bias=bias)
     for parameter in linear.parameters():
@@ -46,7 +46,7 @@ def test_biases_of_some_projections_are_zero_in_the_others(name):
     assert_same_logits(model, dense)
 
 
-def test_a_bias_of_the_output_alone():
+def test_only_the_output_has_a_bias():
     dense = make_dense("granite, scaled")
     for layer in dense.model.layers:
         layer.self_attn.o_proj = with_linear(layer.self_attn.o_proj, bias=True)
@@ -68,7 +68,7 @@ def test_fused_projections_with_biases():
 
 
 @pytest.mark.parametrize(("family", "part"), [("qwen3", "q_norm"), ("qwen2", "q_proj")])
-def test_another_scale_of_attention_goes_into_the_queries(family, part):
+def test_another_scale_of_attention_is_merged_into_the_queries(family, part):
     dense = make_dense(family)
     for layer in dense.model.layers:
         layer.self_attn.scaling = 0.15
@@ -85,7 +85,7 @@ def test_layer_norms_with_weights(tie_word_embeddings):
         layer.input_layernorm, layer.post_attention_layernorm = layer_norm(), layer_norm()
     dense.model.norm = layer_norm()
     model = upcycle_from_parts(dense)
-    assert not model.config.tie_word_embeddings  # only the embedding loses its mean
+    assert not model.config.tie_word_embeddings  # the mean is subtracted only from the embedding
     assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
     assert model.model.embed_tokens.weight.mean(dim=1).abs().max() < 1e-6
     assert_same_logits(model, dense)
@@ -111,7 +111,7 @@ def test_layer_norms_beside_rms_norms_are_refused(place):
         upcycle_from_parts(dense)
 
 
-def test_widths_may_differ_by_layer():
+def test_widths_can_differ_by_layer():
     dense = make_dense()
     narrow(dense.model.layers[1], 40)
     model = upcycle_from_parts(dense, expert_groups="joint")
@@ -125,7 +125,7 @@ def test_widths_may_differ_by_layer():
         upcycle_from_parts(dense, layers=[2])
 
 
-def test_weights_are_the_models_own_where_nothing_changes():
+def test_weights_are_shared_if_nothing_changes():
     dense = make_dense("qwen3")
     layout = read_decoder(dense)
     assert not layout.is_changed
@@ -140,7 +140,7 @@ def test_weights_are_the_models_own_where_nothing_changes():
         assert read_decoder(make_dense(family)).is_changed, family
 
 
-def test_a_dense_block_is_run_with_the_weights_that_experts_start_from():
+def test_a_dense_block_runs_with_the_weights_that_experts_start_from():
     dense = make_dense("granite, scaled", torch.bfloat16)
     x = torch.randn(2, 3, 32)
     expected = 0.4 * dense.float().model.layers[1].mlp(x)

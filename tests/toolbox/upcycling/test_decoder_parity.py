@@ -1,4 +1,4 @@
-"""The comparison of our decoder with a dense one: what it lets pass, what it names, and that it leaves no trace."""
+"""The comparison of our decoder with a dense one: what passes, what is named, and that the models do not change."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.toolbox.upcycling.test_from_parts import make_dense
 
 
 def states(*values: float) -> decoder_parity._States:
-    """Two tokens, of which the first is 2 everywhere and the second as given, by layer and in the logits."""
+    """Returns the states of two tokens by layer and in the logits: 2 for the first, given values for the second."""
     tensors = [torch.tensor([[[2.0, 2.0], [value, 1.0]]]) for value in values]
     return decoder_parity._States(tensors[:-1], tensors[-1])
 
@@ -50,7 +50,7 @@ def test_the_bound_is_the_floor_or_four_times_the_dense_models_own_rounding(plac
         compare(rounded, expected, at_place(torch.nan))
 
 
-def test_centred_streams_are_compared_with_the_dense_ones_less_their_mean():
+def test_centred_streams_are_compared_with_dense_ones_minus_their_mean():
     expected, centred = states(1.5, 1.0), states(1.5, 1.0)
     centred.hidden_states[0] -= centred.hidden_states[0].mean(dim=-1, keepdim=True)
     compare(expected, expected, centred, is_centred=True)
@@ -60,7 +60,7 @@ def test_centred_streams_are_compared_with_the_dense_ones_less_their_mean():
         compare(expected, expected, expected, is_centred=True)
 
 
-def test_a_type_is_taken_for_a_while():
+def test_a_dtype_for_the_duration_of_a_context():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)).bfloat16()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_a_type_is_taken_for_a_while():
     assert not any(module._forward_hooks for module in model)
 
 
-def test_a_tied_weight_is_what_it_was():
+def test_a_tied_weight_is_restored():
     dense = make_dense("llama, tied", torch.bfloat16)
     model = upcycle_from_parts(dense)
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
@@ -88,7 +88,7 @@ def test_a_tied_weight_is_what_it_was():
     assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
 
 
-def test_models_that_are_alike_pass_and_a_rounded_weight_only_where_it_is_expected():
+def test_equal_models_pass_and_a_rounded_weight_only_if_rounding_is_expected():
     dense = make_dense(dtype=torch.bfloat16)
     model = upcycle_from_parts(dense)
     layers = list(dense.model.layers)
@@ -105,7 +105,7 @@ def test_models_that_are_alike_pass_and_a_rounded_weight_only_where_it_is_expect
         check_decoder(dense, layers, model, is_rounded=True)
 
 
-def test_the_receipt_says_how_near_the_logits_are():
+def test_the_receipt_has_the_difference_of_the_logits():
     expected = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
     actual = torch.tensor([[[3.0, 0.0], [0.0, 4.0]], [[3.0, 0.0], [5.0, 4.0]]])
     receipt = decoder_parity._receipt(actual, expected, 0.25, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Where the text decoder of a model is, how images enter it, and which tokens stand for them."""
+"""Finds the text decoder of a model, how images enter it, and the tokens that represent them."""
 
 import pytest
 import torch
@@ -46,9 +46,9 @@ def test_decoders_that_are_the_model_itself():
     assert found.config is model.config
 
 
-def test_decoders_that_the_library_takes_for_something_else():
+def test_decoders_that_the_library_mistakes_for_another_module():
     model = build(AutoConfig.for_model("modernbert-decoder", **TEXT))
-    assert model.get_decoder() is model.decoder  # the language head
+    assert model.get_decoder() is model.decoder  # which is the language head
     assert decoder_layers(model).path == "model.layers"
 
 
@@ -59,7 +59,7 @@ def test_a_tower_as_deep_as_the_decoder_and_larger():
     for auto_class in (AutoModel, AutoModelForImageTextToText):
         assert decoder_layers(build(config, auto_class)).decoder.endswith("language_model")
     model = build(config, AutoModel)
-    model.get_decoder = lambda: model  # as some classes answer
+    model.get_decoder = lambda: model  # as some classes return it
     assert decoder_layers(model).decoder == "language_model"
 
 
@@ -71,7 +71,7 @@ def test_further_lists_of_the_decoder():
 
 
 @pytest.mark.parametrize("interval", [1, 2])
-def test_layers_of_cross_attention_beside_those_of_the_decoder(interval):
+def test_cross_attention_layers_next_to_those_of_the_decoder(interval):
     vision = {"embed_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     settings = {"vision_config": vision, "cross_layer_interval": interval, "use_resampler": False}
     model = build(AutoConfig.for_model("idefics", **TEXT | settings), AutoModel)
@@ -87,7 +87,7 @@ def test_decoders_after_encoders():
     assert decoder_layers(model).path == "model.decoder.layers"
 
 
-def test_layers_that_take_turns_are_refused():
+def test_alternating_layers_are_refused():
     model = build(LlamaConfig(**TEXT))
     model.model.others = nn.ModuleList(build(LlamaConfig(**TEXT)).model.layers)
     with pytest.raises(UpcyclingError, match=r"several lists of layers \(model.layers, model.others\)"):
@@ -106,7 +106,7 @@ def test_images_that_are_tokens(name):
     assert not takes_images_by_cross_attention(make_model(name))
 
 
-def test_images_beside_the_tokens():
+def test_images_that_are_not_tokens():
     assert takes_images_by_cross_attention(make_mllama())
     vision = {"embed_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     idefics = {"vision_config": vision, "cross_layer_interval": 2, "use_resampler": False}
@@ -116,7 +116,7 @@ def test_images_beside_the_tokens():
     assert takes_images_by_cross_attention(model)
 
 
-def test_models_of_text():
+def test_text_models():
     assert not takes_images_by_cross_attention(build(LlamaConfig(**TEXT)))
     assert placeholder_ids(LlamaConfig()) == {}
 

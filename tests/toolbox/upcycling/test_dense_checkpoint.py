@@ -1,4 +1,4 @@
-"""Tensors read a few at a time are those that `from_pretrained` loads."""
+"""Tensors that are read a few at a time equal those that `from_pretrained` loads."""
 
 import json
 
@@ -27,7 +27,7 @@ def make_llama(**fields):
 
 
 def make_dinov2():
-    """The library splits a tensor on disk into two of the model's."""
+    """Returns a model of which the library splits a tensor on disk into two."""
     config = Dinov2Config(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, use_swiglu_ffn=True
     )
@@ -35,7 +35,7 @@ def make_dinov2():
 
 
 def check_against_the_library(folder, model_class, **options):
-    """Reads one tensor after the other; returns the names that the files lack."""
+    """Reads one tensor after the other. Returns the names that the files lack."""
     expected = model_class.from_pretrained(folder, **options)
     with DenseCheckpoint.open(folder, model_class, **options) as checkpoint:
         found = {}
@@ -60,14 +60,14 @@ def check_against_the_library(folder, model_class, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", ["50GB", "10KB"])
-def test_of_models_of_all_kinds(name, size, tmp_path):
+def test_models_of_all_kinds(name, size, tmp_path):
     model = MODELS[name]()
     model.save_pretrained(tmp_path, max_shard_size=size)
     lacking = check_against_the_library(tmp_path, type(model))
     assert lacking == set(model.all_tied_weights_keys)
 
 
-def test_of_tensors_that_are_split(tmp_path):
+def test_split_tensors(tmp_path):
     make_dinov2().save_pretrained(tmp_path)
     with DenseCheckpoint.open(tmp_path, Dinov2Model) as checkpoint:
         name = next(name for name in checkpoint.names if name.endswith("up_proj.weight"))
@@ -76,8 +76,8 @@ def test_of_tensors_that_are_split(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_of_other_types(dtype, tmp_path):
-    """Also what the model keeps in float32."""
+def test_other_dtypes(dtype, tmp_path):
+    """Includes tensors that the model keeps in float32."""
     make_llava().save_pretrained(tmp_path)
     check_against_the_library(tmp_path, type(make_llava()), dtype=dtype)
 
@@ -88,7 +88,7 @@ def test_of_other_types(dtype, tmp_path):
     check_against_the_library(tmp_path / "llama", KeepsNorms, dtype=dtype)
 
 
-def test_of_names_on_disk_and_in_memory(tmp_path):
+def test_names_on_disk_and_in_memory(tmp_path):
     """The library saves LLaVA with names that differ from the model's, and reads both."""
     model = make_llava()
     model.save_pretrained(tmp_path)
@@ -99,20 +99,20 @@ def test_of_names_on_disk_and_in_memory(tmp_path):
     assert check_against_the_library(tmp_path, type(model)) == set()
 
 
-def test_of_a_model_with_and_without_a_head(tmp_path):
+def test_a_model_with_and_without_a_head(tmp_path):
     model = make_llama(tie_word_embeddings=True)
     model.model.save_pretrained(tmp_path / "base")
     assert check_against_the_library(tmp_path / "base", LlamaForCausalLM) == {"lm_head.weight"}
 
 
-def test_of_files_of_pytorch(tmp_path):
+def test_files_of_pytorch(tmp_path):
     model = make_llama()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     assert check_against_the_library(tmp_path, LlamaForCausalLM) == set()
 
 
-def test_several_at_once(tmp_path):
+def test_several_tensors_at_once(tmp_path):
     model = make_llama()
     model.save_pretrained(tmp_path)
     names = [f"model.layers.1.mlp.{projection}_proj.weight" for projection in ("down", "gate", "up")]
@@ -120,7 +120,7 @@ def test_several_at_once(tmp_path):
         assert list(checkpoint.read(names)) == names
 
 
-def test_the_progress_bar_is_as_it_was(tmp_path):
+def test_the_progress_bar_is_restored(tmp_path):
     make_llama().save_pretrained(tmp_path)
     enabled = logging.is_progress_bar_enabled()
     with DenseCheckpoint.open(tmp_path, LlamaForCausalLM) as checkpoint:
@@ -132,7 +132,7 @@ def test_the_progress_bar_is_as_it_was(tmp_path):
 
 
 def change(folder, **tensors):
-    """Saves a small Llama with other tensors; `None` takes one away."""
+    """Saves a small Llama with other tensors. `None` removes one."""
     make_llama().save_pretrained(folder)
     state = load_file(folder / "model.safetensors") | {name.replace("__", "."): t for name, t in tensors.items()}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
@@ -150,7 +150,7 @@ def change(folder, **tensors):
         ({"lm_head__weight": None}, r"^the checkpoint lacks lm_head\.weight\. See what `from_pretrained` says"),
     ],
 )
-def test_tensors_that_are_not_those_of_the_model(tensors, message, tmp_path):
+def test_tensors_that_do_not_fit_the_model(tensors, message, tmp_path):
     change(tmp_path, **tensors)
     with pytest.raises(UpcyclingError, match=message), DenseCheckpoint.open(tmp_path, LlamaForCausalLM):
         pass

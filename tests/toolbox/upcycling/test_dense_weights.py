@@ -1,4 +1,4 @@
-"""Dense models whose weights cannot be read, or are not numbers."""
+"""Dense models whose weights cannot be read or are not finite."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.dense_weights import check_finite
 from tests.support.upcycled import make_dense
 
 WEIGHTS = [
-    "model.layers.1.mlp.down_proj.weight",  # becomes that of experts
+    "model.layers.1.mlp.down_proj.weight",  # becomes part of experts
     "model.layers.0.self_attn.q_proj.weight",  # is kept
     "lm_head.weight",
 ]
@@ -44,7 +44,7 @@ def test_the_vision_encoder_of_parts():
         upcycle_from_parts(make_dense("llama"), tower, image_token_id=5)
 
 
-def test_what_counts_as_finite():
+def test_finite_values():
     largest = torch.finfo(torch.float16).max
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         check_finite([("weight", torch.tensor([largest, -largest, 0.0], dtype=dtype))])
@@ -93,7 +93,7 @@ def test_compiled_models():
     dense = make_dense("llama")
     with pytest.raises(UpcyclingError, match=r"got OptimizedModule\. Pass the model that was compiled"):
         upcycle(torch.compile(dense, backend="eager"))
-    dense.compile(backend="eager")  # which leaves the class as it is
+    dense.compile(backend="eager")  # which does not change the class
     ids = torch.arange(5, 15)[None]
     sparse = upcycle(dense)
     assert sparse._compiled_call_impl is None

@@ -1,4 +1,4 @@
-"""Our own architecture from a language model and a vision encoder: the language model's outputs, whatever its class."""
+"""Our architecture from a language model of any class and a vision encoder, with the outputs of the language model."""
 
 import copy
 
@@ -30,7 +30,7 @@ from tests.support.models import IMAGE_TOKEN_ID, TINY_DECODER, TINY_TOWER
 from tests.support.processors import make_tokenizer
 
 DECODER = TINY_DECODER | {"num_hidden_layers": 3, "head_dim": 8}
-# By family: its type, fields, and what our configuration must say of its attention.
+# By family: its type, its fields, and the attention fields that our configuration must have.
 PLAIN = {"attention_bias": False, "attention_out_bias": False, "use_qk_norm": False, "nope_layers": []}
 FAMILIES = {
     "llama": ("llama", {}, PLAIN),
@@ -88,7 +88,7 @@ def make_dense(name: str = "llama", dtype: torch.dtype = torch.float32, seed: in
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # biases, which start at 0, and norms, which all start alike
+        if parameter.dim() == 1:  # biases start at 0, and all norms start with the same values
             torch.nn.init.normal_(parameter, mean=0.6, std=0.3)
     model.generation_config.eos_token_id = None
     return model
@@ -101,7 +101,7 @@ def make_tower(name: str = "clip"):
 
 
 def make_text(rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:
-    """The second row is padded left."""
+    """Returns two rows. The second is padded on the left."""
     input_ids = torch.randint(4, 99, (rows, length), generator=torch.Generator().manual_seed(2))
     attention_mask = torch.ones_like(input_ids)
     attention_mask[1, :3] = 0
@@ -128,7 +128,7 @@ def assert_same_answers(model, dense):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_text_computes_what_the_language_model_does(family):
+def test_a_text_model_computes_the_same_as_the_language_model(family):
     dense = make_dense(family)
     model = upcycle_from_parts(dense)
     assert type(model) is SparseMoeVlmForCausalLM
@@ -164,7 +164,7 @@ def test_every_exact_start_keeps_the_outputs_of_every_family(family, request_):
     assert_same_logits(model, dense)
 
 
-def test_weights_lie_where_they_belong_and_are_copies():
+def test_weights_are_copied_to_the_right_place():
     dense = make_dense("qwen3", intermediate_size=40)
     before = copy.deepcopy(dense.state_dict())
     model = upcycle_from_parts(dense, layers=[1])
@@ -236,7 +236,7 @@ def test_layers_that_share_a_pool_start_from_the_block_of_the_first():
     assert_same_logits(model, dense)
 
 
-def test_seeds_decide_what_is_drawn_and_nothing_else_does():
+def test_only_the_seed_determines_random_weights():
     dense, tower = make_dense(), make_tower()
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -328,7 +328,7 @@ def test_the_configuration_has_the_receipt(tmp_path):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_vision_encoder_sees_what_it_saw_and_text_stays_the_same(tower):
+def test_the_outputs_of_the_vision_encoder_and_of_text_do_not_change(tower):
     dense, encoder = make_dense("qwen2"), make_tower(tower)
     model = upcycle_from_parts(dense, encoder, image_token_id=IMAGE_TOKEN_ID)
     assert type(model) is SparseMoeVlmForConditionalGeneration
@@ -349,7 +349,7 @@ def test_a_vision_encoder_sees_what_it_saw_and_text_stays_the_same(tower):
     assert torch.equal(logits[:, 0], blank[:, 0])
 
 
-def test_a_model_with_a_vision_encoder_gives_it():
+def test_the_vision_encoder_of_another_model():
     text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = CLIPModel(CLIPConfig(vision_config=TINY_TOWER, text_config=text))
     model = upcycle_from_parts(make_dense(), clip, image_token_id=3)
@@ -359,7 +359,7 @@ def test_a_model_with_a_vision_encoder_gives_it():
 
 
 @pytest.mark.parametrize(("patch_size", "factor"), [(4, 2), (5, 3), (3, 1)])
-def test_the_connector_merges_as_many_patches_as_it_can(patch_size, factor):
+def test_the_connector_merges_as_many_patches_as_possible(patch_size, factor):
     encoder = AutoModel.from_config(CLIPVisionConfig(**TINY_TOWER | {"patch_size": patch_size}))
     model = upcycle_from_parts(make_dense(), encoder, image_token_id=3)
     assert model.config.pixel_shuffle_factor == factor
@@ -367,7 +367,7 @@ def test_the_connector_merges_as_many_patches_as_it_can(patch_size, factor):
     assert chosen.config.pixel_shuffle_factor == 1
 
 
-def test_fields_of_every_part_reach_it():
+def test_fields_reach_every_part():
     model = upcycle_from_parts(
         make_dense(),
         make_tower(),
@@ -402,7 +402,7 @@ def test_a_model_from_parts_trains_in_every_part():
     input_ids = torch.tensor([[5, 3, 3, 3, 3, 7, 11, 12], [8, 3, 3, 3, 3, 9, 13, 14]])
     pixel_values = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     model(input_ids=input_ids, pixel_values=pixel_values, labels=input_ids).loss.backward()
-    # The pooled output is not used, and routed experts start with nothing to say: so their way in has no gradient yet.
+    # The pooled output is not used. Routed experts start with zero outputs, so their inputs have no gradients yet.
     without = {
         name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.any()
     }
@@ -414,7 +414,7 @@ def test_a_model_from_parts_trains_in_every_part():
 # ---------------------------------------------------------------- the image token
 
 
-def test_a_new_image_token_gets_a_row_of_its_own():
+def test_a_new_image_token_gets_its_own_row():
     tokenizer = make_tokenizer(image_token="<picture>")
     dense = make_dense(vocab_size=len(tokenizer))
     model = upcycle_from_parts(dense, make_tower(), tokenizer=tokenizer)
@@ -443,13 +443,13 @@ def test_a_spare_row_is_used():
     assert tied.lm_head.weight.shape == (100, 32)
 
 
-def test_a_token_that_is_there_is_used():
+def test_an_existing_token_is_used():
     tokenizer = make_tokenizer(image_token="<picture>")
     dense = make_dense(vocab_size=len(tokenizer))
     model = upcycle_from_parts(dense, make_tower(), tokenizer=tokenizer, image_token="<picture>")
     assert model.config.image_token_id == 3
     assert model.config.text_config.vocab_size == len(tokenizer) == dense.config.vocab_size
-    assert upcycle_from_parts(make_dense(), tokenizer=make_tokenizer()).config.vocab_size == 99  # a model of text
+    assert upcycle_from_parts(make_dense(), tokenizer=make_tokenizer()).config.vocab_size == 99  # a text model
     by_id = upcycle_from_parts(dense, make_tower(), image_token_id=dense.config.vocab_size + 1)
     assert by_id.config.text_config.vocab_size == dense.config.vocab_size + 2
 
@@ -458,7 +458,7 @@ def test_a_token_that_is_there_is_used():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "smollm3", "granite, scaled"])
-def test_a_model_of_text_is_loaded_from_its_folder(family, tmp_path):
+def test_a_text_model_is_loaded_from_its_folder(family, tmp_path):
     model = upcycle_from_parts(make_dense(family))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
@@ -468,7 +468,7 @@ def test_a_model_of_text_is_loaded_from_its_folder(family, tmp_path):
     assert torch.equal(loaded(**text).logits, model(**text).logits)
 
 
-def test_a_model_of_images_is_loaded_from_its_folder(tmp_path):
+def test_a_vision_language_model_is_loaded_from_its_folder(tmp_path):
     model = upcycle_from_parts(make_dense("qwen3"), make_tower("vit with a classifier"), image_token_id=3)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
@@ -541,13 +541,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_our_decoder_does_not_have_is_refused_with_the_reason(case):
+def test_unsupported_decoders_are_refused_with_the_reason(case):
     make, message = REFUSED[case]
     with pytest.raises(UpcyclingError, match=message):
         upcycle_from_parts(make())
 
 
-def test_a_window_that_holds_every_text_is_none():
+def test_a_window_that_covers_every_text_is_ignored():
     dense = make_dense("mistral", sliding_window=256)
     assert_same_logits(upcycle_from_parts(dense), dense)
 
@@ -568,7 +568,7 @@ def test_a_difference_at_late_positions_is_found():
     assert_same_logits(upcycle_from_parts(dense, max_position_embeddings=64), dense)
 
 
-def test_a_wrong_start_is_refused_and_its_layer_named(monkeypatch):
+def test_the_error_for_a_wrong_start_names_the_layer(monkeypatch):
     right = from_parts.start_experts
 
     def wrong(model, *args):

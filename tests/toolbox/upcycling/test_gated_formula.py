@@ -1,4 +1,4 @@
-"""Gated feed-forward blocks are told from what only looks like them by what they compute."""
+"""Gated feed-forward blocks are recognised by their outputs, not by their names or structure."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ D, INNER = 8, 12
 
 
 class Gated(nn.Module):
-    """Names that say nothing; the sizes and the formula are what counts."""
+    """A block with meaningless names. Only the sizes and the formula matter."""
 
     def __init__(self, act="silu", bias=False, width=INNER, **settings):
         super().__init__()
@@ -127,7 +127,7 @@ def test_names_do_not_matter():
     assert formula.parameters == {"gate": ("b.weight", None), "up": ("c.weight", None), "down": ("a.weight", None)}
 
 
-def test_square_projections_are_told_apart():
+def test_square_projections_are_distinguished():
     formula = read_formula(Gated(width=D))
     assert formula.intermediate_size == D
     assert formula.parameters == {"gate": ("b.weight", None), "up": ("c.weight", None), "down": ("a.weight", None)}
@@ -171,7 +171,7 @@ def test_likely_activations_are_tried_first():
         (nn.Identity(), "^not gated$"),
     ],
 )
-def test_what_only_looks_like_it(block, reason):
+def test_blocks_that_only_look_gated(block, reason):
     with pytest.raises(NotTheFormulaError, match=reason):
         read_formula(block)
 
@@ -183,7 +183,7 @@ def test_other_linear_layers_are_refused():
         read_formula(block)
 
 
-def test_settings_that_change_nothing():
+def test_settings_without_effect():
     assert read_formula(Scaled(factor=1.0)).hidden_act == "silu"
     assert read_formula(Dropping(rate=0.0)).hidden_act == "silu"
 
@@ -246,7 +246,7 @@ def test_surroundings_do_not_matter():
 
 
 def test_blocks_that_compute_the_same_have_the_same_fingerprint():
-    for act in ("silu", "gelu_pytorch_tanh"):  # which keeps a partial function of its own
+    for act in ("silu", "gelu_pytorch_tanh"):  # which stores its own partial function
         assert fingerprint(Gated(act)) == fingerprint(Gated(act).bfloat16().eval())
 
 
@@ -294,8 +294,8 @@ def test_mixers_of_a_sequence_do_not_look_like_feed_forward_blocks():
     assert not looks_like_feed_forward(Mixer())
 
 
-def test_no_activation_that_prints_a_message_is_made(monkeypatch):
-    """xIELU warns where its kernel is not installed, whatever the block is."""
+def test_no_activation_that_prints_a_message_is_created(monkeypatch):
+    """xIELU warns if its kernel is not installed, for any block."""
     made = []
     make = type(ACT2FN).__getitem__
     monkeypatch.setattr(type(ACT2FN), "__getitem__", lambda table, name: made.append(name) or make(table, name))

@@ -1,4 +1,4 @@
-"""Generation with upcycled models in every way that their bases know, and attention read out and steered."""
+"""Generation with upcycled models in all ways that their bases support, and attention read out and steered."""
 
 import contextvars
 from threading import Thread
@@ -24,7 +24,7 @@ WAYS = {
 
 def generate(model, kind, assistant=None, **options) -> torch.Tensor:
     inputs = inputs_for(model, kind)
-    # Assistants take one row.
+    # Assisted generation takes one row.
     if assistant is not None or "prompt_lookup_num_tokens" in options:
         inputs = first_row(inputs)
     torch.manual_seed(1)
@@ -34,7 +34,7 @@ def generate(model, kind, assistant=None, **options) -> torch.Tensor:
 
 
 def inputs_for(model, kind) -> dict[str, torch.Tensor]:
-    """A dense Llama knows of no modalities."""
+    """A dense Llama does not have modalities."""
     inputs = make_inputs(kind)
     if kind == "llama" and not hasattr(model.config, "experts_config"):
         inputs.pop("mm_token_type_ids")
@@ -42,7 +42,7 @@ def inputs_for(model, kind) -> dict[str, torch.Tensor]:
 
 
 def first_row(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The row without padding; images have one row each, or 16 patches."""
+    """Returns the row without padding. Each image has one row, or 16 patches."""
     return {
         key: value[:16] if key == "pixel_values" and value.dim() == 2 else value[:1] for key, value in inputs.items()
     }
@@ -50,8 +50,8 @@ def first_row(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_answers_are_those_of_the_dense_model(kind, way):
-    """Each start is exact, whichever way a text is generated."""
+def test_answers_equal_those_of_the_dense_model(kind, way):
+    """Each start is exact in every generation method."""
     dense = make_dense(kind)
     expected = generate(dense, kind, **WAYS[way])
     for groups in ("hybrid", "isolated"):
@@ -60,8 +60,8 @@ def test_the_answers_are_those_of_the_dense_model(kind, way):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_to_the_greedy_answer(kind):
-    """Of a model whose experts differ: what follows the prompt is text, in each step and for each candidate."""
+def test_every_method_gives_the_greedy_answer(kind):
+    """The experts of the model differ. Tokens after the prompt are text, in each step and for each candidate."""
     model = make_upcycled(kind)
     whole = generate(model, kind)
     prompt = make_inputs(kind)["input_ids"].shape[1]
@@ -85,15 +85,15 @@ def test_every_way_to_the_greedy_answer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_beams_of_one_row(kind):
-    """Rows do not disturb each other, though experts work on the tokens of all."""
+    """Rows do not affect each other, although experts process the tokens of all rows."""
     model, beams = make_upcycled(kind), {"num_beams": 3}
     together = generate(model, kind, **beams)
     alone = model.generate(**first_row(make_inputs(kind)), **GREEDY | beams)
     assert torch.equal(together[:1], alone)
 
 
-def test_placeholders_that_are_generated_are_text():
-    """Once the cache is filled, a call without images is text whatever its tokens are."""
+def test_generated_placeholders_are_text():
+    """With a filled cache, all tokens of a call without images are text."""
     model, inputs = make_upcycled("llava"), make_inputs("llava", padded=False)
     cache = model(**inputs, use_cache=True).past_key_values
     token = torch.full((2, 1), model.config.image_token_id)
@@ -115,7 +115,7 @@ def test_compiled(kind, groups):
 
 @pytest.mark.parametrize("groups", ["hybrid", "isolated"])
 def test_packed_rows(groups):
-    """Texts one after the other in a row, which the base keeps apart by their positions."""
+    """Several texts in one row, which the base separates by their positions."""
     model, generator = make_upcycled("llama", groups), torch.Generator().manual_seed(0)
     input_ids = torch.randint(7, 99, (1, 12), generator=generator)
     ids = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 0]])
@@ -127,7 +127,7 @@ def test_packed_rows(groups):
             torch.testing.assert_close(packed[:, part], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_threads_do_not_disturb_each_other():
+def test_threads_do_not_affect_each_other():
     model, inputs = make_upcycled("llava"), make_inputs("llava")
     text = make_inputs("llava", images=False)
     expected = [model.generate(**each, **GREEDY) for each in (inputs, text)]
@@ -150,7 +150,7 @@ def test_threads_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("steering", [{}, {"modality_priors": {"image": 3.0}}, {"modality_guidance": 0.5}])
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
-def test_weights_are_those_of_the_dense_model(kind, steering):
+def test_weights_equal_those_of_the_dense_model(kind, steering):
     dense = make_dense(kind)
     sparse = upcycle(dense, "hybrid", num_experts=4, modalities=["text", "image"])
     answers, alphas, free = [], [], []
@@ -180,18 +180,18 @@ def test_steering_changes_the_answer_of_experts_that_differ(kind):
     assert steered.alpha[0].mean() > weights.alpha[0].mean()
 
 
-# ------------------------------------------------------------------------------------------------ the last tokens alone
+# ------------------------------------------------------------------------------------------------ only the last tokens
 
 
 def make_gemma4_of_two_modalities(groups: str = "isolated", **fields):
-    """Its last two layers reuse keys, so in newer releases they only run the last token of a prompt."""
+    """Its last two layers reuse keys, so in newer releases they run only the last token of a prompt."""
     torch.manual_seed(0)
     return make_upcycled(dense=prepare(make_gemma4()), expert_groups=groups, placeholders={}, **fields)
 
 
 @pytest.mark.parametrize("groups", ["isolated", "hybrid"])
-def test_layers_that_only_run_the_last_tokens(groups):
-    """The experts of a prompt's last token are those of its modality, in rows that end differently."""
+def test_layers_that_run_only_the_last_tokens(groups):
+    """The last token of a prompt uses the experts of its modality, in rows with different ends."""
     model, inputs = make_gemma4_of_two_modalities(groups), make_inputs("llama")
     inputs["mm_token_type_ids"][0, -1] = 1
     ids = inputs["mm_token_type_ids"].clone()
@@ -211,7 +211,7 @@ def test_layers_that_only_run_the_last_tokens(groups):
             assert torch.equal(model(**new).logits[:, -1].argmax(dim=-1), answer[:, length])
 
 
-def test_the_routing_of_tokens_that_are_not_run_is_not_known():
+def test_the_routing_of_skipped_tokens_is_unknown():
     model, inputs = make_gemma4_of_two_modalities(), make_inputs("llama")
     seen = []
     model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))

@@ -1,4 +1,4 @@
-"""How much memory upcycling a checkpoint takes, in a process of its own."""
+"""The memory that upcycling a checkpoint takes, in a separate process."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.support.processes import ROOT
 
 MEGABYTE = 1e6
-SLACK = 64 * MEGABYTE  # of the allocator and of the libraries
+SLACK = 64 * MEGABYTE  # for the allocator and the libraries
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -49,6 +49,6 @@ def test_at_most_the_dense_model_and_one_sparse_layer(compare, tmp_path):
     figures = json.loads(result.stdout)
     layer = 4 * 3 * 256 * 1024 * 9  # eight routed experts, and one that is always on
     assert figures["sparse"] > figures["dense"] + 20 * layer
-    # While a stack is written, it is there twice: as a whole, and cut into experts.
+    # While a stack is written, it is in memory twice: as a whole, and split into experts.
     bound = 2 * layer if compare == "blocks" else figures["dense"] + layer
     assert figures["peak"] < bound + SLACK, figures

@@ -1,4 +1,4 @@
-"""Upcycled models as classes of Transformers: same outputs, plain checkpoints, and what no class can express."""
+"""Upcycled models as classes of Transformers: same outputs, plain checkpoints, and models that no class represents."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ FIRST_DENSE, LAST_DENSE = {"mlp_only_layers": [0]}, {"mlp_only_layers": [1]}
 PLAIN = {"norm_topk_prob": False}
 WITH_SHARED = {"expert_groups": SHARED}
 NARROW_SHARED = {"expert_groups": [SHARED[0], SHARED[1] | {"intermediate_size": 16}]}
-# Base, fields of the experts' configuration, class of the twin.
+# Base, fields of the experts configuration, class of the twin.
 PAIRS = [
     ("cohere2", {}, "Cohere2MoeForCausalLM"),
     ("cohere2", WITH_SHARED, "Cohere2MoeForCausalLM"),
@@ -111,7 +111,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("base", "fields", "twin_class"), PAIRS)
 @torch.no_grad()
-def test_twin_computes_the_same_and_is_a_plain_checkpoint(base, fields, twin_class, tmp_path):
+def test_twin_has_the_same_outputs_and_a_plain_checkpoint(base, fields, twin_class, tmp_path):
     model = make(base, **fields)
     input_ids = make_input_ids()
     expected, tokens = model(input_ids).logits, model.generate(input_ids, **GREEDY)
@@ -269,14 +269,14 @@ def test_configuration_of_the_twin(base, fields, expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
-def test_next_twin_of_a_decoder_within_a_model():
+def test_next_twin_of_a_decoder_inside_a_model():
     text_config = LlamaConfig(**in_tree_models.TEXT, attention_bias=True)  # Mixtral has no biases
     twin = to_native(make_upcycled(in_tree_models.make_llava(text_config)))
     assert twin.config.text_config.model_type == "granitemoeshared"
 
 
 @pytest.mark.parametrize(("name", "decoder"), [("llava", ["MixtralForCausalLM"]), ("qwen3_vl", None)])
-def test_name_of_the_decoder_within_a_model(name, decoder, tmp_path):
+def test_name_of_the_decoder_inside_a_model(name, decoder, tmp_path):
     dense = in_tree_models.make_model(name)
     dense.config.text_config.architectures = ["LlamaForCausalLM"]
     to_native(make_upcycled(dense)).save_pretrained(tmp_path)
@@ -284,7 +284,7 @@ def test_name_of_the_decoder_within_a_model(name, decoder, tmp_path):
     assert saved["text_config"].get("architectures") == decoder
 
 
-# By twin, what experts are called in its checkpoints on the Hub.
+# Names of experts in the checkpoints on the Hub, by twin.
 ON_DISK = {
     "cohere2": "mlp.experts.0.gate_proj.weight",
     "ernie4_5": "mlp.experts.0.gate_proj.weight",
@@ -301,7 +301,7 @@ ON_DISK = {
 
 
 @pytest.mark.parametrize("base", ON_DISK)
-def test_experts_lie_on_disk_as_on_the_hub(base, tmp_path):
+def test_experts_are_saved_as_on_the_hub(base, tmp_path):
     router = SIGMOID if base in ("lfm2", "youtu") else {}
     to_native(make(base, **router)).save_pretrained(tmp_path)
     assert f"model.layers.1.{ON_DISK[base]}" in load_file(tmp_path / "model.safetensors")
@@ -316,7 +316,7 @@ def test_shared_expert_of_qwen2_moe_is_doubled_behind_a_gate_of_one_half():
     assert torch.equal(block.shared_expert.up_proj.weight, shared.up_proj.weight)
 
 
-def test_always_on_groups_lie_side_by_side():
+def test_always_on_groups_are_concatenated():
     groups = [SHARED[0], SHARED[1], {"name": "more", "num_experts": 2, "always_on": True, "intermediate_size": 4}]
     model = make("qwen2", expert_groups=groups)
     twin = to_native(model)
@@ -341,8 +341,8 @@ def test_always_on_experts_are_widened_with_zeros():
 
 @pytest.mark.parametrize(("width", "wider"), [(24, 24), (16, 80), (32, 96)])
 @torch.no_grad()
-def test_stacks_of_qwen3_vl_moe_lie_on_disk_as_on_the_hub(width, wider, tmp_path):
-    # Transposed, which other libraries rely on. Transformers tells by the shape: no stack may be square.
+def test_stacks_of_qwen3_vl_moe_are_saved_as_on_the_hub(width, wider, tmp_path):
+    # Transposed, which other libraries rely on. Transformers detects it by the shape, so no stack may be square.
     model = make_upcycled(in_tree_models.make_model("qwen3_vl"), moe_intermediate_size=width)
     twin = to_native(model)
     assert twin.config.text_config.moe_intermediate_size == wider
@@ -371,7 +371,7 @@ def test_queries_keys_and_values_of_phi3_become_three_matrices():
 
 
 @torch.no_grad()
-def test_processor_of_the_base_goes_along(tmp_path):
+def test_the_processor_of_the_base_is_copied(tmp_path):
     processor = LlavaProcessor(
         make_image_processor(),
         make_tokenizer(),
@@ -395,12 +395,12 @@ def test_processor_of_the_base_goes_along(tmp_path):
 
 
 @pytest.mark.parametrize(("base", "twin"), COMPOSITE_TWINS.items())
-def test_types_whose_decoder_is_their_own_have_one_processor(base, twin):
+def test_types_that_are_their_own_decoder_have_one_processor(base, twin):
     assert PROCESSOR_MAPPING_NAMES[twin] == PROCESSOR_MAPPING_NAMES[base]
 
 
 @torch.no_grad()
-def test_head_that_has_another_shape_until_it_is_tied():
+def test_head_with_another_shape_until_it_is_tied():
     vision_config = TINY_TOWER | {"vocab_size": 40, "hidden_stride": 1}
     config = Ovis2Config(text_config=TINY_DECODER, vision_config=vision_config, hidden_size=32)
     model = make_upcycled(Ovis2ForConditionalGeneration(config))
@@ -420,7 +420,7 @@ def test_base_model_without_a_head():
 
 
 @torch.no_grad()
-def test_what_a_twin_takes_over(tmp_path):
+def test_fields_that_a_twin_inherits(tmp_path):
     model = make("mistral").to(torch.bfloat16).train()
     model.set_attn_implementation("eager")
     model.generation_config.repetition_penalty = 1.5
@@ -435,7 +435,7 @@ def test_what_a_twin_takes_over(tmp_path):
     # No second copy of the weights.
     experts = twin.model.layers[0].mlp.experts.gate_up_proj
     assert experts.data_ptr() == model.model.layers[0].mlp.experts.gate_up_proj.data_ptr()
-    # Buffers that no checkpoint has are computed again: casting the model rounded its own.
+    # Buffers that are not in checkpoints are computed again, because casting the model has rounded them.
     assert torch.equal(twin.model.rotary_emb.inv_freq, make("mistral").model.rotary_emb.inv_freq)
     assert not to_native(model.eval()).training
     twin.save_pretrained(tmp_path)
@@ -446,7 +446,7 @@ def test_what_a_twin_takes_over(tmp_path):
 
 @torch.no_grad()
 def test_models_from_dense_ones_and_from_folders(tmp_path):
-    # Always-on experts of all modalities: of a language model, those of text.
+    # Always-on experts of all modalities. In a language model, these are those of text.
     dense = make_dense("qwen2").eval()
     input_ids = make_input_ids()
     fresh = to_native(upcycle(dense, num_experts=5))
@@ -458,7 +458,7 @@ def test_models_from_dense_ones_and_from_folders(tmp_path):
     expected = trained(input_ids).logits
     assert (expected - dense(input_ids).logits).abs().max() > 1e-2
     trained.save_pretrained(tmp_path)
-    # The code that came with the checkpoint, and experts in modules of 2, 2 and 1.
+    # The code of the checkpoint, and experts in modules of 2, 2 and 1.
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, num_expert_shards=3)
     assert type(loaded).__module__.startswith("transformers_modules.")
     assert loaded.model.layers[0].mlp.experts.sizes == (2, 2, 1)
@@ -466,7 +466,7 @@ def test_models_from_dense_ones_and_from_folders(tmp_path):
 
 
 @torch.no_grad()
-def test_parts_of_a_dense_block_stay_together():
+def test_parts_of_a_dense_block_are_chosen_together():
     dense = make_dense("qwen3").eval()
     input_ids = make_input_ids()
     twin = to_native(upcycle(dense, "joint", num_experts=6, num_experts_per_tok=3, granularity=3))
@@ -487,7 +487,7 @@ def test_always_on_experts_of_every_modality_together():
 
 
 @torch.no_grad()
-def test_biases_that_a_twin_has_no_place_for():
+def test_biases_that_a_twin_cannot_represent():
     model = make("qwen3", router_bias_update_rate=0.1)
     with pytest.raises(UpcyclingError, match="qwen3_moe: its routers have no bias, and `router_bias_update_rate`"):
         to_native(model)
@@ -546,7 +546,7 @@ def test_refusals_name_the_field(name):
         to_native(make(base, **fields))
 
 
-def test_groups_by_layer_that_are_alike():
+def test_equal_groups_of_layers():
     groups = [
         {"name": "early", "num_experts": 4, "layers": [0]},
         {"name": "late", "num_experts": 4, "layers": [1]},
@@ -557,7 +557,7 @@ def test_groups_by_layer_that_are_alike():
         assert_close(to_native(model)(input_ids).logits, model(input_ids).logits)
 
 
-def test_layers_in_the_middle_can_be_dense_where_any_can():
+def test_layers_in_the_middle_can_be_dense_if_any_can():
     dense = make_dense("qwen3")
     config = dense.config
     config.num_hidden_layers, config.layer_types = 3, ["full_attention"] * 3
@@ -591,7 +591,7 @@ def test_windows_of_some_layers_only():
         {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
     ],
 )
-def test_rotary_embeddings_of_phi3_that_a_twin_lacks(rope):
+def test_rotary_embeddings_of_phi3_that_a_twin_does_not_support(rope):
     config = make_dense("phi3").config
     config.rope_parameters |= rope
     with pytest.raises(
@@ -600,7 +600,7 @@ def test_rotary_embeddings_of_phi3_that_a_twin_lacks(rope):
         to_native(make_upcycled(AutoModelForCausalLM.from_config(config)))
 
 
-def test_models_that_cannot_be_exported_as_they_are():
+def test_models_that_cannot_be_exported():
     with pytest.raises(UpcyclingError, match="Qwen3ForCausalLM is not an upcycled model"):
         to_native(make_dense("qwen3"))
     model = make("qwen3")
@@ -611,7 +611,7 @@ def test_models_that_cannot_be_exported_as_they_are():
     with pytest.raises(UpcyclingError, match="The model has adapters: merge them first"):
         to_native(adapted)
     model = make("qwen3")
-    model._hf_peft_config_loaded = True  # as `add_adapter` of Transformers leaves it
+    model._hf_peft_config_loaded = True  # as after `add_adapter` of Transformers
     with pytest.raises(UpcyclingError, match="The model has adapters: merge them first"):
         to_native(model)
     model = make("qwen3")
@@ -628,14 +628,14 @@ class CustomModel(PreTrainedModel):
     config_class = PreTrainedConfig
 
 
-def test_base_with_code_of_its_own():
+def test_base_with_its_own_code():
     config = PreTrainedConfig()
     config.experts_config = make("qwen3").config.experts_config
     with pytest.raises(UpcyclingError, match="The base of CustomModel is not a class of Transformers"):
         to_native(CustomModel(config))
 
 
-def test_buffers_lie_on_the_device_of_the_model(monkeypatch):
+def test_buffers_are_on_the_device_of_the_model(monkeypatch):
     model = make("llama")
     assert to_native(model).model.rotary_emb.inv_freq.device.type == "cpu"
     monkeypatch.setattr(type(model), "device", torch.device("meta"))

@@ -1,4 +1,4 @@
-"""Folders of upcycled models become folders of their twins."""
+"""Folders of upcycled models are exported to folders of their twins."""
 
 from dataclasses import replace
 
@@ -46,7 +46,7 @@ def test_folder_of_a_trained_model(trained, tmp_path, capfd):
     assert made.dense == costs_of(make_dense("qwen3"))
     assert made.sparse == costs_of(twin)
     assert made.processor == type(AutoTokenizer.from_pretrained(tmp_path / "twin")).__name__
-    assert "custom code" not in capfd.readouterr().out  # nobody is asked whether to run it
+    assert "custom code" not in capfd.readouterr().out  # without a question whether to run it
     assert made.start["name"] == "copy"
     assert not {"parity", "block_error"} & set(made.start)
 
@@ -63,14 +63,14 @@ def test_type_and_folder(trained, tmp_path):
         export_checkpoint(folder, tmp_path, dtype="int8", overwrite=True)
 
 
-def test_a_plan_is_what_the_export_makes(trained, tmp_path):
+def test_a_plan_equals_the_export(trained, tmp_path):
     folder, _ = trained
     made = export_checkpoint(folder, tmp_path / "twin")
     planned = plan_export(folder)
     assert planned == replace(made, output=None, processor=None)
 
 
-def test_a_plan_reads_no_weights_but_biases(tmp_path):
+def test_a_plan_reads_only_biases(tmp_path):
     folder = tmp_path / "sparse"
     sparse = upcycle(make_dense("qwen3"), "joint", num_experts=4, router_bias_update_rate=1e-3)
     biases = [buffer for name, buffer in sparse.named_buffers() if name.endswith("e_score_correction_bias")]
@@ -83,7 +83,7 @@ def test_a_plan_reads_no_weights_but_biases(tmp_path):
             refuse(folder)
 
 
-def test_a_plan_where_biases_differ_between_modalities(tmp_path):
+def test_a_plan_with_biases_that_differ_between_modalities(tmp_path):
     sparse = upcycle(
         make_dense("qwen3"), "joint", router_bias_update_rate=1e-3, router="sigmoid", modalities=["text", "image"]
     )
@@ -107,7 +107,7 @@ def test_exports_are_refused_before_weights_are_read(tmp_path):
         plan_export(tmp_path / "hybrid")
 
 
-def test_nothing_is_written_of_what_has_no_twin(tmp_path):
+def test_nothing_is_written_without_a_twin(tmp_path):
     upcycle(make_dense("qwen3")).save_pretrained(tmp_path / "hybrid")
     with pytest.raises(UpcyclingError, match="qwen3_moe: it has no always-on experts"):
         export_checkpoint(tmp_path / "hybrid", tmp_path / "twin")

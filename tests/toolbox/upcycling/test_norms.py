@@ -1,4 +1,4 @@
-"""Norms by their formula: what they scale by, their epsilon, and whether they subtract the mean."""
+"""Norms are recognised by their formula: their scale, their epsilon, and whether they subtract the mean."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WEIGHT = torch.tensor([0.5, -1.0, 2.0, 0.0, 1.5, 3.0])
 
 
 class Shifted(LlamaRMSNorm):
-    """Its epsilon lies outside of the root."""
+    """Its epsilon is outside the root."""
 
     def forward(self, x):
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
@@ -41,7 +41,7 @@ def test_an_rms_norm_keeps_its_own_weight(eps):
     assert module.weight.dtype == torch.bfloat16
 
 
-def test_a_norm_of_gemma_scales_by_one_more():
+def test_a_norm_of_gemma_scales_by_one_plus_its_weight():
     norm = read_norm("n", with_weight(GemmaRMSNorm(WIDTH, eps=1e-4)), WIDTH)
     assert norm[1:] == (1e-4, False, True)
     assert torch.equal(norm.weight, 1.0 + WEIGHT)
@@ -57,7 +57,7 @@ def test_layer_norms_without_a_bias():
 
 
 class Hidden(nn.Module):
-    """It does not say its epsilon."""
+    """Has no attribute for its epsilon."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -68,12 +68,12 @@ class Hidden(nn.Module):
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-6, 1e-8])
-def test_an_epsilon_that_is_nowhere_is_found(eps):
+def test_an_epsilon_without_an_attribute_is_found(eps):
     assert read_norm("n", Hidden(eps), WIDTH)[1:] == (eps, True, False)
 
 
 @pytest.mark.parametrize("is_centred", [False, True])
-def test_a_norm_is_its_literal_formula(is_centred):
+def test_norms_equal_the_literal_formula(is_centred):
     x = torch.tensor([[1.0, 2.0, 3.0, -4.0, 0.5, 0.1]])
     centred = x - x.sum() / 6 if is_centred else x
     expected = WEIGHT * centred / ((centred * centred).sum() / 6 + 0.01).sqrt()

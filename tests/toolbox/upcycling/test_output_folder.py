@@ -1,4 +1,4 @@
-"""The folder of an upcycled model: what it may replace, and what is left where writing fails."""
+"""The output folder of an upcycled model: what it can replace, and what is left if writing fails."""
 
 import shutil
 from collections import namedtuple
@@ -10,7 +10,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.output_folder import check_dtype,
 
 
 @pytest.mark.parametrize("file", ["config.json", "a.safetensors", "model.safetensors.index.json", "m.bin", "m.gguf"])
-def test_a_model_is_replaced_only_when_told(file, tmp_path):
+def test_a_model_is_replaced_only_on_request(file, tmp_path):
     (tmp_path / file).write_text("")
     with pytest.raises(UpcyclingError, match=rf"holds a model already \({file}\)"):
         check_output(tmp_path)
@@ -37,17 +37,17 @@ def test_never_the_dense_model(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float99", "int8", "float8_e4m3fn", "nn", ""])
-def test_types_that_are_not_those_of_weights(dtype):
+def test_dtypes_that_are_not_for_weights(dtype):
     with pytest.raises(UpcyclingError, match=f"got '{dtype}'"):
         check_dtype(dtype)
 
 
-def test_types_of_weights():
+def test_dtypes_of_weights():
     for dtype in ("auto", "float32", "bfloat16", "float16"):
         check_dtype(dtype)
 
 
-def test_gets_all_files_at_once(tmp_path):
+def test_all_files_appear_at_once(tmp_path):
     with whole_folder(tmp_path / "a" / "b", 3) as stage:
         (stage / "one").write_text("1")
         (stage / "two").write_text("2")
@@ -63,7 +63,7 @@ def write_and_fail(output, error):
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_nothing_is_left_where_writing_fails(error, tmp_path):
+def test_nothing_is_left_if_writing_fails(error, tmp_path):
     (tmp_path / "there").mkdir()
     for output in ("a/b/c", "there", "there/new"):
         with pytest.raises(error, match="it failed"):
@@ -71,7 +71,7 @@ def test_nothing_is_left_where_writing_fails(error, tmp_path):
         assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["there"]
 
 
-def test_what_is_there_stays_where_writing_fails(tmp_path):
+def test_existing_files_stay_if_writing_fails(tmp_path):
     (tmp_path / "config.json").write_text("old")
     with pytest.raises(OSError, match="it failed"):
         write_and_fail(tmp_path, OSError)

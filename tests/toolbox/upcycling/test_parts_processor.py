@@ -1,4 +1,4 @@
-"""The processor of a model from parts: the tokenizer's own chats, with images."""
+"""The processor of a model from parts: the chats of the tokenizer, with images."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.support.models import TINY_TOWER
 from tests.support.processors import make_image_processor, make_picture, make_tokenizer
 from tests.toolbox.upcycling.test_from_parts import make_dense
 
-# Begins with a line break, writes a system message where there is none, and reads contents as texts.
+# Begins with a line break, adds a system message if there is none, and reads contents as text.
 TEMPLATE = """
 {% if messages[0]['role'] != 'system' %}[sys]Be brief.
 {% endif %}
@@ -35,7 +35,7 @@ def render(processor, messages, **kwargs) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True, **kwargs)
 
 
-def test_chats_of_text_are_the_tokenizers_own():
+def test_text_chats_equal_those_of_the_tokenizer():
     model, tokenizer = make_parts()
     processor = processor_from_parts(model, tokenizer, make_image_processor())
     assert type(processor) is SparseMoeVlmProcessor
@@ -54,7 +54,7 @@ def test_chats_of_text_are_the_tokenizers_own():
         assert render(processor, parts) == expected
 
 
-def test_images_stand_among_the_text_of_a_message():
+def test_images_are_inserted_in_the_text_of_a_message():
     model, tokenizer = make_parts()
     processor = processor_from_parts(model, tokenizer, make_image_processor())
     content = [
@@ -76,7 +76,7 @@ def test_images_stand_among_the_text_of_a_message():
         render(processor, [{"role": "user", "content": [{"type": "sound"}]}])
 
 
-def test_templates_by_name_take_images_too():
+def test_templates_by_name_also_accept_images():
     model, tokenizer = make_parts({"default": TEMPLATE, "short": "{{ messages[-1]['content'] }}"})
     processor = processor_from_parts(model, tokenizer, make_image_processor())
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "cat"}]}]
@@ -85,7 +85,7 @@ def test_templates_by_name_take_images_too():
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_a_template_of_ones_own_or_none(template):
+def test_a_given_template_or_none(template):
     model, tokenizer = make_parts(template)
     own = "{{ messages | length }}"
     assert processor_from_parts(model, tokenizer, make_image_processor(), chat_template=own).chat_template == own
@@ -111,7 +111,7 @@ def test_model_and_processor_are_loaded_from_a_folder(tmp_path):
     assert model.config.image_token_id not in answers[0][0, expected["input_ids"].shape[1] :]
 
 
-def test_what_does_not_fit_the_model_is_refused():
+def test_parts_that_do_not_fit_the_model_are_refused():
     model, tokenizer = make_parts()
     with pytest.raises(UpcyclingError, match=r"'<image>' has the id None in the tokenizer, but .* is 280"):
         processor_from_parts(model, make_tokenizer(image_token="<picture>"), make_image_processor())

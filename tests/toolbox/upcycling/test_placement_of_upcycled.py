@@ -30,13 +30,13 @@ def decoder_of(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_plans_keep_hot_experts_on_the_fast_device(kind):
-    """Text experts, which all choices fell on in these measurements, stay; image experts go to the CPU."""
+    """All measured choices are of text experts, which stay. Image experts go to the CPU."""
     model = make_upcycled(kind, "isolated", num_experts=16)
     sizes = {name: sum(p.numel() * 4 for p in module.parameters()) for name, module in experts_modules(model).items()}
     total = sum(parameter.numel() * 4 for parameter in model.parameters())
     counts = {"text": [[1] * 8 + [0] * 8] * 2, "image": [[0] * 16] * 2}
     budget = total - sum(size for name, size in sizes.items() if name.endswith(".image"))
-    budget += max(sizes.values()) + 2000  # Accelerate brings an offloaded part back as a whole; buffers
+    budget += max(sizes.values()) + 2000  # Accelerate loads an offloaded part as a whole; buffers
     device_map = plan_expert_placement(model, {0: budget, "cpu": 10**9}, counts)
     on_cpu = {name for name, device in device_map.items() if device == "cpu"}
     assert on_cpu == {f"{decoder_of(kind)}.layers.{layer}.mlp.experts.image" for layer in range(2)}
@@ -55,8 +55,8 @@ def test_measured_routing_is_a_load(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_planned_from_the_configuration_and_loaded_with_experts_on_disk(kind, tmp_path):
-    """In shards, of which some lie on the disk, and are then paged."""
+def test_a_plan_from_the_configuration_and_loading_with_experts_on_disk(kind, tmp_path):
+    """The experts are in shards, some of which are on disk and are then paged."""
     model = make_upcycled(kind, "isolated")
     expected = read(model, kind)
     model.save_pretrained(tmp_path / "model")
@@ -78,7 +78,7 @@ def test_planned_from_the_configuration_and_loaded_with_experts_on_disk(kind, tm
 
 
 def make_mixture():
-    """A mixture of experts whose dense layer, the second of three, was upcycled."""
+    """Returns a mixture of experts whose dense layer, the second of three, was upcycled."""
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 3, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 3}
     dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**TEXT | sizes, mlp_only_layers=[1])).eval()
@@ -103,11 +103,11 @@ def test_measured_routing_of_a_mixture_whose_dense_layers_were_upcycled():
     budget = {0: int(0.8 * total), "cpu": 10**9}
     planned = plan_expert_placement(model, budget, {"text": [[3, 1, 1, 1, 0, 0, 0, 0]], "image": [[0] * 8]})
     on_cpu = [name for name, device in planned.items() if device == "cpu"]
-    # Those of the base have as much to do as those for text, in half the bytes.
+    # The experts of the base have the same load as those for text, with half the bytes.
     assert on_cpu == [f"{layers}.1.mlp.experts.text", f"{layers}.1.mlp.experts.image"]
 
 
-def test_loads_of_layers_that_were_not_measured():
+def test_loads_of_unmeasured_layers():
     loads = {"a": {"text": 0.75, "image": 0.0}, "b": {"text": 0.25, "image": 1.0}}
     found = with_unmeasured_layers(loads, ["c", "d", "e"], num_measured_layers=2)
     assert found == {

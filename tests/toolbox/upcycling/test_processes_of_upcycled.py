@@ -1,4 +1,4 @@
-"""Tensor, expert and fully sharded parallelism of upcycled models over two processes."""
+"""Tensor, expert and fully sharded parallelism of upcycled models, in two processes."""
 
 import pytest
 
@@ -75,7 +75,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_every_plan_gives_the_loss_the_gradients_and_the_answer_of_one_process(tmp_path):
+def test_every_plan_has_the_loss_gradients_and_answer_of_one_process(tmp_path):
     for name, (kind, fields) in MODELS.items():
         dense = make_dense(kind, vocab_size=100)
         fields = fields | {"output_router_logits": True, "router_aux_loss_coef": 0.1}

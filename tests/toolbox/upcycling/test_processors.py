@@ -1,4 +1,4 @@
-"""The processor of a dense model goes along with the sparse one."""
+"""The processor of a dense model is saved with the sparse one."""
 
 import pytest
 from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ def test_neither(tmp_path):
     assert not (tmp_path / "sparse").exists()
 
 
-def test_one_that_cannot_be_read_is_not_left_out(tmp_path):
+def test_a_processor_that_cannot_be_read_is_an_error(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises((OSError, ValueError)):
         load_processor(tmp_path)

@@ -1,4 +1,4 @@
-"""Router rows: small random ones, or centroids of what the dense blocks are given."""
+"""Router rows: small random ones, or centroids of the inputs of the dense blocks."""
 
 import math
 import re
@@ -63,7 +63,7 @@ def test_parts_share_random_rows_and_copies_do_not():
 
 
 def clouds(centres: torch.Tensor, per_cloud: int = 20, noise: float = 0.05, seed: int = 0) -> torch.Tensor:
-    """Vectors of any length around each of the directions, cloud by cloud."""
+    """Returns vectors of any length around each of the directions, cloud by cloud."""
     g = generator(seed)
     vectors = centres.repeat_interleave(per_cloud, 0)
     vectors = vectors + noise * torch.randn(vectors.shape, generator=g)
@@ -90,8 +90,8 @@ def test_centroids_of_clouds_are_their_mean_directions(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_clustering_stands_still(seed):
-    """Every centroid is the mean direction of the vectors that are nearest to it, which literal k-means ends with."""
+def test_clustering_has_converged(seed):
+    """Every centroid is the mean direction of the vectors nearest to it, which is the end of literal k-means."""
     vectors = torch.randn(200, 5, generator=generator(seed)) * torch.rand(200, 1, generator=generator(9)).add(0.1)
     centroids = spherical_k_means(vectors, 7, generator(seed))
     members: list[list[torch.Tensor]] = [[] for _ in range(7)]
@@ -114,8 +114,8 @@ def test_clustering_is_seeded():
 @pytest.mark.parametrize(
     ("vectors", "different"),
     [
-        (torch.eye(5)[:3], 3),  # fewer than clusters
-        (torch.eye(5)[[0, 1, 0, 1, 1, 0, 0, 0, 1]] * torch.arange(1, 10)[:, None], 2),  # equal but for the length
+        (torch.eye(5)[:3], 3),  # fewer vectors than clusters
+        (torch.eye(5)[[0, 1, 0, 1, 1, 0, 0, 0, 1]] * torch.arange(1, 10)[:, None], 2),  # equal except for the length
         (torch.ones(12, 5), 1),
         (torch.eye(5)[:1], 1),
         (torch.cat([torch.zeros(9, 5), torch.eye(5)[:2]]), 2),  # zero has no direction
@@ -123,7 +123,7 @@ def test_clustering_is_seeded():
         (torch.zeros(0, 5), 0),
     ],
 )
-def test_clusters_without_a_direction_of_their_own_get_random_ones(vectors, different):
+def test_clusters_without_a_direction_get_random_ones(vectors, different):
     centroids = spherical_k_means(vectors.float(), 4, generator())
     assert centroids.shape == (4, 5)
     assert torch.allclose(centroids.norm(dim=1), torch.ones(4), atol=1e-5)
@@ -132,7 +132,7 @@ def test_clusters_without_a_direction_of_their_own_get_random_ones(vectors, diff
     assert torch.pdist(centroids).min() > 1e-2
 
 
-def test_empty_cluster_takes_the_farthest_vector(monkeypatch):
+def test_an_empty_cluster_gets_the_farthest_vector(monkeypatch):
     vectors = torch.tensor([[1.0, 0.0, 0.1], [1.0, 0.0, -0.1], [0.0, 1.0, 0.1], [0.0, 1.0, -0.1], [0.0, 0.9, 0.8]])
     first = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
     monkeypatch.setattr(router_rows, "_first_centroids", lambda *_: first)
@@ -140,8 +140,8 @@ def test_empty_cluster_takes_the_farthest_vector(monkeypatch):
     assert same_rows(spherical_k_means(vectors, 3, generator()), expected)
 
 
-def test_far_directions_come_first():
-    """Drawn uniformly, both centroids would be of the large cloud in about nine of ten cases."""
+def test_distant_directions_are_chosen_first():
+    """With uniform sampling, both centroids would be in the large cloud in about nine of ten cases."""
     vectors = torch.cat([clouds(torch.eye(8)[:1], 190, 0.002), clouds(torch.eye(8)[1:2], 10, 0.002)])
     for seed in range(20):
         first = router_rows._first_centroids(normalize(vectors), 2, generator(seed))
@@ -162,7 +162,7 @@ INPUTS = inputs_of(clouds(CENTRES[:3], 30), clouds(CENTRES[3:], 20, seed=1))
 
 
 def spread(rows: torch.Tensor, config, groups, inputs: BlockInputs) -> float:
-    """Standard deviation of a token's logits over the experts that serve it, averaged over the tokens, literally."""
+    """Returns the standard deviation of a token's logits over the experts that serve it, averaged over the tokens."""
     spreads = []
     for state, modality_id in zip(inputs.hidden_states, inputs.modality_ids.tolist(), strict=True):
         serves = [g.serves(config.modalities[modality_id]) for g in groups for _ in range(g.num_experts)]
@@ -174,7 +174,7 @@ def spread(rows: torch.Tensor, config, groups, inputs: BlockInputs) -> float:
 
 
 @pytest.mark.parametrize("expert_groups", [OVERLAPPING, "joint", "isolated"], ids=["overlapping", "joint", "isolated"])
-def test_rows_are_centroids_of_the_tokens_that_a_group_serves(expert_groups):
+def test_rows_are_the_centroids_of_the_tokens_that_a_group_serves(expert_groups):
     _, config = arrange(expert_groups=expert_groups)
     groups = routed(config)
     rows = data_rows(config, groups, 1, INPUTS, generator(2))
@@ -189,7 +189,7 @@ def test_rows_are_centroids_of_the_tokens_that_a_group_serves(expert_groups):
     assert spread(rows, config, groups, INPUTS) == pytest.approx(1, rel=1e-4)
 
 
-def test_every_cloud_has_an_expert_of_its_own():
+def test_every_cloud_has_its_own_expert():
     _, config = arrange(expert_groups="joint", num_experts=6)
     rows = data_rows(config, routed(config), 1, INPUTS, generator())
     chosen = (INPUTS.hidden_states @ rows.T).argmax(dim=1)
@@ -207,7 +207,7 @@ def test_no_row_is_longer_than_a_random_one(initializer_range):
     assert spread(rows, config, routed(config), quiet) < 1
 
 
-def test_tokens_with_one_expert_have_no_say_in_the_scale():
+def test_tokens_with_one_expert_do_not_affect_the_scale():
     groups = [
         {"name": "text", "num_experts": 1, "modalities": ["text"]},
         {"name": "image", "num_experts": 4, "modalities": ["image"]},
@@ -217,7 +217,7 @@ def test_tokens_with_one_expert_have_no_say_in_the_scale():
     assert spread(rows, config, routed(config), INPUTS) == pytest.approx(1, rel=1e-4)
 
 
-def test_single_experts_have_rows_too():
+def test_single_experts_also_have_rows():
     _, config = arrange(expert_groups="joint", num_experts=1, num_experts_per_tok=1, initializer_range=0.05)
     rows = data_rows(config, routed(config), 1, INPUTS, generator())
     length = 0.05 * math.sqrt(HIDDEN_SIZE)
@@ -285,7 +285,7 @@ def model():
 
 
 def llava_batch(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Rows of two text tokens, an image of four, and text; the second row is padded on the left."""
+    """Returns rows of two text tokens, an image of four tokens, and text. The second row is padded on the left."""
     g = generator(seed)
     input_ids = torch.randint(7, 90, (rows, 10), generator=g)
     input_ids[:, 2:6] = 3
@@ -299,7 +299,7 @@ def llava_batch(rows: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def block_inputs(model, batch) -> dict[int, torch.Tensor]:
-    """What the blocks are given for a batch, by a hook of the test's own: `(B, T, D)` by layer."""
+    """Returns the inputs of the blocks for a batch, `(B, T, D)` by layer, recorded by hooks of this test."""
     seen = {}
     handles = [
         model.get_submodule(block.name).register_forward_pre_hook(
@@ -314,7 +314,7 @@ def block_inputs(model, batch) -> dict[int, torch.Tensor]:
     return seen
 
 
-def test_block_inputs_are_those_of_the_real_tokens(model):
+def test_block_inputs_of_real_tokens(model):
     batch = llava_batch()
     found = collect_block_inputs(model, batch, LAYERS, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS)
     assert all(module.training for module in model.modules())
@@ -328,7 +328,7 @@ def test_block_inputs_are_those_of_the_real_tokens(model):
         assert not states.requires_grad
 
 
-def test_several_batches_are_put_together(model):
+def test_several_batches_are_concatenated(model):
     batches = [llava_batch(), llava_batch(rows=3, seed=1)]
     found = collect_block_inputs(model, batches, LAYERS, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS)
     expected = torch.cat([block_inputs(model, batch)[1][batch["input_ids"] == 3] for batch in batches])
@@ -337,7 +337,7 @@ def test_several_batches_are_put_together(model):
 
 
 def modality_ids_of(model, batch, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS) -> list[int]:
-    """How many tokens of each modality are found."""
+    """Returns the number of tokens of each modality."""
     forward = model.forward
     model.forward = lambda mm_token_type_ids=None, **inputs: forward(**inputs)
     found = collect_block_inputs(model, batch, LAYERS, modalities=modalities, placeholder_ids=placeholder_ids)
@@ -345,7 +345,7 @@ def modality_ids_of(model, batch, modalities=MODALITIES, placeholder_ids=PLACEHO
     return torch.bincount(found[0].modality_ids, minlength=len(modalities)).tolist()
 
 
-def test_given_modality_ids_hold(model):
+def test_given_modality_ids_are_used(model):
     batch = llava_batch()
     ids = torch.zeros_like(batch["input_ids"])
     ids[0, 9] = 1
@@ -358,7 +358,7 @@ def test_given_modality_ids_hold(model):
 
 
 def test_modalities_that_are_not_listed_count_as_in_the_sparse_model(model):
-    """Video as images, if there are such experts, and all else as text."""
+    """Video counts as images if there are experts for them. Everything else counts as text."""
     batch = llava_batch()
     batch["input_ids"][0, 7:9] = 98
     batch["input_ids"][0, 9] = 97
@@ -372,7 +372,7 @@ def test_modalities_that_are_not_listed_count_as_in_the_sparse_model(model):
     assert modality_ids_of(model, batch | {"mm_token_type_ids": given}, ["text"]) == [19]
 
 
-def test_sample_is_bounded_seeded_and_the_same_in_every_layer(model):
+def test_the_sample_is_bounded_seeded_and_the_same_in_every_layer(model):
     batches = [llava_batch(), llava_batch(rows=3, seed=1)]
 
     def collect(**options):
@@ -385,7 +385,7 @@ def test_sample_is_bounded_seeded_and_the_same_in_every_layer(model):
     for layer in (0, 1):
         assert torch.equal(few[layer].hidden_states, again[layer].hidden_states)
         assert not same_rows(few[layer].hidden_states, other[layer].hidden_states)
-    # The tokens of the smallest numbers of one draw, whatever the bound: also those of a later batch.
+    # The tokens with the smallest random numbers, for any bound, including those of a later batch.
     places = [
         [(whole[layer].hidden_states == state).all(dim=1).nonzero().item() for state in few[layer].hidden_states]
         for layer in (0, 1)
@@ -393,7 +393,7 @@ def test_sample_is_bounded_seeded_and_the_same_in_every_layer(model):
     assert places[0] == places[1] == [*range(6), *range(27, 33)]
 
 
-def test_random_state_and_hooks_are_left_alone(model):
+def test_random_state_and_hooks_do_not_change(model):
     before = torch.get_rng_state()
     collect_block_inputs(model, llava_batch(), LAYERS, modalities=MODALITIES, placeholder_ids=PLACEHOLDERS)
     assert torch.equal(torch.get_rng_state(), before)
@@ -410,7 +410,7 @@ def test_modes_and_hooks_are_restored_after_a_failure(model):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_labels_are_left_out_and_lists_are_sent(model):
+def test_labels_are_left_out_and_lists_are_moved(model):
     batch = llava_batch()
     forward, calls = model.forward, []
     model.forward = lambda sizes=None, **inputs: calls.append((sizes, inputs)) or forward(**inputs)

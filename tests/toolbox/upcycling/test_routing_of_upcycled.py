@@ -26,7 +26,7 @@ def modality_ids(inputs) -> torch.Tensor:
 
 
 def counted_by_hand(model, inputs) -> list[list[list[int]]]:
-    """By sparse layer, modality and expert, token by token from what the routers are given."""
+    """Returns counts by sparse layer, modality and expert, token by token from the inputs of the routers."""
     config, given = model.config.experts_config, []
     handles = [
         block.gate.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -54,8 +54,8 @@ def counted_by_hand(model, inputs) -> list[list[list[int]]]:
 
 @pytest.mark.parametrize("groups", ["hybrid", "joint", "isolated"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_are_those_of_the_tokens_one_by_one(kind, groups):
-    """Padding does not count, and image tokens are told from text."""
+def test_counts_equal_those_of_single_tokens(kind, groups):
+    """Padding is not counted, and image tokens are distinguished from text."""
     model, inputs = make_upcycled(kind, groups), make_inputs(kind)
     expected = counted_by_hand(model, inputs)
     counts = measure_routing(model, [inputs])
@@ -104,8 +104,8 @@ def train(model, tmp_path, kind="llava", **arguments) -> SparseMoeTrainer:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_reports_of_training_are_of_the_whole_batch(kind, checkpointing, tmp_path):
-    """However the batch is cut, and though checkpointing runs every layer twice."""
+def test_reports_of_training_cover_the_whole_batch(kind, checkpointing, tmp_path):
+    """With any micro-batches, and although gradient checkpointing runs every layer twice."""
     model = make_upcycled(kind, "joint", output_router_logits=True)
     expected = counted_by_hand(model, collate(make_rows(kind)))
     trainer = train(
@@ -123,7 +123,7 @@ def test_reports_of_training_are_of_the_whole_batch(kind, checkpointing, tmp_pat
     assert {"aux_loss_text", "aux_loss_image", "routing/joint/image/effective_experts"} <= set(entry)
 
 
-def test_a_collapse_is_told(tmp_path, monkeypatch):
+def test_a_warning_about_a_collapse(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(monitor_module.logger, "warning", warnings.append)
     model = make_upcycled("llava", "joint", output_router_logits=True, num_experts=2, num_experts_per_tok=1)
@@ -131,7 +131,7 @@ def test_a_collapse_is_told(tmp_path, monkeypatch):
     assert not warnings
     with torch.no_grad():
         gate = sparse_blocks(model)["model.language_model.layers.1.mlp"].gate
-        gate.weight.zero_()  # all experts tie, so the first is chosen
+        gate.weight.zero_()  # all experts have equal scores, so the first is chosen
     train(model, tmp_path)
     assert [message.split(" tokens use")[0] for message in warnings] == [
         f"Routing has collapsed: in layer 1, group 'joint', {modality}" for modality in ("text", "image")
@@ -139,7 +139,7 @@ def test_a_collapse_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_biases_move_once_per_step(kind, tmp_path):
+def test_biases_are_updated_once_per_step(kind, tmp_path):
     fields = {"router_bias_update_rate": 0.01, "output_router_logits": True, "router_aux_loss_coef": 0.0}
     model, by_hand = (make_upcycled(kind, "joint", **fields) for _ in range(2))
     for _ in range(2):
@@ -152,8 +152,8 @@ def test_biases_move_once_per_step(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_capacity_drops_what_is_over_it(kind):
-    """With a factor of one half, each of 8 experts takes 2 of 16 text tokens that go to 2 each, and 1 of 8 images'."""
+def test_choices_above_the_capacity_are_dropped(kind):
+    """With a factor of 0.5, each of 8 experts keeps 2 of 16 text tokens (2 choices each) and 1 of 8 image tokens."""
     model, inputs = make_upcycled(kind, "hybrid", expert_capacity_factor=0.5), make_inputs(kind)
     wanted = torch.tensor(counted_by_hand(model, inputs))
     counts = measure_routing(model, [inputs])

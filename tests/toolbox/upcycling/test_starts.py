@@ -1,4 +1,4 @@
-"""Experts that start from a dense block compute what it does; each start is compared with its literal formula."""
+"""Experts that start from a dense block have the same outputs. Each start is compared with its literal formula."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from tests.support.dense_blocks import (
     upcycled_pool,
 )
 
-# Routed experts of both kinds behind one router.
+# Routed experts of both kinds with one router.
 OVERLAPPING = [
     {"name": "text", "num_experts": 2, "modalities": ["text"]},
     {"name": "joint", "num_experts": 4},
@@ -63,7 +63,7 @@ EXACT = {
     "overlapping-split": {"expert_groups": OVERLAPPING, "start": "split", "num_experts_per_tok": 4, "granularity": 2},
     "shared": {"expert_groups": SHARED},
     "shared-copy": {"expert_groups": SHARED, "start": "copy"},
-    # Two always-on experts of half the width are the dense block together.
+    # Two always-on experts of half the width form the dense block together.
     "shared-halves": {"expert_groups": [SHARED[0], SHARED[1] | {"intermediate_size": WIDTH // 2}]},
     "shared-and-own": {
         "expert_groups": [
@@ -77,7 +77,7 @@ needs_every_kind = pytest.mark.parametrize("name", EXACT)
 
 
 def stacks(block) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights of the experts of a block with one routed group, `(E, 2 I, D)` and `(E, D, I)`."""
+    """Returns the weights of the experts of a block with one routed group, `(E, 2 I, D)` and `(E, D, I)`."""
     return block.experts.gate_up_proj.data, block.experts.down_proj.data
 
 
@@ -105,7 +105,7 @@ def test_exact_starts_from_data_compute_the_dense_block(name):
 
 @pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "relu2"])
 @pytest.mark.parametrize("name", ["hybrid", "joint", "joint-split-8"])
-def test_starts_hold_for_any_activation(name, activation):
+def test_starts_are_exact_for_any_activation(name, activation):
     from transformers.activations import ACT2FN
 
     start, config = arrange(**EXACT[name], hidden_act=activation)
@@ -116,11 +116,11 @@ def test_starts_hold_for_any_activation(name, activation):
 
 
 @pytest.mark.parametrize("name", ["hybrid", "joint", "joint-split", "overlapping", "overlapping-split", "isolated"])
-def test_shards_start_as_the_whole_stack_does(name):
+def test_shards_start_like_the_whole_stack(name):
     start, config = arrange(**EXACT[name])
     weights, states = dense_weights(), hidden_states()
     whole = [*upcycled_block(config, weights, start).experts.parameters()]
-    config.num_expert_shards = 3  # does not divide the experts of any group
+    config.num_expert_shards = 3  # does not divide the number of experts of any group
     sharded = upcycled_block(config, weights, start)
     assert relative_error(run(sharded, config, states), dense(states, weights)) < 1e-6
     experts = lambda parameters, kind: torch.cat([p for p in parameters if p.shape[1:] == kind])  # noqa: E731
@@ -145,8 +145,8 @@ def test_half_precision_rounds_no_more_than_the_dense_block(name, dtype):
     assert difference.abs().max() < 4 * (alone.double() - expected).abs().max()
 
 
-def test_parts_of_a_block_stay_together_where_copies_tie():
-    """Router rows of few different values: many tokens see two copies of the dense block as equally good."""
+def test_parts_of_a_block_are_chosen_together_if_copies_tie():
+    """The router rows have few different values, so many tokens have equal scores for two copies of the dense block."""
     start, config = arrange(expert_groups="joint", start="split", num_experts=16)
     weights = dense_weights(dtype=torch.bfloat16)
     states = hidden_states(dtype=torch.bfloat16)
@@ -157,7 +157,7 @@ def test_parts_of_a_block_stay_together_where_copies_tie():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_residual_is_bit_equal_where_the_network_is_the_same(dtype):
+def test_residual_is_bit_identical_if_the_network_is_the_same(dtype):
     start, config = arrange(expert_groups=[SHARED[0], {"name": "everyone", "num_experts": 1, "always_on": True}])
     weights, states = dense_weights(dtype=dtype), hidden_states(dtype=dtype)
     alone = F.linear(F.silu(F.linear(states, weights.gate)) * F.linear(states, weights.up), weights.down)
@@ -179,7 +179,7 @@ def test_layers_of_different_widths_compute_their_blocks():
 # ---------------------------------------------------------------- copy and split, literally
 
 
-def test_copies_are_the_dense_block():
+def test_copies_equal_the_dense_block():
     start, config = arrange(expert_groups="joint", num_experts=3)
     weights = dense_weights()
     gate_up, down = stacks(upcycled_block(config, weights, start))
@@ -190,7 +190,7 @@ def test_copies_are_the_dense_block():
 
 
 @pytest.mark.parametrize(("granularity", "num_copies"), [(2, 3), (4, 2), (1, 2)])
-def test_parts_are_those_of_the_literal_formula(granularity, num_copies):
+def test_parts_equal_those_of_the_literal_formula(granularity, num_copies):
     start, config = arrange(
         expert_groups="joint",
         start="split",
@@ -227,7 +227,7 @@ def test_scaled_weights_are_rounded_once():
 # ---------------------------------------------------------------- residual
 
 
-def test_residual_experts_know_the_dense_block_and_add_nothing():
+def test_residual_experts_start_from_the_dense_block_and_output_zero():
     start, config = arrange(num_experts=3)
     weights = dense_weights()
     block = upcycled_block(config, weights, start)
@@ -242,11 +242,11 @@ def test_residual_experts_know_the_dense_block_and_add_nothing():
 
 
 def sources(rows: torch.Tensor, of: torch.Tensor) -> list[int]:
-    """Which row of a matrix each row is; fails where it is none."""
+    """Returns the index in a matrix of each row. Fails for a row that is not in it."""
     return [(of == row).all(dim=1).nonzero().item() for row in rows]
 
 
-def test_finer_residual_experts_draw_neurons_of_the_dense_block():
+def test_finer_residual_experts_sample_neurons_of_the_dense_block():
     start, config = arrange(granularity=2, num_experts=4)
     weights = dense_weights()
     gate_up, down = stacks(upcycled_block(config, weights, start))
@@ -261,14 +261,14 @@ def test_finer_residual_experts_draw_neurons_of_the_dense_block():
 
 
 def assert_alike(values: torch.Tensor, like: torch.Tensor) -> None:
-    """Drawn from the normal distribution with the mean and standard deviation of a weight: within four errors."""
+    """Checks the mean and standard deviation of normally distributed values, within four standard errors."""
     std, mean = torch.std_mean(like, correction=0)
     assert (values.mean() - mean).abs() < 4 * std / math.sqrt(values.numel())
     assert (values.std() / std - 1).abs() < 4 / math.sqrt(2 * values.numel())
     assert values.unique().numel() > 0.99 * values.numel()
 
 
-def test_wider_residual_experts_have_new_neurons_beside_those_of_the_dense_block():
+def test_wider_residual_experts_have_new_neurons_after_those_of_the_dense_block():
     start, config = arrange(moe_intermediate_size=100, num_experts=2)
     weights = dense_weights()
     gate_up, down = stacks(upcycled_block(config, weights, start))
@@ -280,7 +280,7 @@ def test_wider_residual_experts_have_new_neurons_beside_those_of_the_dense_block
     assert not down.any()
 
 
-def test_several_always_on_experts_hold_the_dense_block_once():
+def test_several_always_on_experts_contain_the_dense_block_once():
     start, config = arrange(expert_groups=[SHARED[0], SHARED[1] | {"num_experts": 3}])
     weights = dense_weights()
     shared = upcycled_block(config, weights, start).shared_experts["everyone"]
@@ -294,7 +294,7 @@ def test_several_always_on_experts_hold_the_dense_block_once():
 
 
 @pytest.mark.parametrize("start_name", ["copy", "drop"])
-def test_always_on_experts_beside_copies_add_nothing(start_name):
+def test_always_on_experts_next_to_copies_output_zero(start_name):
     start, config = arrange(start=start_name)
     weights = dense_weights()
     shared = upcycled_block(config, weights, start).shared_experts
@@ -305,7 +305,7 @@ def test_always_on_experts_beside_copies_add_nothing(start_name):
     assert not torch.equal(shared["text"].gate_proj.weight, shared["image"].gate_proj.weight)
 
 
-def test_dense_block_is_held_once_where_always_on_groups_overlap():
+def test_dense_block_is_contained_once_if_always_on_groups_overlap():
     start, config = arrange(**EXACT["shared-and-own"])
     shared = upcycled_block(config, dense_weights(), start).shared_experts
     assert not shared["vision"].down_proj.weight.any()
@@ -316,7 +316,7 @@ def test_dense_block_is_held_once_where_always_on_groups_overlap():
 
 
 def changed_neurons(expert: torch.Tensor, down: torch.Tensor, weights: GatedWeights) -> list[set[int]]:
-    """The neurons that differ from the dense block's, in gate, up and down."""
+    """Returns the neurons that differ from those of the dense block, in gate, up and down."""
     gate, up = expert.chunk(2)
     return [
         set(changed.nonzero().flatten().tolist())
@@ -342,8 +342,8 @@ def test_drop_draws_one_set_of_neurons_per_expert(ratio, number):
         assert len(set(sets)) == len(sets) == 8
 
 
-def test_drop_redraws_with_the_statistics_of_what_it_replaces():
-    """Half of the neurons here are far from the others, so that the statistics of all would be wrong."""
+def test_drop_redraws_with_the_statistics_of_the_replaced_neurons():
+    """Half of the neurons are far from the others, so the statistics of all neurons would be wrong."""
     start, config = arrange({0: 2}, expert_groups="joint", start="drop", num_experts=400)
     weights = GatedWeights(
         torch.stack([torch.full((32,), 3.0), torch.linspace(-2, -1, 32)]),
@@ -353,11 +353,11 @@ def test_drop_redraws_with_the_statistics_of_what_it_replaces():
     gate_up, down = stacks(upcycled_block(config, weights, start))
     is_first = (gate_up[:, 0] != weights.gate[0]).any(dim=1) | (gate_up[:, 2] != weights.up[0]).any(dim=1)
     assert 150 < is_first.sum() < 250
-    # Neuron 0: gate and down are constants, so they are drawn as they were; up is spread over 5 to 6.
+    # Neuron 0: gate and down are constant, so they are redrawn unchanged. Up is spread over 5 to 6.
     assert (gate_up[is_first, 0] == 3).all()
     assert (down[is_first, :, 0] == -4).all()
     assert_alike(gate_up[is_first, 2], weights.up[0])
-    # Neuron 1 elsewhere.
+    # Neuron 1 in other experts.
     assert (gate_up[~is_first, 3] == 1).all()
     assert_alike(gate_up[~is_first, 1], weights.gate[1])
     assert_alike(down[~is_first, :, 1], weights.down[:, 1])
@@ -448,7 +448,7 @@ def test_dropped_pool_has_one_set_of_neurons_per_expert():
 
 
 @pytest.mark.parametrize("request_", [{}, {"start": "copy", "pool_start": "mean"}])
-def test_pool_takes_the_block_of_every_layer(request_):
+def test_pool_requires_the_block_of_every_layer(request_):
     start, config = arrange(**POOLED, **request_)
     with pytest.raises(ValueError, match="shorter"):
         upcycled_pool(config, 7, [OWN_BLOCKS[0], OWN_BLOCKS[1]], start)
@@ -506,7 +506,7 @@ def test_pools_differ_by_number_and_seed():
     assert torch.equal(experts[0], tensors(upcycled_pool(config, 7, [weights], start))["down_proj"])
 
 
-def test_starting_leaves_the_global_random_state_alone():
+def test_starting_does_not_change_the_global_random_state():
     start, config = arrange(**RANDOM)
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -514,7 +514,7 @@ def test_starting_leaves_the_global_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_router_rows_do_not_change_what_experts_draw():
+def test_router_rows_do_not_change_the_random_numbers_of_experts():
     start, config = arrange(**RANDOM)
     weights = dense_weights()
     inputs = BlockInputs(hidden_states().reshape(-1, HIDDEN_SIZE), MODALITY_IDS.flatten())
@@ -523,8 +523,8 @@ def test_router_rows_do_not_change_what_experts_draw():
     assert {name for name in plain if not torch.equal(plain[name], from_data[name])} == {"gate.weight"}
 
 
-def test_seeds_stay_what_they_are():
-    """Pinned: a model that is upcycled again with the same seed must not change."""
+def test_results_of_a_seed_do_not_change():
+    """Exact values: a model that is upcycled again with the same seed must not change."""
     assert seeded_generator(0, "router", 3).initial_seed() == 8670820804917938130
     start, config = arrange(start="copy")
     block = upcycled_block(config, dense_weights(), start)
@@ -542,7 +542,7 @@ def test_half_precision_draws_the_rounded_values_of_full_precision():
         assert torch.equal(tensor, full[name].bfloat16())
 
 
-# ---------------------------------------------------------------- what is left
+# ---------------------------------------------------------------- other properties
 
 
 def test_bias_of_the_router_starts_at_zero():
@@ -573,7 +573,7 @@ def test_weights_of_another_model_are_refused(wrong):
 
 
 def gradients_of_steps(name: str, steps: int) -> list[dict[str, torch.Tensor]]:
-    """Gradients of a block's parameters in a few steps of gradient descent towards other outputs."""
+    """Returns the gradients of a block's parameters in a few steps of gradient descent towards other outputs."""
     start, config = arrange(**EXACT[name])
     block = upcycled_block(config, dense_weights(), start)
     states, target = hidden_states(), hidden_states(seed=5)
@@ -597,13 +597,13 @@ def test_gradients_reach_every_parameter(name):
         per_expert = gradient.flatten(1) if gradient.dim() == 3 else gradient
         assert per_expert.any(dim=1).all(), parameter
     if name.startswith("hybrid") and name not in ("hybrid-copy", "hybrid-split"):
-        # Nothing comes out of routed experts yet, so what leads to their output learns first.
+        # Routed experts still output zero, so their down projections are trained first.
         assert first["experts.down_proj"].flatten(1).any(dim=1).all()
         assert not first["experts.gate_up_proj"].any()
         assert not first["gate.weight"].any()
 
 
-def test_text_experts_hear_nothing_of_images():
+def test_image_experts_get_no_gradients_from_text():
     start, config = arrange(expert_groups="isolated")
     block = upcycled_block(config, dense_weights(), start)
     run(block, config, hidden_states(), torch.full_like(MODALITY_IDS, TEXT)).square().mean().backward()

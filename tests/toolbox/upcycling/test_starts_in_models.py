@@ -1,4 +1,4 @@
-"""Whole models that start from dense ones: every start on every arrangement gives the dense model's logits."""
+"""Models that start from dense ones: every start gives the logits of the dense model in every arrangement."""
 
 import copy
 
@@ -21,7 +21,7 @@ SHARED = [
     {"name": "everyone", "num_experts": 2, "always_on": True},
     {"name": "vision", "num_experts": 1, "modalities": ["image"], "always_on": True},
 ]
-# What is asked for, of models with images and of language models.
+# Requests for models with images and for language models.
 REQUESTS = {
     "hybrid": {},
     "hybrid-fine": {"granularity": 6, "num_experts_per_tok": 3},
@@ -66,7 +66,7 @@ def inputs_of(name: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The logits of all tokens that are not padding."""
+    """Returns the logits of all tokens that are not padding."""
     return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
@@ -81,7 +81,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "name"), CASES)
-def test_logits_are_those_of_the_dense_model(model, name):
+def test_logits_equal_those_of_the_dense_model(model, name):
     dense, inputs = make_dense(model), inputs_of(model)
     expected = logits(dense, inputs)
     sparse = upcycle(dense, **MULTIMODAL_REQUESTS[name])
@@ -96,7 +96,7 @@ def test_logits_are_those_of_the_dense_model(model, name):
 
 
 @pytest.mark.parametrize("name", ["hybrid", "joint-split", "isolated", "by_layer"])
-def test_rows_from_data_change_routers_only(name):
+def test_rows_from_data_change_only_routers(name):
     dense, inputs = make_dense("qwen3_vl"), inputs_of("qwen3_vl")
     plain = upcycle(dense, **MULTIMODAL_REQUESTS[name]).state_dict()
     sparse = upcycle(dense, **MULTIMODAL_REQUESTS[name], router_init="data", batch=inputs)
@@ -108,7 +108,7 @@ def test_rows_from_data_change_routers_only(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["hybrid", "joint"])
 def test_dense_blocks_of_any_width_can_be_upcycled(name, dtype):
-    """Kernels of grouped products take rows of whole 16 bytes only."""
+    """Kernels for grouped products accept only rows with a multiple of 16 bytes."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**TINY_DECODER | {"intermediate_size": 37})).eval().to(dtype)
     inputs = inputs_of("llama")
@@ -117,8 +117,8 @@ def test_dense_blocks_of_any_width_can_be_upcycled(name, dtype):
 
 
 @pytest.mark.parametrize(("model", "name"), [case for case in CASES if case[0] != "qwen3_vl"])
-def test_bfloat16_rounds_as_the_dense_model_does(model, name):
-    """Root mean square differences to the dense model in float32, of the dense model in bfloat16 and of the sparse."""
+def test_bfloat16_rounds_like_the_dense_model(model, name):
+    """Compares errors (root mean square) against the dense model in float32: dense and sparse model in bfloat16."""
     inputs = inputs_of(model)
     expected = logits(make_dense(model), inputs)
     dense = make_dense(model).bfloat16()

@@ -1,4 +1,4 @@
-"""Checkpoints that are upcycled block by block are, byte for byte, those of the model that `upcycle` makes."""
+"""Checkpoints that are upcycled block by block are byte-identical to those of the model that `upcycle` returns."""
 
 import json
 
@@ -26,7 +26,7 @@ def make_tied_llama():
 
 
 def make_phi3():
-    """Gate and up projection are one matrix."""
+    """Returns a model whose gate and up projections are one matrix."""
     return Phi3ForCausalLM(Phi3Config(**TINY_DECODER))
 
 
@@ -76,7 +76,7 @@ def stream(folder, model_class, output, size="20KB", seed=0, **request):
 
 
 def check_files(folder, expected):
-    """The same files of weights, byte for byte."""
+    """Checks that the weight files are byte-identical."""
     names = sorted(path.name for path in expected.glob("model*.safetensors*"))
     assert sorted(path.name for path in folder.iterdir()) == names
     for name in names:
@@ -85,7 +85,7 @@ def check_files(folder, expected):
 
 
 @pytest.mark.parametrize(("name", "request_name"), CASES)
-def test_the_files_are_those_of_the_model_in_memory(name, request_name, tmp_path):
+def test_the_files_equal_those_of_the_model_in_memory(name, request_name, tmp_path):
     request = REQUESTS[request_name]
     model_class = save_dense(name, tmp_path / "dense", size="9KB")
     model = upcycle(model_class.from_pretrained(tmp_path / "dense"), **request, parity_bound=float("inf"))
@@ -108,8 +108,8 @@ def test_in_half_precision_and_in_one_file(name, dtype, tmp_path):
     assert set(errors.values()) == {0.0}
 
 
-def test_of_a_model_in_memory(tmp_path):
-    """As models of GGUF files are read."""
+def test_a_model_in_memory(tmp_path):
+    """Models from GGUF files are read in this way."""
     model_class = save_dense("tied_llama", tmp_path / "dense")
     dense = model_class.from_pretrained(tmp_path / "dense")
     upcycle(dense).save_pretrained(tmp_path / "expected")
@@ -148,7 +148,7 @@ def test_a_tied_tensor_under_both_names(tmp_path):
         stream(tmp_path / "dense", model_class, tmp_path / "differs")
 
 
-def test_a_tensor_that_nobody_writes(tmp_path, monkeypatch):
+def test_a_tensor_that_is_never_written(tmp_path, monkeypatch):
     model_class = save_dense("llama", tmp_path / "dense")
     monkeypatch.setattr(streaming._Run, "_write_rest", lambda self: None)
     with pytest.raises(
@@ -161,7 +161,7 @@ def test_a_tensor_that_nobody_writes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "request_name"), CASES)
-def test_the_receipt_is_that_of_the_model_in_memory(name, request_name, tmp_path):
+def test_the_receipt_equals_that_of_the_model_in_memory(name, request_name, tmp_path):
     request = REQUESTS[request_name]
     model_class = save_dense(name, tmp_path / "dense")
     dense = model_class.from_pretrained(tmp_path / "dense")
@@ -172,8 +172,8 @@ def test_the_receipt_is_that_of_the_model_in_memory(name, request_name, tmp_path
     assert receipt.to_dict() == expected
 
 
-def test_the_receipt_is_of_the_files(tmp_path):
-    """One that holds something else is noticed."""
+def test_the_receipt_is_computed_from_the_files(tmp_path):
+    """A file with other contents is detected."""
     model_class = save_dense("llama", tmp_path / "dense")
     _, found, sparse = stream(tmp_path / "dense", model_class, tmp_path / "sparse", "50GB")
     file = tmp_path / "sparse/model.safetensors"
@@ -193,7 +193,7 @@ def test_at_most_one_sparse_block_is_in_memory(tmp_path, monkeypatch):
 
     def watched(self, names):
         blocks = [dense.get_submodule(block.name) for block in found.blocks]
-        if hasattr(blocks[0], "gate"):  # after what both models have in common
+        if hasattr(blocks[0], "gate"):  # in addition to the tensors that both models share
             in_memory.append([not block.gate.weight.is_meta for block in blocks])
         return read(self, names)
 

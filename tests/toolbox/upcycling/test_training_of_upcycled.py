@@ -1,4 +1,4 @@
-"""Training of upcycled models: the losses of their routers, in trainers of every kind, and text that stays as it is."""
+"""Training of upcycled models: router losses in trainers of every kind, and text that does not change."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING
 from tests.support.upcycled import KINDS, make_dense, make_inputs, make_rows, make_upcycled
 
-# The z-loss is a mean over tokens: the same however a batch is cut, where its parts have as many tokens per target.
+# The z-loss is a mean over tokens. It is the same for any micro-batches with equally many tokens per target.
 LOSSES = {"output_router_logits": True, "router_aux_loss_coef": 0.3, "router_z_loss_coef": 0.05}
 
 
@@ -43,7 +43,7 @@ def train(model, tmp_path, kind="llava", trainer_class=Trainer, rows=None, **arg
 
 
 def loss_by_hand(model, batch, num_targets: int | None = None) -> torch.Tensor:
-    """The language loss of the logits, and the router losses of what the routers are given."""
+    """Returns the language modeling loss of the logits, and the router losses of the inputs of the routers."""
     config, given = model.config.experts_config, []
     handles = [
         block.gate.register_forward_pre_hook(lambda _, args: given.append(args[0]))
@@ -88,7 +88,7 @@ def test_the_loss_has_the_router_losses_of_real_tokens(kind, groups):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_accumulated_batches(kind, checkpointing, tmp_path):
     """
-    The language loss over all targets, and the router losses of every part by its share of them. `Trainer` does not
+    The language modeling loss over all targets, and the router losses of every part by its share. `Trainer` does not
     tell a Qwen3-VL how many targets there are: it gets the mean over the parts.
     """
     rows = make_rows(kind)
@@ -130,8 +130,8 @@ def test_checkpoints_of_training_have_no_settings_of_training(tmp_path):
     assert {"aux_loss", "z_loss", "aux_loss_text", "aux_loss_image"} <= set(log)
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path):
-    """The state that `Trainer` reads has the experts one by one."""
+def test_training_resumes_from_a_checkpoint(tmp_path):
+    """The state dict that `Trainer` reads contains the experts one by one."""
     fields = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.01}
     whole = make_upcycled("llava", "isolated", **LOSSES)
     train(whole, tmp_path / "whole", trainer_class=SparseMoeTrainer, **fields)
@@ -155,7 +155,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
 
 
 def test_own_losses_get_the_router_losses(tmp_path):
-    """Losses that trainers compute outside of the model."""
+    """Own losses are those that trainers compute outside of the model."""
 
     def own_loss(outputs, labels, num_items_in_batch=None):
         return outputs.logits.new_tensor(2.0)
@@ -177,7 +177,7 @@ def test_own_losses_get_the_router_losses(tmp_path):
     assert log["loss"] == pytest.approx(expected, rel=1e-3)
 
 
-# ------------------------------------------------------------------------------------------------ text stays
+# ------------------------------------------------------------------------------------------------ text does not change
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def test_text_is_bit_identical_after_training_on_images(kind, layers, tmp_path):
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     of_images = ("vision_tower", "multi_modal_projector", "visual", ".experts.image.")
     expected = {name for name in before if name.endswith("mlp.gate.weight") or any(part in name for part in of_images)}
-    # A CLIP tower has weights that its hidden states do not depend on; a Qwen tower places for larger images.
+    # A CLIP tower has weights that do not affect its hidden states. A Qwen tower has positions for larger images.
     assert changed <= expected
     assert not [name for name in expected - changed if "mlp." in name and "vision" not in name and "visual" not in name]
     for name in (name for name in changed if name.endswith("mlp.gate.weight")):
@@ -207,13 +207,13 @@ def test_text_is_bit_identical_after_training_on_images(kind, layers, tmp_path):
         assert rows.tolist() == [False] * 4 + [True] * 4
 
 
-def test_what_text_shares_is_refused():
+def test_groups_that_share_experts_with_text_are_refused():
     with pytest.raises(ValueError, match=r"share experts between text and other modalities: \{'joint'"):
         freeze_text(make_upcycled("llava", "hybrid"))
 
 
 def test_dense_models_train_as_before(tmp_path):
-    """`SparseMoeTrainer` leaves the library's own models alone."""
+    """`SparseMoeTrainer` does not affect models of the library."""
     trainer, _ = train(make_dense("llava"), tmp_path, trainer_class=SparseMoeTrainer)
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert "aux_loss" not in log

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of upcycled models with TRL: it trains with the model's own router losses."""
+"""Supervised fine-tuning of upcycled models with TRL, with the router losses of the model."""
 
 import peft
 import pytest
@@ -15,7 +15,7 @@ trl = pytest.importorskip("trl")
 
 
 def train_sft(kind, model, tmp_path, **kwargs):
-    """One step that changes nothing: the trainer, its log, and the batch."""
+    """Runs one step that changes nothing. Returns the trainer, its log and the batch."""
     processor = make_processor()
     processor.tokenizer.chat_template = processor.chat_template
     rows = Dataset.from_dict({"messages": [[user("the cat"), assistant("A cat.")]] * 2})
@@ -33,14 +33,14 @@ def train_sft(kind, model, tmp_path, **kwargs):
 
 
 def own_outputs(model, batch, wanted: bool = True):
-    """What the model itself makes of a batch, with the forward of its class."""
+    """Returns the outputs of the forward of the model's class for a batch."""
     model.train()
     return type(model).forward(model, **batch, output_router_logits=wanted)
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("kind", ["llava", "llama"])
-def test_sft_trains_with_the_models_own_router_losses(kind, coefficients, tmp_path):
+def test_sft_trains_with_the_router_losses_of_the_model(kind, coefficients, tmp_path):
     model = make_speaking(kind, **COEFFICIENTS[coefficients])
     _, log, batch = train_sft(kind, model, tmp_path)
     own, plain = own_outputs(model, batch), own_outputs(model, batch, wanted=False)
@@ -51,7 +51,7 @@ def test_sft_trains_with_the_models_own_router_losses(kind, coefficients, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["llava", "llama"])
-def test_sft_gives_routers_the_gradient_of_the_models_own_loss(kind, tmp_path):
+def test_sft_gives_routers_the_gradients_of_the_models_own_loss(kind, tmp_path):
     kept = {}
     model = make_speaking(kind, **COEFFICIENTS["z-loss"])
     for name, block in sparse_blocks(model).items():

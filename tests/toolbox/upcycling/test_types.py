@@ -1,4 +1,4 @@
-"""Models of many types of Transformers are upcycled to the same logits and tokens, and load again."""
+"""Models of many types of Transformers are upcycled with the same logits and tokens, and load again."""
 
 import pytest
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -69,7 +69,7 @@ TEXT = [
 ]
 
 
-# Dense layers of models with experts in others, whose own experts lie on disk in various ways.
+# Dense layers of models with experts in other layers, whose own experts have various formats on disk.
 MIXTURES = ["deepseek_v3", "glm4_moe", "lfm2_moe", "sarvam_moe"]
 
 

@@ -1,4 +1,4 @@
-"""Models whose weights were quantised in their file, and unpacked when they were loaded, as those of GGUF files."""
+"""Models whose weights are quantised in their file and unpacked when they are loaded, such as GGUF files."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from tests.toolbox.upcycling.test_from_parts import assert_same_logits, make_den
 
 
 class Unpacker(HfQuantizer):
-    """As Transformers' for GGUF files, which it leaves in the model and which refuses to save it."""
+    """Like the quantiser of Transformers for GGUF files, which stays in the model and refuses to save it."""
 
     def __init__(self):
         self.quantization_config = SimpleNamespace(quant_method="gguf", dequantize=False)

@@ -1,4 +1,4 @@
-"""`upcycle`: what it takes, returns and refuses, and the parity receipt."""
+"""`upcycle`: its arguments, results and errors, and the parity receipt."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.receipt import default_bound, par
 from tests.support.in_tree_models import GREEDY, make_mllama
 from tests.support.upcycled import make_dense, make_dense_inputs
 
-# The module, which the function of the same name hides in the package.
+# The module: in the package, the function of the same name hides it.
 upcycle_file = sys.modules[upcycle.__module__]
 
 
@@ -22,13 +22,13 @@ def receipt_of(model) -> dict:
     return model.experts_config.start["parity"]
 
 
-# ------------------------------------------------------------------------------------------------ what it returns
+# ------------------------------------------------------------------------------------------------ results
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("expert_groups", ["joint", "isolated", "hybrid"])
 @pytest.mark.parametrize("name", ["llama", "llava", "qwen3_vl", "gemma3", "paligemma2", "idefics3", "smolvlm"])
-def test_the_outputs_are_those_of_the_dense_model(name, expert_groups):
+def test_the_outputs_equal_those_of_the_dense_model(name, expert_groups):
     if name == "llama" and expert_groups == "isolated":
         pytest.skip("one modality")
     dense, inputs = make_dense(name), make_dense_inputs(name)
@@ -43,7 +43,7 @@ def test_the_outputs_are_those_of_the_dense_model(name, expert_groups):
     assert sparse.experts_config.start["name"] == ("residual" if expert_groups == "hybrid" else "copy")
 
 
-def test_the_dense_model_stays_as_it_is():
+def test_the_dense_model_does_not_change():
     dense, inputs = make_dense(), make_dense_inputs()
     before = copy.deepcopy(dense.state_dict())
     config = dense.config.to_dict()
@@ -60,7 +60,7 @@ def test_the_dense_model_stays_as_it_is():
     torch.testing.assert_close(dense.state_dict(), before, rtol=0, atol=0)
 
 
-def test_the_seed_settles_all_that_is_drawn():
+def test_the_seed_determines_all_random_weights():
     dense = make_dense()
     one, same, other = (upcycle(dense, "hybrid", num_experts=4, seed=seed).state_dict() for seed in (1, 1, 2))
     torch.testing.assert_close(one, same, rtol=0, atol=0)
@@ -70,7 +70,7 @@ def test_the_seed_settles_all_that_is_drawn():
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_mode_type_and_settings_stay(mode):
+def test_mode_dtype_and_settings_are_kept(mode):
     dense = make_dense().train(mode).to(torch.bfloat16)
     dense.generation_config.max_new_tokens = 3
     sparse = upcycle(dense, "joint", num_experts=2)
@@ -130,10 +130,10 @@ def test_router_rows_from_data():
         upcycle(dense, router_init="zeros")
 
 
-# ------------------------------------------------------------------------------------------------ what it refuses
+# ------------------------------------------------------------------------------------------------ errors
 
 
-def test_what_is_not_a_model_of_transformers():
+def test_models_that_are_not_of_transformers():
     dense = make_dense("llama")
     with pytest.raises(UpcyclingError, match="takes a model of Transformers, got Linear"):
         upcycle(torch.nn.Linear(2, 2))
@@ -157,7 +157,7 @@ def test_isolated_experts_for_images_that_are_not_tokens():
 
 
 def test_a_broken_start_is_not_returned(monkeypatch):
-    """A start that writes the projections the other way round gives other outputs, and no model."""
+    """A start that swaps the projections gives other outputs, and no model is returned."""
     start_block = upcycle_file.start_block
 
     def broken(block, config, weights, *args, **kwargs):
@@ -172,7 +172,7 @@ def test_a_broken_start_is_not_returned(monkeypatch):
 
 
 def test_experts_of_images_are_compared_without_images(monkeypatch):
-    """The batch that is made has tokens of every modality: a fault in the image experts shows."""
+    """The generated batch has tokens of every modality, so an error in the image experts is detected."""
     start_block = upcycle_file.start_block
 
     def broken(block, *args, **kwargs):
@@ -214,7 +214,7 @@ def test_receipts_are_saved_with_the_model(tmp_path):
 
 
 @torch.no_grad()
-def test_what_a_receipt_says():
+def test_contents_of_a_receipt():
     dense, inputs = make_dense("llama"), make_dense_inputs("llama")
     sparse = upcycle(dense, "joint", start="drop", batch=inputs)
     expected, found = dense(**inputs).logits, sparse(**inputs).logits
@@ -235,7 +235,7 @@ def test_bounds():
     assert "not exact by design" in str(ParityReceipt(relative_difference=9.0, bound=None, **values))
 
 
-def test_outputs_that_are_not_numbers_do_not_hold():
+def test_outputs_that_are_not_finite_are_above_the_bound():
     sparse = upcycle(make_dense("llama"), "joint")
     batch = {"input_ids": torch.arange(5, 15)[None]}
     found = parity(torch.full((1, 10, 99), float("nan")), sparse, batch, is_given=True, bound=float("inf"))
@@ -244,7 +244,7 @@ def test_outputs_that_are_not_numbers_do_not_hold():
 
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "hidden_act", "widths"])
-def test_what_follows_from_the_dense_model(field):
+def test_fields_that_follow_from_the_dense_model_are_refused(field):
     with pytest.raises(UpcyclingError, match=f"`{field}` follows from the dense model"):
         upcycle(make_dense("llama"), "joint", **{field: 64})
 
@@ -278,12 +278,12 @@ def test_models_with_other_heads():
         ({"seed": 0.5}, r"`seed` must be an integer, got 0\.5"),
     ],
 )
-def test_arguments_of_a_wrong_kind(arguments, message):
+def test_arguments_of_a_wrong_type(arguments, message):
     with pytest.raises(UpcyclingError, match=message):
         upcycle(make_dense("llama"), "joint", **arguments)
 
 
-def test_parts_keep_a_mode_of_their_own():
+def test_parts_keep_their_own_mode():
     dense = make_dense().train()
     dense.model.vision_tower.eval()
     for model in (dense, upcycle(dense, "joint")):
