@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -178,6 +178,12 @@ def page_experts(
     }
     modules = {name: module for name, module in modules.items() if not apart or name in apart}
     num_slots = _share(expert_cache, modules, _experts_per_token(base))
+    on_gpu = [
+        (stack, stack.device)
+        for module in modules.values()
+        for stack in parameters_by_expert(module).values()
+        if stack.device.type == "cuda"
+    ]
     sources = {name: _sources(name, module, devices[name].type == "cuda") for name, module in modules.items()}
     if device is not None and not hasattr(base, "hf_device_map"):
         paged = set(modules.values())
@@ -187,7 +193,7 @@ def page_experts(
     phase = Phase(base)
     every = [source for of_module in sources.values() for source in of_module.values()]
     files = {source.path: source for source in every if isinstance(source, FileSource)}
-    undo: list[Callable[[], object]] = [phase.remove]
+    undo: list[Callable[[], object]] = [phase.remove, partial(_move_back, on_gpu)]
     for name, module in base.named_modules():
         if name.count(".") < 2:  # the model, and what `generate` may call before it, such as image encoders
             undo.append(module.register_forward_pre_hook(partial(_check, files)).remove)
@@ -203,21 +209,24 @@ def page_experts(
 
 def unpage_experts(model: nn.Module) -> None:
     """
-    Undoes [`page_experts`]: frees the slots and restores the hooks that Accelerate added to the experts. Other modules
-    stay on the device to which [`page_experts`] has moved them.
+    Undoes [`page_experts`]: frees the slots, restores the hooks that Accelerate added to the experts, and moves experts
+    that were on a GPU back there. Other modules stay on the device to which [`page_experts`] has moved them.
 
     Args:
         model (`nn.Module`):
             The model. Nothing happens if its experts are not paged.
     """
+    undo: list[Callable[[], object]] = []
     for module in list(model.modules()):
         hook = getattr(module, "_hf_hook", None)
         if isinstance(hook, PagingHook):
+            undo = hook.undo
             remove_hook_from_module(module)
             if hook.replaced is not None:
                 add_hook_to_module(module, hook.replaced)
-            while hook.undo:
-                hook.undo.pop()()
+        del hook  # and with it the slots, whose memory the experts may need
+    while undo:
+        undo.pop()()
 
 
 class _OfThread(threading.local):
@@ -462,6 +471,12 @@ def _sources(name: str, module: Any, pin: bool) -> dict[str, ExpertSource]:
     for stack in stacks.values():
         stack.data = stack.data.cpu().pin_memory() if pin else stack.data
     return {name: MemorySource(stack.data) for name, stack in stacks.items()}
+
+
+def _move_back(stacks: Sequence[tuple[torch.Tensor, torch.device]]) -> None:
+    """Moves experts from host memory back to the devices where they were."""
+    for stack, device in stacks:
+        stack.data = stack.data.to(device)
 
 
 def _experts_per_token(model: Any) -> int:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from modeling_sparse_moe_vlm.toolbox.expert_seam import run_with_adapters
-from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, page_experts, unpage_experts
+from modeling_sparse_moe_vlm.toolbox.paging import PagingCounts, hook, page_experts, unpage_experts
 from modeling_sparse_moe_vlm.toolbox.paging.slots import MappedSlots
 from modeling_sparse_moe_vlm.toolbox.paging.sources import FileSource, MemorySource
 from tests.support.in_tree_models import make_qwen3_vl, make_qwen3_vl_moe
@@ -35,32 +36,33 @@ MODELS = {
 }
 
 
-def build(name: str):
+def build(name: str, device="cpu"):
     torch.manual_seed(0)
-    return MODELS[name]().eval().requires_grad_(False)
+    return MODELS[name]().to(device).eval().requires_grad_(False)
 
 
 def inputs_of(model) -> dict[str, torch.Tensor]:
+    inputs = {"input_ids": torch.randint(7, 99, (2, 9), generator=torch.Generator().manual_seed(1))}
     if model.config.model_type == "sparse_moe_vlm":
-        return make_inputs()
-    return {"input_ids": torch.randint(7, 99, (2, 9), generator=torch.Generator().manual_seed(1))}
+        inputs = make_inputs()
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def from_disk(model, folder: Path):
-    """Returns the model with its experts on disk and everything else in memory."""
+def from_disk(model, folder: Path, place: str = "disk"):
+    """The model with its experts on disk, or in another place, and everything else where it is."""
     model.save_pretrained(folder)
-    loaded = type(model).from_pretrained(
-        folder, device_map=device_map_of(model, "disk"), offload_folder=folder / "offload"
-    )
+    places = {"disk": place, "cpu": str(model.device)}
+    device_map = {name: places[where] for name, where in device_map_of(model, "disk").items()}
+    loaded = type(model).from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload")
     return loaded.requires_grad_(False)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_paged_experts_equal_resident_ones(name, implementation, tmp_path):
+def test_paged_experts_equal_resident_ones(name, implementation, device, tmp_path):
     """In memory and from disk, with as few slots as possible (several passes for a prompt): logits and tokens."""
-    model = build(name)
+    model = build(name, device)
     inputs = inputs_of(model)
     model.set_experts_implementation(implementation)
     expected = model(**inputs).logits
@@ -69,7 +71,10 @@ def test_paged_experts_equal_resident_ones(name, implementation, tmp_path):
     for experts in experts_of(silenced).values():
         experts.down_proj.zero_()
     assert (silenced(**inputs).logits - expected).abs().max() > 1e-2, "experts matter"
-    for paged in (copy.deepcopy(model), from_disk(model, tmp_path)):
+    models = [copy.deepcopy(model), from_disk(model, tmp_path)]
+    if device.type != "cpu":
+        models.append(from_disk(model, tmp_path, "cpu"))
+    for paged in models:
         paged.set_experts_implementation(implementation)
         for slots in (2, 3):
             with page_experts(paged, slots) as pager:
@@ -94,9 +99,9 @@ def test_results_are_bit_identical_with_enough_slots():
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "isolated", "pool"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
-def test_gradients_equal_those_of_the_resident_model(name, implementation, checkpointing):
+def test_gradients_equal_those_of_the_resident_model(name, implementation, checkpointing, device):
     """Gradients of everything except the frozen experts, with two calls before backward and frequent replacement."""
-    resident, gradients = build(name), []
+    resident, gradients = build(name, device), []
     inputs = inputs_of(resident)
     paged = copy.deepcopy(resident)
     pager = page_experts(paged, 2)
@@ -256,6 +261,24 @@ def test_least_recently_used_experts_are_replaced_first():
     assert call(1) == (0, 1)
     assert call(3) == (0, 1)
     assert call(MANY, MANY) == (0, 0)  # sentinels, as in expert parallelism
+
+
+def test_experts_of_a_gpu_go_back_when_the_slots_are_gone(monkeypatch):
+    model, log = build("qwen3_moe"), []
+    monkeypatch.setattr(hook, "_move_back", lambda stacks: log.append(len(_hooked(model))))
+    page_experts(model, 4)
+    assert log == []
+    assert len(_hooked(model)) == 2
+    unpage_experts(model)
+    assert log == [0], "once, when no hook is left"
+    monkeypatch.undo()
+    stack = SimpleNamespace(data=torch.ones(2))
+    hook._move_back([(stack, torch.device("meta"))])
+    assert stack.data.device.type == "meta"
+
+
+def _hooked(model):
+    return [module for module in model.modules() if isinstance(getattr(module, "_hf_hook", None), hook.PagingHook)]
 
 
 def test_after_an_error_in_the_experts(monkeypatch):
