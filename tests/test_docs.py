@@ -17,7 +17,7 @@ from tests.support.pages import RUN, blocks_of, run_page
 from tests.support.processes import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(path for path in DOCS.rglob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 WITH_BLOCKS = [page for page in PAGES if any(block.reason is None for block in blocks_of(page.read_text()))]
 # Blocks that show something and are not run.
 SHOWN = ("text", "json", "yaml", "toml", "jinja")

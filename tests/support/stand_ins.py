@@ -43,6 +43,7 @@ MODELS = {
     "Qwen/Qwen3-VL-2B-Instruct": lambda folder: make_qwen3_vl().save_pretrained(folder),
     "Qwen/Qwen3-0.6B": _language_model,
     "google/siglip2-base-patch16-224": _vision_encoder,
+    "llava-hf/llava-interleave-qwen-0.5b-hf": _llava,
     "path/to/llava": _llava,
     "outputs/trained": lambda folder: upcycle(make_qwen3_vl(), "joint", num_experts=4).save_pretrained(folder),
 }
@@ -53,7 +54,8 @@ def furnish(folder: Path) -> None:
     torch.manual_seed(0)
     for name, save in MODELS.items():
         save(folder / name)
-    scenes("test", 1, cell_size=16)[0]["image"].save(folder / "cat.png")
+    for name in ("cat.png", "photo.jpg"):
+        scenes("test", 1, cell_size=16)[0]["image"].save(folder / name)
     for name in ("configuration", "scripts"):
         (folder / name).symlink_to(ROOT / name)
     main(with_small_recipe(["train"]))
