@@ -48,6 +48,7 @@ SMALL_RECIPE = {
     "training.dataloader_persistent_workers": "false",
 }
 WITH_RECIPE = ("train", "evaluate", "lora")
+DEFAULT = {"train": "demo", "lora": "experts"}  # recipes
 OUTPUT_DIRS = {"train": "outputs/demo", "lora": "outputs/lora/experts"}
 # Sends its arguments to the process of the tests, and prints what comes back.
 CLIENT = """#!{python} -SE
@@ -200,13 +201,17 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 
 def with_small_recipe(arguments: list[str]) -> list[str]:
-    """The arguments of a verb; if it takes a recipe, with changes that make it small and keep it in this folder."""
+    """
+    The arguments of a verb. If it takes a recipe: with changes that make it small, and with an output folder below the
+    working directory, where a clone's own `outputs` would be overwritten.
+    """
     if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
-        writes = arguments[0] != "evaluate"
-        changes = {key: value for key, value in SMALL_RECIPE.items() if writes or "data" in key}
-        if writes and "--output-dir" not in arguments:  # which is otherwise in the root of a clone
-            arguments = [*arguments, "--output-dir", os.path.abspath(OUTPUT_DIRS[arguments[0]])]
-        return [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
+        changes = {key: value for key, value in SMALL_RECIPE.items() if arguments[0] != "evaluate" or "data" in key}
+        arguments = [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
+        if arguments[0] != "evaluate" and not any(argument.startswith("--output-dir") for argument in arguments):
+            recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else DEFAULT[arguments[0]]
+            folder = "outputs" if arguments[0] == "train" else "outputs/lora"
+            arguments.append(f"--output-dir={folder}/{Path(recipe).stem}")
     return arguments
 
 
