@@ -352,7 +352,7 @@ class SparseMoeFusion(nn.Module):
         batch_size, length = language.shape[:2]
         if length == 0:
             raise ValueError(
-                f"`language` must have at least one token, because its tokens are the queries, got shape "
+                "`language` must have at least one token, because its tokens are the queries, got "
                 f"{tuple(language.shape)}."
             )
         all_streams, all_masks = {}, {}
