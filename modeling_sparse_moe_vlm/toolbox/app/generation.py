@@ -84,40 +84,53 @@ def generate_recorded(
         [`Generation`]
     """
     base = base_model_of(model)
-    length = inputs["input_ids"].shape[1]
     stopping = StoppingCriteriaList([_Stopped(stop or threading.Event())])
 
     def generate(**kwargs: Any) -> Any:
         streamer = _Pieces(tokenizer, on_text)
         return base.generate(**inputs, **settings.decoding, stopping_criteria=stopping, streamer=streamer, **kwargs)
 
+    def without_weights(record: Recording, note: str) -> Generation:
+        return Generation(_new_tokens(generate(), inputs["input_ids"]), record, alpha_note=note)
+
     with evaluating(model), recording(model) as record:
         if not has_images:
-            note = "There is no image in the conversation: all attention is on the text."
-            return Generation(generate()[0, length:].cpu(), record, alpha_note=note)
+            return without_weights(record, "There is no image in the conversation: all attention is on the text.")
         try:
-            sequences, weights = _generate_with_weights(base, generate, settings)
-        except ValueError as error:  # if the attention cannot be read out; otherwise it is raised again
+            output, weights = _generate_with_weights(base, generate, settings)
+        except Exception as error:  # from the read-out; an error of the model itself is raised again by the next line
             record.attention.clear()
-            note = f"The attention of this model can be neither read nor steered: {error}"
-            return Generation(generate()[0, length:].cpu(), record, alpha_note=note)
+            return without_weights(record, f"The attention of this model can be neither read nor steered: {error}")
+    tokens = _new_tokens(output, inputs["input_ids"])
+    if any(len(steps) != len(tokens) for steps in weights):
+        record.attention.clear()
+        passes = f"{len(tokens)} new tokens, but {len(weights[0])} forward passes that could be read"
+        return Generation(tokens, record, alpha_note=f"α of the words is not known: there were {passes}.")
     alpha, count_free = ([_mean_alpha(layers) for layers in steps] for steps in weights)
-    return Generation(sequences[0, length:].cpu(), record, alpha, count_free)
+    return Generation(tokens, record, alpha, count_free)
+
+
+def _new_tokens(output: Any, prompt: torch.Tensor) -> torch.Tensor:
+    """The new tokens `(T,)` of what `generate` returned: some models return the prompt before them, others do not."""
+    tokens, first = getattr(output, "sequences", output)[0], prompt[0]
+    if len(tokens) >= len(first) and torch.equal(tokens[: len(first)], first.to(tokens.device)):
+        tokens = tokens[len(first) :]
+    return tokens.cpu()
 
 
 def _generate_with_weights(
     model: PreTrainedModel, generate: Callable[..., Any], settings: Settings
-) -> tuple[torch.Tensor, tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]]:
-    """The sequences, and by forward pass and layer the weights of modalities, as they are and count-free."""
+) -> tuple[Any, tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]]:
+    """What `generate` returned, and by forward pass and layer the weights of modalities, as they are and count-free."""
     if model.config.model_type == SparseMoeVlmConfig.model_type:
         # Without `output_attentions`, the model may take a shorter way that never computes the matrices.
         output = generate(
             output_modality_weights=True, output_attentions=True, return_dict_in_generate=True, **settings.steering
         )
-        return output.sequences, (output.modality_weights, output.count_free_modality_weights)
+        return output, (output.modality_weights, output.count_free_modality_weights)
     with modality_weights(model, **settings.steering) as weights:
-        sequences = generate()
-    return sequences, (
+        output = generate()
+    return output, (
         [list(step.modality_weights.values()) for step in weights.steps],
         [list(step.count_free_modality_weights.values()) for step in weights.steps],
     )

@@ -22,6 +22,7 @@ from ...checks import check
 from ..expert_lora import load_adapter, load_expert_lora
 from ..expert_modules import base_model_of
 from ..installed_code import use_installed_code
+from .recording import decoder_of
 from .settings import NO_ADAPTER
 
 
@@ -54,8 +55,13 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
 
 
 def read_attention_matrices(model: PreTrainedModel) -> None:
-    """Switches the decoder to eager attention. The vision tower keeps its own, which needs less memory."""
-    model.get_decoder().set_attn_implementation("eager")
+    """
+    Switches the decoder to eager attention, if it can be switched. The vision tower keeps its own, which needs less
+    memory.
+    """
+    decoder = decoder_of(model)
+    if isinstance(decoder, PreTrainedModel):
+        decoder.set_attn_implementation("eager")
 
 
 def load_adapters(model: PreTrainedModel, paths: Mapping[str, str]) -> Any:

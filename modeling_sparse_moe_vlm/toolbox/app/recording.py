@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...routing import LayerRouting
@@ -65,6 +66,12 @@ class Recording:
         return np.stack(rows)
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder of a model, or the model itself if the library does not know its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model if decoder is None else decoder
+
+
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """
@@ -79,7 +86,7 @@ def recording(model: nn.Module) -> Iterator[Recording]:
         [`Recording`]
     """
     record = Recording()
-    decoder = base_model_of(model).get_decoder()
+    decoder = decoder_of(base_model_of(model))
 
     def begin(module: nn.Module, args: tuple) -> None:
         record.attention.append({})

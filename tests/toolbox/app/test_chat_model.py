@@ -1,6 +1,7 @@
 """A model that chats: what it reads, what it answers, and what it shows for every answer."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,6 +168,44 @@ def test_tokens_that_do_not_form_a_grid(chat, monkeypatch):
     message = "It is not known which tokens cover which part of the image: 6 image tokens do not form a square."
     assert answer.heat_note == answer.experts_note == message
     assert answer.alpha
+
+
+class Parts(ChatModel):
+    """Takes apart prompts that are given."""
+
+    def __init__(self, prompts, **processor):
+        self.model = SimpleNamespace(config=SimpleNamespace(model_type="a", image_token_id=3, get_text_config=dict))
+        self.processor = SimpleNamespace(**processor)
+        self.prompts = prompts
+
+    def _inputs(self, messages, images):
+        (message,) = messages
+        assert message == {"role": "user", "content": [{"type": "image", "image": images[0]}]}
+        return {"input_ids": torch.tensor([self.prompts[images[0].size]])}
+
+
+def test_shapes_of_the_image_processor():
+    """Rows and columns of patches, of which Qwen-VL merges squares into tokens."""
+    chat = Parts({}, image_processor=SimpleNamespace(merge_size=2))
+    inputs = {
+        "input_ids": torch.tensor([[3] * 6 + [1] + [3] * 2]),
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 4]]),
+    }
+    first, second = chat._grids(inputs, [Image.new("RGB", (6, 4)), Image.new("RGB", (4, 2))])
+    assert first.positions.tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert second.positions.tolist() == [[7, 8]]
+
+
+@pytest.mark.parametrize("name", ["image_seq_length", "image_seq_len"])
+def test_images_with_different_numbers_of_tiles(name):
+    """The tokens of each image are counted in a prompt of its own."""
+    chat = Parts({(2, 1): [1, 3, 3, 3], (1, 1): [1, 3, 3]}, **{name: 1})
+    inputs = {"input_ids": torch.tensor([[1, 3, 3, 3, 3, 3]])}
+    first, second = chat._grids(inputs, [Image.new("RGB", (2, 1)), Image.new("RGB", (1, 1))])
+    assert first.positions.tolist() == [[1, 2]]
+    assert first.overview.tolist() == [[3]]
+    assert second.positions.tolist() == [[4]]
+    assert second.overview.tolist() == [[5]]
 
 
 # ---------------------------------------------------------------- language models

@@ -1,12 +1,14 @@
 """One call of `generate`: the same tokens as without recording, with the attention and the routing of the model."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from modeling_sparse_moe_vlm.toolbox.app.generation import generate_recorded
 from modeling_sparse_moe_vlm.toolbox.app.loading import read_attention_matrices
+from modeling_sparse_moe_vlm.toolbox.app.recording import decoder_of
 from modeling_sparse_moe_vlm.toolbox.app.settings import Settings
 from modeling_sparse_moe_vlm.toolbox.modality_weights import modality_weights
 from modeling_sparse_moe_vlm.toolbox.routing import watch
@@ -161,6 +163,28 @@ def test_a_model_that_cannot_be_read_answers_all_the_same():
     assert ours.alpha == []
     assert ours.alpha_note.startswith("The attention of this model can be neither read nor steered: layer 1")
     assert "".join(pieces) == TOKENIZER.decode(ours.tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("sequences", [[5, 6], [*range(7, 21), 5, 6]], ids=["without the prompt", "with the prompt"])
+def test_passes_that_are_not_those_of_the_tokens(sequences, monkeypatch):
+    """As in models that generate by other means than forward passes of theirs, one for each token."""
+    model, inputs = in_tree_models.make_model("llava"), first_row(in_tree_models.make_inputs("llava"))
+    inputs["input_ids"] = torch.arange(7, 21)[None]
+    output = SimpleNamespace(sequences=torch.tensor([sequences]))
+    monkeypatch.setattr(model, "generate", lambda **kwargs: output)
+    ours = generate(model, inputs)
+    assert ours.tokens.tolist() == [5, 6]
+    assert ours.alpha == ours.recording.attention == []
+    message = "α of the words is not known: there were 2 new tokens, but 0 forward passes that could be read."
+    assert ours.alpha_note == message
+
+
+def test_models_without_a_known_decoder():
+    module = torch.nn.Linear(1, 1)
+    assert decoder_of(module) is module
+    module.get_decoder = lambda: None
+    assert decoder_of(module) is module
+    read_attention_matrices(module)
 
 
 def test_other_mistakes_are_raised():

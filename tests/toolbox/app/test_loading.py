@@ -77,7 +77,7 @@ def test_adapters_that_cannot_be_loaded(tmp_path):
     with pytest.raises(OSError, match=r"adapter_config\.json is damaged"):
         load_adapters(make_speaking_model(), {"a": str(tmp_path)})
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
-    with pytest.raises(ValueError, match="should say `peft_type` 'LORA', but says 'IA3'"):
+    with pytest.raises(ValueError, match="must set `peft_type` to 'LORA', but it is 'IA3'"):
         load_adapters(make_speaking_model(), {"a": str(tmp_path)})
 
 
