@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm info`, from a clone: `python scripts/count_parameters.py --help`."""
+"""Runs `sparse-moe-vlm info` in a clone. Options: `python scripts/count_parameters.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm explain`, from a clone: `python scripts/explain.py --help`."""
+"""Runs `sparse-moe-vlm explain` in a clone. Options: `python scripts/explain.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

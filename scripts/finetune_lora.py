@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm lora`, from a clone: `python scripts/finetune_lora.py --help`."""
+"""Runs `sparse-moe-vlm lora` in a clone. Options: `python scripts/finetune_lora.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm generate`, from a clone: `python scripts/generate.py --help`."""
+"""Runs `sparse-moe-vlm generate` in a clone. Options: `python scripts/generate.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm place`, from a clone: `python scripts/place_experts.py --help`."""
+"""Runs `sparse-moe-vlm place` in a clone. Options: `python scripts/place_experts.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm train`, from a clone: `python scripts/train.py --help`."""
+"""Runs `sparse-moe-vlm train` in a clone. Options: `python scripts/train.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

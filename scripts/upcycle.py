@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm upcycle`, from a clone: `python scripts/upcycle.py --help`."""
+"""Runs `sparse-moe-vlm upcycle` in a clone. Options: `python scripts/upcycle.py --help`."""
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import run_script
 

@@ -94,7 +94,10 @@ def make_parser(description: str | None, **own: dict[str, Any]) -> argparse.Argu
     parser.add_argument("--json", action="store_true", help="print a JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="use small sizes, which take less than a minute")
     parser.add_argument(
-        "--device", type=known_device, default=default_device(), help="cpu, cuda or cuda:1, say (default: %(default)s)"
+        "--device",
+        type=known_device,
+        default=default_device(),
+        help="device to run on, such as cpu, cuda or cuda:1 (default: %(default)s)",
     )
     for name, options in own.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
