@@ -23,6 +23,7 @@ from .settings import NO_ADAPTER, Settings
 
 GREETING = "Attach an image and ask about it. A click on an answer shows how it was made."
 ODDS = "<small>modality_priors = {{'image': {}}}</small>"
+HOUR = 3600  # seconds
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
 CSS = """
 .alpha .words { display: flex; flex-wrap: wrap; gap: 6px; }
@@ -64,7 +65,12 @@ class Page:
     def __init__(self, chat: ChatModel, name: str):
         self.chat = chat
         self.stops: dict[str | None, threading.Event] = {}  # by session, while it has an answer under way
-        with gr.Blocks(title=f"{name} – sparse-moe-vlm", analytics_enabled=False, fill_width=True) as self.blocks:
+        with gr.Blocks(
+            title=f"{name} – sparse-moe-vlm",
+            analytics_enabled=False,
+            fill_width=True,
+            delete_cache=(HOUR, 24 * HOUR),  # images of visitors are deleted after a day
+        ) as self.blocks:
             gr.Markdown(f"## {name}")
             turns = gr.State([])
             with gr.Row():

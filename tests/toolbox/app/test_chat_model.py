@@ -27,6 +27,8 @@ from tests.support.processors import (
     speak_printably,
     user,
 )
+from tests.support.upcycled import make_speaking
+from tests.toolbox.upcycling.test_processors import make_llava_processor
 
 QUESTION = [user(make_picture(), "Where is the cat?")]
 TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
@@ -206,6 +208,19 @@ def test_images_with_different_numbers_of_tiles(name):
     assert first.overview.tolist() == [[3]]
     assert second.positions.tolist() == [[4]]
     assert second.overview.tolist() == [[5]]
+
+
+def test_upcycled_models(tmp_path):
+    speak_printably(make_speaking("llava", "isolated", num_experts=4)).save_pretrained(tmp_path)
+    make_llava_processor().save_pretrained(tmp_path)
+    chat = ChatModel.load(str(tmp_path))
+    messages = [user(make_picture(), make_picture(1), "Where is the cat?")]
+    answer = chat.answer(messages, Settings(max_new_tokens=6))
+    assert answer.groups == [[("text", 2), ("image", 2)]] * 2
+    assert {int(expert) for cells in answer.experts for expert in cells.flat} <= {2, 3}, "experts of images"
+    assert sum(cells.sum() for cells in answer.heat) == pytest.approx(1.0)
+    steered = chat.answer(messages, Settings(image_prior=4.0, max_new_tokens=6))
+    assert steered.alpha[0] > answer.alpha[0] + 0.05
 
 
 # ---------------------------------------------------------------- language models
