@@ -37,8 +37,10 @@ class Answer:
             Why there is no heat.
         experts (`list[np.ndarray]`):
             For every image, the first routed expert of each cell, `(sparse layers, rows, columns)`.
-        layers (`list[int]`), groups (`list[list[tuple[str, int]]]`):
-            See [`~recording.Recording`].
+        layers (`list[int]`):
+            Numbers of the sparse layers.
+        groups (`list[list[tuple[str, int]]]`):
+            Name and number of experts of the routed groups of every sparse layer.
         experts_note (`str`):
             Why there are no experts.
     """
