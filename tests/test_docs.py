@@ -4,6 +4,7 @@ import ast
 import os
 import re
 import shutil
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from modeling_sparse_moe_vlm.toolbox.commands.main import main
+from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS, main
 from tests.support import stand_ins
 from tests.support.pages import RUN, blocks_of, run_page
 from tests.support.processes import ROOT
@@ -129,3 +130,15 @@ def test_quoted_messages_are_in_the_source():
     for quote in quoted:
         pattern = re.compile(".*".join(map(re.escape, quote.split("…"))), re.DOTALL)
         assert any(pattern.search(text) for text in texts), quote
+
+
+def test_every_verb_and_every_extra_is_listed():
+    page = (DOCS / "installation.md").read_text()
+    assert re.findall(r"^\| `([\w-]+)` \|", page, flags=re.MULTILINE) == list(VERBS)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"^\| `sparse-moe-vlm\[([\w-]+)\]`", page, flags=re.MULTILINE)) == set(extras)
+
+
+def test_the_first_page_leads_to_every_other_one():
+    linked = set(re.findall(r"\]\(([\w/]+\.md)\)", (DOCS / "index.md").read_text()))
+    assert linked == {page.name for page in DOCS.glob("*.md")} - {"index.md"} | {"api/index.md"}
