@@ -168,7 +168,7 @@ def attend_by_channels(
     def attend(log_priors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         bias = query.new_zeros(*query.shape[:3], channels)
         if log_priors is not None:
-            # Far from what float16 cannot hold: an infinite channel would be NaN at the keys that do not have it.
+            # Clamped to stay finite in float16: an infinite channel times 0, at keys of other parts, would be NaN.
             limit = torch.finfo(query.dtype).max / 4
             relative = ((log_priors[:, 1:] - log_priors[:, :1]).float() / kwargs["scaling"]).clamp(-limit, limit)
             bias = F.pad(relative, (0, channels - relative.shape[1])).to(query.dtype)[None, :, None].expand_as(bias)
