@@ -1,4 +1,4 @@
-"""From what is asked of `upcycle` to the fields of the experts' configuration, and what cannot start exactly."""
+"""The experts' configuration for a request to `upcycle`, and the checks that the start is exact."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from .errors import UpcyclingError
 STARTS = ("copy", "split", "residual", "drop")
 POOL_STARTS = ("first", "mean")
 DROP_RATIO = 0.5  # the best one in the paper (arXiv 2502.19261)
-# The exact start of the arrangements that have a name.
+# Exact starts of the named arrangements.
 _DEFAULT_STARTS = {"hybrid": "residual", "joint": "copy", "isolated": "copy"}
 
 
 class Start(NamedTuple):
-    """How experts start from the dense block of their layer.
+    """The initial weights of experts, relative to the dense block of their layer.
 
     Args:
         name (`str`):
             - `"copy"`: every routed expert is the dense block.
             - `"split"`: every routed expert is one of `granularity` parts of the dense block.
-            - `"residual"`: the always-on expert of each modality is the dense block, routed experts add nothing yet.
-            - `"drop"`: as `"copy"`, with a share of each expert's neurons drawn again.
+            - `"residual"`: the always-on expert of each modality is the dense block, and the output of routed experts
+              is zero.
+            - `"drop"`: like `"copy"`, but a share of each expert's neurons is drawn again.
         granularity (`int`, defaults to 1):
-            Number of parts that the dense block is cut into, with `"split"`.
+            Number of parts that `"split"` cuts the dense block into.
         drop_ratio (`float`, defaults to 0.0):
-            Share of the neurons that are drawn again, with `"drop"`.
+            Share of the neurons that `"drop"` draws again.
         pool_start (`str`, *optional*):
-            What the experts of a pool start from, other than with `"residual"`: the dense block of the pool's
-            `"first"` layer, or the `"mean"` of all its layers' blocks.
+            Dense block from which the experts of a pool start, except with `"residual"`: that of the pool's `"first"`
+            layer, or the `"mean"` of the blocks of all its layers.
     """
 
     name: str
@@ -47,12 +48,12 @@ class Start(NamedTuple):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the sparse model computes what the dense one does."""
+        """Whether the sparse model computes what the dense model computes."""
         return self.drop_ratio == 0 and self.pool_start is None
 
 
 class _Request(NamedTuple):
-    """What was asked for, as the steps below need it."""
+    """The arguments of [`experts_fields`] that several steps need."""
 
     arrangement: str | list[dict[str, Any]]
     num_experts: int | None
@@ -80,12 +81,12 @@ def experts_fields(
     **fields: Any,
 ) -> tuple[Start, dict[str, Any]]:
     r"""
-    The experts' configuration of a model that is to be upcycled.
+    Returns the experts' configuration of a model that is upcycled.
 
     Args:
         widths (`Mapping[int, int]`):
-            Width of the dense block of every layer that becomes sparse; the other layers stay dense. Where widths
-            differ, groups whose width follows from the dense block's are made one by width, with the width in the name
+            Width of the dense block of every layer that becomes sparse, by layer. The other layers stay dense. If the
+            widths differ, groups without a width become one group for each width, with the width in the name
             (`"joint_2048"`).
         num_hidden_layers (`int`):
             Number of layers of the decoder, sparse and dense ones.
@@ -94,37 +95,37 @@ def experts_fields(
         hidden_act (`str`):
             Activation of the dense blocks.
         modalities (`Sequence[str]`):
-            Names of the modalities that the model takes, text first.
+            Names of the modalities of the model, text first.
         expert_groups (`str` or `list[dict]`, defaults to `"hybrid"`):
-            Name of an arrangement, or the groups, as in [`SparseMoeVlmExpertsConfig`]. The width of a group that gives
-            none follows from the dense block and the start.
+            Name of an arrangement, or the groups, as in [`SparseMoeVlmExpertsConfig`]. If a group has no width, it
+            follows from the dense block and the start.
         num_experts (`int`, *optional*, defaults to 8):
-            Number of routed experts of a layer of the sparse model. With a list of groups it follows from them.
+            Number of routed experts of a layer. With a list of groups, it follows from the groups.
         num_experts_per_tok (`int`, defaults to 2):
-            Number of routed experts that a token goes to in the sparse model.
+            Number of routed experts per token.
         start (`str`, *optional*):
-            See [`Start`]. By default an exact one: `"residual"` for `"hybrid"`, and for groups of which each modality
-            has an always-on one that can hold the dense block; else `"split"` if there is a `granularity`, and
-            `"copy"` if not.
+            See [`Start`]. By default, an exact start: `"residual"` for `"hybrid"`, and for groups in which each
+            modality has an always-on group that is wide enough for the dense block. Otherwise, `"split"` if there is a
+            `granularity`, and `"copy"` if not.
         granularity (`int`, *optional*):
-            Makes routed experts finer: their width is that of the dense block divided by it. With `"split"`, both
-            `num_experts` (that of every routed group) and `num_experts_per_tok` are numbers of such finer experts and
-            must be multiples of it: E experts are E / granularity copies of the dense block, in as many parts each.
-            With `"split"` it is `num_experts_per_tok` by default, at which a token costs as much as in the
-            dense model.
+            Divisor of the width of routed experts: they are as wide as the dense block divided by it. With `"split"`,
+            `num_experts` (of every routed group) and `num_experts_per_tok` count these smaller experts and must be
+            multiples of `granularity`: E experts are E / granularity copies of the dense block, each cut into
+            `granularity` parts. With `"split"`, it defaults to `num_experts_per_tok`, so that a token costs as much as
+            in the dense model.
         drop_ratio (`float`, *optional*, defaults to 0.5):
             See [`Start`], for `"drop"`.
         pool_start (`str`, *optional*):
-            See [`Start`]. Giving it accepts that layers which share experts then do not start exactly.
+            See [`Start`]. With it, layers that share experts do not start exactly.
         fields:
             Further fields of [`SparseMoeVlmExpertsConfig`], such as `router`, `expert_pool` and `initializer_range`.
 
     Returns:
-        `tuple[Start, dict[str, Any]]`: how the experts start, and all fields of their configuration that follow from
-        the request, with every group spelled out.
+        `tuple[Start, dict[str, Any]]`: The start of the experts, and all fields of their configuration that follow from
+        the request, with all keys of every group.
 
     Raises:
-        UpcyclingError: If the fields contradict each other, or the start would not be exact (`"drop"` never is).
+        UpcyclingError: If the fields contradict each other, or if the start would not be exact (except `"drop"`).
     """
     with _named_errors():
         _check_fields(fields)
@@ -175,8 +176,8 @@ def experts_fields(
 
 def dense_carriers(groups: Sequence[ExpertGroup], modalities: Sequence[str], width: int) -> list[str] | None:
     """
-    The always-on groups of a layer that start as its dense block with the start `"residual"`: such that every modality
-    is served by one and only one of them.
+    Chooses the always-on groups of a layer that start as its dense block with the start `"residual"`, so that exactly
+    one of them serves each modality.
 
     Args:
         groups (`Sequence[ExpertGroup]`):
@@ -184,10 +185,10 @@ def dense_carriers(groups: Sequence[ExpertGroup], modalities: Sequence[str], wid
         modalities (`Sequence[str]`):
             The modalities of the model.
         width (`int`):
-            Width of the dense block: what the experts of a group must have together, at least.
+            Width of the dense block. The experts of a group must have at least this total width.
 
     Returns:
-        `list[str]`: names of the groups; `None` where there is no such choice.
+        `list[str]`: Names of the groups; `None` if there is no such choice.
     """
     able = [group for group in groups if group.always_on and group.num_experts * group.intermediate_size >= width]
 
@@ -206,7 +207,7 @@ def dense_carriers(groups: Sequence[ExpertGroup], modalities: Sequence[str], wid
 
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """What the configuration refuses cannot be upcycled."""
+    """Raises the configuration's errors as `UpcyclingError`."""
     try:
         yield
     except UpcyclingError:
@@ -215,12 +216,12 @@ def _named_errors() -> Iterator[None]:
         raise UpcyclingError(str(error)) from error
 
 
-# What an experts' configuration takes from the dense model.
+# Fields of the experts' configuration that follow from the dense model.
 OF_DENSE_MODEL = ("hidden_size", "num_hidden_layers", "hidden_act", "widths")
 
 
 def check_not_of_dense_model(fields: Collection[str]) -> None:
-    """Raises `UpcyclingError` for fields that nobody can choose."""
+    """Raises `UpcyclingError` for fields that follow from the dense model."""
     for field in OF_DENSE_MODEL:
         if field in fields:
             raise UpcyclingError(f"`{field}` follows from the dense model, and cannot be chosen.")
@@ -261,7 +262,7 @@ def _check_widths(widths: Mapping[int, int], num_hidden_layers: int) -> None:
 
 def _default_start(request: _Request) -> str:
     if isinstance(request.arrangement, str):
-        # An unknown name is refused where groups are resolved.
+        # Unknown names are refused when the groups are resolved.
         name = _DEFAULT_STARTS.get(request.arrangement, "copy")
     else:
         groups = [ExpertGroup.from_dict(group) for group in _groups(Start("residual"), request)]
@@ -278,14 +279,14 @@ def _of_layer(groups: Sequence[ExpertGroup], layer: int) -> list[ExpertGroup]:
 
 
 def _routed_width(start: Start, request: _Request, width: int) -> int:
-    """Width of routed experts whose group gives none, in a layer whose dense block has this width."""
+    """Returns the width of routed experts whose group has no width, for a dense block of a given width."""
     if start.name == "residual" and request.moe_intermediate_size is not None:
         return request.moe_intermediate_size
     return width // (request.granularity or 1)
 
 
 def _groups(start: Start, request: _Request) -> list[dict[str, Any]]:
-    """The groups with every key; one for each width that a group needs."""
+    """Returns the groups with all keys, one for each width that a group needs."""
     arrangement = request.arrangement
     resolved = resolve_groups(
         arrangement,
@@ -298,7 +299,7 @@ def _groups(start: Start, request: _Request) -> list[dict[str, Any]]:
     groups = []
     for group in resolved:
         layers = [layer for layer in request.widths if group["layers"] is None or layer in group["layers"]]
-        if group["name"] in given or not layers:  # a group of dense layers only is refused by the configuration
+        if group["name"] in given or not layers:  # the configuration refuses groups that only have dense layers
             groups.append(group)
             continue
         layers_by_width: dict[int, list[int]] = {}
@@ -316,7 +317,7 @@ def _groups(start: Start, request: _Request) -> list[dict[str, Any]]:
 
 
 def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], drop_ratio: float | None) -> None:
-    """Raises `UpcyclingError` where start and fields do not go together."""
+    """Raises `UpcyclingError` if the start and the fields do not fit each other."""
     name = start.name
     if drop_ratio is not None and name != "drop":
         raise UpcyclingError(f'`drop_ratio` is for `start="drop"`, but the start is "{name}": leave it out.')
@@ -361,7 +362,7 @@ def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], dro
 
 
 def _check_groups(start: Start, request: _Request, config: SparseMoeVlmExpertsConfig, slots: Mapping[str, int]) -> None:
-    """Raises `UpcyclingError` where the groups of a layer cannot hold its dense block."""
+    """Raises `UpcyclingError` if the groups of a layer cannot contain its dense block."""
     for layer, width in request.widths.items():
         if start.name == "residual":
             if dense_carriers(config.layer_expert_groups(layer), request.modalities, width) is None:
@@ -391,7 +392,7 @@ def _check_groups(start: Start, request: _Request, config: SparseMoeVlmExpertsCo
 
 
 def _no_carriers(config: SparseMoeVlmExpertsConfig, layer: int, width: int) -> str:
-    """Why the dense block of a layer cannot be its always-on experts."""
+    """Returns why the always-on experts of a layer cannot be its dense block."""
     always_on = config.layer_expert_groups(layer, always_on=True)
     for modality in config.modalities:
         sizes = {
@@ -417,7 +418,7 @@ def _no_carriers(config: SparseMoeVlmExpertsConfig, layer: int, width: int) -> s
 
 
 def _check_pools_fit(start: Start, request: _Request, groups: list[dict[str, Any]], pools: Any) -> None:
-    """Raises `UpcyclingError` where the layers of a pool need experts of different widths."""
+    """Raises `UpcyclingError` if the layers of a pool need experts of different widths."""
     if not isinstance(pools, list | tuple) or len(pools) != request.num_hidden_layers:
         return  # the configuration refuses it
     routed = [ExpertGroup.from_dict(group) for group in groups if not group["always_on"]]

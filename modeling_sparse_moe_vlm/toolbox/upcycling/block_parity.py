@@ -1,4 +1,4 @@
-"""How far the outputs of one sparse block are from those of the dense block that it starts from."""
+"""The difference between the outputs of a sparse block and of the dense block that it starts from."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def block_error(
     pooled_experts: nn.Module | None = None,
 ) -> float:
     """
-    Compares a sparse block with the dense one on random inputs of unit scale, tokens of every modality among them.
+    Compares a sparse block with its dense block on random inputs of unit scale, for tokens of every modality.
 
     Args:
         block (`SparseMoeVlmSparseMoeBlock`):
             The sparse block of one layer, in float32.
         config (`SparseMoeVlmExpertsConfig`):
-            What it was made of.
+            Configuration of the block.
         weights ([`GatedWeights`]):
-            The dense block, in any type; it is computed in float32.
+            The dense block, of any type. It is computed in float32.
         pooled_experts (`nn.Module`, *optional*):
-            The routed experts, where the layer belongs to a pool.
+            The routed experts, if the layer belongs to a pool.
 
     Returns:
-        `float`: the largest difference of two outputs, relative to the largest output of the dense block.
+        `float`: Largest difference of two outputs, relative to the largest output of the dense block.
     """
     num_tokens = TOKENS_PER_MODALITY * len(config.modalities)
     generator = seeded_generator(0, "parity", block.layer_idx)

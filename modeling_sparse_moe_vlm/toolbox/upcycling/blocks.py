@@ -1,4 +1,4 @@
-"""The dense feed-forward blocks of a model that experts can take the place of, found by what they compute."""
+"""The dense feed-forward blocks of a model that experts can replace, found by what they compute."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __all__ = [
 @dataclass(frozen=True)
 class GatedBlock:
     """
-    A dense block of a decoder layer that computes `down(act(gate(x)) * up(x))`.
+    A dense feed-forward block of a decoder layer, which computes `down(act(gate(x)) * up(x))`.
 
     Attributes:
         name (`str`): Name of the block in the model, such as "model.language_model.layers.0.mlp".
         layer (`int`): Index of its decoder layer.
-        intermediate_size (`int`): Width of `gate(x)` and `up(x)`, which may differ by layer.
+        intermediate_size (`int`): Width of `gate(x)` and `up(x)`, which may differ between layers.
         parameters (`dict[str, tuple[str, slice | None]]`):
             For "gate", "up" and "down": the name of a parameter in the block, and its rows (`None`: all of them).
     """
@@ -62,7 +62,7 @@ class DenseBlocks:
         num_layers (`int`): Number of decoder layers, with and without such a block.
         hidden_size (`int`): Width of the blocks' inputs and outputs.
         hidden_act (`str`): Name of their activation in Transformers' `ACT2FN`.
-        blocks (`tuple[GatedBlock, ...]`): One for each layer that has one, in their order.
+        blocks (`tuple[GatedBlock, ...]`): The blocks, in the order of their layers.
     """
 
     decoder: str
@@ -78,22 +78,22 @@ def find_blocks(
     """
     Finds the dense gated feed-forward block in each layer of a model's text decoder.
 
-    A block is found by its formula and not by its name: every candidate is run with random weights, so a fused
-    projection of gate and up, other names and widths that differ by layer are all found, and a block that only looks
-    like one is not taken for one. The model is not changed and its weights are not read; it may be on the meta device.
+    Blocks are found by their formula and not by their names: every candidate runs with random weights. Fused
+    projections of gate and up, other names and different widths are therefore found, and modules that only look like
+    such a block are not. The model is not changed and its weights are not read, so it may be on the meta device.
 
     Args:
         model (`PreTrainedModel`): A language model or vision-language model.
-        layers (collection of `int`, *optional*): The decoder layers to look at. Default: all.
+        layers (collection of `int`, *optional*): Indices of the decoder layers to search. By default, all.
         include_dense_layers_of_moe (`bool`, *optional*, defaults to `False`):
-            Whether to take the dense layers of a model that has experts in others.
+            Whether to return the dense layers of a model whose other layers have experts.
 
     Returns:
-        `DenseBlocks`: their places. Layers without any feed-forward block are left out.
+        `DenseBlocks`: The blocks. Layers without a feed-forward block are ignored.
 
     Raises:
-        UpcyclingError: If there is no such block, a layer has another kind of feed-forward block or experts already,
-            layers differ in their activation, or the model is quantised or has adapters.
+        UpcyclingError: If there is no such block, if a layer has another kind of feed-forward block or experts already,
+            if the activations of layers differ, or if the model is quantised or has adapters.
     """
     _check_model(model)
     decoder = decoder_layers(model)
@@ -119,7 +119,7 @@ def block_weights(module: nn.Module, block: GatedBlock) -> GatedWeights:
 
     Args:
         module (`torch.nn.Module`): The block itself, `model.get_submodule(block.name)`.
-        block (`GatedBlock`): Where its weights lie.
+        block (`GatedBlock`): Description of the block, which names its parameters.
     """
     places = (block.parameters[part] for part in ("gate", "up", "down"))
     return GatedWeights(*(module.get_parameter(name)[rows or slice(None)].detach() for name, rows in places))
@@ -130,7 +130,7 @@ Reasons = dict[int, str]
 
 
 def _search(decoder: DecoderLayers, indices: list[int]) -> tuple[Found, Reasons]:
-    """Returns each layer's block and formula, or why it has none."""
+    """Returns the block and formula of each layer, or the reason why it has none."""
     found: Found = {}
     reasons: Reasons = {}
     known: dict[tuple, GatedFormula | NotTheFormulaError] = {}
@@ -159,7 +159,7 @@ def _search(decoder: DecoderLayers, indices: list[int]) -> tuple[Found, Reasons]
 
 
 def _candidates(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules inside a layer that can run by themselves."""
+    """Returns the modules inside a layer that could be its feed-forward block."""
     lists = (nn.Linear, nn.ModuleList, nn.ModuleDict)
     return [(name, module) for name, module in layer.named_modules() if name and not isinstance(module, lists)]
 
@@ -195,7 +195,7 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _is_quantised(model: PreTrainedModel) -> bool:
-    """Not where weights were unpacked when they were loaded, as those of GGUF files, though the method is noted."""
+    """Returns whether weights are quantised. Weights that were dequantised in loading (as from GGUF files) are not."""
     quantizer = getattr(model, "hf_quantizer", None)
     method = getattr(model.config, "quantization_config", None) or getattr(quantizer, "quantization_config", quantizer)
     if method is None:
@@ -245,8 +245,8 @@ def _check_alike(model: PreTrainedModel, found: Found) -> None:
 
 
 def _check_shared(model: PreTrainedModel, blocks: tuple[GatedBlock, ...]) -> None:
-    """Refuses layers that share their weights: each would get experts of its own, which are no longer the same."""
-    tied = model.all_tied_weights_keys  # a model on the meta device has not tied them yet
+    """Refuses layers that share their weights, because they would get separate experts."""
+    tied = model.all_tied_weights_keys  # weights of a model on the meta device are not tied yet
     owners: dict[str | int, str] = {}
     for block in blocks:
         for name, parameter in model.get_submodule(block.name).named_parameters(block.name):

@@ -1,4 +1,4 @@
-"""From the checkpoint of a dense model to that of a sparse one, for models of any size."""
+"""Upcycling from checkpoint to checkpoint, for models of any size."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def plan_checkpoint(
     **request: Any,
 ) -> UpcycledCheckpoint:
     """
-    Works out what [`upcycle_checkpoint`] would make, without reading weights.
+    Describes what [`upcycle_checkpoint`] would write, without reading weights.
 
     Args:
         source, revision, gguf_file, native, rows, router_init, seed, request:
@@ -80,7 +80,7 @@ def plan_checkpoint(
         [`UpcycledCheckpoint`]
 
     Raises:
-        OSError, ValueError: As [`upcycle_checkpoint`] does.
+        OSError, ValueError: Under the same conditions as [`upcycle_checkpoint`].
     """
     plan = _plan(_on_meta(source, revision, gguf_file), router_init, seed, request)
     _inputs(source, gguf_file, revision, rows, router_init)
@@ -105,42 +105,42 @@ def upcycle_checkpoint(
     **request: Any,
 ) -> UpcycledCheckpoint:
     """
-    Makes a checkpoint of a sparse model from that of a dense one, block by block: what [`upcycle`] and
-    `save_pretrained` make, without the memory for the sparse model. At first at most one sparse block is in memory, or
-    one of the tensors that the models have in common; then, to compare the models, the dense one and one sparse block.
+    Turns the checkpoint of a dense model into that of a sparse model, block by block. The result is that of [`upcycle`]
+    and `save_pretrained`, but needs no memory for the sparse model. At first, the memory contains at most one sparse
+    block, or one of the tensors that both models have. Then, to compare the models, it contains the dense model and one
+    sparse block.
 
     Args:
         source (`str` or `os.PathLike`):
             The dense model: a folder, or a name on the Hub.
         output (`str` or `os.PathLike`):
-            Folder for the sparse model, its processor and its card. It gets all of them at once, at the end.
+            Folder for the sparse model, its processor and its model card. All of them appear at once, at the end.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         gguf_file (`str`, *optional*):
-            A GGUF file in the source. The dense model is then loaded as a whole.
+            Name of a GGUF file in the source. The whole dense model is then loaded.
         dtype (`str`, defaults to `"auto"`):
             Type of the weights, by default the source's.
         max_shard_size (`int` or `str`, defaults to `"50GB"`):
             Largest size of a file of weights.
         overwrite (`bool`, defaults to `False`):
-            Whether a model in the output folder is replaced.
+            Whether to replace a model that is in the output folder already.
         native (`bool`, defaults to `False`):
-            Whether to save as the library's own class of sparse models: see [`to_native`]. Both models are then in
-            memory.
+            Whether to save the result as a class of Transformers: see [`to_native`]. Both models are then in memory.
         rows (`Sequence[dict]`, *optional*):
-            Conversations, as [`~toolbox.data.VisionLanguageCollator`] takes them: what `router_init="data"` needs.
-            The models are compared on the first one; by default on random tokens.
+            Conversations in the form that [`~toolbox.data.VisionLanguageCollator`] takes, which `router_init="data"`
+            needs. The models are compared on the first one, or on random tokens if there are none.
         router_init (`str`, defaults to `"random"`):
-            See [`upcycle`]. With `"data"` the dense model is loaded as a whole.
+            See [`upcycle`]. With `"data"`, the whole dense model is loaded.
         seed (`int`, defaults to 0):
-            Seed of all that is drawn.
+            Seed of all random draws.
         compare (`bool`, defaults to `True`):
-            Whether to compare the models' outputs. Without it only each sparse block is compared with its dense one,
-            and the dense model need not fit into memory.
+            Whether to compare the outputs of the models. If `False`, only the blocks are compared, and the dense model
+            need not fit into memory.
         parity_bound (`float`, *optional*):
-            See [`upcycle`]; both comparisons must stay within it.
+            See [`upcycle`]. It applies to the comparison of the blocks and to that of the models.
         request:
-            What else [`upcycle`] takes: `expert_groups`, `num_experts`, `layers`, `start`, fields of the experts'
+            Further arguments of [`upcycle`]: `expert_groups`, `num_experts`, `layers`, `start`, fields of the experts'
             configuration, ….
 
     Returns:
@@ -148,9 +148,9 @@ def upcycle_checkpoint(
 
     Raises:
         OSError: If the source cannot be read, or the output cannot be written.
-        UpcyclingError: If the model cannot be upcycled, its checkpoint is not whole, the output folder holds a model,
-            or the outputs differ; nothing is written then.
-        ValueError: If a value is wrong.
+        UpcyclingError: If the model cannot be upcycled, its checkpoint is incomplete, the output folder contains a
+            model already, or the outputs differ. Nothing is written then.
+        ValueError: If an argument has a wrong value.
     """
     output = Path(output)
     check_files(output, source, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -209,7 +209,7 @@ def _upcycle_native(
     max_shard_size: int | str,
     request: Mapping[str, Any],
 ) -> UpcycledCheckpoint:
-    """As [`upcycle_checkpoint`], with both models in memory, and of the library's own class in the end."""
+    """Does the work of [`upcycle_checkpoint`] with `native=True`: both models are in memory."""
     costs = costs_of(dense)
     sparse = upcycle(dense, **request)
     start = experts_config_of(sparse.config).start
@@ -232,7 +232,7 @@ def _upcycle_native(
 
 
 def _on_meta(source: str | os.PathLike, revision: str | None, gguf_file: str | None) -> PreTrainedModel:
-    """The dense model without weights."""
+    """Builds the dense model without weights."""
     options = _given(revision=revision, gguf_file=gguf_file)
     if gguf_file is not None and not is_gguf_available():
         raise UpcyclingError("GGUF files need the package `gguf`: pip install gguf.")
@@ -251,7 +251,7 @@ def _inputs(
     rows: Sequence[Mapping[str, Any]],
     router_init: str,
 ) -> tuple[Any, list[Mapping[str, Any]]]:
-    """The source's processor, and the rows as inputs of the model."""
+    """Loads the source's processor, and turns the rows into inputs of the model."""
     processor = load_processor(source, gguf_file, **_given(revision=revision))
     batches = batches_of(processor, rows)
     if router_init == "data" and not batches:
@@ -260,7 +260,7 @@ def _inputs(
 
 
 def _plan(dense: PreTrainedModel, router_init: str, seed: int, request: Mapping[str, Any]) -> _Plan:
-    """What becomes of a dense model on the meta device."""
+    """Upcycles a dense model on the meta device."""
     check_base(dense)
     check_arguments(router_init, seed, layers=request.get("layers"), modalities=request.get("modalities"))
     request = {"modalities": None, "placeholders": None, **request}
@@ -295,13 +295,13 @@ def _check_blocks(errors: Mapping[int, float], bound: float | None) -> None:
     layer = max(errors, key=lambda layer: errors[layer])
     if bound is not None and errors[layer] > bound:
         raise UpcyclingError(
-            f"the sparse block of layer {layer} is not what the dense one is: its outputs differ by "
+            f"the sparse block of layer {layer} is not what the dense block is: its outputs differ by "
             f"{errors[layer]:.1e} of the largest, more than {bound:.1e}. `parity_bound=float('inf')` accepts it."
         )
 
 
 def _save_rest(sparse: Any, outcome: UpcycledCheckpoint, processor: Any, folder: Path) -> None:
-    """All but the weights: the configuration comes last, without which nobody takes the folder for a model."""
+    """Saves all but the weights. The configuration is last, because the folder counts as a model only with it."""
     save_processor(processor, folder)
     name = Path(outcome.output or "").resolve().name
     write_model_card(folder, config=sparse.config, base_model=outcome.source, model_name=name)

@@ -1,4 +1,4 @@
-"""What a model costs, dense and sparse: parameters, bytes and operations, from its configuration only."""
+"""Costs of dense and sparse models, computed from their configurations: parameters, bytes and operations."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..meta_model import model_on_meta_device
 from ..model_size import idle_parameters, model_size, short, text_modules
 
-# Bytes of a weight, by type.
+# Number of bytes of a weight, by type.
 DTYPES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Costs:
     """
-    What a model costs.
+    Costs of a model.
 
     Args:
-        total (`int`): Number of parameters; tied ones count once.
-        active (`dict[str, int]`): By modality, those that one token uses.
-        bytes (`dict[str, int]`): By type, the size of all weights.
+        total (`int`): Number of parameters; tied parameters count once.
+        active (`dict[str, int]`): Number of parameters that one token uses, by modality.
+        bytes (`dict[str, int]`): Size of all weights in bytes, by type.
         flops_per_token (`dict[str, int]`):
-            By modality, floating-point operations of the decoder and its head for one token: two for every weight of
-            a matrix that the token is multiplied by. Attention scores, which grow with the length of the text, and
-            encoders, which run once per image, are not in it; upcycling leaves both as they are.
+            Floating-point operations of the decoder and its head for one token, by modality: two for every weight of a
+            matrix that the token is multiplied by. Attention scores and encoders are not counted, because upcycling
+            does not change them.
     """
 
     total: int
@@ -42,15 +42,15 @@ class Costs:
 
 def costs_of(config: PreTrainedConfig | PreTrainedModel) -> Costs:
     """
-    Works out what a model costs without making its weights.
+    Computes the costs of a model without allocating its weights.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`):
-            Configuration of a dense or an upcycled model, or of any Transformers model; or the model itself, which may
-            be on the meta device.
+            Configuration of any Transformers model or upcycled model, or the model itself, which may be on the meta
+            device.
 
     Returns:
-        [`Costs`]: by modality only where it is known what a token uses.
+        [`Costs`]: The costs. Those by modality are empty if it is not known which experts a token uses.
 
     Raises:
         ValueError: If no auto class knows the configuration.
@@ -69,14 +69,14 @@ def costs_of(config: PreTrainedConfig | PreTrainedModel) -> Costs:
 
 def costs_table(columns: Mapping[str, Costs]) -> str:
     """
-    A Markdown table of costs.
+    Returns a Markdown table of costs.
 
     Args:
         columns (`Mapping[str, Costs]`):
-            By title of a column, what it shows.
+            Costs by the title of their column.
 
     Returns:
-        `str`: a row for every figure; "–" where a model does not have it.
+        `str`: The table, with a row for every figure, and "–" for figures that a model does not have.
     """
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
     modalities = list(dict.fromkeys(modality for costs in columns.values() for modality in costs.active))
@@ -96,7 +96,7 @@ def _column(columns: Mapping[str, Costs], field: str, modality: str) -> list[str
 
 
 def _matrix_parameters(modules: Sequence[nn.Module]) -> int:
-    """Number of weights in matrices. Those of embeddings are left out, which are looked up, unless a head has them."""
+    """Counts the weights of matrices. Embeddings are not counted, unless a head shares them."""
     matrices = {parameter for module in modules for parameter in module.parameters() if parameter.dim() > 1}
     parts = [part for module in modules for part in module.modules()]
     looked_up = {part.weight for part in parts if isinstance(part, nn.Embedding)}

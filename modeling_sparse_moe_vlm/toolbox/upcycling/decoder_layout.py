@@ -1,4 +1,4 @@
-"""How a dense decoder is laid out, for our own decoder: read from its configuration and from what it runs."""
+"""The layout of a dense decoder in terms of this package's decoder, read from its configuration and its modules."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .starts import GatedWeights
 
 class _Factors(NamedTuple):
     """
-    What the dense model multiplies with, as Granite and Gemma do, and our decoder does not: its weights take it over.
+    Factors of the dense model (such as Granite's and Gemma's), which are folded into the weights of our decoder.
 
     Args:
-        embedding, residual, logits (`float`): On embedded tokens, on what layers add, and on logits.
-        attention (`float`): On attention logits, beside the usual 1/√d.
+        embedding, residual, logits (`float`): Factors of embedded tokens, of what layers add, and of logits.
+        attention (`float`): Factor of attention logits, in addition to the usual 1/√d.
     """
 
     embedding: float = 1.0
@@ -39,11 +39,11 @@ class _Factors(NamedTuple):
 
 class _Layer(NamedTuple):
     """
-    What a layer has beside its feed-forward block, by our names in the layer.
+    The parts of a layer except its feed-forward block, by their names in our layer.
 
     Args:
-        norms (`dict[str, Norm]`): The norms, by name of the module.
-        projections (`dict[str, torch.Tensor]`): Weights and biases of the attention, by name of the tensor.
+        norms (`dict[str, Norm]`): The norms, by the name of the module.
+        projections (`dict[str, torch.Tensor]`): Weights and biases of the attention, by the name of the tensor.
         fields (`dict[str, Any]`): The fields of our configuration that follow from them.
     """
 
@@ -55,16 +55,16 @@ class _Layer(NamedTuple):
 @dataclass(frozen=True)
 class DecoderLayout:
     """
-    A dense decoder in the terms of our own.
+    A dense decoder in terms of this package's decoder.
 
     Args:
         fields (`dict[str, Any]`):
-            Fields of [`SparseMoeVlmTextConfig`], but for those of the experts.
+            Fields of [`SparseMoeVlmTextConfig`], except those of the experts.
         blocks ([`DenseBlocks`]):
             The dense feed-forward blocks.
         is_centred (`bool`):
-            Whether norms are LayerNorms. Then what enters the residual stream has its mean taken off, since an RMS norm
-            is a LayerNorm for such a stream.
+            Whether norms are LayerNorms. The mean of everything that enters the residual stream is then subtracted. For
+            such a stream, an RMS norm computes what a LayerNorm computes.
     """
 
     fields: dict[str, Any]
@@ -77,12 +77,12 @@ class DecoderLayout:
 
     @property
     def is_changed(self) -> bool:
-        """Whether some of our weights are not the dense model's own."""
+        """Whether some weights differ from those of the dense model."""
         norms = [self._final_norm, *(norm for layer in self._layers for norm in layer.norms.values())]
         return self.is_centred or self._factors != _Factors() or any(norm.adds_one for norm in norms)
 
     def outer_weights(self) -> dict[str, torch.Tensor]:
-        """Token embedding, final norm and language head, by our names."""
+        """Returns the token embedding, final norm and language head, by their names in our model."""
         embedding, head = self._model.get_input_embeddings().weight, self._model.get_output_embeddings().weight
         norm = self._final_norm.weight
         into_norm = self._factors.logits
@@ -95,7 +95,7 @@ class DecoderLayout:
         return weights if self.fields["tie_word_embeddings"] else weights | {"lm_head.weight": head}
 
     def layer_weights(self, layer: int) -> dict[str, torch.Tensor]:
-        """Norms and attention of a layer, by our names in the layer; made again at each call if something changes."""
+        """Returns the norms and the attention of a layer, by their names in our layer, computed at each call."""
         weights = {f"{name}.weight": norm.weight for name, norm in self._layers[layer].norms.items()}
         scaled = "self_attn.q_norm." if self.fields["use_qk_norm"] else "self_attn.q_proj."
         for name, tensor in (weights | self._layers[layer].projections).items():
@@ -107,13 +107,13 @@ class DecoderLayout:
         return weights
 
     def block_weights(self, layer: int) -> GatedWeights:
-        """The dense feed-forward block of a layer."""
+        """Returns the dense feed-forward block of a layer."""
         block = self.blocks.blocks[layer]
         weights = block_weights(self._model.get_submodule(block.name), block)
         return weights._replace(down=self._centred(_times(weights.down, self._factors.residual), dim=0))
 
     def dense_block(self, layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What the dense feed-forward block of a layer computes with these weights, in float32."""
+        """Returns a function that runs the dense feed-forward block of a layer in float32."""
         activation = ACT2FN[self.blocks.hidden_act]
 
         def run(x: torch.Tensor) -> torch.Tensor:
@@ -131,19 +131,18 @@ class DecoderLayout:
 @torch.no_grad()
 def read_decoder(model: PreTrainedModel) -> DecoderLayout:
     """
-    Reads the layout of a dense language model, whatever its class, by running it on a few tokens.
+    Reads the layout of a dense language model of any class by running it on a few tokens.
 
     Args:
         model (`PreTrainedModel`):
-            A language model with its head. Nothing of it is changed.
+            A language model with its head. It is not changed.
 
     Returns:
         [`DecoderLayout`]
 
     Raises:
         UpcyclingError: If the model has no language head or no weights, reads more than text, or has parts that our
-            decoder does not have. What only shows in the outputs is left to
-            [`~decoder_parity.check_decoder`].
+            decoder does not have. [`~decoder_parity.check_decoder`] finds differences that only the outputs show.
     """
     name = type(model).__name__
     config = _check_model(model)
@@ -198,7 +197,7 @@ def read_decoder(model: PreTrainedModel) -> DecoderLayout:
 
 
 def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of a language model that can be read."""
+    """Returns the configuration of a language model, or raises `UpcyclingError` if its layout cannot be read."""
     if not isinstance(model, PreTrainedModel):
         raise UpcyclingError(f"`language_model` must be a model of Transformers, got {type(model).__name__}.")
     name = type(model).__name__
@@ -229,7 +228,7 @@ def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _check_rest(model: PreTrainedModel, read: Iterable[nn.Module]) -> None:
-    """Raises `UpcyclingError` if a model has weights that none of these modules has, nor the embedding or the head."""
+    """Raises `UpcyclingError` if a model has weights outside these modules, the embedding and the head."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings(), *read)
     known = {parameter for module in modules for parameter in module.parameters()}
     rest = [name for name, parameter in model.named_parameters() if parameter not in known]
@@ -286,7 +285,7 @@ def _read_layer(config: PreTrainedConfig, trace: LayerTrace, prefix: str) -> _La
 def _queries_keys_values(
     projections: list[nn.Linear], num_heads: int, num_key_value_heads: int
 ) -> tuple[dict[str, torch.Tensor], nn.Linear]:
-    """The tensors of three of the projections, which may lie in one (as in Phi-3), and the fourth."""
+    """Returns the tensors of queries, keys and values (one projection in Phi-3), and the output projection."""
     *inputs, output = projections
     names = ("q_proj", "k_proj", "v_proj")
     tensors = {}
@@ -303,7 +302,7 @@ def _queries_keys_values(
 
 
 def _config_fields(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
-    """What only the configuration says."""
+    """Returns the fields that only the configuration tells."""
     name = type(config).__name__
     rope = copy.deepcopy(getattr(config, "rope_parameters", None) or {})
     if "rope_type" not in rope:
@@ -321,7 +320,7 @@ def _config_fields(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
     }
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        # Some have -1 for none.
+        # Some configurations have -1 for no token.
         ids = getattr(config, field, None)
         if isinstance(ids, list):
             fields[field] = [token for token in ids if 0 <= token < vocab_size] or None
@@ -331,7 +330,7 @@ def _config_fields(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _embedding_factor(config: PreTrainedConfig, embedding: nn.Module) -> float:
-    """As a configuration has it (Granite), or an embedding of words that scales (Gemma)."""
+    """Returns the factor of the embedding, from the configuration (Granite) or the embedding module (Gemma)."""
     return float(getattr(config, "embedding_multiplier", 1.0)) * float(getattr(embedding, "embed_scale", 1.0))
 
 

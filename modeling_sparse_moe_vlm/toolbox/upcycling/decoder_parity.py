@@ -1,4 +1,4 @@
-"""Whether our decoder computes what a dense one does, layer by layer."""
+"""Comparison of our decoder with a dense decoder, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .receipt import ParityReceipt
 FeedForward = Callable[[torch.Tensor], torch.Tensor]
 
 TOLERANCE = 1e-5
-# How many times the dense model's own rounding counts as rounding.
+# Differences of up to this multiple of the dense model's own rounding are accepted.
 _SPREAD = 4
 _NUM_TOKENS = 16
 
 
 class _States(NamedTuple):
-    """Embedded tokens and what each layer makes of them `(B, T, D)`, and logits `(B, T, V)`."""
+    """Embedded tokens, the output of each layer `(B, T, D)`, and logits `(B, T, V)`."""
 
     hidden_states: list[torch.Tensor]
     logits: torch.Tensor
@@ -42,36 +42,35 @@ def check_decoder(
     seed: int = 0,
 ) -> ParityReceipt:
     """
-    Compares the two on random text, at the first positions and at positions up to the last that the model is meant for;
-    the sparse one for the tokens of every modality, whose experts must all start alike.
+    Compares two models on random text, at the first positions and at positions up to the largest that the model
+    supports. The sparse model runs on tokens of every modality, because the experts of all modalities must start alike.
 
-    Both run in float32, whatever their type, one module at a time, so that this takes little memory. They may differ by
-    1e-5 (relative), or by 4 times as much as the dense model in float32 differs from itself in float64, which is more
-    in models with large activations, at late positions above all. Where weights of a smaller type had to be rounded,
-    they may differ by the rounding of that type, or by 4 times as much as the dense model in that type differs from
-    itself in float32.
+    Both models run in float32, one module at a time, which needs little memory. They may differ by 1e-5 (relative), or
+    by 4 times the difference between the dense model in float32 and in float64, which is larger in models with large
+    activations, especially at late positions. If weights of a smaller type had to be rounded, the models may differ by
+    the rounding of that type, or by 4 times the difference between the dense model in that type and in float32.
 
     Args:
         dense (`PreTrainedModel`):
             The dense language model.
         dense_layers (`Sequence[nn.Module]`):
-            Its layers.
+            Layers of the dense model.
         model (`SparseMoeVlmForCausalLM` or `SparseMoeVlmForConditionalGeneration`):
             The sparse model.
         is_centred (`bool`, defaults to `False`):
-            Whether the sparse model's hidden states are the dense model's less their mean.
+            Whether the sparse model's hidden states are those of the dense model minus their mean.
         is_rounded (`bool`, defaults to `False`):
-            Whether weights of the sparse model are other ones than the dense model's, rounded to their type.
+            Whether weights of the sparse model were computed from those of the dense model, and rounded to their type.
         feed_forward (`Mapping[int, Callable]`, *optional*):
-            By layer, what is run in place of its experts, for starts that are not exact.
+            Functions that run in place of the experts of a layer, by layer, for starts that are not exact.
         seed (`int`, defaults to 0):
             Seed of the random text.
 
     Returns:
-        [`ParityReceipt`]: of the logits at the first positions, with the experts of the tokens' modality.
+        [`ParityReceipt`]: The receipt for the logits at the first positions, with the experts.
 
     Raises:
-        UpcyclingError: If they differ; the message says where they first do.
+        UpcyclingError: If the models differ. The message names the first place at which they do.
     """
     config = model.config.get_text_config()
     decoder = decoder_of(model)
@@ -125,8 +124,8 @@ def _compare(
     is_centred: bool,
 ) -> float:
     """
-    The bound on differences of logits; raises `UpcyclingError` at the first difference that is too large. `other` is
-    the dense model in another type.
+    Returns the bound on the difference of logits. Raises `UpcyclingError` at the first difference that is too large.
+    `other` has the states of the dense model in another type.
     """
     name = type(dense).__name__
     num_layers = len(expected.hidden_states) - 1
@@ -152,7 +151,7 @@ def _compare(
 
 
 def _receipt(actual: torch.Tensor, expected: torch.Tensor, bound: float | None, dtype: torch.dtype) -> ParityReceipt:
-    """Of the logits `(M, T, V)` for tokens of M modalities, and the dense model's `(1, T, V)`."""
+    """Returns the receipt for logits `(M, T, V)` of M modalities, and logits `(1, T, V)` of the dense model."""
     deviation = (actual - expected).double()
     return ParityReceipt(
         relative_difference=(deviation.norm() / expected.expand_as(actual).double().norm()).item(),
@@ -166,7 +165,7 @@ def _receipt(actual: torch.Tensor, expected: torch.Tensor, bound: float | None, 
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected value; NaN where not all values are finite."""
+    """Returns the largest difference, relative to the largest expected value; NaN if a value is not finite."""
     largest = expected.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     return ((actual.float() - expected.float()).abs().max() / largest).item()
 
@@ -182,7 +181,7 @@ def _centred(states: torch.Tensor) -> torch.Tensor:
 def _states(
     layers: Sequence[nn.Module], run: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor
 ) -> _States:
-    """Runs a model at these positions, and notes what goes into its layers and comes out of the last one."""
+    """Runs a model and records the inputs of its layers and the output of the last layer."""
     states: list[torch.Tensor] = []
 
     def note_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -203,8 +202,8 @@ def _states(
 @contextmanager
 def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """
-    Has a model compute in another type: every module's own weights are converted while it runs, and are what they were
-    again afterwards.
+    Makes a model compute in another type. The weights of each module are converted while the module runs, and restored
+    afterwards.
     """
     usual: dict[nn.Parameter, torch.Tensor] = {}
 
@@ -234,7 +233,7 @@ def in_type(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _replaced(layers: Sequence[Any], feed_forward: Mapping[int, FeedForward]) -> Iterator[None]:
-    """Has the layers' feed-forward blocks return what others return."""
+    """Replaces the outputs of feed-forward blocks with those of other functions."""
     handles = [
         layers[layer].mlp.register_forward_hook(lambda _, args, output, block=block: block(args[0]))
         for layer, block in feed_forward.items()

@@ -1,4 +1,4 @@
-"""Where a model's text decoder is, and how images enter it."""
+"""The text decoder of a model, and the way in which images enter it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import UpcyclingError
 
-# How Transformers' configurations name the tokens that stand for features of a modality.
+# Names of placeholder token ids in configurations of Transformers, by modality.
 PLACEHOLDERS = {
     "image": ("image_token_id", "image_token_index", "image_patch_id"),
     "video": ("video_token_id", "video_token_index"),
@@ -21,7 +21,7 @@ CROSS_ATTENTION = ("crossattn", "crossattention")
 @dataclass(frozen=True)
 class DecoderLayers:
     """
-    The list of layers that a language head reads from.
+    The list of layers of a text decoder.
 
     Attributes:
         decoder (`str`): Name in the model of the module that owns the list; `""` for the model itself.
@@ -85,11 +85,11 @@ def text_config_of(model: PreTrainedModel) -> PreTrainedConfig:
 
 def takes_images_by_cross_attention(model: PreTrainedModel) -> bool:
     """
-    Whether images, or other inputs than text, reach a model's decoder beside its tokens: by cross-attention, or from
-    an encoder. Then all tokens of the decoder are text, and experts of images would get none.
+    Returns whether images or other inputs enter a model's decoder by cross-attention or from an encoder. All tokens of
+    the decoder are text then, and experts for images would get no tokens.
 
     Args:
-        model (`PreTrainedModel`): Any model; `False` for decoders that read tokens only.
+        model (`PreTrainedModel`): Any model.
     """
     if model.config.is_encoder_decoder:
         return True
@@ -99,14 +99,14 @@ def takes_images_by_cross_attention(model: PreTrainedModel) -> bool:
 
 def placeholder_ids(config: PreTrainedConfig) -> dict[str, list[int]]:
     """
-    Collects the ids of the tokens that stand for images, videos and audio in a model's inputs.
+    Returns the ids of a model's placeholder tokens for images, videos and audio.
 
     Args:
         config (`PreTrainedConfig`): Configuration of any model of Transformers.
 
     Returns:
-        `dict[str, list[int]]`: by modality ("image", "video", "audio"), in that order; modalities without such a token
-        are left out. An id that stands for several, such as Molmo2's for images and videos, is the first one's.
+        `dict[str, list[int]]`: Ids by modality ("image", "video", "audio"), in this order, without modalities that have
+        no such token. An id of several modalities (Molmo2 has one for images and videos) belongs to the first one.
     """
     found: dict[str, list[int]] = {}
     taken: set[int] = set()
@@ -119,13 +119,13 @@ def placeholder_ids(config: PreTrainedConfig) -> dict[str, list[int]]:
 
 
 def _decoder_root(model: PreTrainedModel) -> nn.Module:
-    """What the library takes for the decoder; the whole model where that is a language head, as in ModernBERT."""
+    """Returns the decoder, or the whole model if the library returns a language head, as for ModernBERT."""
     decoder = model.get_decoder()
     return decoder if any(isinstance(module, nn.ModuleList) for module in decoder.modules()) else model
 
 
 def _belongs_to(root: nn.Module, owner: nn.Module, config: PreTrainedConfig) -> bool:
-    """Whether the innermost model around `owner` is the text decoder's, not a tower with another configuration."""
+    """Returns whether the innermost model around `owner` is part of the text decoder, and not a tower."""
     innermost = root
     for module in root.modules():
         if isinstance(module, PreTrainedModel) and any(inner is owner for inner in module.modules()):

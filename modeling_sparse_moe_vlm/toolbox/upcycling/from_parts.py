@@ -1,4 +1,4 @@
-"""Our own architecture from a dense language model and a vision encoder, with the language model's outputs."""
+"""A model of this package's architecture from a dense language model and a vision encoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _names(config_class: type) -> set[str]:
     return {field.name for field in dataclass_fields(config_class)}
 
 
-# Which layers are sparse, and what blocks look like, follows from the language model, too.
+# The sparse layers and the shape of the blocks follow from the language model as well.
 _EXPERTS_FIELDS = _names(SparseMoeVlmExpertsConfig) - {
     "hidden_size",
     "num_hidden_layers",
@@ -41,7 +41,7 @@ _EXPERTS_FIELDS = _names(SparseMoeVlmExpertsConfig) - {
     "mlp_only_layers",
 }
 _MODEL_FIELDS = _names(SparseMoeVlmConfig) - _names(SparseMoeVlmTextConfig) - {"text_config", "vision_config"}
-# Fields of the decoder that are a choice. The others follow from the language model.
+# Fields of the decoder that can be chosen. The others follow from the language model.
 _DECODER_FIELDS = {
     "max_position_embeddings",
     "use_cache",
@@ -53,7 +53,7 @@ _DECODER_FIELDS = {
     "bos_token_id",
     "eos_token_id",
 }
-# What the connector merges squares of patches by, the first that divides their number per side.
+# Default side length of the squares of patches that the connector merges: the first that divides the patches per side.
 _PIXEL_SHUFFLE_FACTORS = (2, 3, 1)
 
 
@@ -77,52 +77,54 @@ def upcycle_from_parts(
     **fields: Any,
 ) -> SparseMoeVlmForCausalLM | SparseMoeVlmForConditionalGeneration:
     """
-    Builds a sparse vision-language model of this package from a dense language model and a vision encoder. For texts it
-    computes what the language model computes; the connector between the two is new, so it has to be trained before
-    the model can make anything of images.
+    Builds a sparse vision-language model of this package from a dense language model and a vision encoder. For text, it
+    computes what the language model computes. The connector between the two is new, so it must be trained before the
+    model can use images.
 
     The language model may be of any class whose decoder has the layout of ours (Llama, Mistral, Qwen2, Qwen3, SmolLM2
-    and SmolLM3, Granite, Gemma, OLMo, Phi-3, …): that is read from its configuration and from what it runs. The result
-    is then compared with it layer by layer, and is refused where they differ.
+    and SmolLM3, Granite, Gemma, OLMo, Phi-3, …). The layout is read from its configuration and its modules. The result
+    is then compared with the language model layer by layer, and refused if they differ.
 
-    Both parts stay what they are: their weights are copied, in the language model's dtype and to its device. Beside the
-    parts, this takes the memory of the result and, while outputs are compared, of its largest module in float64.
+    The parts are not changed: their weights are copied, in the dtype and to the device of the language model. In
+    addition to the parts, this needs memory for the result and, during the comparison, for its largest module in
+    float64.
 
     Args:
         language_model (`PreTrainedModel`):
             A dense language model with its head, such as `AutoModelForCausalLM` loads.
         vision_encoder (`PreTrainedModel`, *optional*):
-            A vision encoder that [`SparseMoeVlmConfig`] takes, such as SigLIP, CLIP, ViT, DINOv2 and DINOv3, or a model
-            that has one, such as `CLIPModel`. Without one, the result is a language model.
+            A vision encoder that [`SparseMoeVlmConfig`] supports, such as SigLIP, CLIP, ViT, DINOv2 and DINOv3, or a
+            model that contains one, such as `CLIPModel`. Without it, the result is a language model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            The language model's tokenizer. Where its vocabulary lacks the image token, that is added **to this
-            tokenizer**, and the model gets a row for it if it has none to spare. Without it, give `image_token_id`.
+            The language model's tokenizer. If its vocabulary lacks the image token, the token is added **to this
+            tokenizer**, and the model gets a row for it unless it has a spare one. Without a tokenizer, pass
+            `image_token_id`.
         image_token (`str`, defaults to `"<image>"`):
-            The token that stands for an image in texts.
+            Placeholder token for images.
         expert_groups, num_experts, num_experts_per_tok, start, granularity, drop_ratio, pool_start:
             The experts and how they start: see [`~arrangement.experts_fields`]. The default is exact.
         layers (`Collection[int]`, *optional*):
-            The layers that become sparse. Default: all.
+            Indices of the layers that become sparse. By default, all.
         router_init (`str`, defaults to `"random"`):
-            `"random"` for small random router rows, or `"data"` for rows made from `batch`.
-        batch (`Mapping` or an iterable of such, *optional*):
+            `"random"` for small random router rows, or `"data"` for rows that are computed from `batch`.
+        batch (`Mapping` or iterable of `Mapping`, *optional*):
             Inputs of the language model, for `router_init="data"`.
         seed (`int`, defaults to 0):
-            Seed of all that is drawn.
+            Seed of all random draws.
         fields:
-            Further fields of the experts' configuration (`router`, `modalities`, …), of the decoder's
-            where they do not follow from the language model (`alpha_init`, `max_position_embeddings`, …), and of
+            Further fields of the experts' configuration (`router`, `modalities`, …), of the decoder's configuration if
+            they do not follow from the language model (`alpha_init`, `max_position_embeddings`, …), and of
             [`SparseMoeVlmConfig`] (`pixel_shuffle_factor`, `image_token_id`, …). By default, `pixel_shuffle_factor` is
-            2, or 3 or 1 where 2 does not divide the patches per side.
+            the first of 2, 3 and 1 that divides the patches per side.
 
     Returns:
-        `SparseMoeVlmForConditionalGeneration`, or without a vision encoder `SparseMoeVlmForCausalLM` (whose only
-        modality is text unless `modalities` says otherwise): in evaluation mode. [`processor_from_parts`] makes the
+        `SparseMoeVlmForConditionalGeneration`: The model, in evaluation mode. Without a vision encoder, a
+        `SparseMoeVlmForCausalLM`, whose only modality is text by default. [`processor_from_parts`] builds the
         processor. `start["parity"]` of the decoder's configuration is the [`~receipt.ParityReceipt`].
 
     Raises:
-        UpcyclingError: If the language model has a layout that our decoder does not have, or computes something else;
-            if the vision encoder does not fit; or if fields are unknown or contradict each other.
+        UpcyclingError: If our decoder cannot compute what the language model computes, if the vision encoder does not
+            fit, or if fields are unknown or contradict each other.
 
     ```python
     >>> from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -225,7 +227,7 @@ def _check_names(fields: Mapping[str, Any], has_images: bool) -> None:
 
 
 def _widths(layout: DecoderLayout, layers: Collection[int] | None) -> dict[int, int]:
-    """By layer that becomes sparse, the width of its dense block."""
+    """Returns the widths of the dense blocks of the layers that become sparse, by layer."""
     widths = {block.layer: block.intermediate_size for block in layout.blocks.blocks}
     if layers is None:
         return widths
@@ -255,7 +257,7 @@ def _image_token_id(tokenizer: PreTrainedTokenizerBase | None, image_token: str,
 
 
 def _vision_config(vision_encoder: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of the outermost part of a model that our architecture takes as a vision tower."""
+    """Returns the configuration of the outermost part of a model that can be our vision tower."""
     reasons = []
     for module in vision_encoder.modules():
         if isinstance(module, PreTrainedModel):
@@ -290,7 +292,7 @@ def _config(
 def _set_generation(
     model: SparseMoeVlmForCausalLM | SparseMoeVlmForConditionalGeneration, language_model: PreTrainedModel
 ) -> None:
-    """The language model's settings; the token that stands for images is not generated."""
+    """Copies the generation settings of the language model, and suppresses the image token."""
     settings = copy.deepcopy(language_model.generation_config)
     if settings is None:
         return

@@ -1,4 +1,4 @@
-"""Whether a module computes a gated feed-forward block, found out by running it."""
+"""Finding out whether a module is a gated feed-forward block, by running it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers.activations import ACT2FN
 from .errors import UpcyclingError
 
 FORMULA = "down(act(gate(x)) * up(x))"
-# A clamp on activations passes at 1 and fails at 1000; a normalisation, too.
+# A clamp or a normalisation of activations is only noticed at the larger scale.
 SCALES = (1.0, 1000.0)
-# Rounding in float32 stays below it, the two approximations of GELU differ by more.
+# Above rounding in float32, and below the difference between the two approximations of GELU.
 TOLERANCE = 1e-5
-# What every module has, of which nothing changes what it computes.
+# Attributes that every module has, which do not affect what it computes.
 MODULE_STATE = frozenset(vars(nn.Module()))
 
 Rows = tuple[str, slice | None]
@@ -38,7 +38,7 @@ class GatedFormula:
     A module that computes `down(act(gate(x)) * up(x))`.
 
     Attributes:
-        hidden_size (`int`): Width of `x` and of the result.
+        hidden_size (`int`): Width of `x` and of the output.
         intermediate_size (`int`): Width of `gate(x)`.
         hidden_act (`str`): Name of `act` in `ACT2FN`.
         parameters (`dict[str, tuple[str, slice | None]]`):
@@ -53,20 +53,20 @@ class GatedFormula:
 
 def read_formula(block: nn.Module, likely_activations: Iterable[str] = ()) -> GatedFormula:
     """
-    Runs a module with random weights of its shapes in float32, and compares it with the formula.
+    Runs a module with random weights in float32 and compares it with the formula.
 
-    Neither the module nor a random state is changed, so it may be of any dtype and on any device, the meta device
-    included. Random weights also show what trained ones could hide, such as a projection that is all zeros.
+    The module may be of any dtype and on any device, including the meta device. Neither the module nor a random state
+    is changed. Random weights also reveal what trained weights could hide, such as a projection that is all zeros.
 
     Args:
         block (`nn.Module`): Any module.
         likely_activations (iterable of `str`): Names in `ACT2FN` that are tried first.
 
     Returns:
-        `GatedFormula`: where everything lies.
+        `GatedFormula`: The sizes, the activation and the names of the parameters.
 
     Raises:
-        NotTheFormulaError: If the module computes something else, or is made of other parts.
+        NotTheFormulaError: If the module computes something else or has other parts.
     """
     linears = _linears(block)
     layouts = list(_layouts(linears))
@@ -81,7 +81,7 @@ def read_formula(block: nn.Module, likely_activations: Iterable[str] = ()) -> Ga
         for name, linear in linears.items()
     }
     names = list(dict.fromkeys((*likely_activations, *_activations())))
-    fork = torch.random.fork_rng(devices=[])  # dropout draws from the global state
+    fork = torch.random.fork_rng(devices=[])  # dropout uses the global random state
     with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False), fork:
         width = layouts[0].hidden_size
         x = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
@@ -97,8 +97,8 @@ def read_formula(block: nn.Module, likely_activations: Iterable[str] = ()) -> Ga
 
 def looks_like_feed_forward(module: nn.Module) -> bool:
     """
-    Whether a module's linear layers widen its inputs and narrow them again, gated or not. Mixers of a sequence, such as
-    Mamba's, have such layers, too, but also other parameters and further arguments.
+    Returns whether the linear layers of a module widen its inputs and narrow them again, gated or not. Sequence mixers,
+    such as Mamba's, have such layers as well, but also other parameters and further arguments.
     """
     linears = _linears(module)
     shapes = [tuple(linear.weight.shape) for linear in linears.values()]
@@ -108,7 +108,7 @@ def looks_like_feed_forward(module: nn.Module) -> bool:
 
 
 def fingerprint(block: nn.Module) -> tuple:
-    """Equal for modules that compute the same function of their inputs and weights; for others it may not be."""
+    """Returns a key that is only equal for modules that compute the same function of their inputs and weights."""
     return tuple(
         (
             name,
@@ -129,7 +129,7 @@ def _identity(value) -> object:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which linear layers, or halves of one, could be which part of the formula."""
+    """An assignment of linear layers, or halves of one, to the parts of the formula."""
 
     hidden_size: int
     intermediate_size: int
@@ -144,7 +144,7 @@ class _Layout:
     def activation(
         self, weights: Mapping[str, Tensor], x: Tensor, outputs: list[Tensor], names: list[str]
     ) -> str | None:
-        """Returns the first of `names` with which the formula gives `outputs`."""
+        """Returns the first activation in `names` with which the formula gives `outputs`."""
         gate, up, down = (weights[name][rows or slice(None)] for name, rows in (self.gate, self.up, self.down))
         inner = [(x * scale @ gate.T, x * scale @ up.T) for scale in SCALES]
         for name in names:
@@ -197,17 +197,17 @@ def _takes_further_arguments(block: nn.Module) -> bool:
 
 
 def _without_weights(block: nn.Module) -> nn.Module:
-    """Copies a module's structure, without weights, hooks and the objects that it refers to besides."""
+    """Copies a module's structure without its weights, its hooks and its configuration."""
     memo: dict[int, object] = {}
     for parameter in block.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
     for module in block.modules():
-        for key in ("config", "_hf_hook"):  # of Accelerate: holds the weights of offloaded modules
+        for key in ("config", "_hf_hook"):  # Accelerate's hook contains the weights of offloaded modules
             if key in vars(module):
                 memo[id(vars(module)[key])] = vars(module)[key]
     structure = copy.deepcopy(block, memo)
     for module in structure.modules():
-        if "_old_forward" in vars(module):  # of Accelerate: what its hook wraps
+        if "_old_forward" in vars(module):  # the method that Accelerate's hook wraps
             module.forward = vars(module)["_old_forward"]
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -226,7 +226,7 @@ def _run(structure: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> Tens
 
 
 def _differs(output: Tensor, expected: Tensor) -> bool:
-    """Outputs without numbers differ from everything."""
+    """Returns whether outputs differ from expected ones by more than rounding. NaN differs from everything."""
     if output.shape != expected.shape:
         return True
     return not (output - expected).abs().max() <= TOLERANCE * expected.abs().max()
@@ -234,8 +234,8 @@ def _differs(output: Tensor, expected: Tensor) -> bool:
 
 @functools.cache
 def _activations() -> list[str]:
-    """Names in `ACT2FN` of functions without parameters; of several that differ by rounding, the usual one is first."""
+    """Returns the names in `ACT2FN` of functions without parameters. If several are equal, the usual name is first."""
     usual = ("silu", "gelu", "gelu_pytorch_tanh")
-    # To make xIELU, which has parameters, prints a message where its kernel is not installed.
+    # Creating xIELU, which has parameters, prints a message if its kernel is not installed.
     names = [name for name in dict.fromkeys((*usual, *ACT2FN)) if name != "xielu"]
     return [name for name in names if not list(ACT2FN[name].parameters())]

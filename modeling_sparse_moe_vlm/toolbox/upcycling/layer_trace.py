@@ -1,4 +1,4 @@
-"""What a decoder runs, in which order: one forward pass of a few tokens, watched from outside."""
+"""The modules that a decoder runs and their order, recorded by hooks in one forward pass of a few tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..evaluation_mode import evaluating
 from .errors import UpcyclingError
 
-# What does nothing in evaluation mode.
+# Modules that do nothing in evaluation mode.
 _IDLE = (nn.Dropout, nn.Identity)
 _NUM_TOKENS = 8
 _OUR_ORDER = "a norm, attention, a norm and a feed-forward block"
@@ -22,11 +22,11 @@ _OUR_ORDER = "a norm, attention, a norm and a feed-forward block"
 @dataclass(frozen=True)
 class LayerTrace:
     """
-    The parts of a decoder layer, by the order in which they run.
+    The parts of a decoder layer, in the order in which they run.
 
     Args:
         input_norm, attention, feed_forward_norm, feed_forward (`tuple[str, nn.Module]`):
-            The four parts, with their names in the layer.
+            The four parts, each with its name in the layer.
         projections (`list[nn.Linear]`):
             The linear layers of the attention.
         attention_norms (`list[tuple[str, nn.Module]]`):
@@ -45,7 +45,7 @@ class LayerTrace:
 
     @property
     def read(self) -> list[nn.Module]:
-        """The modules whose weights make up the layer."""
+        """The modules that contain all weights of the layer."""
         parts = (self.input_norm, self.feed_forward_norm, self.feed_forward, *self.attention_norms)
         return [*(module for _, module in parts), *self.projections]
 
@@ -55,21 +55,22 @@ def trace_decoder(
     model: PreTrainedModel, decoder: nn.Module, layers: Sequence[nn.Module]
 ) -> tuple[list[LayerTrace], tuple[str, nn.Module]]:
     """
-    Runs a language model in evaluation mode, and reads what its layers consist of.
+    Runs a language model in evaluation mode, and finds the parts of its layers.
 
     Args:
         model (`PreTrainedModel`):
-            A language model; nothing of it is changed.
+            A language model. It is not changed.
         decoder (`nn.Module`):
-            The module in it that runs the layers.
+            The module that runs the layers.
         layers (`Sequence[nn.Module]`):
             The layers.
 
     Returns:
-        `tuple[list[LayerTrace], tuple[str, nn.Module]]`: by layer, and the norm after the last one with its name.
+        `tuple[list[LayerTrace], tuple[str, nn.Module]]`: The parts of each layer, and the norm after the last layer
+        with its name.
 
     Raises:
-        UpcyclingError: If the layers consist of other parts than those of our decoder, or run them in another order.
+        UpcyclingError: If the layers have other parts than those of our decoder, or run them in another order.
     """
     order: list[nn.Module] = []
     calls: dict[nn.Module, tuple[tuple, dict[str, Any]]] = {}
@@ -133,9 +134,9 @@ def _read_layer(
 
 
 def _is_rotary(attention: nn.Module, calls: dict[nn.Module, tuple[tuple, dict[str, Any]]]) -> bool:
-    """Runs the attention again as it was run, and with angles of zero."""
+    """Returns whether the outputs of the attention change if all rotary angles are zero."""
     if attention not in calls:
-        return True  # then the comparison of the models decides
+        return True  # the comparison of the models decides
     args, kwargs = calls[attention]
     cos, sin = kwargs["position_embeddings"]
     at_zero = torch.ones_like(cos), torch.zeros_like(sin)

@@ -1,4 +1,4 @@
-"""Export of an upcycled model to a class of Transformers: the sparse twin of its base, without remote code.
+"""Export of an upcycled model to a class of Transformers, the sparse twin of its base, without remote code.
 
 model = upcycle(dense, expert_groups="joint")      # and training, if any
 twin = to_native(model)
@@ -37,14 +37,14 @@ from ...modeling_upcycled import full_path
 from .errors import UpcyclingError
 from .native_twins import COMPOSITE_TWINS, TWINS, SparseLayers, Twin
 
-# In this order, the kinds of models that an upcycled model may be.
+# The auto classes that may load an upcycled model, in the order in which they are tried.
 _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoModel)
 # What the names of router biases end with.
 ROUTER_BIAS = "e_score_correction_bias"
 _MODELS_OF_TRANSFORMERS = "transformers.models."
 
-# Fields of a base's configuration that a twin may lack, whatever they say: they change no output, are about dense
-# blocks that are gone, or say which parameters there are, and those are compared.
+# Fields of a base's configuration that a twin may lack, whatever their value. They do not affect the outputs, describe
+# dense blocks that no longer exist, or decide which parameters exist, and parameters are compared.
 _INERT_FIELDS = {
     "attention_bias",
     "attention_dropout",
@@ -64,7 +64,7 @@ _INERT_FIELDS = {
     "transformers_version",
     "use_bias",
 }
-# Fields that a twin's configuration need not declare: its modules read them where they are there.
+# Fields that a twin's configuration need not declare, because its modules read them if they exist.
 _UNDECLARED_FIELDS = {"head_dim"}
 
 
@@ -72,23 +72,22 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
     """
     Turns an upcycled model into the class of Transformers that computes the same: the sparse twin of its base.
 
-    The twin shares the weights with `model` wherever they stay as they are, so that there is no second model in
-    memory: do not train the one and use the other. Its `save_pretrained` writes a checkpoint without remote code, with
-    the experts as checkpoints of its class have them on the Hub; the processor is the base's own, and is saved beside
-    it by its own `save_pretrained`.
+    The twin shares all unchanged weights with `model`, so that there is no second model in memory. Train only one of
+    them. The twin's `save_pretrained` writes a checkpoint without remote code, in the format of checkpoints of its
+    class on the Hub. The processor is the base's own: save it to the same folder.
 
     Args:
         model (`PreTrainedModel`):
-            A model from [`upcycle`], or one that was loaded from the folder of such a model; trained or not. Adapters
-            must be merged.
+            A model from [`upcycle`], or one that was loaded from the folder of such a model, before or after training.
+            Adapters must be merged.
 
     Returns:
-        `PreTrainedModel`: of the twin's class, with the model's dtype, devices, generation configuration, attention
-        implementation and mode (training or evaluation).
+        `PreTrainedModel`: The twin, with the model's dtype, devices, generation configuration, attention implementation
+        and mode (training or evaluation).
 
     Raises:
-        UpcyclingError: If Transformers has no class that computes what the model does; the message says why for
-            each class that comes near.
+        UpcyclingError: If Transformers has no class that computes what the model does. The message gives the reason for
+            each class that was considered.
     """
     _check_is_upcycled(model)
     _check_weights_are_plain(model)
@@ -97,17 +96,17 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
 
 def native_on_meta(model: PreTrainedModel, bias: torch.Tensor | None = None) -> PreTrainedModel:
     """
-    Finds the twin of an upcycled model without weights: see [`to_native`].
+    Builds the twin of an upcycled model without weights: see [`to_native`].
 
     Args:
         model (`PreTrainedModel`):
             The upcycled model, on the meta device.
         bias (`torch.Tensor` of shape `(num_modalities, E)`, *optional*):
-            The bias of each router that has one (`router_bias_update_rate`), which decides what twins it can have. By
+            Bias of all routers that have one (`router_bias_update_rate`), since a twin may be unable to have it. By
             default zeros, as before training.
 
     Returns:
-        `PreTrainedModel`: on the meta device.
+        `PreTrainedModel`: The twin, on the meta device.
 
     Raises:
         UpcyclingError: If Transformers has no class that computes what the model does.
@@ -127,7 +126,7 @@ def _check_is_upcycled(model: PreTrainedModel) -> None:
 
 
 def _twin_of(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """The twin of an upcycled model whose tensors are those of a state."""
+    """Builds the twin of an upcycled model with the tensors of a state dict."""
     experts = getattr(model.config, SparseMoeVlmExpertsConfig.base_config_key)
     base_class = _class_of_transformers(model)
     base = base_config(model.config)
@@ -158,7 +157,7 @@ def _twin_of(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrain
 
 
 def _check_weights_are_plain(model: PreTrainedModel) -> None:
-    """Refuses weights that are not all there, as they are."""
+    """Raises `UpcyclingError` if weights are adapted, quantised, offloaded or sharded."""
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UpcyclingError("The model has adapters: merge them first (`model = model.merge_and_unload()`).")
     if getattr(model, "is_quantized", False):
@@ -170,7 +169,7 @@ def _check_weights_are_plain(model: PreTrainedModel) -> None:
 
 
 def _class_of_transformers(model: nn.Module) -> type[PreTrainedModel]:
-    """The base's own class, which an upcycled model inherits from."""
+    """Returns the base's class, which an upcycled model inherits from."""
     for cls in type(model).__mro__:
         if cls.__module__.startswith(_MODELS_OF_TRANSFORMERS) and issubclass(cls, PreTrainedModel):
             return cls
@@ -178,7 +177,7 @@ def _class_of_transformers(model: nn.Module) -> type[PreTrainedModel]:
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The base's configuration, without what upcycling added."""
+    """Returns the base's configuration, without what upcycling added."""
     cls: type[PreTrainedConfig] = next(
         cls for cls in type(config).__mro__ if cls.__module__.startswith(_MODELS_OF_TRANSFORMERS)
     )
@@ -189,7 +188,7 @@ def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the dense model that an upcycled model was made from, with the name of its class."""
+    """Returns the configuration of the dense model that was upcycled, with the name of its class."""
     dense = base_config(config)
     if config.architectures:
         dense.architectures = [name.removeprefix(PREFIX).partition(OTHER_CONFIG)[0] for name in config.architectures]
@@ -197,7 +196,7 @@ def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the sparse blocks in the model's state, by layer."""
+    """Returns the names of the sparse blocks in the model's state dict, by layer."""
     blocks = [full_path(model, block) for block in experts.blocks]
     missing = [block for block in blocks if f"{block}.gate.weight" not in state]
     if missing:
@@ -206,7 +205,7 @@ def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torc
 
 
 def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[str]) -> SparseLayers:
-    """The sparse layers of a model, where every token is treated alike and every layer the same way."""
+    """Describes the sparse layers of a model, which must be alike and treat all tokens alike."""
     if experts.expert_capacity_factor is not None:
         raise UpcyclingError("`expert_capacity_factor` is set: no class of Transformers has experts with a capacity.")
     if experts.pools:
@@ -254,7 +253,7 @@ def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[st
 
 
 def _dense_width(state: dict[str, torch.Tensor], block: str) -> int | None:
-    """Width of the blocks that are dense, where there are some."""
+    """Returns the width of the blocks that stayed dense, if there are any."""
     layer, _, attribute = block.rpartition(".")
     layers = layer.rpartition(".")[0]
     down = re.compile(rf"{re.escape(layers)}\.\d+\.{attribute}\.(down_proj|w2)\.weight")
@@ -262,7 +261,7 @@ def _dense_width(state: dict[str, torch.Tensor], block: str) -> int | None:
 
 
 def _bias(state: dict[str, torch.Tensor], block: str) -> torch.Tensor:
-    """The bias `(E,)` of a router, which is zero where it has none."""
+    """Returns the bias `(E,)` of a router, or zeros if it has none."""
     weight = state[f"{block}.gate.weight"]
     bias = state.get(f"{block}.gate.{ROUTER_BIAS}")
     if bias is None:
@@ -284,7 +283,7 @@ def _build(
     state: dict[str, torch.Tensor],
     blocks: list[str],
 ) -> PreTrainedModel:
-    """The twin with the model's weights."""
+    """Builds a twin with the model's weights."""
     config = _twin_config(base, twin, layers)
     twin_class = base_class if type(config) is type(base) else _twin_class(base_class, type(base), type(config))
     with init_empty_weights(include_buffers=False), initialization.no_init_weights():
@@ -294,7 +293,7 @@ def _build(
     _check_same_tensors(native, tensors)
     native.load_state_dict(tensors, assign=True)
     native.tie_weights()
-    # Buffers that are no part of the state, such as the frequencies of rotary embeddings, were computed on the CPU.
+    # Buffers that are not part of the state dict, such as rotary frequencies, were computed on the CPU.
     for name, buffer in native.named_buffers():
         if name not in tensors:
             parent, _, attribute = name.rpartition(".")
@@ -307,7 +306,7 @@ def _build(
 
 
 def _twin_class(base_class: type, base_config: type, twin_config: type) -> type[PreTrainedModel]:
-    """The class of the same kind (causal language model, base model, …) for the twin's configuration."""
+    """Returns the class of the same kind (causal language model, base model, …) for the twin's configuration."""
     for auto_class in _AUTO_CLASSES:
         mapping = auto_class._model_mapping
         if base_config in mapping and twin_config in mapping and mapping[base_config] is base_class:
@@ -316,7 +315,7 @@ def _twin_class(base_class: type, base_config: type, twin_config: type) -> type[
 
 
 def _twin_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) -> PreTrainedConfig:
-    """The configuration of the whole twin: the base's, with the twin's decoder."""
+    """Returns the configuration of the whole twin: that of the base, with the twin's decoder."""
     decoder = base.get_text_config()
     text_config = _decoder_config(decoder, twin, layers)
     if decoder is base:
@@ -335,16 +334,16 @@ def _twin_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) -> Pr
 
 def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) -> PreTrainedConfig:
     """
-    The configuration of the twin's decoder.
+    Returns the configuration of the twin's decoder.
 
     Raises:
-        UpcyclingError: If it cannot say something that the base's configuration says.
+        UpcyclingError: If it cannot express a field of the base's configuration.
     """
     config_class = CONFIG_MAPPING[twin.model_type]
     declared = {field.name for field in fields(config_class)}
     changed = twin.fields(layers, base)
     causal_lms = AutoModelForCausalLM._model_mapping
-    # By this name, serving engines choose the class of a decoder within a model.
+    # Serving engines choose the class of a decoder within a model by this name.
     changed["architectures"] = [causal_lms[config_class].__name__] if config_class in causal_lms else None
     carried = {}
     for name in (field.name for field in fields(type(base))):
@@ -354,7 +353,7 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
         if name in declared or name in _UNDECLARED_FIELDS:
             carried[name] = copy.deepcopy(value)
         elif name == "layer_types" and set(value) in ({"full_attention"}, {"sliding_attention"}):
-            continue  # all layers alike, as a twin has them; `sliding_window` is a field of its own
+            continue  # all layers are alike, as in a twin; `sliding_window` is a separate field
         elif value and name not in _INERT_FIELDS:
             raise UpcyclingError(f"its configuration has no `{name}`, which is {value!r} in the base's")
     config = config_class(**carried | changed)
@@ -366,7 +365,7 @@ def _decoder_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) ->
 
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:
-    """The attention implementations of a model and of its parts."""
+    """Returns the attention implementations of a model and its parts."""
     parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
     return {
         name: part._attn_implementation
@@ -382,7 +381,7 @@ def _twin_state(
     state: dict[str, torch.Tensor],
     blocks: list[str],
 ) -> dict[str, torch.Tensor]:
-    """The twin's tensors by name."""
+    """Returns the twin's tensors by name."""
     of_blocks = tuple(f"{block}." for block in blocks)
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(of_blocks)}
     if twin.splits_qkv:
@@ -414,7 +413,7 @@ def _twin_state(
 def _shared(
     twin: Twin, width: int, state: dict[str, torch.Tensor], block: str, place: dict[str, str]
 ) -> dict[str, torch.Tensor]:
-    """The twin's always-on experts of one layer: those of all groups side by side, and neurons of zeros."""
+    """Returns the twin's always-on expert of one layer: those of all groups concatenated, and padded with zeros."""
     prefix = f"{block}.shared_experts."
     router = state[f"{block}.gate.weight"]
     nothing = router.new_zeros(0, router.shape[1])
@@ -436,18 +435,18 @@ def _shared(
 
 
 def _stack(state: dict[str, torch.Tensor], prefix: str, suffix: str) -> torch.Tensor:
-    """A stack of the experts of one layer, which may be in shards."""
+    """Returns a stack of the experts of one layer, which may be sharded."""
     first, *others = _ending(state, prefix, suffix)
     return torch.cat([first, *(shard.to(first.device) for shard in others)]) if others else first
 
 
 def _ending(state: dict[str, torch.Tensor], prefix: str, suffix: str) -> list[torch.Tensor]:
-    """The tensors whose names begin and end so, in the state's order."""
+    """Returns the tensors whose names have a prefix and a suffix, in the order of the state dict."""
     return [tensor for name, tensor in state.items() if name.startswith(prefix) and name.endswith(suffix)]
 
 
 def _check_same_tensors(native: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Refuses a twin that has other tensors than the model gives it."""
+    """Raises `UpcyclingError` if the twin's tensors are not those that the model has for it."""
     own = native.state_dict()
     for reason, names in (
         ("it has no place for", tensors.keys() - own.keys()),
@@ -465,8 +464,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _conversions_to_hub_format(native: PreTrainedModel) -> list[Any]:
     """
-    What saving is to revert: conversions that transpose in any case. The library's own transpose a stack where its
-    shape is not the model's, which it always is when saving, so that only Transformers could read the checkpoint.
+    Returns the conversions that saving reverts. They always transpose. Those of the library only transpose a stack if
+    its shape differs from the model's, which is never the case in saving, so only Transformers could read the result.
     """
     conversions = get_model_conversion_mapping(native, add_legacy=False)
     for conversion in conversions:

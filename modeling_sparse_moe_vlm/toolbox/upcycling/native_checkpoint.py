@@ -1,4 +1,4 @@
-"""From the folder of an upcycled model, trained or not, to one of the sparse twin of its base."""
+"""Export of the checkpoint of an upcycled model, before or after training, to the sparse twin of its base."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .shard_files import MAX_SHARD_SIZE
 
 
 def is_upcycled_checkpoint(source: str | os.PathLike, revision: str | None = None) -> bool:
-    """Whether a folder, or a model on the Hub, is an upcycled model."""
+    """Returns whether a checkpoint (a folder, or a model on the Hub) is an upcycled model."""
     return _experts_of(_config_dict(source, revision)) is not None
 
 
@@ -45,7 +45,7 @@ def export_checkpoint(
         source (`str` or `os.PathLike`):
             The upcycled model: a folder, or a name on the Hub.
         output (`str` or `os.PathLike`):
-            Folder for the twin and the processor. It gets all of them at once, at the end.
+            Folder for the twin, the processor and the model card. All of them appear at once, at the end.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub.
         dtype (`str`, defaults to `"auto"`):
@@ -53,7 +53,7 @@ def export_checkpoint(
         max_shard_size (`int` or `str`, defaults to `"50GB"`):
             Largest size of a file of weights.
         overwrite (`bool`, defaults to `False`):
-            Whether a model in the output folder is replaced.
+            Whether to replace a model that is in the output folder already.
 
     Returns:
         [`UpcycledCheckpoint`]
@@ -61,7 +61,7 @@ def export_checkpoint(
     Raises:
         OSError: If the source cannot be read, or the output cannot be written.
         UpcyclingError: If the source is not an upcycled model, Transformers has no twin of it, or the output folder
-            holds a model; nothing is written then.
+            contains a model already. Nothing is written then.
     """
     output = Path(output)
     check_files(output, source, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
@@ -82,8 +82,8 @@ def export_checkpoint(
 
 def plan_export(source: str | os.PathLike, *, revision: str | None = None) -> UpcycledCheckpoint:
     """
-    Works out what [`export_checkpoint`] would make. Of the weights, at most the biases of routers are read: whether a
-    twin can have them depends on their values. If the source is on the Hub, they count as trained.
+    Describes what [`export_checkpoint`] would write. It reads no weights except the biases of routers, since a twin may
+    be unable to have biases that are not zero. If the source is on the Hub, they count as not zero.
 
     Args:
         source, revision:
@@ -93,7 +93,7 @@ def plan_export(source: str | os.PathLike, *, revision: str | None = None) -> Up
         [`UpcycledCheckpoint`]
 
     Raises:
-        OSError, UpcyclingError: As [`export_checkpoint`] does.
+        OSError, UpcyclingError: Under the same conditions as [`export_checkpoint`].
     """
     _, config = _upcycled_class(source, revision)
     bias = None
@@ -103,7 +103,7 @@ def plan_export(source: str | os.PathLike, *, revision: str | None = None) -> Up
 
 
 def _upcycled_class(source: str | os.PathLike, revision: str | None) -> tuple[Any, Any]:
-    """This package's class for the upcycled model in a checkpoint, and its configuration."""
+    """Returns this package's class for the upcycled model in a checkpoint, and its configuration."""
     found = _config_dict(source, revision)
     model_class: Any = getattr(modeling_upcycled, (found.get("architectures") or [""])[0], None)
     if _experts_of(found) is None or model_class is None:
@@ -112,7 +112,7 @@ def _upcycled_class(source: str | os.PathLike, revision: str | None) -> tuple[An
 
 
 def _trained_bias(folder: Path) -> torch.Tensor | None:
-    """A router's bias `(num_modalities, E)` in a checkpoint that differs by modality, or else one that is not zero."""
+    """Returns a router's bias `(num_modalities, E)` that differs by modality, or else one that is not zero, if any."""
     found = None
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -127,7 +127,7 @@ def _trained_bias(folder: Path) -> torch.Tensor | None:
 def _outcome(
     source: Any, config: Any, twin: PreTrainedModel, output: str | None = None, processor: str | None = None
 ) -> UpcycledCheckpoint:
-    # What was measured when the experts started says nothing about a trained model.
+    # These figures were measured at the start, and say nothing about a trained model.
     measured = ("parity", "block_error")
     start = {key: value for key, value in experts_config_of(config).start.items() if key not in measured}
     return UpcycledCheckpoint(

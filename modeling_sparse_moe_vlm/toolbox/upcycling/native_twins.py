@@ -1,4 +1,4 @@
-"""The sparse classes of Transformers that an upcycled model can be turned into: one entry per pair of decoders."""
+"""The sparse classes of Transformers that an upcycled model can be turned into, for each type of dense decoder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import PreTrainedConfig
 
 from .errors import UpcyclingError
 
-# Width of a shared expert of zeros, where a twin must have one: tensor parallelism can cut it.
+# Width of a shared expert of zeros, if a twin must have one. Tensor parallelism can split it.
 ZERO_SHARED_WIDTH = 128
 
 
 @dataclass(frozen=True)
 class SparseLayers:
-    """What the sparse layers of a model are, in the terms that all twins have in common.
+    """A description of the sparse layers of a model, in terms that all twins have in common.
 
     Args:
         num_layers (`int`): Number of decoder layers.
@@ -24,11 +24,11 @@ class SparseLayers:
         num_experts (`int`): Number of routed experts of a layer.
         top_k (`int`): Number of routed experts per token.
         width (`int`): Width of a routed expert.
-        shared_width (`int`): Width of the always-on experts of a layer together; 0 where there are none.
+        shared_width (`int`): Total width of the always-on experts of a layer; 0 if there are none.
         router (`str`): `"softmax"` or `"sigmoid"`.
         norm_topk_prob (`bool`): Whether the weights of the chosen experts sum to 1.
-        has_bias (`bool`): Whether the routers' biases matter for the choice of experts.
-        dense_width (`int`, *optional*): Width of the dense layers' blocks, where there are some of one width.
+        has_bias (`bool`): Whether the biases of the routers affect the choice of experts.
+        dense_width (`int`, *optional*): Width of the blocks of dense layers, if there are any.
     """
 
     num_layers: int
@@ -49,7 +49,7 @@ class SparseLayers:
 
     @property
     def num_shared(self) -> int:
-        """How many routed experts the always-on experts are as wide as."""
+        """Total width of the always-on experts, in routed experts."""
         return self.shared_width // self.width
 
 
@@ -61,18 +61,19 @@ class Twin:
 
     Args:
         model_type (`str`): Type of the twin's decoder.
-        fields (`Callable`): The fields of its configuration that differ from the base's, from the sparse layers and the
-            base's configuration: what the sparse layers are, and what makes the rest of the decoder that of the base.
-        routers (`tuple[str, ...]`): The routers that it has.
-        always_normalised (`bool`): Whether it cannot leave the weights of the chosen experts as they are.
+        fields (`Callable`): Returns the fields of its configuration that differ from the base's, given the sparse
+            layers and the base's configuration. They describe the sparse layers, and make the rest of the decoder that
+            of the base.
+        routers (`tuple[str, ...]`): The routers that it supports.
+        always_normalised (`bool`): Whether it always normalises the weights of the chosen experts.
         gate (`str`): Name of the router's weight `(E, D)`.
         experts (`str`): Name of the module with the stacks `gate_up_proj` `(E, 2 I, D)` and `down_proj` `(E, D, I)`.
         bias (`str`, *optional*): Name of the router's bias for the choice of experts.
         bias_shape (`tuple[int, ...]`): Its shape.
         shared (`str`, *optional*): Name of the module of always-on experts.
-        shared_unit (`str`): What their width can be: `"any"`, `"expert"` (a multiple of a routed expert's) or
+        shared_unit (`str`): The widths that they can have: `"any"`, `"expert"` (a multiple of a routed expert's) or
             `"same"` (that of one routed expert).
-        needs_shared (`bool`): Whether it has always-on experts in any case: zeros, where the model has none.
+        needs_shared (`bool`): Whether it always has always-on experts, which are zeros if the model has none.
         shared_gate (`str`, *optional*): Name of the weight `(1, D)` of a sigmoid gate of the always-on experts.
         shared_is_fused (`bool`): Whether gate and up projection of the always-on experts are one matrix.
         dense_layers (`str`): Which layers can be dense: `"none"`, `"any"`, `"first"` or `"ends"`.
@@ -98,7 +99,7 @@ class Twin:
     splits_qkv: bool = False
 
     def refusal(self, layers: SparseLayers) -> str | None:
-        """Why the twin cannot have these sparse layers; `None` where it can."""
+        """Returns why the twin cannot have these sparse layers, or `None` if it can."""
         if layers.router not in self.routers:
             return f"its router is {' or '.join(self.routers)}, the model's `router` is {layers.router!r}"
         if self.always_normalised and not layers.norm_topk_prob:
@@ -305,7 +306,7 @@ def _head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-# By class of twin, in the order in which a base's twins are tried: softmax before sigmoid routers, plain before shared.
+# The twins, in the order in which they are tried: softmax before sigmoid routers, without before with shared experts.
 _MIXTRAL = Twin("mixtral", _mixtral)
 _QWEN2_MOE = Twin(
     "qwen2_moe",
@@ -384,7 +385,7 @@ _FLEX_OLMO = Twin("flex_olmo", _flex_olmo, always_normalised=False)
 
 _LLAMA_TWINS = (_MIXTRAL, replace(_GRANITE_MOE_SHARED, fields=_granitemoeshared_as_llama), _GLM4_MOE)
 
-# By type of a dense decoder, its twins.
+# Twins by the type of a dense decoder.
 TWINS: dict[str, tuple[Twin, ...]] = {
     "cohere2": (_COHERE2_MOE, replace(_COHERE2_MOE, routers=("sigmoid",), always_normalised=False)),
     "ernie4_5": (_ERNIE4_5_MOE,),
@@ -413,6 +414,6 @@ TWINS: dict[str, tuple[Twin, ...]] = {
     "youtu": (_DEEPSEEK_V3,),
 }
 
-# By type of a dense model whose decoder is part of its own class, the type of the model that has the decoder's twin.
-# Every other model of images and text builds its decoder from `text_config`, and keeps its class.
+# For dense models whose class contains a fixed decoder: the type of the model with the twin of that decoder. All other
+# vision-language models build their decoder from `text_config`, and keep their class.
 COMPOSITE_TWINS = {"qwen3_5": "qwen3_5_moe", "qwen3_vl": "qwen3_vl_moe"}

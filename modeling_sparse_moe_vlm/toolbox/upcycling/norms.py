@@ -1,4 +1,4 @@
-"""What the norms of a dense decoder compute, found by their formula."""
+"""Finding out what the norms of a dense decoder compute, by running them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 from .errors import UpcyclingError
 
-# At the small scale, the epsilon matters.
+# At the small scale, the epsilon affects the output.
 _SCALES = (1.0, 1e-3)
-# Rounding in float32 stays below it.
+# Above rounding in float32.
 _TOLERANCE = 1e-5
 _NAMES_OF_EPSILON = ("variance_epsilon", "eps", "norm_eps", "epsilon")
-# Of norms that have none of these, such as OLMo's.
+# Epsilons to try for norms without such an attribute, such as OLMo's.
 _USUAL_EPSILONS = (1e-5, 1e-6, 1e-8)
 
 
@@ -26,10 +26,10 @@ class Norm(NamedTuple):
     A norm of a dense decoder.
 
     Args:
-        weight (`torch.Tensor` of shape `(D,)`): What it scales by.
+        weight (`torch.Tensor` of shape `(D,)`): Its scale.
         eps (`float`): Its epsilon.
         is_centred (`bool`): Whether it subtracts the mean first (LayerNorm).
-        adds_one (`bool`): Whether it scales by 1 more than its parameter (Gemma).
+        adds_one (`bool`): Whether its scale is 1 + its parameter (Gemma).
     """
 
     weight: torch.Tensor
@@ -45,19 +45,19 @@ class Norm(NamedTuple):
 
 def read_norm(name: str, module: nn.Module, width: int) -> Norm:
     """
-    Compares a norm with the formulas that an RMS norm can take over, in float32.
+    Compares a norm with the formulas that an RMS norm can compute, in float32.
 
     Args:
         name (`str`):
-            Its name, for messages.
+            Name of the module in error messages.
         module (`nn.Module`):
             Any module.
         width (`int`):
             Width D of its input.
 
     Returns:
-        [`Norm`]: of an RMS norm that scales by its weight, or by 1 + its weight as Gemma's; or of a LayerNorm without
-        a bias. The weight is the module's own tensor where it is what the norm scales by.
+        [`Norm`]: The norm: an RMS norm that scales by its weight or by 1 + its weight (Gemma), or a LayerNorm without a
+        bias. If the module's tensor is the scale, it is not copied.
 
     Raises:
         UpcyclingError: If the module computes anything else.

@@ -1,4 +1,4 @@
-"""What an upcycled checkpoint is, in figures."""
+"""The result of upcycling a checkpoint, in figures."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .receipt import ParityReceipt
 @dataclass(frozen=True)
 class UpcycledCheckpoint:
     """
-    What was made of a dense model, or would be.
+    The result of upcycling a checkpoint, or of a dry run.
 
     Args:
-        source (`str`): Where the dense model comes from.
-        output (`str`, *optional*): The folder of the sparse model; `None` where nothing was written.
+        source (`str`): Folder of the dense model, or its name on the Hub.
+        output (`str`, *optional*): Folder of the sparse model; `None` if nothing was written.
         model_class (`str`): Name of the sparse model's class.
         start (`dict`): How the experts start, with the parity receipt as `"parity"`.
-        dense ([`Costs`]): What the dense model costs.
-        sparse ([`Costs`]): What the sparse model costs.
-        processor (`str`, *optional*): Class of the processor or tokenizer that lies in the folder, if there is one.
+        dense ([`Costs`]): Costs of the dense model.
+        sparse ([`Costs`]): Costs of the sparse model.
+        processor (`str`, *optional*): Class of the processor or tokenizer in the folder, if there is one.
     """
 
     source: str
@@ -48,5 +48,5 @@ class UpcycledCheckpoint:
 
 
 def class_name(processor: Any) -> str | None:
-    """Name of the class of a processor or tokenizer, where there is one."""
+    """Returns the name of the class of a processor or tokenizer; `None` if there is none."""
     return None if processor is None else type(processor).__name__

@@ -1,4 +1,4 @@
-"""The folder that an upcycled model is written to: it gets a whole model, or nothing."""
+"""The folder that an upcycled model is written to, which gets a complete model or nothing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ...staged_saves import staged_folder
 from .errors import UpcyclingError
 from .shard_files import check_shard_size
 
-# Files that a folder with a model has some of.
+# If a folder has one of these files, it contains a model.
 _OF_MODELS = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.gguf")
 
 
 def check_output(output: Path, source: str | os.PathLike | None = None, overwrite: bool = False) -> None:
     """
-    Checks that a model may be written to a folder, which need not be there.
+    Checks that a model may be written to a folder, which need not exist.
 
     Args:
         output (`Path`):
             The folder.
         source (`str` or `os.PathLike`, *optional*):
-            Where the dense model comes from: it is never overwritten.
+            Folder of the dense model, or its name on the Hub. The dense model is never overwritten.
         overwrite (`bool`, defaults to `False`):
             Whether another model may be replaced.
 
     Raises:
-        UpcyclingError: If it is not a folder, holds a model, or is the source's.
+        UpcyclingError: If the output is not a folder, contains a model already, or is the folder of the dense model.
     """
     if output.exists() and not output.is_dir():
         raise UpcyclingError(f"{output} is a file: choose a folder for the sparse model.")
@@ -53,7 +53,7 @@ def check_files(
     max_shard_size: int | str,
     overwrite: bool,
 ) -> None:
-    """Raises `UpcyclingError` unless a model can be written so: see [`~checkpoints.upcycle_checkpoint`]."""
+    """Raises `UpcyclingError` if a value is wrong: see [`~checkpoints.upcycle_checkpoint`] for the arguments."""
     check_dtype(dtype)
     check_shard_size(max_shard_size)
     if output is not None:
@@ -61,7 +61,7 @@ def check_files(
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises `UpcyclingError` unless weights can be of a type, or of that of their source (`"auto"`)."""
+    """Raises `UpcyclingError` unless `dtype` is `"auto"` or the name of a floating-point type of at least 16 bits."""
     found = getattr(torch, dtype, None)
     if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1):
         raise UpcyclingError(f'`dtype` must be "auto" or a type of weights such as "bfloat16", got {dtype!r}.')
@@ -70,20 +70,20 @@ def check_dtype(dtype: str) -> None:
 @contextmanager
 def whole_folder(output: Path, size: int) -> Iterator[Path]:
     """
-    A folder to write into, which becomes `output` as a whole. If writing fails or the process ends, `output` is as it
-    was.
+    Yields a folder to write to, whose files replace those of `output` all at once. If writing fails or the process
+    ends, `output` is unchanged.
 
     Args:
         output (`Path`):
             See [`check_output`].
         size (`int`):
-            Bytes that are going to be written.
+            Number of bytes that will be written.
 
     Yields:
-        `Path`: the folder to write into.
+        `Path`: The folder to write to.
 
     Raises:
-        UpcyclingError: If that does not fit on the disk.
+        UpcyclingError: If the disk has too little free space.
     """
     made = [path for path in (output, *output.parents) if not path.exists()]
     output.mkdir(parents=True, exist_ok=True)

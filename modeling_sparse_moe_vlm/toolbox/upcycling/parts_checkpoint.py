@@ -1,4 +1,4 @@
-"""From the checkpoints of a language model and a vision encoder to that of a sparse model of our own architecture."""
+"""A checkpoint of this package's architecture from the checkpoints of a language model and a vision encoder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def upcycle_parts_checkpoint(
     **request: Any,
 ) -> UpcycledCheckpoint:
     """
-    Makes a checkpoint with [`upcycle_from_parts`]. All three models are in memory.
+    Writes a checkpoint of a model from [`upcycle_from_parts`]. All three models are in memory.
 
     Args:
         language_model (`str` or `os.PathLike`):
@@ -41,16 +41,16 @@ def upcycle_parts_checkpoint(
         vision_encoder (`str` or `os.PathLike`, *optional*):
             The vision encoder, with its image processor; without one, the result is a language model.
         output, dtype, max_shard_size, overwrite, rows, router_init, seed:
-            See [`upcycle_checkpoint`]. Rows are conversations without images here.
+            See [`upcycle_checkpoint`]. Here, rows are conversations without images.
         request:
-            What else [`upcycle_from_parts`] takes.
+            Further arguments of [`upcycle_from_parts`].
 
     Returns:
-        [`UpcycledCheckpoint`]: the dense costs are those of the language model.
+        [`UpcycledCheckpoint`]: The result; the dense costs are those of the language model.
 
     Raises:
         OSError: If a part cannot be read, or the output cannot be written.
-        UpcyclingError: If the parts do not fit, or the output folder holds a model; nothing is written then.
+        UpcyclingError: If the parts do not fit, or the output folder contains a model already. Nothing is written then.
     """
     output = Path(output)
     for part in (language_model, vision_encoder):

@@ -1,4 +1,4 @@
-"""The processor of a model that was built from parts."""
+"""The processor of a model from parts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from .errors import UpcyclingError
 
-# Put before a template of texts: it makes one text of the parts of each message. Ends with an expression, since a block
-# at the end would take a line break of the template away.
+# Placed before a chat template for text, it joins the content parts of each message. It ends with an expression,
+# because a block at the end would remove a line break of the template.
 _PARTS_TO_TEXT = """\
 {%- set texts = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -46,7 +46,7 @@ def processor_from_parts(
     chat_template: str | dict[str, str] | None = None,
 ) -> SparseMoeVlmProcessor:
     """
-    Makes the processor of a model from [`upcycle_from_parts`].
+    Builds the processor of a model from [`upcycle_from_parts`].
 
     Args:
         model (`SparseMoeVlmForConditionalGeneration`):
@@ -56,16 +56,16 @@ def processor_from_parts(
         image_processor (`BaseImageProcessor`):
             The vision encoder's image processor.
         image_token (`str`, defaults to `"<image>"`):
-            The token that stands for an image in texts.
+            Placeholder token for images.
         chat_template (`str` or `dict[str, str]`, *optional*):
-            By default the tokenizer's, which gets image tokens among the text of messages; ChatML if it has none.
+            Chat template. By default, that of the tokenizer, extended to images; ChatML if it has none.
 
     Returns:
         `SparseMoeVlmProcessor`
 
     Raises:
-        UpcyclingError: If the image token is not the model's, or the images are not of the size that the vision encoder
-            takes.
+        UpcyclingError: If the image token is not the model's, or if the image processor does not return images of the
+            vision encoder's size.
     """
     config = model.config
     token_id = tokenizer.get_vocab().get(image_token)
@@ -80,7 +80,7 @@ def processor_from_parts(
     if (height, width) != (size, size):
         raise UpcyclingError(
             f"`image_processor` makes images of {height} × {width} pixels, but the vision encoder takes {size} × "
-            f"{size}: set its `size` (and `crop_size`), or take that of the same checkpoint."
+            f"{size}: set its `size` (and `crop_size`), or use the image processor of the same checkpoint."
         )
     template: Any = chat_template
     if template is None and tokenizer.chat_template:
@@ -95,7 +95,7 @@ def processor_from_parts(
 
 
 def _with_images(template: str | dict[str, str]) -> Any:
-    """A template of texts that also takes messages made of parts."""
+    """Extends a chat template for text to messages with content parts."""
     if isinstance(template, dict):
         return {name: _with_images(each) for name, each in template.items()}
     return _PARTS_TO_TEXT + template

@@ -1,4 +1,4 @@
-"""The weights of a model that is built from parts: copied layer by layer, experts started, and the rest drawn."""
+"""The weights of a model from parts: copied layer by layer, initial experts, and random weights for the rest."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .errors import UpcyclingError
 from .router_rows import BlockInputs
 from .starts import start_block, start_pool
 
-# Transformers' own mark of parameters that have been loaded.
+# The attribute with which Transformers marks parameters that have been loaded.
 _KEEP = "_is_hf_initialized"
 
 BuiltModel = SparseMoeVlmForCausalLM | SparseMoeVlmForConditionalGeneration
 
 
 def decoder_of(model: BuiltModel) -> SparseMoeVlmTextModel:
-    """The decoder of a model with or without a vision tower."""
+    """Returns the decoder of a model with or without a vision tower."""
     return model.model if isinstance(model, SparseMoeVlmForCausalLM) else model.model.language_model
 
 
 def empty_model(config: SparseMoeVlmTextConfig | SparseMoeVlmConfig, like: PreTrainedModel) -> BuiltModel:
-    """A model with memory of any content, in the dtype and on the device of another."""
+    """Allocates a model without initialising it, in the dtype and on the device of another model."""
     is_text = isinstance(config, SparseMoeVlmTextConfig)
     model_class = SparseMoeVlmForCausalLM if is_text else SparseMoeVlmForConditionalGeneration
-    # Some towers draw numbers all the same.
+    # Some towers draw random numbers nevertheless.
     with torch.random.fork_rng(), torch.device(like.device), init.no_init_weights():
         model = model_class._from_config(config, dtype=like.dtype)
     model.tie_weights()
@@ -47,7 +47,7 @@ def empty_model(config: SparseMoeVlmTextConfig | SparseMoeVlmConfig, like: PreTr
 
 @torch.no_grad()
 def copy_decoder(model: BuiltModel, layout: DecoderLayout) -> None:
-    """Copies all but the experts, layer by layer. New rows of the vocabulary are the mean of the others."""
+    """Copies everything except the experts, layer by layer. New rows of the vocabulary are the mean of the others."""
     decoder = decoder_of(model)
     for name, weight in layout.outer_weights().items():
         place = (model if name.startswith("lm_head.") else decoder).get_parameter(name)
@@ -67,7 +67,7 @@ def copy_decoder(model: BuiltModel, layout: DecoderLayout) -> None:
 def start_experts(
     model: BuiltModel, layout: DecoderLayout, start: Start, seed: int, inputs: Mapping[int, BlockInputs]
 ) -> None:
-    """Fills the sparse blocks and the pools, each from the dense blocks of its layers."""
+    """Fills the sparse blocks and the expert pools from the dense blocks of their layers."""
     decoder = decoder_of(model)
     config = decoder.config
     for number in config.sparse_layers:
@@ -82,11 +82,11 @@ def start_experts(
 
 def copy_tower(model: SparseMoeVlmForConditionalGeneration, vision_encoder: PreTrainedModel) -> None:
     """
-    Copies the weights of a vision tower, from a model that is one or has one. A pooling layer that it lacks is left to
-    [`initialize_rest`]: its output is used for nothing.
+    Copies the weights of a vision tower from a model that is one or contains one. If that has no pooling layer,
+    [`initialize_rest`] initialises it; its output is not used.
 
     Raises:
-        UpcyclingError: If the model has no part with the tower's weights.
+        UpcyclingError: If no part of the model has the tower's weights.
     """
     tower = model.model.vision_tower
     needed = {name: tensor.shape for name, tensor in tower.state_dict().items()}
@@ -108,7 +108,7 @@ def copy_tower(model: SparseMoeVlmForConditionalGeneration, vision_encoder: PreT
 
 
 def initialize_rest(model: BuiltModel, seed: int) -> None:
-    """Draws what has not been copied: the connector, above all."""
+    """Initialises the weights that have not been copied, such as those of the connector."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model.initialize_weights()
@@ -117,6 +117,6 @@ def initialize_rest(model: BuiltModel, seed: int) -> None:
 
 
 def _keep(parameters: Iterable[nn.Parameter]) -> None:
-    """Has [`initialize_rest`] leave parameters as they are."""
+    """Marks parameters that [`initialize_rest`] must not change."""
     for parameter in parameters:
         setattr(parameter, _KEEP, True)

@@ -1,4 +1,4 @@
-"""The processor of a dense model, which is the upcycled model's, too."""
+"""The processor of a dense model, which the upcycled model uses as well."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 from ..data.rows import apply_chat_template, with_images
 from .errors import UpcyclingError
 
-# Files by which a processor, or else a tokenizer, is found.
+# A checkpoint has a processor, or else a tokenizer, if it has one of these files.
 _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _OF_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -25,23 +25,23 @@ def load_processor(
     **options: Any,
 ) -> Any | None:
     """
-    The processor of a model, or its tokenizer where it has no processor.
+    Loads the processor of a model, or its tokenizer if it has no processor.
 
     Args:
         source (`str` or `os.PathLike`):
             Folder, or name on the Hub.
         gguf_file (`str`, *optional*):
-            The GGUF file in it that the tokenizer is read from.
+            Name of the GGUF file in the source that contains the tokenizer.
         config (`PreTrainedConfig`, *optional*):
-            The configuration of the dense model, where that of the source needs code that is not to be run.
+            Configuration of the dense model, if that of the source needs code that must not be run.
         options:
             Further arguments of `from_pretrained`, such as `revision`.
 
     Returns:
-        `ProcessorMixin` or `PreTrainedTokenizerBase`: `None` where the source has neither.
+        `ProcessorMixin` or `PreTrainedTokenizerBase`: `None` if the source has neither.
 
     Raises:
-        OSError, ValueError: If it is there, but cannot be read.
+        OSError, ValueError: If there is one, but it cannot be read.
     """
     if gguf_file is not None:
         return AutoTokenizer.from_pretrained(source, gguf_file=gguf_file, **options)
@@ -54,17 +54,17 @@ def load_processor(
 
 def batches_of(processor: Any | None, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """
-    Inputs of a model, one conversation each.
+    Turns conversations into inputs of a model, one batch for each.
 
     Args:
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*):
             The model's processor or tokenizer, with a chat template.
         rows (`Sequence[dict]`):
-            Conversations, as [`~toolbox.data.VisionLanguageCollator`] takes them.
+            Conversations in the form that [`~toolbox.data.VisionLanguageCollator`] takes.
 
     Raises:
         UpcyclingError: If there are rows, but no processor.
-        ValueError: If a row is wrong, or cannot be processed; the message names it.
+        ValueError: If a row is malformed or cannot be processed. The message names the row.
     """
     if rows and processor is None:
         raise UpcyclingError("the source has no processor and no tokenizer, which make inputs of examples.")
@@ -75,7 +75,7 @@ def batches_of(processor: Any | None, rows: Sequence[Mapping[str, Any]]) -> list
 
 
 def save_processor(processor: Any | None, folder: Path) -> None:
-    """Saves a processor or tokenizer, with its chat template; without one, nothing."""
+    """Saves a processor or tokenizer, if there is one, with its chat template."""
     if processor is not None:
         processor.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Router rows of an upcycled block: small random ones, or made of the dense block's inputs."""
+"""Router rows of an upcycled block: random, or computed from the inputs of the dense block."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .errors import UpcyclingError
 
 MAX_TOKENS = 2048
 _ITERATIONS = 50
-_SAME = 1e-6  # directions whose cosine is nearer to 1 are the same
+_SAME = 1e-6  # directions are the same if their cosine differs from 1 by less
 
 
 class BlockInputs(NamedTuple):
-    """A sample of what went into a dense block.
+    """A sample of the inputs of a dense block.
 
     Args:
-        hidden_states (`torch.Tensor` of shape `(N, D)`): The inputs, of N tokens.
-        modality_ids (`torch.Tensor` of shape `(N,)`): Their modality ids, of type int64.
+        hidden_states (`torch.Tensor` of shape `(N, D)`): The inputs for N tokens.
+        modality_ids (`torch.Tensor` of shape `(N,)`): Modality ids of the tokens, of type int64.
     """
 
     hidden_states: torch.Tensor
@@ -36,8 +36,8 @@ class BlockInputs(NamedTuple):
 
 def router_std(config: SparseMoeVlmExpertsConfig) -> float:
     """
-    Standard deviation of random router rows: the model's own, but at most 1/√D, at which the logits of inputs of unit
-    scale have unit scale.
+    Returns the standard deviation of random router rows: the model's `initializer_range`, but at most 1/√D, for which
+    inputs of unit scale have logits of unit scale.
     """
     return min(config.initializer_range, 1 / math.sqrt(config.hidden_size))
 
@@ -46,7 +46,7 @@ def random_rows(
     config: SparseMoeVlmExpertsConfig, groups: Sequence[ExpertGroup], granularity: int, generator: torch.Generator
 ) -> torch.Tensor:
     """
-    Small random router rows.
+    Draws small random router rows.
 
     Args:
         config (`SparseMoeVlmExpertsConfig`):
@@ -54,9 +54,9 @@ def random_rows(
         groups (`Sequence[ExpertGroup]`):
             The routed groups of the layer.
         granularity (`int`):
-            How many experts in a row share theirs.
+            Number of consecutive experts that have the same row.
         generator (`torch.Generator`):
-            What they are drawn with.
+            Random number generator.
 
     Returns:
         `torch.Tensor` of shape `(E, D)`, in float32.
@@ -74,12 +74,12 @@ def data_rows(
     generator: torch.Generator,
 ) -> torch.Tensor:
     """
-    Router rows from data: the centroids of spherical k-means over the inputs of the dense block (arXiv 2604.13508), for
-    each group over the tokens that it serves.
+    Computes router rows from data: the centroids of spherical k-means over the inputs of the dense block
+    (arXiv 2604.13508), for each group over the tokens that it serves.
 
-    What all centroids of a layer have in common is taken off, which changes no choice and no normalised softmax weight.
-    All rows are then scaled by one number: such that the logits of a token differ by a standard deviation of 1 over
-    the experts that serve it, on average, or by less, since no row is longer than √D times [`router_std`].
+    The mean of the centroids of a layer is subtracted, which changes neither the chosen experts nor normalised softmax
+    weights. All rows are then multiplied by the same number, so that the logits of a token have a standard deviation of
+    1 over the experts that serve it, on average. It is smaller if a row would be longer than √D times [`router_std`].
 
     Args:
         config, groups, granularity, generator:
@@ -113,21 +113,21 @@ def data_rows(
 
 def spherical_k_means(vectors: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
     """
-    Clusters directions: every vector belongs to the centroid with which it has the largest cosine, and a centroid is
-    the mean of its vectors' directions, scaled to unit length. The first centroids are drawn as by k-means++. An
-    empty cluster takes the vector that is farthest from its own centroid. Where there are fewer different directions
-    than clusters, the last centroids are random ones.
+    Clusters directions: every vector belongs to the centroid with the largest cosine, and a centroid is the mean of its
+    vectors' directions, scaled to unit length. The first centroids are drawn as in k-means++. An empty cluster gets the
+    vector that is farthest from its own centroid. If there are fewer different directions than clusters, the last
+    centroids are random.
 
     Args:
         vectors (`torch.Tensor` of shape `(N, D)`):
-            What is clustered, in float32; zero vectors are left out.
+            The vectors, in float32. Zero vectors are ignored.
         num_clusters (`int`):
             Number n of clusters.
         generator (`torch.Generator`):
-            What is drawn is drawn with it.
+            Random number generator.
 
     Returns:
-        `torch.Tensor` of shape `(n, D)`: unit vectors.
+        `torch.Tensor` of shape `(n, D)`: The centroids, which are unit vectors.
     """
     lengths = vectors.norm(dim=1, keepdim=True)
     directions = (vectors / lengths)[lengths[:, 0] > 0]
@@ -150,7 +150,7 @@ def spherical_k_means(vectors: torch.Tensor, num_clusters: int, generator: torch
 
 
 def _first_centroids(directions: torch.Tensor, num_clusters: int, generator: torch.Generator) -> torch.Tensor:
-    """At most that many different directions, far ones preferred: each is drawn by its distance to those before."""
+    """Draws up to `num_clusters` different directions, each with a probability by its distance to the previous ones."""
     if len(directions) == 0:
         return directions
     chosen = [int(torch.randint(len(directions), (1,), generator=generator))]
@@ -190,7 +190,7 @@ def _scaled(
 
 
 class _Block(Protocol):
-    """What [`collect_block_inputs`] asks of a dense block: its name in the model, and its layer."""
+    """The attributes of a dense block that [`collect_block_inputs`] needs: its name in the model, and its layer."""
 
     @property
     def name(self) -> str: ...
@@ -210,28 +210,28 @@ def collect_block_inputs(
     seed: int = 0,
 ) -> dict[int, BlockInputs]:
     """
-    Runs the dense model on examples and keeps a sample of what goes into its feed-forward blocks: the same tokens in
-    all layers, padding left out.
+    Runs the dense model on examples and samples the inputs of its feed-forward blocks. The tokens are the same in all
+    layers and contain no padding.
 
     Args:
         model (`PreTrainedModel`):
-            The dense model; it is run in evaluation mode, without gradients.
-        batch (`Mapping` or an iterable of such):
-            Inputs of the model, as its processor makes them.
+            The dense model. It runs in evaluation mode, without gradients.
+        batch (`Mapping` or iterable of `Mapping`):
+            Inputs of the model, as its processor returns them.
         blocks (`Iterable[GatedBlock]`):
             The feed-forward blocks.
         modalities (`Sequence[str]`):
-            Names of the modalities; the position is the modality id.
+            Names of the modalities, in the order of their ids.
         placeholder_ids (`Mapping[str, Sequence[int]]`, *optional*):
-            By modality, the ids of the tokens that stand for its features, where inputs have no `mm_token_type_ids`.
-            All other tokens are text. Video counts as images if `modalities` does not list it.
+            Ids of the placeholder tokens of each modality, for inputs without `mm_token_type_ids`. All other tokens are
+            text. Video counts as image if `modalities` does not contain it.
         max_tokens (`int`, defaults to 2048):
-            How many tokens of each modality are kept, drawn at random.
+            Number of tokens of each modality to sample.
         seed (`int`, defaults to 0):
-            Seed of the draw.
+            Seed of the sample.
 
     Returns:
-        `dict[int, BlockInputs]`: the sample by layer, on the CPU.
+        `dict[int, BlockInputs]`: The sample of each layer, on the CPU.
 
     Raises:
         UpcyclingError: If there are no examples, or the tokens of a block are not those of the inputs.
@@ -246,7 +246,7 @@ def collect_block_inputs(
         priorities = torch.rand(ids.shape, generator=generator)
         seen: dict[int, torch.Tensor] = {}
         with evaluating(model), _hooks(model, blocks, seen.__setitem__), torch.no_grad():
-            model(**inputs | {"use_cache": False})  # a cache would only take memory
+            model(**inputs | {"use_cache": False})  # a cache would only need memory
         for block in blocks:
             states = seen.get(block.layer)
             if states is None or states[..., 0].numel() != len(ids):
@@ -264,7 +264,7 @@ def collect_block_inputs(
 
 
 class _Sample:
-    """Of the tokens added so far, those of the smallest priorities, by modality."""
+    """The tokens with the smallest priorities of each modality, out of those added so far."""
 
     def __init__(self, num_modalities: int, max_tokens: int):
         self.max_tokens = max_tokens
@@ -304,7 +304,7 @@ def _send(value: Any, device: torch.device) -> Any:
 def _tokens(
     inputs: Mapping[str, Any], modalities: Sequence[str], placeholder_ids: Mapping[str, Sequence[int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Modality ids of the tokens of a call, and which are not padding: both `(B · T,)`, on the CPU."""
+    """Returns the modality ids of the tokens of a call, and which tokens are not padding: `(B · T,)`, on the CPU."""
     input_ids, given = inputs.get("input_ids"), inputs.get("mm_token_type_ids")
     if given is not None:
         ids = listed_ids(given.long().cpu(), modalities)
@@ -325,7 +325,7 @@ def _tokens(
 
 @contextmanager
 def _hooks(model: nn.Module, blocks: Iterable[_Block], take: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Hands the inputs of the blocks over while the model runs."""
+    """Passes the inputs of the blocks to a function while the model runs."""
 
     def hook(layer: int) -> Callable[..., None]:
         return lambda _, args, kwargs: take(layer, (args or tuple(kwargs.values()))[0].detach())

@@ -1,21 +1,23 @@
 """
-How experts start from the dense block of their layer, with gate W_g, up W_u `(I, D)`, down W_d `(D, I)`::
+Initial weights of experts, from the dense block of their layer with gate W_g, up W_u `(I, D)` and down W_d `(D, I)`::
 
     dense(x) = W_d (act(W_g x) ⊙ W_u x)
 
-- `copy`: every routed expert is the dense block; weights sum to 1.
+- `copy`: every routed expert is the dense block. The weights of the chosen experts sum to 1.
 - `split` into G parts: the neurons are cut into G equal parts in their order, and part p of every copy is the expert
-  (W_g[p], √G W_u[p], √G W_d[p]). The parts of one copy stand side by side and share a router row, so each has the
-  weight w / G where the copy has w, and G · w / G · √G · √G / G = w. (The gate cannot be scaled: activations are not
-  homogeneous.)
-- `residual`: an always-on expert is the dense block and routed experts have W_d = 0. They keep the dense block's gate
-  and up projections, so that they start from features the model has: the first step moves W_d, later ones the rest.
-- `drop` with ratio r: as `copy`, but each expert draws a set of r · I neurons of its own, whose rows of W_g and W_u and
-  columns of W_d are drawn again, normally distributed with the mean and the standard deviation of what they replace
-  (Drop-Upcycling, arXiv 2502.19261).
+  (W_g[p], √G W_u[p], √G W_d[p]). The parts of one copy have consecutive ids and the same router row. If the weight of
+  the copy is w, each part has the weight w / G, and G · w / G · √G · √G / G = w. (The gate cannot be scaled, because
+  activations are not homogeneous.)
+- `residual`: an always-on expert is the dense block, and routed experts have W_d = 0. They keep the gate and up
+  projections of the dense block, so that they start from features of the model. The first step changes only W_d, and
+  later steps everything.
+- `drop` with ratio r: like `copy`, but in each expert, a random set of r · I neurons is drawn again: the rows of W_g
+  and W_u and the columns of W_d are normally distributed, with the mean and the standard deviation of the weights that
+  they replace (Drop-Upcycling, arXiv 2502.19261).
 
-Always-on experts that do not hold the dense block also have W_d = 0. Their gate and up projections are drawn again,
-with the mean and standard deviation of the dense block's: copies would be neurons twice, side by side for every token.
+Always-on experts that do not contain the dense block also have W_d = 0. Their gate and up projections are random, with
+the mean and the standard deviation of those of the dense block. Copies would duplicate neurons that run for every
+token.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class GatedWeights(NamedTuple):
     """Weights of a gated feed-forward block of width I.
 
     Args:
-        gate, up (`torch.Tensor` of shape `(I, D)`): What the activation is applied to, and what it is multiplied by.
-        down (`torch.Tensor` of shape `(D, I)`): Back to the residual stream.
+        gate, up (`torch.Tensor` of shape `(I, D)`): The projection with the activation, and the one that it multiplies.
+        down (`torch.Tensor` of shape `(D, I)`): The projection back to the residual stream.
     """
 
     gate: torch.Tensor
@@ -56,7 +58,7 @@ class GatedWeights(NamedTuple):
 def empty_block(
     config: SparseMoeVlmExpertsConfig, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> SparseMoeVlmSparseMoeBlock:
-    """The sparse block of one layer with memory of any content, for [`start_block`]; draws no random numbers."""
+    """Allocates the sparse block of one layer for [`start_block`], without drawing random numbers."""
     with torch.device("meta"):
         block = SparseMoeVlmSparseMoeBlock(config, layer)
     return block.to(dtype).to_empty(device=device)
@@ -73,23 +75,23 @@ def start_block(
     inputs: BlockInputs | None = None,
 ) -> None:
     """
-    Fills a sparse block in place: router, routed experts (those of a pool are left to [`start_pool`]) and always-on
-    experts. What it draws depends on the seed and the layer only, and the global random state is not touched. Beside
-    the weights it needs memory for one expert.
+    Fills a sparse block in place: router, routed experts (except those of a pool: see [`start_pool`]) and always-on
+    experts. Random draws depend only on the seed and the layer, and do not change the global random state. In addition
+    to the weights, memory for one expert is needed.
 
     Args:
         block (`SparseMoeVlmSparseMoeBlock`):
-            The block of one layer, whose dtype and device the weights are converted to.
+            The block of one layer. The weights are converted to its dtype and device.
         config (`SparseMoeVlmExpertsConfig`):
-            What the block was made of.
+            Configuration of the block.
         weights ([`GatedWeights`]):
             The dense block of this layer.
         start ([`~arrangement.Start`]):
-            How experts start; from [`~arrangement.experts_fields`], like the configuration.
+            The start of the experts, from [`~arrangement.experts_fields`] like the configuration.
         seed (`int`, defaults to 0):
-            Seed of all that is drawn.
+            Seed of all random draws.
         inputs ([`~router_rows.BlockInputs`], *optional*):
-            Inputs of the dense block, which router rows are made from; random rows without them.
+            Inputs of the dense block, from which the router rows are computed. Without them, the rows are random.
 
     Raises:
         ValueError: If the weights do not fit the configuration.
@@ -132,9 +134,9 @@ def start_pool(
     seed: int = 0,
 ) -> None:
     """
-    Fills the routed experts that the layers of a pool share. With `start.pool_start="first"` they start from the dense
-    block of the pool's first layer, with `"mean"` from the mean of the blocks of all its layers. With `"residual"`,
-    whose routed experts start at zero, expert e has the gate and up projections of layer e modulo n of the n layers.
+    Fills the routed experts that the layers of a pool share. With `start.pool_start="first"`, they start from the dense
+    block of the pool's first layer, and with `"mean"`, from the mean of the blocks of all its layers. With
+    `"residual"`, expert e has the gate and up projections of layer e modulo n of the n layers, and its output is zero.
 
     Args:
         experts (`nn.Module`):
@@ -144,8 +146,8 @@ def start_pool(
         pool (`int`):
             Number of the pool.
         weights (`Iterable[GatedWeights]`):
-            The dense blocks of the pool's layers, in their order. They are taken one after the other, so that an
-            iterator need not have all of them in memory.
+            The dense blocks of the pool's layers, in their order. They are used one by one, so an iterator need not
+            keep all of them in memory.
         start, seed:
             See [`start_block`].
 
@@ -171,8 +173,8 @@ def start_pool(
 
 def seeded_generator(seed: int, *what: str | int) -> torch.Generator:
     """
-    A generator on the CPU for one thing that is drawn, such as the router of layer 3: it does not depend on what else
-    is drawn, in which order, or on which device.
+    Returns a generator on the CPU for one purpose, such as the router of layer 3. It does not depend on other draws,
+    their order, or the device.
     """
     digest = hashlib.sha256("/".join(map(str, (seed, *what))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
@@ -188,7 +190,7 @@ def _check_shapes(weights: GatedWeights, config: SparseMoeVlmExpertsConfig, what
 
 
 def _places(experts: nn.Module, group: ExpertGroup) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The fused weights `(2 I, D)` and `(D, I)` of every expert of a group, in the order of their ids."""
+    """Yields the fused weights `(2 I, D)` and `(D, I)` of every expert of a group, in the order of their ids."""
     stack = experts[group.name] if isinstance(experts, SparseMoeVlmExpertGroups) else experts
     parts: Iterable[Any] = stack.shards if isinstance(stack, SparseMoeVlmExpertShards) else [stack]
     for part in parts:
@@ -205,7 +207,7 @@ def _write(place: tuple[torch.Tensor, torch.Tensor], expert: GatedWeights) -> No
 def _routed_expert(
     weights: GatedWeights, start: Start, group: ExpertGroup, number: int, generator: torch.Generator
 ) -> GatedWeights:
-    """What expert `number` of a routed group starts as."""
+    """Returns the initial weights of expert `number` of a routed group."""
     if start.name == "split":
         return _part(weights, number % start.granularity, start.granularity)
     if start.name == "drop":
@@ -223,7 +225,7 @@ def _part(weights: GatedWeights, part: int, granularity: int) -> GatedWeights:
 
 
 def _redrawn(weights: GatedWeights, ratio: float, generator: torch.Generator) -> GatedWeights:
-    """The block with one set of neurons drawn again, the same in all three weights."""
+    """Returns a block in which a set of neurons, the same in all three weights, is drawn again."""
     neurons = torch.randperm(weights.width, generator=generator)[: round(ratio * weights.width)]
     if len(neurons) == 0:
         return weights
@@ -236,7 +238,7 @@ def _redrawn(weights: GatedWeights, ratio: float, generator: torch.Generator) ->
 
 
 def _silent(weights: GatedWeights, width: int, generator: torch.Generator) -> GatedWeights:
-    """An expert that puts out zero: neurons of the dense block, and new ones where it is wider, with no way out."""
+    """Returns an expert whose output is zero: neurons of the dense block (and new ones if it is wider), with down 0."""
     gate, up = weights.gate, weights.up
     if width < weights.width:
         neurons = torch.randperm(weights.width, generator=generator)[:width].to(gate.device)
@@ -249,7 +251,7 @@ def _silent(weights: GatedWeights, width: int, generator: torch.Generator) -> Ga
 
 
 def _start_always_on(expert: Any, weights: GatedWeights, holds_dense_block: bool, generator: torch.Generator) -> None:
-    """Fills the network that the always-on experts of a group are: the dense block first, if it holds it."""
+    """Fills the network of a group's always-on experts, with the dense block first if it contains it."""
     held = weights.width if holds_dense_block else 0
     gate, up, down = expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight
     new = gate.shape[0] - held
@@ -261,7 +263,7 @@ def _start_always_on(expert: Any, weights: GatedWeights, holds_dense_block: bool
 
 
 def _alike(weight: torch.Tensor, generator: torch.Generator, rows: int | None = None) -> torch.Tensor:
-    """Normally distributed values in float32, with the mean and standard deviation of a weight, and its shape."""
+    """Draws normally distributed values in float32, with the mean, standard deviation and shape of a weight."""
     std, mean = torch.std_mean(weight.float(), correction=0)
     shape = weight.shape if rows is None else (rows, weight.shape[1])
     return mean + std * torch.randn(shape, generator=generator).to(weight.device)
@@ -270,7 +272,7 @@ def _alike(weight: torch.Tensor, generator: torch.Generator, rows: int | None = 
 def _pooled_block(
     weights: Iterable[GatedWeights], start: Start, config: SparseMoeVlmExpertsConfig, pool: int
 ) -> GatedWeights:
-    """The dense block that the experts of a pool start from."""
+    """Returns the dense block that the experts of a pool start from."""
     layers = config.pools[pool]
     blocks = iter(weights)
     first = next(blocks)
