@@ -174,7 +174,7 @@ def _expert_grid(
     for row, column, expert in boxes:
         if expert < len(colours):
             pen.rectangle((x[column], y[row], x[column + 1] - 1, y[row + 1] - 1), colours[expert][0])
-    grid = Image.blend(shown, cells, 0.72)
+    grid = Image.blend(shown.convert("L").convert("RGB"), cells, 0.72)  # grey, so that the hues are those of experts
     pen = ImageDraw.Draw(grid)
     for row, column, expert in boxes:
         if is_large:

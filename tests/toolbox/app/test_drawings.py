@@ -99,6 +99,15 @@ def test_experts():
     assert pixels[80 + 26 + 2, 71 + 24].tolist() == [255, 255, 255]
 
 
+def test_the_image_below_experts_is_grey():
+    """Colours of the same brightness give the same cells."""
+    experts, groups = np.zeros((1, 1, 1), dtype=int), [[("joint", 1)]]
+    colours = ((255, 0, 0), (76, 76, 76), (0, 0, 0))
+    drawn = [np.array(draw_experts(Image.new("RGB", (20, 10), colour), experts, [0], groups)) for colour in colours]
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[1][27, 5].astype(int) - drawn[2][27, 5]).tolist() == pytest.approx([0.28 * 76] * 3, abs=1)
+
+
 def test_layers_beyond_the_columns_go_below():
     experts = np.zeros((3, 1, 1), dtype=int)
     drawing = draw_experts(WHITE, experts, [0, 1, 2], [[("joint", 1)]] * 3, side=200, columns=2)
