@@ -16,7 +16,8 @@ logger = logging.getLogger("mkdocs.hooks.repository_links")
 
 
 def on_page_markdown(markdown: str, /, *, page: Any, config: Any, **kwargs: Any) -> str:
-    root, docs, source = Path(config.config_file_path).parent, Path(config.docs_dir), Path(page.file.abs_src_path)
+    root, docs = Path(config.config_file_path).resolve().parent, Path(config.docs_dir).resolve()
+    source = Path(page.file.abs_src_path)
 
     def lead_to_repository(link: re.Match) -> str:
         target = (source.parent / link["path"]).resolve()

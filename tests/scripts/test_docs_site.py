@@ -1,5 +1,6 @@
 """How the documentation's site reads docstrings and links: a small package and its pages, built by MkDocs."""
 
+import ast
 import os
 import re
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import griffe
 import pytest
 
-from scripts.docs.hf_docstrings import HuggingFaceDocstrings, to_google
+from scripts.docs.hf_docstrings import ARGUMENT, HuggingFaceDocstrings, to_google
 from tests.support.processes import ROOT
 
 SOURCES = {
@@ -120,6 +121,19 @@ def test_cross_references_become_links(package):
     )
     assert "# [`Wheel`]\n" in text  # code stays as it is
     assert package["tools.spin"].members["spin"].docstring.value == "Spins a [`Wheel`][bikes.wheels.Wheel]."
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling_sparse_moe_vlm").rglob("*.py")), ids=lambda path: path.stem)
+def test_documented_arguments_exist(path):
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and (docstring := ast.get_docstring(function)):
+            found = function.args
+            exist = {argument.arg for argument in [*found.posonlyargs, *found.args, *found.kwonlyargs]}
+            exist |= {argument.arg for argument in (found.vararg, found.kwarg) if argument}
+            section = re.split(r"\n\n(?=\w)", docstring.partition("Args:\n")[2])[0]
+            lines = [line.removeprefix("    ") for line in section.split("\n")]
+            documented = [match["names"] for line in lines if (match := ARGUMENT.match(line)) and not match["indent"]]
+            assert {name.lstrip("*") for names in documented for name in names.split(", ")} <= exist, function.name
 
 
 def build(folder: Path, page: str) -> subprocess.CompletedProcess:
