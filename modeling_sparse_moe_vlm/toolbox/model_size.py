@@ -1,4 +1,4 @@
-"""Sizes of models: how many parameters they have, and how many of them a token of each modality uses."""
+"""Sizes of models: the number of their parameters, and the number that a token of each modality uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..parameters import idle_experts
 from .expert_modules import experts_of_base, our_experts_config, uses_experts_interface
 from .meta_model import model_on_meta_device
 
-# What configurations call the number of experts per token.
+# Names of the number of experts per token in configurations.
 CHOSEN_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk")
 
 
@@ -23,9 +23,9 @@ class ModelSize:
     Numbers of parameters.
 
     Args:
-        total (`int`): All of them; tied ones count once.
+        total (`int`): Number of all parameters; tied parameters count once.
         active (`dict[str, int]`):
-            By modality that the model reads, those that one token uses. Empty where that is not known.
+            Number of parameters that one token uses, by modality that the model reads. Empty if it is not known.
     """
 
     total: int
@@ -34,12 +34,13 @@ class ModelSize:
 
 def model_size(config: PreTrainedConfig | PreTrainedModel) -> ModelSize:
     """
-    Counts the parameters of a model without making its weights.
+    Counts the parameters of a model without allocating its weights.
 
     Args:
         config (`PreTrainedConfig` or `PreTrainedModel`):
-            Configuration of ours or of any Transformers model, or the model itself, which may be on the meta device.
-            Of a mixture of experts that Transformers' experts interface does not run, what is active is not known.
+            Configuration of a model of this package or of any Transformers model, or the model itself, which may be on
+            the meta device. The active parameters of a mixture of experts are only known if it uses Transformers'
+            experts interface.
 
     Returns:
         [`ModelSize`]
@@ -47,7 +48,7 @@ def model_size(config: PreTrainedConfig | PreTrainedModel) -> ModelSize:
     Raises:
         ValueError: If no auto class knows the configuration.
     """
-    # By attribute: a checkpoint that comes with its code has its own classes.
+    # Not by class, because the classes of a checkpoint that came with its code are different ones.
     own: Any = config.config if isinstance(config, PreTrainedModel) else config
     if hasattr(own, "num_active_parameters"):
         text_config = own.get_text_config()
@@ -68,28 +69,28 @@ def model_size(config: PreTrainedConfig | PreTrainedModel) -> ModelSize:
 
 
 def encoders_of(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """By modality, the encoder of what is not text; video is encoded like images. Empty for a language model."""
+    """Returns the encoders of modalities other than text, by modality. Video is encoded like images."""
     encoders = {modality: model.get_encoder(modality) for modality in ("image", "audio")}
     return {modality: encoder for modality, encoder in encoders.items() if encoder not in (None, model)}
 
 
 def text_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """What a text token passes through: the decoder, and the head where there is one."""
+    """Returns the modules that a text token passes through: the decoder, and the head if there is one."""
     head = model.get_output_embeddings()
     return [model.get_decoder(), *([] if head is None else [head])]
 
 
 def idle_parameters(model: PreTrainedModel) -> dict[str, int]:
     """
-    Counts what tokens leave unused of a model's experts.
+    Counts the parameters of a model's experts that a token does not use.
 
     Args:
         model (`PreTrainedModel`):
             The model, which may be on the meta device.
 
     Returns:
-        `dict[str, int]`: by modality that the model reads, the number of parameters of the experts that one token
-        leaves unused. Empty where that is not known.
+        `dict[str, int]`: Number of parameters of experts that one token does not use, by modality that the model reads.
+        Empty if it is not known.
     """
     config = our_experts_config(model.config)
     if config is not None:
@@ -105,7 +106,7 @@ def idle_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def describe_size(model: PreTrainedModel) -> str:
-    """The size of a model as a sentence; of models without expert groups only the total."""
+    """Returns the size of a model as a sentence. For models without expert groups, it contains only the total."""
     if our_experts_config(model.config) is None:
         return f"{type(model).__name__} with {model.num_parameters():,} parameters."
     size = model_size(model.config)
@@ -114,7 +115,7 @@ def describe_size(model: PreTrainedModel) -> str:
 
 
 def short(number: int) -> str:
-    """A number with its unit: `12.3 M`."""
+    """Returns a number with its unit, such as `12.3 M`."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
@@ -122,7 +123,7 @@ def short(number: int) -> str:
 
 
 def _idle_parameters(model: PreTrainedModel, experts: list[Any]) -> int | None:
-    """Parameters of some experts modules that one token leaves unused; `None` where that is not known."""
+    """Counts the parameters of experts modules that one token does not use; `None` if it is not known."""
     if not experts:
         return 0
     config = model.config.get_text_config()
@@ -133,7 +134,7 @@ def _idle_parameters(model: PreTrainedModel, experts: list[Any]) -> int | None:
 
 
 def _names_experts(values: Mapping[str, Any]) -> bool:
-    """Whether a configuration says that a model has several experts, by whatever name."""
+    """Returns whether a configuration has a field for a number of experts that is greater than 1."""
     return any(
         _names_experts(value) if isinstance(value, dict) else isinstance(value, int) and value > 1 and "experts" in name
         for name, value in values.items()

@@ -1,4 +1,4 @@
-"""What a model needs on the Hub."""
+"""Publishing models on the Hub."""
 
 from .model_card import write_model_card
 

@@ -1,4 +1,4 @@
-"""What a model card says about a model: read from its configuration, and its usage from the files in its folder."""
+"""Descriptions of models for model cards, made from their configurations."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ OUR_TYPES = {SparseMoeVlmConfig.model_type: IMAGE_TEXT, SparseMoeVlmTextConfig.m
 @dataclass(frozen=True)
 class Description:
     """
-    What a model card says about a model.
+    The parts of a model card that describe a model.
 
     Args:
-        text (`str`): What the model is.
+        text (`str`): Short description of the model.
         facts (`str`): Tables in Markdown of its size and its experts.
         auto_class (`str`): Name of the class of Transformers that loads the model.
         tags (`list[str]`): Tags of the card.
         needs_code (`bool`): Whether the model is loaded with the code in its repository.
-        origin (`str`, *optional*): How the model was made from others, if that is not in the text.
+        origin (`str`, *optional*): How the model was made from others, in addition to the short description.
         variables (`dict[str, Any]`): Further variables for the template.
     """
 
@@ -68,7 +68,7 @@ def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[st
         parents (`Sequence[str]`):
             The models that it was made from. Of a model from parts: the language model, then the vision encoder.
         start (`Mapping[str, Any]`):
-            How its experts started; empty if it was not upcycled. See [`~toolbox.upcycling.upcycle`].
+            The start of its experts, as in `experts_config.start`; empty if the model was not upcycled.
     """
     if config.model_type in OUR_TYPES:
         return _ours(config, parents, start)
@@ -188,7 +188,7 @@ def _parity(start: Mapping[str, Any]) -> str | None:
 
 
 def describe_start(start: Mapping[str, Any]) -> str:
-    """How experts started, in words, without what was measured then."""
+    """Describes the start of experts in words, without the figures that were measured."""
     details = {name: value for name, value in start.items() if name in ("granularity", "drop_ratio", "pool_start")}
     details = {name: value for name, value in details.items() if value != 1} | {
         "router rows": start["router_init"],

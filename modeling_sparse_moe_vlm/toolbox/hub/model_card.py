@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what it was made from and what was measured, and nothing else."""
+"""Model cards, which state what a model is, what it was made from and what was measured."""
 
 from __future__ import annotations
 

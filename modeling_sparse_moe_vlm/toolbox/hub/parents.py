@@ -1,4 +1,4 @@
-"""The models that a model was made from: what its card says about them, and which licence it inherits."""
+"""The models that a model was made from: links to them, and the licence that it inherits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ README = "README.md"
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether a name is that of a model on the Hub, and not a local path."""
+    """Returns whether a name is that of a model on the Hub, and not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -24,7 +24,7 @@ def is_on_hub(name: str) -> bool:
 
 
 def link_to(name: str) -> str:
-    """A model's name in Markdown, with a link if it is on the Hub."""
+    """Returns the name of a model in Markdown, with a link if it is on the Hub."""
     return f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{name}`"
 
 
@@ -37,8 +37,8 @@ def inherited_metadata(parents: Sequence[str]) -> dict[str, Any]:
             Names on the Hub, or local folders.
 
     Returns:
-        `dict[str, Any]`: `license`, and `license_name` and `license_link` where the parents' cards have them. Empty if
-        a parent has no card, if its card names no licence or if the parents' licences differ.
+        `dict[str, Any]`: `license`, and `license_name` and `license_link` if the parents' cards have them. Empty if a
+        parent has no card, if its card names no licence, or if the parents' licences differ.
     """
     found = [_licence_of(parent) for parent in parents]
     return found[0] if found and all(licence == found[0] for licence in found) else {}
@@ -57,7 +57,7 @@ def _licence_of(name: str) -> dict[str, Any]:
 
 
 def _card_of(name: str) -> ModelCard | None:
-    """The model card of a folder or of a repository; `None` if there is none, or if it cannot be read."""
+    """Loads the model card of a folder or a repository; `None` if there is none, or if it cannot be read."""
     if not (os.path.isdir(name) or is_on_hub(name)):
         return None
     try:
@@ -74,6 +74,6 @@ def _card_of(name: str) -> ModelCard | None:
 
 
 def _in_cache(name: str) -> str | None:
-    """The model card in the cache, so that the Hub is not asked again."""
+    """Returns the path of a model card in the cache, if it was downloaded before."""
     found = None if os.path.isdir(name) else try_to_load_from_cache(name, README)
     return found if isinstance(found, str) else None

@@ -149,7 +149,7 @@ def read_decoder(model: PreTrainedModel) -> DecoderLayout:
     blocks = find_blocks(model)
     place = decoder_layers(model)
     if len(blocks.blocks) < len(place.layers):
-        raise UpcyclingError(f"{name} has layers without a feed-forward block, and our decoder none.")
+        raise UpcyclingError(f"{name} has layers without a feed-forward block, which our decoder does not support.")
     decoder = model.get_submodule(place.decoder) if place.decoder else model
     traces, (norm_name, norm_module) = trace_decoder(model, decoder, list(place.layers))
     _check_rest(model, [norm_module, *(part for trace in traces for part in trace.read)])
@@ -158,18 +158,18 @@ def read_decoder(model: PreTrainedModel) -> DecoderLayout:
     norms = [final_norm, *(norm for layer in layers for norm in layer.norms.values())]
     epsilons = sorted({norm.eps for norm in norms})
     if len(epsilons) > 1:
-        raise UpcyclingError(f"the norms of {name} have the epsilons {epsilons}, and our decoder has one for all.")
+        raise UpcyclingError(f"the norms of {name} have the epsilons {epsilons}, but our decoder has a single one.")
     around = [final_norm, *(norm for layer in layers for part, norm in layer.norms.items() if "attn." not in part)]
     is_centred = final_norm.is_centred
     if any(norm.is_centred != is_centred for norm in around) or any(
         norm.is_centred for norm in norms if not any(norm is other for other in around)
     ):
-        raise UpcyclingError(f"{name} has LayerNorms beside RMS norms, and our decoder has RMS norms.")
+        raise UpcyclingError(f"{name} has LayerNorms beside RMS norms, but our decoder has only RMS norms.")
     for number, layer in enumerate(layers):
         if layer.fields != layers[0].fields:
             raise UpcyclingError(
-                f"attention in layer {number} of {name} has {layer.fields}, and in layer 0 {layers[0].fields}: our "
-                "decoder has the same in all layers."
+                f"attention in layer {number} of {name} has {layer.fields}, and in layer 0 {layers[0].fields}: in our "
+                "decoder, attention is the same in all layers."
             )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head.weight is embedding.weight
@@ -203,12 +203,12 @@ def _check_model(model: PreTrainedModel) -> PreTrainedConfig:
     name = type(model).__name__
     config = text_config_of(model)
     if config is not model.config:
-        raise UpcyclingError(f"{name} reads more than text: upcycle it as it is, with `upcycle`.")
+        raise UpcyclingError(f"{name} reads more than text: upcycle the whole model, with `upcycle`.")
     head = model.get_output_embeddings()
     if head is None:
         raise UpcyclingError(f"{name} has no language head: load it with `AutoModelForCausalLM`.")
     if getattr(head, "bias", None) is not None:
-        raise UpcyclingError(f"the language head of {name} has a bias, and that of our decoder none.")
+        raise UpcyclingError(f"the language head of {name} has a bias, but that of our decoder has none.")
     if model.device.type == "meta":
         raise UpcyclingError(f"{name} is on the meta device, without weights: load it first.")
     kinds = getattr(config, "layer_types", None)

@@ -144,8 +144,8 @@ def _compare(
         if not differences[worst] <= bound:
             raise UpcyclingError(
                 f"our decoder with the weights of {name} computes something else {place}, for tokens of "
-                f"{modalities[worst]!r}: the relative difference is {differences[worst]:.1e}, and at most {bound:.1e} "
-                "is rounding. `upcycle` keeps the model's own decoder."
+                f"{modalities[worst]!r}: the relative difference is {differences[worst]:.1e}, but rounding explains at "
+                f"most {bound:.1e}. `upcycle` keeps the model's own decoder."
             )
     return bound
 

@@ -219,7 +219,7 @@ def _check_names(fields: Mapping[str, Any], has_images: bool) -> None:
         if name in _names(SparseMoeVlmTextConfig):
             raise UpcyclingError(f"`{name}` follows from the language model: leave it out.")
         if name in _MODEL_FIELDS:
-            raise UpcyclingError(f"`{name}` is for images: give a vision encoder, too, or leave it out.")
+            raise UpcyclingError(f"`{name}` is for images: give a vision encoder as well, or leave it out.")
         close = difflib.get_close_matches(name, known, n=1)
         raise UpcyclingError(
             f"`{name}` is not a field of the configuration" + (f": did you mean `{close[0]}`?" if close else ".")
@@ -244,12 +244,10 @@ def _widths(layout: DecoderLayout, layers: Collection[int] | None) -> dict[int, 
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase | None, image_token: str, given: Mapping[str, Any]) -> int:
     if tokenizer is None:
-        raise UpcyclingError(
-            "images need a token that stands for them in texts: give `tokenizer`, or `image_token_id`."
-        )
+        raise UpcyclingError("images need a placeholder token: give `tokenizer`, or `image_token_id`.")
     if "image_token_id" in given:
         raise UpcyclingError(
-            "`tokenizer` and `image_token_id` both say which token stands for images: give one of them."
+            "`tokenizer` and `image_token_id` both say which token is the placeholder for images: give one."
         )
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)

@@ -94,7 +94,8 @@ def trace_decoder(
     outer = [(names[module], module) for module in after if module in names and not isinstance(module, _IDLE)]
     if len(outer) != 1:
         raise UpcyclingError(
-            f"{type(model).__name__} runs {[name for name, _ in outer]} after its layers, and our decoder one norm."
+            f"{type(model).__name__} runs {[name for name, _ in outer]} after its layers, but our decoder runs "
+            "one norm."
         )
     return traces, outer[0]
 
@@ -114,7 +115,7 @@ def _read_layer(
     if is_norm != [True, False, True, False]:
         raise UpcyclingError(
             f"layer {number} of {type(model).__name__} runs {', '.join(name for name, _ in parts)}, in this order, but "
-            f"a layer of our decoder {_OUR_ORDER}. `upcycle` keeps the model's own decoder."
+            f"a layer of our decoder runs {_OUR_ORDER}. `upcycle` keeps the model's own decoder."
         )
     input_norm, attention, feed_forward_norm, feed_forward = parts
     within = f"{attention[0]}."
@@ -124,7 +125,7 @@ def _read_layer(
     if len(projections) not in (2, 4) or len(others) not in (0, 2):
         raise UpcyclingError(
             f"attention in layer {number} of {type(model).__name__} runs {', '.join(name for name, _ in inside)}, but "
-            "attention in our decoder only projections of queries, keys, values and the output, and norms of "
+            "attention in our decoder runs only projections of queries, keys, values and the output, and norms of "
             "queries and keys. `upcycle` keeps the model's own decoder."
         )
     return LayerTrace(

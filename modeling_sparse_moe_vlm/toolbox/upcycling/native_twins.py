@@ -274,7 +274,7 @@ def _cohere2_moe(layers: SparseLayers, base: PreTrainedConfig) -> dict[str, Any]
         "expert_selection_fn": layers.router,
         "norm_topk_prob": layers.norm_topk_prob,
         "mlp_layer_types": ["dense" if layer in layers.dense else "sparse" for layer in range(layers.num_layers)],
-        # Dense layers would turn queries and keys in full attention, too.
+        # Dense layers would also rotate queries and keys in full attention.
         "prefix_dense_sliding_window_pattern": 4,
         "head_dim": _head_dim(base),
         "rope_theta": base.rope_parameters["rope_theta"],
