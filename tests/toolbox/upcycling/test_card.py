@@ -10,7 +10,7 @@ from modeling_sparse_moe_vlm.toolbox.hub import parents, write_model_card
 from modeling_sparse_moe_vlm.toolbox.upcycling import to_native, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.costs import costs_of, costs_table
 from tests.support.in_tree_models import make_llava
-from tests.support.models import TINY_DECODER
+from tests.support.models import TINY_DECODER, make_config
 from tests.support.processors import make_tokenizer
 from tests.toolbox.upcycling.test_processors import make_llava_processor
 
@@ -146,6 +146,69 @@ def test_usage_with_text(template, line, tmp_path):
     assert lines[3] == f'tokenizer = AutoTokenizer.from_pretrained("{tmp_path.name}")'
     assert lines[4].startswith(line)
     assert lines[-1].startswith("print(tokenizer.decode(output[0, ")
+
+
+# -------------------------------------------------------------------------------------------------- from parts
+
+START = {"name": "split", "granularity": 2, "seed": 3, "router_init": "data"}
+
+
+def test_from_parts_of_the_hub(tmp_path):
+    config = make_config()
+    config.text_config.start = START | {"base_model": "some/llama", "vision_encoder": "some/siglip"}
+    card = write_model_card(tmp_path, config=config, model_name="my-model")
+    assert card.data.base_model == ["some/llama", "some/siglip"]
+    assert (card.data.license, card.data.language) == (None, None)
+    assert card.data.pipeline_tag == "image-text-to-text"
+    lines = card.content.splitlines()
+    assert (
+        "The decoder was made from the language model [some/llama](https://huggingface.co/some/llama) by upcycling: "
+        "its feed-forward blocks became experts. The vision tower is that of "
+        "[some/siglip](https://huggingface.co/some/siglip). The connector between them started at random."
+    ) in lines
+    assert "Start of the experts: split (granularity 2, router rows data, seed 3)." in lines
+    assert "Before any training" not in card.content
+    assert "Nothing was measured" not in card.content
+
+
+def test_a_part_without_a_name(tmp_path):
+    config = make_config()
+    config.text_config.start = START | {"base_model": "", "vision_encoder": "some/siglip"}
+    card = write_model_card(tmp_path, config=config)
+    assert card.data.base_model == "some/siglip"
+    assert "The decoder was made from a dense language model by upcycling" in card.content
+    assert "The vision tower is that of [some/siglip]" in card.content
+
+
+def test_our_language_model(tmp_path):
+    config = make_config().text_config
+    config.start = START | {"base_model": "some/llama"}
+    make_tokenizer().save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, config=config, model_name="my-model")
+    assert card.data.base_model == "some/llama"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["moe", "upcycled", "custom_code"]
+    lines = card.content.splitlines()
+    assert (
+        "A sparse mixture-of-experts language model (`sparse_moe_vlm_text`): a decoder whose feed-forward blocks are "
+        "experts."
+    ) in lines
+    assert f"| active per text token | {config.num_active_parameters('text'):,} |" in lines
+    assert "active per image token" not in card.content
+    assert "vision tower" not in card.content
+    assert usage_of(card)[2:4] == [
+        'model = AutoModelForCausalLM.from_pretrained("my-model", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("my-model")',
+    ]
+
+
+def test_our_model_that_was_trained_on(tmp_path):
+    """It is not from scratch, so what is known of the built-in data and the licence of this package does not hold."""
+    card = write_model_card(tmp_path, config=make_config(), base_model=write_parent(tmp_path / "a", license="mit"))
+    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", None, None)
+    assert card.data.tags == ["moe", "vision-language", "custom_code"]
+    card = write_model_card(tmp_path, config=make_config())
+    assert (card.data.license, card.data.language) == ("apache-2.0", "en")
 
 
 # ------------------------------------------------------------------------------------- classes of Transformers
