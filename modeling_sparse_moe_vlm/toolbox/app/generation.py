@@ -113,7 +113,7 @@ def generate_recorded(
 def _new_tokens(output: Any, prompt: torch.Tensor) -> torch.Tensor:
     """The new tokens `(T,)` of what `generate` returned: some models return the prompt before them, others do not."""
     tokens, first = getattr(output, "sequences", output)[0], prompt[0]
-    if len(tokens) >= len(first) and torch.equal(tokens[: len(first)], first.to(tokens.device)):
+    if torch.equal(tokens[: len(first)], first.to(tokens.device)):
         tokens = tokens[len(first) :]
     return tokens.cpu()
 

@@ -46,7 +46,7 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
         getattr(config, "auto_map", None) or {}
     )
     auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, dtype="auto", trust_remote_code=trust_remote_code).eval()
+    model = auto_class.from_pretrained(path, trust_remote_code=trust_remote_code).eval()
     read_attention_matrices(model)
     device = torch.accelerator.current_accelerator()
     processor_class = AutoProcessor if reads_images else AutoTokenizer

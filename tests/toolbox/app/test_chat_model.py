@@ -14,6 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.app import ChatModel, Settings
 from modeling_sparse_moe_vlm.toolbox.app.answers import NO_ATTENTION, NO_EXPERTS, NO_IMAGE
 from modeling_sparse_moe_vlm.toolbox.app.loading import read_attention_matrices
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
+from modeling_sparse_moe_vlm.toolbox.expert_lora.adapted_layer import FactoredExpertsLayer
 from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import explain
 from tests.support.in_tree_models import TEXT
 from tests.support.in_tree_moe import randomise
@@ -128,6 +129,17 @@ def test_without_images(chat):
     assert answer.alpha == answer.heat == answer.experts == []
     assert answer.alpha_note == "There is no image in the conversation: all attention is on the text."
     assert answer.heat_note == answer.experts_note == NO_IMAGE
+
+
+def test_a_model_of_another_type(chat):
+    """Pixels have the type of the model."""
+    model = make_chat().model.to(torch.bfloat16)
+    assert ChatModel(model, chat.processor).answer(QUESTION, Settings(max_new_tokens=2)).heat
+
+
+def test_an_answer_has_no_spaces_around_it(chat, monkeypatch):
+    monkeypatch.setattr(chat, "_decode", lambda tokens: " a cat\n")
+    assert chat.answer(QUESTION, Settings(max_new_tokens=1)).text == "a cat"
 
 
 def test_an_empty_answer():
@@ -317,6 +329,7 @@ def test_adapters(saved):
         str(saved / "model"), {"of-experts": str(saved / "experts"), "of-attention": str(saved / "attention")}
     )
     assert chat.adapters == ["none", "of-experts", "of-attention"]
+    assert any(isinstance(module, FactoredExpertsLayer) for module in chat.model.modules()), "they run factored"
     names = ["none", "of-experts", "of-attention", "none", "of-experts"]
     answers = [chat.answer(QUESTION, Settings(name, max_new_tokens=6)) for name in names]
     alphas = [answer.alpha for answer in answers]

@@ -56,6 +56,7 @@ def test_turns_of_bubbles(turns):
     bubbles = to_bubbles(turns)
     assert [turn_of_bubble(turns, index) for index in range(len(bubbles))] == [0, 0, 0, 0, 1, 1, 2, 2]
     assert turn_of_bubble(turns, 99) == 2
+    assert [turn_of_bubble(turns[::-1], index) for index in range(len(bubbles))] == [0, 0, 1, 1, 2, 2, 2, 2]
 
 
 def test_a_bad_image_is_named(tmp_path):

@@ -161,6 +161,7 @@ def test_a_model_that_cannot_be_read_answers_all_the_same():
     ours = generate(model, inputs, STEERED, on_text=pieces.append)
     assert torch.equal(ours.tokens, expected)
     assert ours.alpha == []
+    assert len(ours.recording.attention) == len(ours.tokens), "nothing is left of the pass that failed"
     assert ours.alpha_note.startswith("The attention of this model can be neither read nor steered: layer 1")
     assert "".join(pieces) == TOKENIZER.decode(ours.tokens, skip_special_tokens=True)
 
@@ -230,6 +231,13 @@ def test_the_model_is_as_before():
     assert num_hooks() == before
     assert model.training
     assert not model.lm_head.training
+
+
+def test_a_model_in_training_answers_without_dropout():
+    model, inputs = make_ours(attention_dropout=0.5)
+    expected = generate(model, inputs).alpha
+    model.train()
+    assert generate(model, inputs).alpha == expected
 
 
 def test_matrices_are_not_kept(monkeypatch):
