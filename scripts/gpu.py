@@ -9,6 +9,7 @@ sizes (`--quick`), so that the command itself is tested.
 Results go to `outputs/gpu/<device>-<date>/`: the JSON object and the log of every benchmark, and `table.md` for all of
 them. An interrupted run resumes: steps that have finished do not run again, unless you pass `--again`. If a test or a
 benchmark fails, the others still run, and the exit code is 1. A ratio above its bar is shown, but is not a failure.
+Everything ends within `--minutes`. Run the command again for the steps that are left then.
 
 Benchmarks that train models (`expert_pools`, `upcycling`, `modality_ablation`) compare quality, which does not depend
 on the device, and take long. They always run with `--quick` here. Run their own scripts for the full benchmarks.
@@ -90,10 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in missing_requirements():
         print(f"warning: {problem}")
     failures: dict[str, str] = {}
+    deadline = time.monotonic() + 60 * options.minutes
     try:
         for name in options.only:
             try:
-                run_step(name, folder, options)
+                run_step(name, folder, options, deadline)
             except Failure as failure:
                 failures[name] = str(failure)
                 print(f"{name} FAILED: {failure}", flush=True)
@@ -115,6 +117,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="use small sizes; always set on the CPU")
     parser.add_argument("--again", action="store_true", help="also run steps that have finished before")
     parser.add_argument("--output", type=Path, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of all steps (default: %(default)s)")
     steps = [TESTS, *(benchmark.name for benchmark in BENCHMARKS)]
     parser.add_argument(
         "--only", nargs="+", choices=steps, metavar="STEP", help=f"run only these steps: some of {', '.join(steps)}"
@@ -149,7 +152,7 @@ def missing_requirements() -> list[str]:
     return problems
 
 
-def run_step(name: str, folder: Path, options: argparse.Namespace) -> None:
+def run_step(name: str, folder: Path, options: argparse.Namespace, deadline: float) -> None:
     """Runs the tests or a benchmark, unless it has finished before, and writes its JSON object."""
     benchmark = next((each for each in BENCHMARKS if each.name == name), None)
     command = tests_command(options.device, folder) if benchmark is None else benchmark_command(benchmark, options)
@@ -158,9 +161,11 @@ def run_step(name: str, folder: Path, options: argparse.Namespace) -> None:
         print(f"{name}: finished before", flush=True)
         return
     path.unlink(missing_ok=True)
-    print(f"{name} …", flush=True)
     start = time.monotonic()
-    limit = TESTS_LIMIT if benchmark is None else benchmark.limit
+    limit = min(TESTS_LIMIT if benchmark is None else benchmark.limit, int(deadline - start))
+    if limit <= 0:
+        raise Failure("there was no time left")
+    print(f"{name} …", flush=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if benchmark is not None and harness.is_cuda(options.device):
         environment["CUDA_VISIBLE_DEVICES"] = visible_gpu(options.device)

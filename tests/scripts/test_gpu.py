@@ -99,6 +99,20 @@ def test_what_takes_too_long_is_stopped(gpu, tmp_path, capsys):
     assert "hangs FAILED: it did not end within 1 s" in capsys.readouterr().out
 
 
+def test_all_steps_together_have_a_limit(gpu, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "results"
+    assert _run(gpu, folder, "good") == 0
+    limits = []
+    monkeypatch.setattr(gpu, "run", lambda command, log, environment, limit: limits.append(limit) or json.dumps(GOOD))
+    assert _run(gpu, folder, "good", "slow_bar", "bad", options=["--minutes", "0.25"]) == 0
+    assert limits == [14, 14], "what has finished takes no time, and 15 s are less than the benchmarks' own limits"
+    assert _run(gpu, folder, "good", "silent", options=["--minutes", "0"]) == 1
+    assert len(limits) == 2
+    assert "silent FAILED: there was no time left" in capsys.readouterr().out
+    assert _run(gpu, folder, "silent") == 0
+    assert limits[2] == 30, "its own limit"
+
+
 def test_an_interruption_leaves_the_table_and_no_process(gpu, tmp_path, monkeypatch):
     folder = tmp_path / "results"
     pid = tmp_path / "pid"
