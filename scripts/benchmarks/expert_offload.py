@@ -128,10 +128,12 @@ def make_models(folder: str, size: Size, device: str, dtype: torch.dtype, place:
     # Both ways of offloading read experts that are stored as stacks directly from the files.
     model.save_pretrained(folder, save_original_format=False)
     os.sync()  # otherwise, the system would still write during the measurement
-    places = {"lm_head": device} | {f"model.{name}": device for name in ("embed_tokens", "norm", "rotary_emb")}
+    main = torch.empty(0, device=device).device
+    execution = "cpu" if main.type == "cpu" else main.index  # Accelerate names GPUs by number
+    places = {"lm_head": execution} | {f"model.{name}": execution for name in ("embed_tokens", "norm", "rotary_emb")}
     for layer in range(size.layers):
         for name in ("self_attn", "mlp.gate", "input_layernorm", "post_attention_layernorm"):
-            places[f"model.layers.{layer}.{name}"] = device
+            places[f"model.layers.{layer}.{name}"] = execution
         places[f"model.layers.{layer}.mlp.experts"] = place
     offloaded = [Qwen3MoeForCausalLM.from_pretrained(folder, dtype=dtype, device_map=places) for _ in range(2)]
     return [model.to(device), *offloaded]

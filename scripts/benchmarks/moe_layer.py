@@ -140,11 +140,15 @@ def output_of(block: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def check_equal(joint: nn.Module, peer: nn.Module, hidden_states: torch.Tensor) -> None:
-    """Checks that the joint arrangement has the outputs of the peer with the same weights."""
+    """
+    Checks that the joint arrangement has the outputs of the peer with the same weights. In bfloat16, router logits are
+    often equal, and both choices are right: three quarters of the tokens must agree.
+    """
     ours, theirs = (output_of(block, hidden_states).float() for block in (joint, peer))
-    difference = ((ours - theirs).norm() / theirs.norm()).item()
-    if not difference < (1e-5 if hidden_states.dtype == torch.float32 else 2e-2):
-        raise AssertionError(f"outputs differ by {difference:.1e} (relative): the comparison would be unfair.")
+    differences = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).flatten()
+    tolerance, share = (1e-5, 1.0) if hidden_states.dtype == torch.float32 else (2e-2, 0.75)
+    if not differences.quantile(share) < tolerance:
+        raise AssertionError(f"outputs differ by up to {differences.max():.1e}: the comparison would be unfair.")
 
 
 def is_usable(name: str, peer: nn.Module, hidden_states: torch.Tensor) -> bool:

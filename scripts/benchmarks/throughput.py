@@ -54,8 +54,9 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     size = QUICK if arguments.quick else Size()
     dtype = torch.bfloat16 if is_cuda(arguments.device) else torch.float32
-    models = {name: model.to(arguments.device, dtype).eval() for name, model in build(size).items()}
-    check_equal(models["joint"], models[PEER], arguments.device)
+    models = {name: model.to(arguments.device).eval() for name, model in build(size).items()}
+    check_equal(models["joint"], models[PEER], arguments.device)  # in float32: rounding can change a token's experts
+    models = {name: model.to(dtype) for name, model in models.items()}
 
     prompt, train_batch = size.prompt, size.train_batch
     rows: list[Row] = []
@@ -122,8 +123,7 @@ def inputs(model: torch.nn.Module, batch_size: int, length: int, device: str) ->
 def check_equal(joint: torch.nn.Module, peer: torch.nn.Module, device: str) -> None:
     """Checks that the joint arrangement has the outputs of the peer with the same weights."""
     ours, theirs = (model(**inputs(model, 2, 32, device)).last_hidden_state.float() for model in (joint, peer))
-    tolerance = 1e-4 if next(peer.parameters()).dtype == torch.float32 else 5e-2
-    if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+    if not torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4):
         raise AssertionError(f"outputs differ by {(ours - theirs).abs().max():.1e}: the comparison would be unfair.")
 
 
