@@ -11,12 +11,14 @@ INSTALLED := $(VENV)/.installed
 # Options of scripts/gpu.py: GPU='--only tests moe_layer', say.
 GPU ?=
 
-.PHONY: demo test check docs gpu install clean
+.PHONY: demo test tests check docs gpu install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py
 
-test: $(INSTALLED) check
+test: check tests
+
+tests: $(INSTALLED)
 	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 check: $(INSTALLED)

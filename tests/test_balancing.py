@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextCon
 from modeling_sparse_moe_vlm.toolbox.routing import GroupRouting, count_batch, routing_statistics, update_router_bias
 from tests.support.models import TEXT_CONFIG
 
+pytestmark = pytest.mark.newest
+
 STEPS = 100
 FIRST_IMAGE_TOKEN = 50
 METHODS = {

@@ -17,6 +17,8 @@ from tests.support import stand_ins
 from tests.support.pages import RUN, blocks_of, run_page
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.newest
+
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 WITH_BLOCKS = [page for page in PAGES if any(block.reason is None for block in blocks_of(page.read_text()))]

@@ -12,6 +12,8 @@ import yaml
 
 import modeling_sparse_moe_vlm
 
+pytestmark = pytest.mark.newest
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))

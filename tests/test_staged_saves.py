@@ -18,6 +18,8 @@ from modeling_sparse_moe_vlm.toolbox.training.processes import save_and_part
 from tests.support.models import make_config, make_model
 from tests.support.processors import make_processor
 
+pytestmark = pytest.mark.newest
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="counts the system calls of Linux")
 
 

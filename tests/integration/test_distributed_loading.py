@@ -100,7 +100,9 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("world_size", SIZES)
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(size, marks=[pytest.mark.newest] if size > 2 else []) for size in SIZES]
+)
 def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size):
     for name, fields in MODELS.items():
         model = make_model(
