@@ -179,7 +179,9 @@ def test_trainer_steps_in_bfloat16(tmp_path, device):
             "learning_rate": 1e-2,
             "lr_scheduler_type": "constant",
         }
-        trainer = Trainer(model, TrainingArguments(**options), train_dataset=make_rows(), data_collator=collate)
+        arguments = TrainingArguments(**options)
+        arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs would split the batch
+        trainer = Trainer(model, arguments, train_dataset=make_rows(), data_collator=collate)
         trainer.train()
         assert next(trainer.model.parameters()).device.type == ("cpu" if use_cpu else device.type)
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
