@@ -19,12 +19,12 @@ from modeling_sparse_moe_vlm.visible_keys import visible_counts
 B, H, H_KV, D, M = 2, 4, 2, 16, 3
 SCALING = 0.3
 LAYOUTS = {
-    "text, picture, text": [0] * 7 + [1] * 12 + [0] * 5,
-    "picture first": [1] * 9 + [0] * 6,
-    "picture last": [0] * 4 + [1] * 11,
+    "text, image, text": [0] * 7 + [1] * 12 + [0] * 5,
+    "image first": [1] * 9 + [0] * 6,
+    "image last": [0] * 4 + [1] * 11,
     "three modalities": [0] * 5 + [2] * 4 + [1] * 6 + [2] * 3 + [0] * 7,
     "text alone": [0] * 13,
-    "picture alone": [1] * 8,
+    "image alone": [1] * 8,
     "single tokens": [0, 1, 0, 2, 1, 0],
 }
 FORMS = ["runs", "eager", "sdpa"]
@@ -217,7 +217,7 @@ def test_guidance_of_a_row_that_does_not_see_both_is_the_plain_output(hidden):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_stays_within_its_precision(form):
-    ids = torch.tensor([LAYOUTS["text, picture, text"]] * B)
+    ids = torch.tensor([LAYOUTS["text, image, text"]] * B)
     query, key, value, log_priors = (tensor.detach() for tensor in make_tensors(ids.shape[1]))
     low = [tensor.bfloat16() for tensor in (query, key, value)]
     output, weights = attend(form, ids, *low, log_priors)

@@ -188,7 +188,7 @@ def test_plans_spread_shards_by_load():
 
 
 def test_plans_are_even_in_bytes_and_in_the_load_of_every_modality():
-    """Experts that differ a hundredfold, and not the same ones for texts and pictures; twice as many shards as
+    """Experts that differ a hundredfold, and not the same ones for texts and images; twice as many shards as
     devices, which the order of the shards alone would spread unevenly."""
     config = make_config(num_experts=32, num_hidden_layers=24, moe_intermediate_size=512)
     config.num_expert_shards = 16

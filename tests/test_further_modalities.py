@@ -66,7 +66,7 @@ def model():
 
 @pytest.fixture
 def inputs():
-    """Two rows with a picture and three pieces of readings each."""
+    """Two rows with an image and three pieces of readings each."""
     inputs = make_inputs()
     inputs["input_ids"] = inputs["input_ids"].clamp(max=SENSOR_TOKEN_ID - 1)
     inputs["input_ids"][:, 8:11] = SENSOR_TOKEN_ID

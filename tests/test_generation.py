@@ -56,7 +56,7 @@ def new_tokens(model, inputs, **kwargs) -> torch.Tensor:
 
 
 def test_greedy_equals_uncached_forward_passes(model):
-    """Rows with and without pictures, padded left; also with text alone, and with modality ids derived."""
+    """Rows with and without images, padded left; also with text alone, and with modality ids derived."""
     inputs = make_mixed_inputs()
     expected = greedy_reference(model, inputs)
     assert len(expected.unique(dim=0)) > 1
@@ -91,8 +91,8 @@ def test_cached_logits_equal_full_logits_step_by_step(model):
             torch.testing.assert_close(torch.cat(logits, dim=1), full, atol=2e-5, rtol=1e-4)
 
 
-def test_prompt_cut_inside_and_after_pictures(plain_model):
-    """The cache may end anywhere: before, inside or after the second picture."""
+def test_prompt_cut_inside_and_after_images(plain_model):
+    """The cache may end anywhere: before, inside or after the second image."""
     inputs = make_inputs(images_per_row=2)
     with torch.no_grad():
         full = plain_model(**inputs).logits
@@ -121,7 +121,7 @@ def test_embeddings_as_prompt(model):
     assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), greedy_reference(model, text))
 
 
-def test_encoded_pictures_as_prompt(plain_model):
+def test_encoded_images_as_prompt(plain_model):
     inputs = make_mixed_inputs()
     expected = greedy_reference(plain_model, inputs)
     given = {key: value for key, value in inputs.items() if key != "pixel_values"}
@@ -160,11 +160,11 @@ def test_beam_search(model):
         assert torch.equal(cached.sequences[2 * row : 2 * row + 2, -NEW:], expected)
 
 
-@pytest.mark.parametrize("pictures_last", [False, True])
-def test_assisted_decoding(model, pictures_last):
-    """Also where the prompt ends with a picture, whose tokens' modality must not pass on to the candidates."""
+@pytest.mark.parametrize("images_last", [False, True])
+def test_assisted_decoding(model, images_last):
+    """Also where the prompt ends with an image, whose tokens' modality must not pass on to the candidates."""
     inputs = split_rows(make_mixed_inputs())[2]
-    if pictures_last:
+    if images_last:
         inputs = {key: value[:, :10] if key != "pixel_values" else value for key, value in inputs.items()}
         assert inputs["mm_token_type_ids"][0, -4:].all()
     expected = greedy_reference(model, inputs)
@@ -257,15 +257,15 @@ def test_continuing_from_a_returned_cache(model):
         assert torch.equal(second[:, -2 * NEW :], expected)
 
 
-def test_second_picture_in_a_second_turn(model):
-    """A conversation goes on with a new picture, from the cache of its first turn."""
+def test_second_image_in_a_second_turn(model):
+    """A conversation goes on with a new image, from the cache of its first turn."""
     inputs = make_inputs(images_per_row=1)
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     turn = make_inputs(seed=4, images_per_row=1)
     whole = torch.cat([first.sequences, turn["input_ids"]], dim=1)
-    pictures = torch.stack([inputs["pixel_values"], turn["pixel_values"]], dim=1).flatten(0, 1)
+    images = torch.stack([inputs["pixel_values"], turn["pixel_values"]], dim=1).flatten(0, 1)
     given = {"input_ids": whole, "attention_mask": torch.ones_like(whole)}
-    fresh = model.generate(**given, pixel_values=pictures, **GREEDY)
+    fresh = model.generate(**given, pixel_values=images, **GREEDY)
     assert (whole == IMAGE_TOKEN_ID).sum() == 16
     continued = model.generate(
         **given,

@@ -15,7 +15,7 @@ from transformers import image_utils
 
 from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.image_reading import read_images
-from tests.support.processors import make_picture, make_processor, user
+from tests.support.processors import make_image, make_processor, user
 
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 COLOURS = np.random.RandomState(0).randint(0, 256, (6, 7, 3), dtype=np.uint8)
@@ -58,7 +58,7 @@ def turned(orientation: int) -> tuple[bytes, np.ndarray]:
 
 
 def test_an_rgb_image_is_left_as_it_is(processor):
-    image = make_picture()
+    image = make_image()
     assert read_images(image)[0] is image
     expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
     array = np.asarray(image)
@@ -356,11 +356,11 @@ def test_the_order_of_the_channels_is_passed_on(processor):
 
 
 def test_batches_of_images_in_one_array(processor):
-    pictures = [make_picture(i) for i in range(3)]
-    batch = np.stack(pictures)
-    expected = processor(text="<image>" * 3, images=pictures, return_tensors="pt")["pixel_values"]
-    for images in (batch, [batch], [batch[:2], batch[2]], [[batch]], torch.from_numpy(batch).permute(0, 3, 1, 2)):
-        assert torch.equal(processor(text="<image>" * 3, images=images, return_tensors="pt")["pixel_values"], expected)
+    images = [make_image(i) for i in range(3)]
+    batch = np.stack(images)
+    expected = processor(text="<image>" * 3, images=images, return_tensors="pt")["pixel_values"]
+    for given in (batch, [batch], [batch[:2], batch[2]], [[batch]], torch.from_numpy(batch).permute(0, 3, 1, 2)):
+        assert torch.equal(processor(text="<image>" * 3, images=given, return_tensors="pt")["pixel_values"], expected)
     # One range for all: an image whose values are at most 1 is black here, not white.
     dark = np.concatenate([batch, np.ones_like(batch[:1])]).astype(np.float32)
     assert (np.asarray(read_images(dark)[3]) == 1).all()
@@ -407,19 +407,19 @@ def test_batches_of_images_in_one_array(processor):
 )
 def test_what_is_not_an_image_is_named(processor, image, message):
     with pytest.raises(ValueError, match=rf"^images\[1\]\[2\] .*{message}"):
-        processor(text=["a", "<image>" * 3], images=[[], [COLOURS, make_picture(), image]])
+        processor(text=["a", "<image>" * 3], images=[[], [COLOURS, make_image(), image]])
     if not isinstance(image, list):
         with pytest.raises(ValueError, match=rf"^images .*{message}"):
             processor(text="<image>", images=image)
         with pytest.raises(ValueError, match=rf"^images\[1\] .*{message}"):
-            processor(text="<image><image>", images=[make_picture(), image])
+            processor(text="<image><image>", images=[make_image(), image])
 
 
 @pytest.mark.parametrize("case", ["truncated", "text", "empty", "missing", "directory", "nonsense", "base64"])
 def test_unreadable_images(processor, tmp_path, case):
     path = tmp_path / "image.png"
     if case == "truncated":
-        make_picture(width=200, height=200).save(path)
+        make_image(width=200, height=200).save(path)
         path.write_bytes(path.read_bytes()[:2000])
     elif case == "text":
         path.write_text("this is not an image")
@@ -428,7 +428,7 @@ def test_unreadable_images(processor, tmp_path, case):
     elif case == "directory":
         path.mkdir()
     source = {"nonsense": "no image", "base64": base64.b64encode(b"no image" * 999).decode()}.get(case, str(path))
-    good = make_picture()
+    good = make_image()
     with pytest.raises(ValueError, match=r"^images\[1\] cannot be read as an image: ") as error:
         processor(text="<image><image>", images=[good, source])
     assert len(str(error.value)) < 300
@@ -498,8 +498,8 @@ def test_the_first_frame_of_an_animation_is_read_with_a_warning(warnings_of_the_
 
 
 def test_still_images_and_photos_of_phones_give_no_warning(warnings_of_the_reader, tmp_path):
-    image = make_picture()
-    image.save(tmp_path / "photo", "MPO", save_all=True, append_images=[make_picture(1)])
+    image = make_image()
+    image.save(tmp_path / "photo", "MPO", save_all=True, append_images=[make_image(1)])
     assert Image.open(tmp_path / "photo").n_frames == 2
     read(tmp_path / "photo")
     read(as_file(image, "GIF"))
@@ -511,7 +511,7 @@ def test_still_images_and_photos_of_phones_give_no_warning(warnings_of_the_reade
 
 
 def test_none_is_no_image(processor):
-    a, b = make_picture(0), make_picture(1)
+    a, b = make_image(0), make_image(1)
     texts = ["<image>", "none", "<image>!"]
     expected = processor(text=texts, images=[a, b], padding=True, return_tensors="pt")
     for images in ([a, None, b], [[a], None, [b]], [[a], [None], b], [[None, a], [], [b, None]]):
@@ -534,8 +534,8 @@ def test_none_is_no_image(processor):
     ],
 )
 def test_rows_with_none_that_do_not_fit(processor, texts, images, message):
-    images = [[make_picture() if x else x for x in row] if isinstance(row, list) else row for row in images]
-    images = [make_picture() if row == 1 else row for row in images]
+    images = [[make_image() if x else x for x in row] if isinstance(row, list) else row for row in images]
+    images = [make_image() if row == 1 else row for row in images]
     with pytest.raises(ValueError, match=message):
         processor(text=texts, images=images)
 
@@ -544,7 +544,7 @@ def test_none_needs_texts(processor):
     with pytest.raises(
         ValueError, match="`images` contains None, which stands for a text without images, but there is no `text`"
     ):
-        processor(images=[make_picture(), None])
+        processor(images=[make_image(), None])
 
 
 def test_what_the_reader_takes_from_transformers():

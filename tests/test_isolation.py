@@ -13,7 +13,7 @@ from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_config, make_inputs, make_model
 
-# Groups for text, for pictures and always-on ones, some of them in one layer alone.
+# Groups for text, for images and always-on ones, some of them in one layer alone.
 OWN_GROUPS = [
     {"name": "words", "num_experts": 3, "modalities": ["text"]},
     {"name": "pixels", "num_experts": 4, "modalities": ["image"]},
@@ -37,7 +37,7 @@ def read(model, images_per_row: int) -> torch.Tensor:
     return model.eval()(**make_inputs(seed=9, images_per_row=images_per_row)).logits
 
 
-def train_on_pictures(model, optimizer_class=torch.optim.AdamW, steps: int = 5) -> None:
+def train_on_images(model, optimizer_class=torch.optim.AdamW, steps: int = 5) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trainable, lr=0.02, weight_decay=0.1)
     model.train()
@@ -53,23 +53,23 @@ def train_on_pictures(model, optimizer_class=torch.optim.AdamW, steps: int = 5) 
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_is_bit_identical_after_training_on_pictures(kind, optimizer_class):
+def test_text_is_bit_identical_after_training_on_images(kind, optimizer_class):
     model = make_model(**KINDS[kind], **BALANCING)
     for bias in router_biases(model) or []:
         bias.normal_(std=0.1)
-    text, pictures = read(model, 0), read(model, 1)
+    text, images = read(model, 0), read(model, 1)
     handle = freeze_text(model)
-    train_on_pictures(model, optimizer_class)
+    train_on_images(model, optimizer_class)
     handle.remove()
     assert torch.equal(read(model, 0), text)
-    assert (read(model, 1) - pictures).abs().max() > 1e-2, "and pictures are read otherwise"
+    assert (read(model, 1) - images).abs().max() > 1e-2, "and images are read otherwise"
 
 
-def test_everything_of_the_pictures_learns():
+def test_everything_of_the_images_learns():
     model = make_model(**KINDS["own groups"], **BALANCING)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     handle = freeze_text(model)
-    train_on_pictures(model)
+    train_on_images(model)
     handle.remove()
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     expected = {
@@ -82,7 +82,7 @@ def test_everything_of_the_pictures_learns():
         rows = (
             layer.mlp.gate.weight != before[f"model.language_model.layers.{layer.self_attn.layer_idx}.mlp.gate.weight"]
         )
-        assert rows.any(dim=1).tolist() == [False] * 3 + [True] * 4, "of the router the rows of picture experts"
+        assert rows.any(dim=1).tolist() == [False] * 3 + [True] * 4, "of the router the rows of image experts"
 
 
 @pytest.mark.parametrize("forgotten", ["nothing", "the routers", "the rest"])
@@ -95,7 +95,7 @@ def test_text_would_move_without(forgotten):
         handle.remove()
     elif forgotten == "the rest":
         model.requires_grad_(True)
-    train_on_pictures(model)
+    train_on_images(model)
     handle.remove()
     assert torch.equal(read(model, 0), text) == (forgotten == "nothing")
 
@@ -163,14 +163,14 @@ def test_groups_that_others_share_among_themselves_are_no_obstacle():
 # ---------------------------------------------------------------- memory
 
 
-def picture_modules(model) -> list[str]:
+def image_modules(model) -> list[str]:
     """Names of everything that text does not need."""
     ends = (".experts.image", "shared_experts.image", "vision_tower", "multi_modal_projector")
     return [name for name, _ in model.named_modules() if name.endswith(ends)]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
-def test_text_needs_no_picture_expert_in_memory(implementation):
+def test_text_needs_no_image_expert_in_memory(implementation):
     """On the meta device they have no weights at all; the forward pass and `generate` do without."""
     model = make_model(expert_groups="isolated")
     model.set_experts_implementation(implementation)
@@ -178,7 +178,7 @@ def test_text_needs_no_picture_expert_in_memory(implementation):
     with torch.no_grad():
         expected = model(**inputs).logits
         generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    names = picture_modules(model)
+    names = image_modules(model)
     assert len(names) == 4
     for name in names:
         model.get_submodule(name).to("meta")
@@ -190,10 +190,10 @@ def test_text_needs_no_picture_expert_in_memory(implementation):
             model(**make_inputs())
 
 
-def test_text_reads_no_picture_expert_from_the_disk(tmp_path):
-    """With the group of the pictures offloaded by Accelerate, text is read though the files are gone."""
+def test_text_reads_no_image_expert_from_the_disk(tmp_path):
+    """With the group of the images offloaded by Accelerate, text is read though the files are gone."""
     model = make_model(expert_groups="isolated")
-    text, pictures = read(model, 0), read(model, 1)
+    text, images = read(model, 0), read(model, 1)
     model.save_pretrained(tmp_path / "model")
     places = {
         name: "disk" if name.endswith(".experts.image") else "cpu"
@@ -207,7 +207,7 @@ def test_text_reads_no_picture_expert_from_the_disk(tmp_path):
     assert len(experts) == 2
     assert all(parameter.is_meta for module in experts for parameter in module.parameters())
     assert torch.equal(read(offloaded, 0), text)
-    assert torch.equal(read(offloaded, 1), pictures)
+    assert torch.equal(read(offloaded, 1), images)
 
     for folder in ("model", "offloaded"):
         shutil.rmtree(tmp_path / folder, ignore_errors=True)
@@ -217,7 +217,7 @@ def test_text_reads_no_picture_expert_from_the_disk(tmp_path):
 
 
 def test_the_arrangement_is_what_isolates():
-    """With a joint group there is nothing to leave out: no module belongs to the pictures but their tower."""
-    names = picture_modules(make_model(expert_groups="joint"))
+    """With a joint group there is nothing to leave out: no module belongs to the images but their tower."""
+    names = image_modules(make_model(expert_groups="joint"))
     assert [name.rpartition(".")[2] for name in names] == ["vision_tower", "multi_modal_projector"]
     assert make_config(expert_groups="isolated").text_config.routed_group_names == ["text", "image"]

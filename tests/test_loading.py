@@ -35,7 +35,7 @@ from modeling_sparse_moe_vlm import (
     SparseMoeVlmTextModel,
 )
 from tests.support.models import TEXT_CONFIG, make_config, make_inputs, make_model
-from tests.support.processors import make_picture, make_processor, make_speaking_model
+from tests.support.processors import make_image, make_processor, make_speaking_model
 from tests.test_code_revisions import OF_THE_PROCESSOR, OF_UPCYCLED
 from tests.test_modeling import TOWERS
 
@@ -464,9 +464,9 @@ def remote_folder(request, tmp_path) -> Path:
     shutil.rmtree(saved)
     (tmp_path / "elsewhere" / "model").rename(tmp_path / "model")
 
-    make_picture().save(tmp_path / "picture.png")
-    picture = {"type": "image", "url": str(tmp_path / "picture.png")}
-    messages = [{"role": "user", "content": [picture, {"type": "text", "text": "What is <image> here?"}]}]
+    make_image().save(tmp_path / "image.png")
+    image = {"type": "image", "url": str(tmp_path / "image.png")}
+    messages = [{"role": "user", "content": [image, {"type": "text", "text": "What is <image> here?"}]}]
     (tmp_path / "messages.json").write_text(json.dumps(messages))
     inputs = processor.apply_chat_template(messages, **CHAT)
     save_file(dict(inputs), tmp_path / "inputs.safetensors")

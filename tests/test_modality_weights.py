@@ -394,8 +394,8 @@ def test_a_batch_of_text_keeps_the_priors_in_the_graph():
 
 def test_priors_learn_where_to_look():
     """
-    A task that only attention to the picture solves, with everything frozen but the priors: the answer is a class that
-    the picture's colour gives away. Queries and keys are silenced, so that priors alone decide how a head looks.
+    A task that only attention to the image solves, with everything frozen but the priors: the answer is a class that
+    the image's colour gives away. Queries and keys are silenced, so that priors alone decide how a head looks.
     """
     model = make_model(learned_modality_priors=True, num_hidden_layers=1)
     model.requires_grad_(False)
@@ -403,7 +403,7 @@ def test_priors_learn_where_to_look():
     attention.q_norm.weight.zero_()
     attention.modality_log_priors.requires_grad_(True)
     inputs = make_inputs()
-    with torch.no_grad():  # the teacher looks at pictures alone
+    with torch.no_grad():  # the teacher looks at images alone
         target = model(**inputs, modality_priors={"image": 1e4}).logits[:, -1].softmax(dim=-1)
     optimizer = torch.optim.Adam([attention.modality_log_priors], lr=0.2)
     losses = []
@@ -415,7 +415,7 @@ def test_priors_learn_where_to_look():
         losses.append(loss.item())
     ratio = attention.modality_log_priors[:, 1] - attention.modality_log_priors[:, 0]
     assert losses[-1] < losses[0]
-    assert ratio.detach().mean() > 1.0, "the picture's prior has grown"
+    assert ratio.detach().mean() > 1.0, "the image's prior has grown"
 
 
 @pytest.mark.parametrize("use_reentrant", [False])

@@ -51,15 +51,15 @@ def make_text_model(**text_config) -> SparseMoeVlmForCausalLM:
 
 
 def make_mixed_inputs() -> dict[str, torch.Tensor]:
-    """Four rows of unequal length, padded left: one picture, none, two pictures, none."""
+    """Four rows of unequal length, padded left: one image, none, two images, none."""
     generator = torch.Generator().manual_seed(1)
-    lengths, pictures = [9, 6, 14, 12], [1, 0, 2, 0]
+    lengths, images = [9, 6, 14, 12], [1, 0, 2, 0]
     input_ids = torch.zeros(4, 14, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    for row, (length, number) in enumerate(zip(lengths, pictures, strict=True)):
+    for row, (length, number) in enumerate(zip(lengths, images, strict=True)):
         tokens = torch.randint(4, 99, (length,), generator=generator)
-        for picture in range(number):
-            tokens[1 + 5 * picture : 5 + 5 * picture] = IMAGE_TOKEN_ID
+        for image in range(number):
+            tokens[1 + 5 * image : 5 + 5 * image] = IMAGE_TOKEN_ID
         input_ids[row, -length:], attention_mask[row, -length:] = tokens, 1
     return {
         "input_ids": input_ids,
@@ -110,7 +110,7 @@ def assert_rows_close(actual, expected, **tolerance):
 # ------------------------------------------------------------------------------------------------ guards
 
 
-def test_experts_and_pictures_matter(arrangement):
+def test_experts_and_images_matter(arrangement):
     """Else the comparisons below could not fail."""
     model, inputs = make_model(expert_groups=arrangement), make_inputs()
     with torch.no_grad():
@@ -222,8 +222,8 @@ def test_router_losses_know_derived_modalities(arrangement, form):
         torch.testing.assert_close(actual[key], expected[key])
 
 
-def test_pictures_go_where_their_tokens_are(arrangement):
-    """Exchanging two pictures of one prompt, or pictures of two prompts, is not the same as leaving them."""
+def test_images_go_where_their_tokens_are(arrangement):
+    """Exchanging two images of one prompt, or images of two prompts, is not the same as leaving them."""
     model, inputs = make_model(expert_groups=arrangement), make_inputs(images_per_row=2)
     logits = real_logits(model, inputs)
     for order in ([1, 0, 2, 3], [0, 1, 3, 2], [2, 1, 0, 3]):
@@ -231,7 +231,7 @@ def test_pictures_go_where_their_tokens_are(arrangement):
         for row in range(2):
             moved = order[2 * row : 2 * row + 2] != [2 * row, 2 * row + 1]
             assert ((logits[row] - other[row]).abs().max() > 0.05) == moved
-            torch.testing.assert_close(logits[row][:2], other[row][:2])  # before the first picture
+            torch.testing.assert_close(logits[row][:2], other[row][:2])  # before the first image
 
 
 def test_image_features(arrangement):
@@ -248,7 +248,7 @@ def test_image_features(arrangement):
     torch.testing.assert_close(full.image_hidden_states, torch.cat(outputs.pooler_output))
     torch.testing.assert_close(encoded.logits, full.logits)
     assert isinstance(as_tuple, tuple)
-    alone = [model.get_image_features(picture[None]).pooler_output[0] for picture in inputs["pixel_values"]]
+    alone = [model.get_image_features(image[None]).pooler_output[0] for image in inputs["pixel_values"]]
     for one, other in zip(alone, outputs.pooler_output, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
 
@@ -264,12 +264,12 @@ def test_any_vision_tower(tower):
         patches = outputs.last_hidden_state[:, -16:]
         torch.testing.assert_close(torch.stack(outputs.pooler_output), model.model.multi_modal_projector(patches))
         logits = model(**inputs).logits
-        # The last patch of the picture is in the last image token, and in no other.
+        # The last patch of the image is in the last image token, and in no other.
         changed = model.model.multi_modal_projector(torch.cat([patches[:, :-1], patches[:, -1:] + 1], dim=1))
         assert (changed - torch.stack(outputs.pooler_output)).abs().amax(dim=2).gt(1e-3).tolist() == [
             [False] * 3 + [True]
         ] * 2
-        half = copy.deepcopy(model).to(torch.bfloat16)(**inputs).logits  # pictures come in float32
+        half = copy.deepcopy(model).to(torch.bfloat16)(**inputs).logits  # images come in float32
     assert torch.isfinite(logits).all()
     assert half.dtype is torch.bfloat16
     labels = inputs["input_ids"].clone()
@@ -281,7 +281,7 @@ def test_any_vision_tower(tower):
 
 
 @pytest.mark.parametrize("pixel_values", [torch.empty(0), torch.empty(0, 3, 16, 16), None])
-def test_no_pictures(pixel_values):
+def test_no_images(pixel_values):
     model, inputs = make_model(), make_inputs(images_per_row=0)
     expected = real_logits(model, inputs)
     assert_rows_close(real_logits(model, inputs | {"pixel_values": pixel_values}), expected, atol=0, rtol=0)
@@ -305,7 +305,7 @@ def test_numbers_that_do_not_match(change):
         model(**inputs)
 
 
-def test_placeholders_without_pictures():
+def test_placeholders_without_images():
     model = make_model()
     inputs = make_inputs()
     pixel_values = inputs.pop("pixel_values")
@@ -316,7 +316,7 @@ def test_placeholders_without_pictures():
         blind = model(**inputs, mm_encoder_outputs={}).logits
         seeing = model(**inputs, pixel_values=pixel_values).logits
     assert not torch.allclose(blind, seeing)
-    # What was cached had its pictures.
+    # What was cached had its images.
     start = {key: value[:, :8] for key, value in inputs.items()}
     past_key_values = model(**start, pixel_values=pixel_values).get(CACHE_NAME)
     rest = {key: value[:, 8:] if key != "attention_mask" else value for key, value in inputs.items()}

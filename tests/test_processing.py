@@ -13,8 +13,8 @@ from modeling_sparse_moe_vlm.control_tokens import MARK
 from tests.support.processors import (
     IMAGE_SEQ_LENGTH,
     assistant,
+    make_image,
     make_image_processor,
-    make_picture,
     make_processor,
     make_speaking_model,
     make_tokenizer,
@@ -50,22 +50,22 @@ def plain_ids(processor, text: str) -> list[int]:
 
 
 def test_every_image_becomes_its_tokens_with_modality_ids(processor):
-    pictures = [make_picture(0), make_picture(1)]
-    inputs = processor(text="a<image>b<image>", images=pictures, return_tensors="pt")
+    images = [make_image(0), make_image(1)]
+    inputs = processor(text="a<image>b<image>", images=images, return_tensors="pt")
     a, b = plain_ids(processor, "a"), plain_ids(processor, "b")
     expected = [*a, *[IMAGE] * IMAGE_SEQ_LENGTH, *b, *[IMAGE] * IMAGE_SEQ_LENGTH]
     assert sorted(inputs) == ["attention_mask", "input_ids", "mm_token_type_ids", "pixel_values"]
     assert inputs["input_ids"].tolist() == [expected]
     assert inputs["mm_token_type_ids"].tolist() == [[int(token == IMAGE) for token in expected]]
-    separate = [processor(images=picture, return_tensors="pt")["pixel_values"] for picture in pictures]
+    separate = [processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
     torch.testing.assert_close(inputs["pixel_values"], torch.cat(separate))
 
 
 def test_batch_of_rows_with_and_without_images_is_padded_left(processor):
     texts = ["<image><image> which?", "hello", "a <image>"]
-    pictures = [make_picture(i) for i in range(3)]
-    flat = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-    nested = processor(text=texts, images=[pictures[:2], [], pictures[2]], padding=True, return_tensors="pt")
+    images = [make_image(i) for i in range(3)]
+    flat = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    nested = processor(text=texts, images=[images[:2], [], images[2]], padding=True, return_tensors="pt")
     assert flat.keys() == nested.keys()
     for key in flat:
         torch.testing.assert_close(flat[key], nested[key])
@@ -73,8 +73,8 @@ def test_batch_of_rows_with_and_without_images_is_padded_left(processor):
     assert flat["attention_mask"][1, 0] == 0
     assert flat["attention_mask"][:, -1].tolist() == [1, 1, 1]
     assert flat["mm_token_type_ids"].sum(dim=1).tolist() == [2 * IMAGE_SEQ_LENGTH, 0, IMAGE_SEQ_LENGTH]
-    for row, (text, images) in enumerate(zip(texts, [pictures[:2], None, pictures[2:]], strict=True)):
-        alone = processor(text=text, images=images)["input_ids"][0]
+    for row, (text, own) in enumerate(zip(texts, [images[:2], None, images[2:]], strict=True)):
+        alone = processor(text=text, images=own)["input_ids"][0]
         assert flat["input_ids"][row].tolist()[-len(alone) :] == alone
 
 
@@ -95,13 +95,13 @@ def test_text_only_and_empty_list_of_images(processor):
 )
 def test_any_image_processor(image_processor, tmp_path):
     processor = SparseMoeVlmProcessor(image_processor, make_tokenizer(), image_seq_length=IMAGE_SEQ_LENGTH)
-    inputs = processor(text="<image>?", images=make_picture(), return_tensors="pt")
-    expected = image_processor(make_picture(), return_tensors="pt")["pixel_values"]
+    inputs = processor(text="<image>?", images=make_image(), return_tensors="pt")
+    expected = image_processor(make_image(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(inputs["pixel_values"], expected)
     processor.save_pretrained(tmp_path)
     reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path)
     assert type(reloaded.image_processor).__name__.startswith(type(image_processor).__name__.removesuffix("Pil"))
-    actual = reloaded(text="<image>?", images=make_picture(), return_tensors="pt")["pixel_values"]
+    actual = reloaded(text="<image>?", images=make_image(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, **RESIZED)
 
 
@@ -134,13 +134,13 @@ def test_number_of_tokens_for_engines(processor):
     ],
 )
 def test_numbers_that_disagree(processor, text, num_images, message):
-    pictures = [make_picture(i) for i in range(num_images)] or None
+    images = [make_image(i) for i in range(num_images)] or None
     with pytest.raises(ValueError, match=f"the number of <image> tokens in the prompts should be .*{message}"):
-        processor(text=text, images=pictures)
+        processor(text=text, images=images)
 
 
 def test_numbers_that_disagree_within_a_row_though_the_sums_agree(processor):
-    a, b, c = (make_picture(i) for i in range(3))
+    a, b, c = (make_image(i) for i in range(3))
     with pytest.raises(ValueError, match=r"text\[0\] has 1 tokens, but 2 images"):
         processor(text=["<image>", "<image><image>"], images=[[a, b], [c]])
     with pytest.raises(ValueError, match="`images` is for 2 texts, but `text` has 1"):
@@ -178,14 +178,14 @@ def test_constructor_errors():
 
 def test_truncation_through_an_image_is_refused(processor):
     with pytest.raises(ValueError, match="image"):
-        processor(text="<image> a", images=make_picture(), truncation=True, max_length=2)
+        processor(text="<image> a", images=make_image(), truncation=True, max_length=2)
 
 
 # ------------------------------------------------------------------------------------------------ conversations
 
 
 def test_default_template(processor):
-    messages = [{"role": "system", "content": "Be brief."}, user(make_picture(), "What?"), assistant("A cat.")]
+    messages = [{"role": "system", "content": "Be brief."}, user(make_image(), "What?"), assistant("A cat.")]
     prompt = processor.apply_chat_template(messages)
     assert prompt == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>What?<|im_end|>\n"
@@ -199,11 +199,11 @@ def test_default_template(processor):
 
 def test_content_none_and_columns_of_none(processor):
     """Tables store every key of every part, with None where a part has none."""
-    picture = make_picture()
-    part = {"type": "text", "text": "What?", "image": None, "url": None}
-    image = {"type": "image", "text": None, "image": picture, "url": None}
-    table = [{"role": "user", "content": [image, part]}, {"role": "assistant", "content": None}]
-    plain = [user(picture, "What?"), {"role": "assistant", "content": ""}]
+    image = make_image()
+    text_part = {"type": "text", "text": "What?", "image": None, "url": None}
+    image_part = {"type": "image", "text": None, "image": image, "url": None}
+    table = [{"role": "user", "content": [image_part, text_part]}, {"role": "assistant", "content": None}]
+    plain = [user(image, "What?"), {"role": "assistant", "content": ""}]
     assert processor.apply_chat_template(table) == processor.apply_chat_template(plain)
     for key, value in processor.apply_chat_template(table, **CHAT).items():
         torch.testing.assert_close(value, processor.apply_chat_template(plain, **CHAT)[key])
@@ -215,16 +215,16 @@ def test_unknown_parts_are_refused(processor):
 
 
 def test_images_of_a_conversation_keep_their_order(processor):
-    a, b, c = (make_picture(i) for i in range(3))
+    a, b, c = (make_image(i) for i in range(3))
     messages = [user("first", a, "second", b), assistant("Yes."), user(c)]
     inputs = processor.apply_chat_template(messages, **CHAT)
-    expected = torch.cat([processor(images=picture, return_tensors="pt")["pixel_values"] for picture in (a, b, c)])
+    expected = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in (a, b, c)])
     torch.testing.assert_close(inputs["pixel_values"], expected)
     assert (inputs["input_ids"] == IMAGE).sum() == 3 * IMAGE_SEQ_LENGTH
 
 
 def test_batched_conversations_with_and_without_images(processor):
-    batch = [[user(make_picture(0), "a")], [user("bb"), assistant("c")], [user("d", make_picture(1), make_picture(2))]]
+    batch = [[user(make_image(0), "a")], [user("bb"), assistant("c")], [user("d", make_image(1), make_image(2))]]
     inputs = processor.apply_chat_template(batch, processor_kwargs={"padding": True}, **CHAT)
     assert inputs["pixel_values"].shape[0] == 3
     for row, conversation in enumerate(batch):
@@ -234,19 +234,19 @@ def test_batched_conversations_with_and_without_images(processor):
 
 
 def test_messages_are_left_as_they_were(processor):
-    picture = make_picture()
+    image = make_image()
     messages = [
         {"role": "system", "content": "no <image>"},
-        {"role": "user", "content": ({"type": "text", "text": "an <image>"}, {"type": "image", "image": picture})},
+        {"role": "user", "content": ({"type": "text", "text": "an <image>"}, {"type": "image", "image": image})},
         assistant("<image>"),
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
     ]
     before = copy.deepcopy(messages)
-    before[1]["content"][1]["image"] = picture
+    before[1]["content"][1]["image"] = image
     processor.apply_chat_template(messages)
     processor.apply_chat_template(messages[:3], **CHAT)
     assert messages == before
-    assert messages[1]["content"][1]["image"] is picture
+    assert messages[1]["content"][1]["image"] is image
 
 
 def test_other_templates_and_named_templates(processor):
@@ -255,7 +255,7 @@ def test_other_templates_and_named_templates(processor):
         "{% endif %}{% endfor %}"
     )
     other = make_processor(chat_template=template)
-    messages = [user(make_picture(), "an <image> typed")]
+    messages = [user(make_image(), "an <image> typed")]
     inputs = other.apply_chat_template(messages, processor_kwargs={"padding": "max_length", "max_length": 99}, **CHAT)
     assert inputs["input_ids"].shape == (1, 99)
     assert (inputs["input_ids"] == IMAGE).sum() == IMAGE_SEQ_LENGTH
@@ -274,22 +274,22 @@ TYPED = ["<image>", "what is <image> here?", "<image><image>", "<<image>image>",
 @pytest.mark.parametrize("text", TYPED)
 def test_typed_image_token_stays_text(kind, text):
     processor = make_processor(normalizer=NORMALIZERS[kind])
-    tokenizer, picture = processor.tokenizer, make_picture()
+    tokenizer, image = processor.tokenizer, make_image()
     start, end = tokenizer("<|im_start|>", add_special_tokens=False)["input_ids"][0], END
-    for message in (user(picture, text), {"role": "user", "content": text}, {"role": "assistant", "content": text}):
-        has_picture = message["content"][0]["type"] == "image" if isinstance(message["content"], list) else False
-        head = plain_ids(processor, message["role"] + "\n" + ("" if has_picture else text))
-        body = [IMAGE] * IMAGE_SEQ_LENGTH + plain_ids(processor, text) if has_picture else []
+    for message in (user(image, text), {"role": "user", "content": text}, {"role": "assistant", "content": text}):
+        has_image = message["content"][0]["type"] == "image" if isinstance(message["content"], list) else False
+        head = plain_ids(processor, message["role"] + "\n" + ("" if has_image else text))
+        body = [IMAGE] * IMAGE_SEQ_LENGTH + plain_ids(processor, text) if has_image else []
         expected = [start, *head, *body, end, *plain_ids(processor, "\n")]
 
         whole = processor.apply_chat_template([message], **CHAT)
         prompt = processor.apply_chat_template([message])
-        parts = processor(text=prompt, images=picture if has_picture else None, return_tensors="pt")
+        parts = processor(text=prompt, images=image if has_image else None, return_tensors="pt")
         for inputs in (whole, parts):
             assert inputs["input_ids"].tolist() == [expected]
             assert inputs["mm_token_type_ids"].tolist() == [[int(token == IMAGE) for token in expected]]
         assert MARK not in processor.decode(expected)
-        assert tokenizer(prompt)["input_ids"].count(IMAGE) == has_picture
+        assert tokenizer(prompt)["input_ids"].count(IMAGE) == has_image
 
 
 @pytest.mark.parametrize("image_token", ["<image>", "||img||", "aaa", "image", "<|vision_start|>"])
@@ -306,7 +306,7 @@ def test_texts_of_any_shape_make_no_image_token(image_token):
     ]
     for text in texts:
         rest = image_token[len(text) :]
-        inputs = processor.apply_chat_template([user(text, rest, make_picture(), text, rest)], **CHAT)
+        inputs = processor.apply_chat_template([user(text, rest, make_image(), text, rest)], **CHAT)
         assert (inputs["input_ids"] == IMAGE).sum() == IMAGE_SEQ_LENGTH
         decoded = processor.decode(inputs["input_ids"][0])
         assert decoded.count(text.replace(MARK, "") + rest) >= 2
@@ -329,7 +329,7 @@ def test_image_token_added_late_or_as_an_ordinary_token():
         tokenizer.add_tokens([token])
         processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2, image_token="<pic>")
         assert processor.image_token_id == len(tokenizer) - 1
-        ids = processor.apply_chat_template([user("a <pic> b <PIC>", make_picture())], **CHAT)["input_ids"][0]
+        ids = processor.apply_chat_template([user("a <pic> b <PIC>", make_image())], **CHAT)["input_ids"][0]
         assert (ids == processor.image_token_id).sum() == 2
         assert "a <pic> b <pic>" in processor.decode(ids)
         assert processor.decode(ids, skip_special_tokens=True).count("<pic>") == 2
@@ -342,12 +342,12 @@ def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
     processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2, image_token="picture")
     template = "{% for part in messages[0]['content'] %}{{ part['text'] or image_token }}{% endfor %}"
-    inputs = processor.apply_chat_template([user("a of ", make_picture())], template, **CHAT)
+    inputs = processor.apply_chat_template([user("a of ", make_image())], template, **CHAT)
     assert inputs["input_ids"].tolist() == [[3, 4, 2, 2]]
     with pytest.raises(
         ValueError, match=r"conversation\[0\]\['content'\]\[0\]\['text'\] holds the control token 'picture'"
     ):
-        processor.apply_chat_template([user("a picture", make_picture())], template, **CHAT)
+        processor.apply_chat_template([user("a picture", make_image())], template, **CHAT)
 
 
 def test_wrapping_a_tokenizer_twice_changes_nothing():
@@ -364,11 +364,11 @@ def test_wrapping_a_tokenizer_twice_changes_nothing():
 @pytest.mark.parametrize("return_tensors", [None, "pt"])
 def test_assistant_masks_are_shifted_over_image_tokens(processor, return_tensors):
     answers = [["The <image>, é!", "On it."], ["A <"], ["B"]]
-    first = [user(make_picture(0), "an <image>"), assistant(answers[0][0])]
+    first = [user(make_image(0), "an <image>"), assistant(answers[0][0])]
     batch = [
-        [*first, user(make_picture(1)), assistant(answers[0][1])],
+        [*first, user(make_image(1)), assistant(answers[0][1])],
         [user("no image"), assistant(answers[1][0])],
-        [user("x", make_picture(2), make_picture(3)), assistant(answers[2][0])],
+        [user("x", make_image(2), make_image(3)), assistant(answers[2][0])],
     ]
     inputs = processor.apply_chat_template(
         batch,
@@ -391,7 +391,7 @@ def test_assistant_masks_are_shifted_over_image_tokens(processor, return_tensors
 
 def test_decoding_a_models_answer(processor):
     model = make_speaking_model()
-    inputs = processor.apply_chat_template([user(make_picture(), "What?")], add_generation_prompt=True, **CHAT)
+    inputs = processor.apply_chat_template([user(make_image(), "What?")], add_generation_prompt=True, **CHAT)
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     answer = output[:, inputs["input_ids"].shape[1] :]
     text = processor.tokenizer.decode(answer[0], skip_special_tokens=True)
@@ -415,7 +415,7 @@ def test_save_and_load(tmp_path, kind):
     names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("first", "second")]
     assert names[0] == names[1]
 
-    messages = [user(make_picture(), "an <image> in Text"), assistant("Yes <image>")]
+    messages = [user(make_image(), "an <image> in Text"), assistant("Yes <image>")]
     expected = processor.apply_chat_template(messages, **CHAT)
     for other in (reloaded, again):
         assert other.chat_template == processor.chat_template
@@ -430,4 +430,4 @@ def test_save_and_load(tmp_path, kind):
 def test_options_changed_at_loading(tmp_path):
     make_processor().save_pretrained(tmp_path)
     reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path, image_seq_length=9)
-    assert (torch.tensor(reloaded(text="<image>", images=make_picture())["input_ids"]) == IMAGE).sum() == 9
+    assert (torch.tensor(reloaded(text="<image>", images=make_image())["input_ids"]) == IMAGE).sum() == 9

@@ -251,21 +251,21 @@ def test_routing_of_a_token_does_not_depend_on_its_batch(name):
     for bias in router_biases(model) or []:
         bias.normal_(std=0.3)
     inputs = make_inputs(batch_size=3)
-    inputs["input_ids"][2, 2:6] = torch.tensor([10, 11, 12, 13])  # a row without a picture
+    inputs["input_ids"][2, 2:6] = torch.tensor([10, 11, 12, 13])  # a row without an image
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN_ID).long()
-    pictures = inputs.pop("pixel_values")[:2]
+    images = inputs.pop("pixel_values")[:2]
 
     @torch.no_grad()
     def chosen(rows: list[int], left: int = 0, right: int = 0) -> list[torch.Tensor]:
         def pad(tensor, value=0):
             return torch.nn.functional.pad(tensor[rows], (left, right), value=value)
 
-        images = [pictures[row] for row in rows if row < 2]
+        own = [images[row] for row in rows if row < 2]
         logits = model(
             input_ids=pad(inputs["input_ids"]),
             attention_mask=pad(inputs["attention_mask"]),
             mm_token_type_ids=pad(inputs["mm_token_type_ids"]),
-            pixel_values=torch.stack(images) if images else None,
+            pixel_values=torch.stack(own) if own else None,
             output_router_logits=True,
         ).router_logits
         real = slice(left, left + 14)

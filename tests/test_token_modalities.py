@@ -65,7 +65,7 @@ def test_ids_out_of_range(wrong, arrangement):
 
 @pytest.mark.parametrize("shape", [(2, 13), (1, 14), (3, 14), (14,), (28,), (2, 1)])
 def test_ids_of_another_shape_than_the_tokens(shape):
-    """With pictures and without, the whole model and its parts, given ids or embeddings."""
+    """With images and without, the whole model and its parts, given ids or embeddings."""
     model = make_model()
     wrong = {"mm_token_type_ids": torch.zeros(shape, dtype=torch.long)}
     with_images = make_inputs() | wrong

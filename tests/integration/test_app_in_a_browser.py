@@ -26,7 +26,7 @@ from modeling_sparse_moe_vlm.toolbox.app.space import write_space
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from tests.support.in_tree_moe import randomise
 from tests.support.processes import ROOT
-from tests.support.processors import make_picture, make_processor, make_speaking_model, speak_printably, user
+from tests.support.processors import make_image, make_processor, make_speaking_model, speak_printably, user
 
 pytest.importorskip("gradio", reason="the extra `app` is not installed")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -51,7 +51,7 @@ def saved(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "model")
     make_processor().save_pretrained(folder / "model")
     randomise(get_peft_model(model, expert_lora_config(model, r=2))).save_pretrained(folder / "adapter")
-    make_picture().save(folder / "image.png")
+    make_image().save(folder / "image.png")
     (folder / "broken.png").write_text("not an image")
     return folder
 

@@ -43,7 +43,7 @@ from tests.support.batches import collate
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world_size = dist.get_rank(), dist.get_world_size()
-rows = make_rows(world_size)[::-1]  # every other row has no picture, so with as many batches some ranks see none
+rows = make_rows(world_size)[::-1]  # every other row has no image, so with as many batches some ranks see none
 whole_batch = collate(rows)
 num_targets = int((whole_batch["labels"][:, 1:] != -100).sum())
 

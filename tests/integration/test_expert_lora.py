@@ -21,7 +21,7 @@ from tests.support.in_tree_moe import (
     make_model,
     randomise,
 )
-from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 ARGUMENTS = {
     "use_cpu": True,
@@ -108,10 +108,10 @@ def test_sft(given, tmp_path):
     model, processor = make_speaking_model(), make_processor()
     config = ExpertLoraConfig(**CONFIG, lora_dropout=0.1)
     run_factored(config, [module for module in model.modules() if is_experts(module)])
-    parts = [make_picture(), "What?"]
+    parts = [make_image(), "What?"]
     messages = [user(*parts), assistant("A cat.")]
     messages[0]["content"][0] = {"type": "image"}
-    columns = {"messages": [messages] * 4, "images": [[make_picture(i)] for i in range(4)]}
+    columns = {"messages": [messages] * 4, "images": [[make_image(i)] for i in range(4)]}
     arguments = {key: value for key, value in ARGUMENTS.items() if key != "remove_unused_columns"}
     trainer = trl.SFTTrainer(
         model=model if given == "config" else get_peft_model(model, config),

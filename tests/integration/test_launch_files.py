@@ -1,5 +1,5 @@
 """
-The launch files train on the CPU as one process does, with a process that sees no picture, and what they save is whole.
+The launch files train on the CPU as one process does, with a process that sees no image, and what they save is whole.
 """
 
 import json

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
 from tests.support.models import TEXT_CONFIG, VISION_CONFIG, make_config
-from tests.support.processors import IMAGE_SEQ_LENGTH, make_image_processor, make_picture
+from tests.support.processors import IMAGE_SEQ_LENGTH, make_image, make_image_processor
 
 
 def make_text_tokenizer() -> PreTrainedTokenizerFast:
@@ -36,7 +36,7 @@ def lines_of(error: pytest.ExceptionInfo) -> str:
 
 def answers_alike(model, processor, folder) -> None:
     """An image is seen, and a reloaded model sees it too."""
-    inputs = processor(text="<image>?", images=make_picture(), return_tensors="pt")
+    inputs = processor(text="<image>?", images=make_image(), return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == IMAGE_SEQ_LENGTH
     logits = model(**inputs).logits
     other = model(**{**inputs, "pixel_values": -inputs["pixel_values"]}).logits

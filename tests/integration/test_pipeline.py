@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoProcessor, pipeline
 
-from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 # Comparisons need every row to run to the same length, without sampling.
 KWARGS = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}}
@@ -38,7 +38,7 @@ def test_where_the_code_comes_from(pipe, folder):
 
 
 def test_chat(pipe):
-    messages = [user(make_picture(0), "What is <image> here?", make_picture(1))]
+    messages = [user(make_image(0), "What is <image> here?", make_image(1))]
     expected = expected_answer(pipe, messages)
     output = pipe(text=messages, **KWARGS)
     assert output[0]["generated_text"][:-1] == messages
@@ -47,34 +47,34 @@ def test_chat(pipe):
 
 
 def test_several_chats(pipe):
-    chats = [[user(make_picture(0), "What?")], [user("A question without a picture")], [user(make_picture(1))]]
+    chats = [[user(make_image(0), "What?")], [user("A question without an image")], [user(make_image(1))]]
     outputs = pipe(text=chats, return_full_text=False, **KWARGS)
     assert [output[0]["generated_text"] for output in outputs] == [expected_answer(pipe, chat) for chat in chats]
 
 
 def test_chats_in_a_batch(pipe):
     """The library batches only chats that have the same kinds of inputs."""
-    chats = [[user(make_picture(0), "What?")], [user(make_picture(1), "A longer question")], [user(make_picture(2))]]
+    chats = [[user(make_image(0), "What?")], [user(make_image(1), "A longer question")], [user(make_image(2))]]
     outputs = pipe(text=chats, return_full_text=False, batch_size=3, **KWARGS)
     assert [output[0]["generated_text"] for output in outputs] == [expected_answer(pipe, chat) for chat in chats]
 
 
 def test_going_on_with_an_answer(pipe):
-    messages = [user(make_picture(), "What?"), assistant("A c")]
+    messages = [user(make_image(), "What?"), assistant("A c")]
     answer = pipe(text=messages, return_full_text=False, **KWARGS)[0]["generated_text"]
     assert isinstance(answer, str)
     assert pipe(text=messages, **KWARGS)[0]["generated_text"][-1]["content"][0]["text"].startswith("A c")
 
 
 def test_plain_prompts(pipe):
-    picture = make_picture()
+    image = make_image()
     text = "<image> the cat"
-    inputs = pipe.processor(text=text, images=picture, return_tensors="pt")
+    inputs = pipe.processor(text=text, images=image, return_tensors="pt")
     output = pipe.model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
     new = pipe.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    alone = pipe(images=picture, text=text, **KWARGS)
+    alone = pipe(images=image, text=text, **KWARGS)
     assert alone[0]["generated_text"].endswith(new)
-    both = pipe(images=[picture, make_picture(1)], text=[text, "<image>"], **KWARGS)
+    both = pipe(images=[image, make_image(1)], text=[text, "<image>"], **KWARGS)
     assert len(both) == 2
     assert str(both[0]).count(new) == 1
     assert pipe(text="the cat", **KWARGS)[0]["generated_text"].startswith("the cat")
@@ -83,4 +83,4 @@ def test_plain_prompts(pipe):
 def test_precision(folder):
     half = pipeline("image-text-to-text", model=str(folder), dtype=torch.bfloat16)
     assert half.model.dtype is torch.bfloat16
-    assert isinstance(half(text=[user(make_picture(), "What?")], **KWARGS)[0]["generated_text"], list)
+    assert isinstance(half(text=[user(make_image(), "What?")], **KWARGS)[0]["generated_text"], list)

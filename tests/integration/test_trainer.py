@@ -11,7 +11,7 @@ from tests.support.processes import run_in_processes
 
 
 def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Rows of unequal length, every other one with a picture; the first half of a row is no target."""
+    """Rows of unequal length, every other one with an image; the first half of a row is no target."""
     rows = []
     for seed in range(number):
         inputs = make_inputs(seed=seed, batch_size=1, length=9 + seed, images_per_row=seed % 2)
@@ -57,7 +57,7 @@ def train(model, tmp_path, rows=None, **arguments) -> tuple[Trainer, Gradients]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_accumulation_changes_no_gradient(arrangement, tmp_path, checkpointing):
-    """One batch of 8 rows, and 4 of 2 rows with unequal numbers of targets, padding and pictures."""
+    """One batch of 8 rows, and 4 of 2 rows with unequal numbers of targets, padding and images."""
     steps = []
     for size, accumulation in ((8, 1), (2, 4)):
         model = make_model(expert_groups=arrangement)
@@ -150,7 +150,7 @@ def test_going_back_to_the_best_model(tmp_path):
 
 @pytest.mark.parametrize("output_router_logits", [False, True])
 def test_evaluation_and_prediction(tmp_path, output_router_logits):
-    """Predictions are the logits alone, also where the model returns router losses and pictures of unequal number."""
+    """Predictions are the logits alone, also where the model returns router losses and images of unequal number."""
     model = make_model(output_router_logits=output_router_logits)
     predictions = []
     trainer = Trainer(
@@ -196,10 +196,10 @@ torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 rows = make_rows()
-pictures, texts = rows[1::2], rows[::2]
-mine = collate(pictures if rank == 0 else texts)
+images, texts = rows[1::2], rows[::2]
+mine = collate(images if rank == 0 else texts)
 assert ("pixel_values" in mine) == (rank == 0)
-whole = collate(pictures + texts)
+whole = collate(images + texts)
 num_targets = int((whole["labels"][:, 1:] != -100).sum())
 
 for experts in ("eager", "grouped_mm", "batched_mm"):
@@ -229,8 +229,8 @@ trainer = Trainer(
         ddp_find_unused_parameters=False,
         save_strategy="no",
     ),
-    # Batches alternate between the ranks: those of one rank hold no picture.
-    train_dataset=[*pictures[:2], *texts[:2], *pictures[2:], *texts[2:]],
+    # Batches alternate between the ranks: those of one rank hold no image.
+    train_dataset=[*images[:2], *texts[:2], *images[2:], *texts[2:]],
     data_collator=collate,
 )
 trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(trainer.train_dataset)
@@ -244,7 +244,7 @@ dist.destroy_process_group()
 """
 
 
-def test_data_parallelism_with_a_rank_without_pictures(tmp_path):
+def test_data_parallelism_with_a_rank_without_images(tmp_path):
     """Two processes: no hang, and the gradients of one process."""
     result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""Supervised and preference tuning with TRL, on conversations with pictures."""
+"""Supervised and preference tuning with TRL, on conversations with images."""
 
 import inspect
 import math
@@ -13,7 +13,7 @@ from modeling_sparse_moe_vlm.fused_head import takes_fused_head
 from modeling_sparse_moe_vlm.routing import RoutingRecord, router_biases
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, measure_routing, update_router_bias
 from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
-from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 trl = pytest.importorskip("trl")
 
@@ -39,31 +39,31 @@ def snapshot(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("with_pictures", [True, False])
-def test_sft(with_pictures, tmp_path):
+@pytest.mark.parametrize("with_images", [True, False])
+def test_sft(with_images, tmp_path):
     model, processor = make_speaking_model(router_aux_loss_coef=0.1), make_processor()
     # A processor tells a typed image token from a placeholder, a tokenizer alone does not.
-    parts = [{"type": "image"}] if with_pictures else []
-    text = "What is <image> here?" if with_pictures else "What is here?"
+    parts = [{"type": "image"}] if with_images else []
+    text = "What is <image> here?" if with_images else "What is here?"
     messages = [
         {"role": "user", "content": [*parts, {"type": "text", "text": text}]},
         assistant("A cat."),
     ]
     processor.tokenizer.chat_template = processor.chat_template
     columns = {"messages": [messages] * 4}
-    if with_pictures:
-        columns["images"] = [[make_picture(i)] for i in range(4)]
+    if with_images:
+        columns["images"] = [[make_image(i)] for i in range(4)]
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS),
         train_dataset=Dataset.from_dict(columns),
-        processing_class=processor if with_pictures else processor.tokenizer,
+        processing_class=processor if with_images else processor.tokenizer,
     )
     before = snapshot(model)
     trainer.train()
     changed = changed_parameters(model, before)
     assert {"lm_head.weight", "model.language_model.layers.0.mlp.experts.gate_up_proj"} <= changed
-    assert any("vision_tower" in name for name in changed) == with_pictures
+    assert any("vision_tower" in name for name in changed) == with_images
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert 0 < log["loss"] < 20
 
@@ -94,7 +94,7 @@ def test_dpo(tmp_path):
         "chosen": [assistant("A cat.")],
         "rejected": [assistant("A mat.")],
     }
-    columns = {key: [value] * 2 for key, value in row.items()} | {"images": [[make_picture(i)] for i in range(2)]}
+    columns = {key: [value] * 2 for key, value in row.items()} | {"images": [[make_image(i)] for i in range(2)]}
     trainer = trl.DPOTrainer(
         model=model,
         ref_model=make_speaking_model(),
@@ -123,12 +123,12 @@ COEFFICIENTS = {
 UNEVEN = [{"name": "a", "num_experts": 4, "layers": [0]}, {"name": "b", "num_experts": 6, "layers": [1]}]
 
 
-def rows_with_pictures(number: int = 2) -> Dataset:
+def rows_with_images(number: int = 2) -> Dataset:
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is here?"}]},
         assistant("A cat."),
     ]
-    return Dataset.from_dict({"messages": [messages] * number, "images": [[make_picture(i)] for i in range(number)]})
+    return Dataset.from_dict({"messages": [messages] * number, "images": [[make_image(i)] for i in range(number)]})
 
 
 def train_sft(model, tmp_path, **kwargs):
@@ -137,7 +137,7 @@ def train_sft(model, tmp_path, **kwargs):
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(output_dir=str(tmp_path), **arguments),
-        train_dataset=rows_with_pictures(),
+        train_dataset=rows_with_images(),
         processing_class=make_processor(),
         **kwargs,
     )
@@ -219,7 +219,7 @@ def test_dpo_trains_with_the_models_own_router_losses(tmp_path):
         "chosen": [assistant("A cat.")],
         "rejected": [assistant("A mat.")],
     }
-    columns = {key: [value] * 2 for key, value in row.items()} | {"images": [[make_picture(i)] for i in range(2)]}
+    columns = {key: [value] * 2 for key, value in row.items()} | {"images": [[make_image(i)] for i in range(2)]}
     model = make_speaking_model(**settings)
     trainer = trl.DPOTrainer(
         model=model,

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from modeling_sparse_moe_vlm.toolbox.demo import scenes
 from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import explain
-from tests.support.processors import make_picture
+from tests.support.processors import make_image
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def test_of_a_held_out_scene(model_folder, run_verb, tmp_path):
 
 def test_of_an_image_of_ones_own(model_folder, run_verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    make_picture(width=32, height=32).convert("RGBA").save("image.png")
-    expected = explanation_of(model_folder, make_picture(width=32, height=32), "Why?")
+    make_image(width=32, height=32).convert("RGBA").save("image.png")
+    expected = explanation_of(model_folder, make_image(width=32, height=32), "Why?")
     printed = run_verb("explain", "--model", model_folder, "--image", "image.png", "--question", "Why?", "--json")
     assert json.loads(printed)["alpha"] == expected.alpha.tolist()
     assert (tmp_path / "explanation.png").exists()

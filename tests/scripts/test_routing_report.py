@@ -10,7 +10,7 @@ from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
 from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
-from tests.support.processors import make_picture, make_processor, make_speaking_model
+from tests.support.processors import make_image, make_processor, make_speaking_model
 from tests.support.upcycled import make_speaking
 
 
@@ -53,7 +53,7 @@ def test_of_an_upcycled_model(run_verb, tmp_path):
     """The report distinguishes image tokens from text, and shows the real numbers of the layers."""
     make_speaking("llava", "isolated", layers=[1]).save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
-    make_picture().save(tmp_path / "image.png")
+    make_image().save(tmp_path / "image.png")
     asked = [{"type": "image"}, {"type": "text", "text": "Can you see the cat?"}]
     row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "yes"}]}
     row["images"] = [str(tmp_path / "image.png")]
@@ -70,7 +70,7 @@ def test_of_an_upcycled_model(run_verb, tmp_path):
 
 
 def test_of_rows_of_a_file_and_as_input_of_a_plan(model_folder, run_verb, tmp_path):
-    make_picture().save(tmp_path / "image.png")
+    make_image().save(tmp_path / "image.png")
     texts = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "yes"}]
     asked = [{"type": "image"}, {"type": "text", "text": "Can you see the cat?"}]
     rows = [

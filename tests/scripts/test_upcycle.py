@@ -21,7 +21,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling import checkpoints, native_checkp
 from modeling_sparse_moe_vlm.toolbox.upcycling.checkpoints import plan_checkpoint
 from tests.support.in_tree_models import make_llava
 from tests.support.models import TINY_DECODER, TINY_TOWER
-from tests.support.processors import VOCAB_SIZE, assistant, make_image_processor, make_picture, make_tokenizer, user
+from tests.support.processors import VOCAB_SIZE, assistant, make_image, make_image_processor, make_tokenizer, user
 from tests.toolbox.upcycling.test_processors import make_llava_processor
 
 LLAMA = TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8}
@@ -90,7 +90,7 @@ def test_drop(dense, tmp_path, run_verb):
 
 
 def test_router_rows_from_data(dense, tmp_path, run_verb):
-    make_picture().save(tmp_path / "a.png")
+    make_image().save(tmp_path / "a.png")
     messages = [user("What is it?"), assistant("the cat")]
     messages[0]["content"].insert(0, {"type": "image"})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages, "images": [str(tmp_path / "a.png")]}))

@@ -45,7 +45,7 @@ def make_processor(**kwargs) -> SparseMoeVlmProcessor:
     return SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=IMAGE_SEQ_LENGTH, **kwargs)
 
 
-def make_picture(seed: int = 0, width: int = 20, height: int = 24) -> Image.Image:
+def make_image(seed: int = 0, width: int = 20, height: int = 24) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

@@ -21,8 +21,8 @@ GLOBAL_BATCH = 4
 def make_global_batches() -> list[dict[str, torch.Tensor]]:
     """Returns rows in an order in which the second of two processes never gets an image."""
     rows = make_rows()
-    pictures, texts = rows[1::2], rows[::2]
-    return [*pictures[:2], *texts[:2], *pictures[2:], *texts[2:]]
+    images, texts = rows[1::2], rows[::2]
+    return [*images[:2], *texts[:2], *images[2:], *texts[2:]]
 
 
 def train(start: Path, folder: Path, sizes: dict | None = None, trainer_class: type[Trainer] = Trainer):

@@ -21,7 +21,7 @@ from tests.support.in_tree_moe import randomise
 from tests.support.processors import (
     VOCAB_SIZE,
     assistant,
-    make_picture,
+    make_image,
     make_processor,
     make_speaking_model,
     make_tokenizer,
@@ -31,7 +31,7 @@ from tests.support.processors import (
 from tests.support.upcycled import make_speaking
 from tests.toolbox.upcycling.test_processors import make_llava_processor
 
-QUESTION = [user(make_picture(), "Where is the cat?")]
+QUESTION = [user(make_image(), "Where is the cat?")]
 TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 
 
@@ -69,7 +69,7 @@ def test_as_explained():
     """The figures of `explain`, which asks for all attention matrices in one more pass."""
     chat = make_chat()
     ours = chat.answer(QUESTION, Settings(max_new_tokens=32))
-    theirs = explain(chat.model, chat.processor, make_picture(), "Where is the cat?")
+    theirs = explain(chat.model, chat.processor, make_image(), "Where is the cat?")
     assert ours.text == "".join(theirs.words).strip()
     assert " ".join(ours.words) == " ".join(ours.text.split())
     assert len(ours.words) > 1
@@ -83,7 +83,7 @@ def test_as_explained():
 def test_alpha_of_a_word_is_the_mean_of_its_tokens():
     chat = make_chat()
     answer = chat.answer(QUESTION, Settings(max_new_tokens=32))
-    theirs = explain(chat.model, chat.processor, make_picture(), "Where is the cat?")
+    theirs = explain(chat.model, chat.processor, make_image(), "Where is the cat?")
     for ours, of_tokens in ((answer.alpha, theirs.alpha), (answer.count_free_alpha, theirs.count_free_alpha)):
         by_word: list[list[float]] = []
         for piece, value in zip(theirs.words, of_tokens.tolist()):
@@ -96,7 +96,7 @@ def test_alpha_of_a_word_is_the_mean_of_its_tokens():
 
 def test_several_images_in_several_turns(chat):
     """Each image has its tokens and experts, and all images together have all the heat."""
-    first, second, third = (make_picture(seed) for seed in range(3))
+    first, second, third = (make_image(seed) for seed in range(3))
     messages = [user(first, second, "Which is larger?"), assistant("the cat"), user("and this?", third)]
     answer = chat.answer(messages, Settings(max_new_tokens=6))
     assert [cells.shape for cells in answer.heat] == [(2, 2)] * 3
@@ -226,7 +226,7 @@ def test_upcycled_models(tmp_path):
     speak_printably(make_speaking("llava", "isolated", num_experts=4)).save_pretrained(tmp_path)
     make_llava_processor().save_pretrained(tmp_path)
     chat = ChatModel.load(str(tmp_path))
-    messages = [user(make_picture(), make_picture(1), "Where is the cat?")]
+    messages = [user(make_image(), make_image(1), "Where is the cat?")]
     answer = chat.answer(messages, Settings(max_new_tokens=6))
     assert answer.groups == [[("text", 2), ("image", 2)]] * 2
     assert {int(expert) for cells in answer.experts for expert in cells.flat} <= {2, 3}, "experts of images"
@@ -259,7 +259,7 @@ def test_a_model_without_a_chat_template_continues_the_text():
 
 def test_a_processor_without_a_chat_template(chat, monkeypatch):
     monkeypatch.setattr(chat.processor, "chat_template", None)
-    answer = chat.answer([user(make_picture(), make_picture(1), "the cat")], Settings(max_new_tokens=4))
+    answer = chat.answer([user(make_image(), make_image(1), "the cat")], Settings(max_new_tokens=4))
     assert [cells.shape for cells in answer.heat] == [(2, 2)] * 2
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_sparse_moe_vlm.toolbox.data.collator import IGNORE_INDEX, VisionLanguageCollator, with_images
-from tests.support.processors import assistant, make_picture, make_processor, user
+from tests.support.processors import assistant, make_image, make_processor, user
 
 PLACEHOLDER = {"type": "image"}
 ANSWER = assistant("yes")
@@ -50,7 +50,7 @@ def test_a_batch_is_padded_on_the_right_and_only_answers_are_targets(processor):
             {"role": role, "content": [*[PLACEHOLDER] * num_images, {"type": "text", "text": text}]}
             for role, text, num_images in conversation
         ]
-        rows.append({"messages": messages, "images": [make_picture(10 * number + i) for i in range(number + 1)]})
+        rows.append({"messages": messages, "images": [make_image(10 * number + i) for i in range(number + 1)]})
         turns = [turn(processor, *arguments) for arguments in conversation[:-1]]
         role, text, _ = conversation[-1]
         if text.endswith(" <|im_end|>"):  # typed by the user, so it is plain text
@@ -86,7 +86,7 @@ def test_rows_without_images(processor, columns):
 
 def test_images_in_order_and_in_any_form(processor, tmp_path):
     """PIL images, arrays and paths (`Path` and string), given in the row or in the message."""
-    images = [make_picture(seed) for seed in range(4)]
+    images = [make_image(seed) for seed in range(4)]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     collator = VisionLanguageCollator(processor)
@@ -114,24 +114,24 @@ def test_images_in_order_and_in_any_form(processor, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "counts"),
     [
-        (row(PLACEHOLDER, images=[make_picture()] * 2), "2 images in `images`, but 1 placeholders"),
-        (row(images=[make_picture()]), "1 images in `images`, but 0 placeholders"),
+        (row(PLACEHOLDER, images=[make_image()] * 2), "2 images in `images`, but 1 placeholders"),
+        (row(images=[make_image()]), "1 images in `images`, but 0 placeholders"),
         (row(PLACEHOLDER), "0 images in `images`, but 1 placeholders"),
         (row(PLACEHOLDER, images=[None]), "0 images in `images`, but 1 placeholders"),
-        (row(PLACEHOLDER, PLACEHOLDER, images=[make_picture()]), "1 images in `images`, but 2 placeholders"),
+        (row(PLACEHOLDER, PLACEHOLDER, images=[make_image()]), "1 images in `images`, but 2 placeholders"),
         (
-            row({"type": "image", "image": make_picture()}, images=[make_picture()]),
+            row({"type": "image", "image": make_image()}, images=[make_image()]),
             "1 images in `images`, but 0 placeholders",
         ),
     ],
 )
 def test_a_wrong_number_of_images_is_named_with_its_row(processor, wrong, counts):
     with pytest.raises(ValueError, match=f"^row 1 has {counts}"):
-        VisionLanguageCollator(processor)([row(PLACEHOLDER, images=[make_picture()]), wrong])
+        VisionLanguageCollator(processor)([row(PLACEHOLDER, images=[make_image()]), wrong])
 
 
 def test_rows_are_left_as_they_are(processor):
-    given = row(PLACEHOLDER, images=[make_picture()])
+    given = row(PLACEHOLDER, images=[make_image()])
     before = copy.deepcopy(given["messages"])
     assert with_images(given, 0)[0]["content"][0] == {"type": "image", "image": given["images"][0]}
     VisionLanguageCollator(processor)([given])
@@ -164,7 +164,7 @@ def ask(content) -> dict:
         (ask([{"type": "text", "text": 5}]), ": messages[0].content[0].text must be a string, got 5"),
         (ask("a\ud800"), ": messages[0].content holds a lone surrogate (at character 1)"),
         (ask([{"type": "text", "text": "\udfff"}]), ": messages[0].content[0].text holds a lone surrogate"),
-        (row(PLACEHOLDER, images=make_picture()), ": `images` must be a list of images, got <class 'PIL."),
+        (row(PLACEHOLDER, images=make_image()), ": `images` must be a list of images, got <class 'PIL."),
         (
             row(PLACEHOLDER, images="a.png"),
             ": `images` must be a list of images, got <class 'str'>: put a",
@@ -188,7 +188,7 @@ def ask(content) -> dict:
     ],
 )
 def test_wrong_rows_are_named(processor, wrong, message):
-    good = row(PLACEHOLDER, images=[make_picture()])
+    good = row(PLACEHOLDER, images=[make_image()])
     message = message.removeprefix(":") if message.startswith((": lacks", ": must")) else message
     with pytest.raises(ValueError, match=f"^row 2{re.escape(message)}"):
         VisionLanguageCollator(processor)([good, row(), wrong, good])

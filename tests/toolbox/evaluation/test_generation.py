@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig
 
 from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
-from tests.support.processors import assistant, make_picture, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 END = 2
 
@@ -50,7 +50,7 @@ def prompts(processor, calls) -> list[str]:
 def test_the_model_sees_the_questions_and_not_the_answer(model, processor, calls):
     turns = [user("first?"), assistant("one"), user("second?")]
     rows = [
-        row("a cat?", make_picture(), answer="secret"),
+        row("a cat?", make_image(), answer="secret"),
         {"messages": [*turns, assistant("secret")]},
         {"messages": turns},
         {"messages": [*turns, {"role": "tool", "content": "done"}]},
@@ -71,7 +71,7 @@ def test_the_model_sees_the_questions_and_not_the_answer(model, processor, calls
 
 def test_batches_are_padded_on_the_left_and_in_order(model, processor, calls):
     questions = ["a" * (1 + 7 * number % 5) for number in range(5)]
-    rows = [row(question, make_picture(number)) for number, question in enumerate(questions)]
+    rows = [row(question, make_image(number)) for number, question in enumerate(questions)]
     answers = generate_answers(model, processor, rows, batch_size=2, max_new_tokens=3, eos_token_id=None)
     assert [len(call["input_ids"]) for call in calls] == [2, 2, 1]
     for call in calls:
@@ -80,7 +80,7 @@ def test_batches_are_padded_on_the_left_and_in_order(model, processor, calls):
         f"<|im_start|>user\n{'<image>' * 4}{question}<|im_end|>\n<|im_start|>assistant\n" for question in questions
     ]
     pixels = torch.cat([call["pixel_values"] for call in calls])
-    expected = processor(images=[make_picture(number) for number in range(5)], return_tensors="pt")["pixel_values"]
+    expected = processor(images=[make_image(number) for number in range(5)], return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, expected)
     alone = [generate_answers(model, processor, [one], max_new_tokens=3, eos_token_id=None)[0] for one in rows]
     assert answers == alone
@@ -89,12 +89,12 @@ def test_batches_are_padded_on_the_left_and_in_order(model, processor, calls):
 
 
 def test_batches_answer_as_single_rows(model, processor, tmp_path):
-    make_picture(1).save(tmp_path / "picture.png")
-    rows = [row("a cat?", make_picture(0)), row("the cat on the mat?"), row("a dog?", tmp_path / "picture.png")]
+    make_image(1).save(tmp_path / "image.png")
+    rows = [row("a cat?", make_image(0)), row("the cat on the mat?"), row("a dog?", tmp_path / "image.png")]
     answers = generate_answers(model, processor, rows, batch_size=2, max_new_tokens=4)
     assert answers == [generate_answers(model, processor, [one], max_new_tokens=4)[0] for one in rows]
     assert len(set(answers)) > 1
-    assert answers[2] == generate_answers(model, processor, [row("a dog?", make_picture(1))], max_new_tokens=4)[0]
+    assert answers[2] == generate_answers(model, processor, [row("a dog?", make_image(1))], max_new_tokens=4)[0]
 
 
 def test_answers_are_the_new_tokens_without_special_ones(model, processor, monkeypatch):
@@ -105,7 +105,7 @@ def test_answers_are_the_new_tokens_without_special_ones(model, processor, monke
         return torch.cat([input_ids, new], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    assert generate_answers(model, processor, [row("a?"), row("bbb?", make_picture())]) == [" cat", " cat"]
+    assert generate_answers(model, processor, [row("a?"), row("bbb?", make_image())]) == [" cat", " cat"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_arguments_of_generate(model, processor, calls, given, expected):
 def test_a_model_in_training_answers_without_dropout(processor, calls):
     """It also runs without gradients. Afterwards, every module is in its previous mode, even if some are frozen."""
     model = make_speaking_model(attention_dropout=0.9)
-    rows = [row("a cat?", make_picture(0)), row("the cat on the mat?")]
+    rows = [row("a cat?", make_image(0)), row("the cat on the mat?")]
     expected = generate_answers(model, processor, rows, max_new_tokens=6, eos_token_id=None)
     model.train()
     model.model.vision_tower.eval()
@@ -168,7 +168,7 @@ def test_inputs_have_the_models_type(processor):
     model = make_speaking_model().bfloat16()
     seen = []
     model.generate = lambda input_ids, pixel_values, **kwargs: (seen.append(pixel_values.dtype), input_ids)[1]
-    assert generate_answers(model, processor, [row("a?", make_picture())]) == [""]
+    assert generate_answers(model, processor, [row("a?", make_image())]) == [""]
     assert seen == [torch.bfloat16]
 
 

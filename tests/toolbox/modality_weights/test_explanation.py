@@ -8,7 +8,7 @@ from PIL import Image
 
 from modeling_sparse_moe_vlm.toolbox.modality_weights import explanation as module
 from modeling_sparse_moe_vlm.toolbox.modality_weights.explanation import Explanation, draw_explanation, explain
-from tests.support.processors import make_picture, make_processor, make_speaking_model
+from tests.support.processors import make_image, make_processor, make_speaking_model
 
 IMAGE, SPECIAL, END = 3, 50, 2
 PROMPT = [1, 8, IMAGE, IMAGE, IMAGE, IMAGE, 9]
@@ -83,10 +83,10 @@ class Model:
 )
 def test_every_value_belongs_to_its_word(answer, steps):
     model, processor = Model(answer), Processor()
-    explanation = explain(model, processor, make_picture(0), "Why?")
+    explanation = explain(model, processor, make_image(0), "Why?")
     (message,) = processor.messages
     assert message["role"] == "user"
-    assert message["content"][0] == {"type": "image", "image": make_picture(0)}
+    assert message["content"][0] == {"type": "image", "image": make_image(0)}
     assert message["content"][1] == {"type": "text", "text": "Why?"}
 
     assert explanation.words == [WORDS[answer[step]] for step in steps]
@@ -116,7 +116,7 @@ def test_every_value_belongs_to_its_word(answer, steps):
 
 def test_an_empty_answer():
     with pytest.raises(ValueError, match=r"the answer to 'Why\?' is empty"):
-        explain(Model([SPECIAL, END]), Processor(), make_picture(0), "Why?")
+        explain(Model([SPECIAL, END]), Processor(), make_image(0), "Why?")
 
 
 def test_an_error_restores_the_attention_implementation(monkeypatch):
@@ -124,7 +124,7 @@ def test_an_error_restores_the_attention_implementation(monkeypatch):
     model.router_logits = None
     monkeypatch.setattr(Model, "__call__", lambda self, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        explain(model, Processor(), make_picture(0), "Why?")
+        explain(model, Processor(), make_image(0), "Why?")
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -138,7 +138,7 @@ def test_the_drawing_shows_the_values(monkeypatch, tmp_path):
         looked=torch.tensor([[0.1, 0.2], [0.3, 0.4]]),
         experts=torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]]]),
     )
-    draw_explanation(explanation, make_picture(0, width=20, height=24), "Why?", tmp_path / "file.png")
+    draw_explanation(explanation, make_image(0, width=20, height=24), "Why?", tmp_path / "file.png")
     ((figure, path),) = drawn
     assert path == tmp_path / "file.png"
     assert figure.get_suptitle() == "Why?  –  no $!"
@@ -186,7 +186,7 @@ def test_many_layers_are_sampled_and_many_tokens_have_no_numbers(monkeypatch, tm
         looked=torch.full((7, 7), 1 / 49),
         experts=torch.arange(11 * 49).view(11, 7, 7) % 30,
     )
-    draw_explanation(explanation, make_picture(0), "Why?", tmp_path / "file.png")
+    draw_explanation(explanation, make_image(0), "Why?", tmp_path / "file.png")
     chosen = drawn[0].axes[3:]
     assert [axes.get_title() for axes in chosen] == [f"sparse layer {layer}" for layer in (0, 2, 4, 6, 8, 10)]
     assert not any(axes.texts for axes in chosen)
@@ -198,11 +198,11 @@ def test_many_layers_are_sampled_and_many_tokens_have_no_numbers(monkeypatch, tm
 
 @pytest.fixture(scope="module")
 def explained():
-    model, processor, picture = make_speaking_model().eval(), make_processor(), make_picture(0)
+    model, processor, image = make_speaking_model().eval(), make_processor(), make_image(0)
     before = model.config._attn_implementation
-    explanation = explain(model, processor, picture, "What is this?")
+    explanation = explain(model, processor, image, "What is this?")
     assert model.config._attn_implementation == before
-    return model, explanation, picture
+    return model, explanation, image
 
 
 def test_shapes_and_ranges(explained):
@@ -217,14 +217,14 @@ def test_shapes_and_ranges(explained):
 
 
 def test_it_depends_only_on_the_image(explained):
-    model, explanation, picture = explained
-    again = explain(model, make_processor(), picture, "What is this?")
+    model, explanation, image = explained
+    again = explain(model, make_processor(), image, "What is this?")
     torch.testing.assert_close(again.alpha, explanation.alpha)
-    other = explain(model, make_processor(), make_picture(1), "What is this?")
+    other = explain(model, make_processor(), make_image(1), "What is this?")
     assert not torch.allclose(other.looked, explanation.looked)
 
 
 def test_the_image_is_drawn(explained, tmp_path):
-    _, explanation, picture = explained
-    draw_explanation(explanation, picture, "What is this?", tmp_path / "explanation.png")
+    _, explanation, image = explained
+    draw_explanation(explanation, image, "What is this?", tmp_path / "explanation.png")
     assert Image.open(tmp_path / "explanation.png").width > 500

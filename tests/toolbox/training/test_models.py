@@ -27,13 +27,13 @@ SIDE = 32  # size of the preset's images
 COLOURS = [(255, 0, 51), (0, 0, 102)]
 
 
-def picture(colour, side: int = 8) -> PILImage.Image:
+def plain_image(colour, side: int = 8) -> PILImage.Image:
     return PILImage.new("RGB", (side, side), colour)
 
 
 @pytest.fixture(scope="module")
 def fresh():
-    rows = [{"question": "zebra?", "answer": "quagga", "image": picture(colour)} for colour in COLOURS] * 2
+    rows = [{"question": "zebra?", "answer": "quagga", "image": plain_image(colour)} for colour in COLOURS] * 2
     features = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
     return from_scratch(PRESET, Dataset.from_list(rows, features=features), vocab_size=280)
 
@@ -55,7 +55,7 @@ def test_the_tokenizer_knows_questions_and_answers_and_the_line_between(fresh):
 
 
 def test_size_of_the_vocabulary():
-    rows = [{"question": "some words", "answer": "more words", "image": picture("red")}]
+    rows = [{"question": "some words", "answer": "more words", "image": plain_image("red")}]
     examples = Dataset.from_list(
         rows, features=Features({**dict.fromkeys(("question", "answer"), Value("string")), "image": Image()})
     )
@@ -65,7 +65,7 @@ def test_size_of_the_vocabulary():
 def test_presets_by_name_in_any_folder(fresh, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = Dataset.from_list(
-        [{"question": "zebra?", "answer": "quagga", "image": picture(COLOURS[0])}],
+        [{"question": "zebra?", "answer": "quagga", "image": plain_image(COLOURS[0])}],
         features=Features({"question": Value("string"), "answer": Value("string"), "image": Image()}),
     )
     for name in ("tiny", "configuration/models/tiny.json"):
@@ -98,7 +98,7 @@ def test_images_are_normalised_by_the_statistics_of_each_channel(fresh):
     assert image_processor.image_mean == pytest.approx([0.5, 0.0, 0.3], abs=1e-6)
     # A constant channel is not divided by zero.
     assert image_processor.image_std == pytest.approx([0.5 * spread, 1e-3, 0.1 * spread], rel=1e-4)
-    pixels = image_processor([picture(COLOURS[0])], return_tensors="pt")["pixel_values"]
+    pixels = image_processor([plain_image(COLOURS[0])], return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, SIDE, SIDE)
     torch.testing.assert_close(pixels[0, :, 5, 7], torch.tensor([1.0, 0.0, -1.0]), atol=1e-3, rtol=0)
 
@@ -130,7 +130,7 @@ def test_a_new_model_normalises_its_images():
 def test_many_images_are_sampled_evenly(monkeypatch, number, looked_at):
     monkeypatch.setattr(models, "NUM_IMAGES_LOOKED_AT", 4)
     shades = [10 * index for index in range(number)]
-    examples = [{"image": picture((shade,) * 3)} for shade in shades]
+    examples = [{"image": plain_image((shade,) * 3)} for shade in shades]
     mean, _ = models._pixel_statistics(examples, SiglipImageProcessorPil(size={"height": 4, "width": 4}))
     assert mean == pytest.approx([sum(shades[i] for i in looked_at) / len(looked_at) / 255] * 3, abs=1e-5)
 

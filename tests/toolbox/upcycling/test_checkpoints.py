@@ -22,7 +22,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 from modeling_sparse_moe_vlm.toolbox.upcycling.upcycle import upcycle
 from tests.support.in_tree_models import make_inputs, make_llava
 from tests.support.models import TINY_DECODER
-from tests.support.processors import VOCAB_SIZE, assistant, make_picture, make_tokenizer, user
+from tests.support.processors import VOCAB_SIZE, assistant, make_image, make_tokenizer, user
 from tests.toolbox.upcycling.test_processors import make_llava_processor
 
 
@@ -120,7 +120,7 @@ def test_a_plan_reads_no_weights(dense, tmp_path):
 def rows():
     texts = ["What is it?", "Where is the cat?", "the mat"]
     return [
-        {"messages": [user(make_picture(number), text), assistant("the cat sat on the mat")]}
+        {"messages": [user(make_image(number), text), assistant("the cat sat on the mat")]}
         for number, text in enumerate(texts)
     ]
 

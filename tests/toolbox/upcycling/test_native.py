@@ -25,7 +25,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling import UpcyclingError, native, to
 from modeling_sparse_moe_vlm.toolbox.upcycling.native_twins import COMPOSITE_TWINS, TWINS
 from tests.support import in_tree_models
 from tests.support.models import TINY_DECODER, TINY_TOWER
-from tests.support.processors import make_image_processor, make_picture, make_tokenizer
+from tests.support.processors import make_image, make_image_processor, make_tokenizer
 from tests.toolbox.upcycling.native_models import (
     BASES,
     BIAS,
@@ -388,7 +388,7 @@ def test_the_processor_of_the_base_is_copied(tmp_path):
 
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is LlavaProcessor
-    inputs = loaded(images=make_picture(), text="<image> the cat", return_tensors="pt")
+    inputs = loaded(images=make_image(), text="<image> the cat", return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
     twin = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert_close(twin(**inputs).logits, model(**inputs).logits)

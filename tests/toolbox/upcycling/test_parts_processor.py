@@ -10,7 +10,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 from modeling_sparse_moe_vlm.toolbox.upcycling.from_parts import upcycle_from_parts
 from modeling_sparse_moe_vlm.toolbox.upcycling.parts_processor import processor_from_parts
 from tests.support.models import TINY_TOWER
-from tests.support.processors import make_image_processor, make_picture, make_tokenizer
+from tests.support.processors import make_image, make_image_processor, make_tokenizer
 from tests.toolbox.upcycling.test_from_parts import make_dense
 
 # Begins with a line break, adds a system message if there is none, and reads contents as text.
@@ -59,9 +59,9 @@ def test_images_are_inserted_in_the_text_of_a_message():
     processor = processor_from_parts(model, tokenizer, make_image_processor())
     content = [
         {"type": "text", "text": "the "},
-        {"type": "image", "image": make_picture(0)},
+        {"type": "image", "image": make_image(0)},
         {"type": "text", "text": " and "},
-        {"type": "image", "image": make_picture(1)},
+        {"type": "image", "image": make_image(1)},
     ]
     messages = [{"role": "user", "content": content}]
     expected = "\n[sys]Be brief.\n<|im_start|>USER: the <image> and <image><|im_end|>\n<|im_start|>ASSISTANT: "
@@ -99,9 +99,7 @@ def test_model_and_processor_are_loaded_from_a_folder(tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
-    messages = [
-        {"role": "user", "content": [{"type": "image", "image": make_picture()}, {"type": "text", "text": "a"}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "image", "image": make_image()}, {"type": "text", "text": "a"}]}]
     kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected, actual = (render(each, messages, **kwargs) for each in (processor, loaded))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)

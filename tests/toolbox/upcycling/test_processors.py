@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer, LlavaProcessor, PreTrainedTokenizerBase
 
 from modeling_sparse_moe_vlm.toolbox.upcycling.processors import load_processor, save_processor
-from tests.support.processors import make_image_processor, make_picture, make_tokenizer, user
+from tests.support.processors import make_image, make_image_processor, make_tokenizer, user
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
@@ -28,7 +28,7 @@ def test_a_processor(tmp_path):
     dense, sparse = (AutoProcessor.from_pretrained(tmp_path / name) for name in ("dense", "sparse"))
     assert type(sparse) is LlavaProcessor
     assert sparse.chat_template == TEMPLATE
-    messages = [[user(make_picture(), "What is it?")]]
+    messages = [[user(make_image(), "What is it?")]]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     expected, found = (processor.apply_chat_template(messages, **options) for processor in (dense, sparse))
     assert found.keys() == expected.keys()

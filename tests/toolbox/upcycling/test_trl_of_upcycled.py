@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.expert_modules import sparse_blocks
-from tests.integration.test_trl import ARGUMENTS, COEFFICIENTS, rows_with_pictures
+from tests.integration.test_trl import ARGUMENTS, COEFFICIENTS, rows_with_images
 from tests.support.processors import assistant, make_processor, user
 from tests.support.upcycled import make_speaking
 
@@ -23,7 +23,7 @@ def train_sft(kind, model, tmp_path, **kwargs):
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(output_dir=str(tmp_path), **arguments | kwargs.pop("arguments", {})),
-        train_dataset=rows if kind == "llama" else rows_with_pictures(),
+        train_dataset=rows if kind == "llama" else rows_with_images(),
         processing_class=processor.tokenizer if kind == "llama" else processor,
         **kwargs,
     )
