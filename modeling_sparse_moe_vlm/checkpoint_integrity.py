@@ -78,12 +78,12 @@ def check_weights(files: Iterable[str | os.PathLike], weight_map: Mapping[str, s
             start + max((entry["data_offsets"][1] for entry in header.values()), default=0),
         )
         if size < whole:
-            raise OSError(f"{path} is not whole, it has {size} of {whole} bytes: {ADVICE}")
+            raise OSError(f"{path} is incomplete, it has {size} of {whole} bytes: {ADVICE}")
         if size > whole:
             raise OSError(f"{path} is damaged, it has {size} bytes where its header lists {whole}: {ADVICE}")
         for name, file in (weight_map or {}).items():
             if file == path.name and name not in header:
-                raise OSError(f"{path} lacks the tensor {name!r}, which it contains according to the index: {ADVICE}")
+                raise OSError(f"{path} lacks the tensor {name!r}, which the index lists: {ADVICE}")
 
 
 def check_names(files: Iterable[str | os.PathLike], expected: Collection[str]) -> None:
@@ -158,7 +158,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:  # checked before reading, because a damaged length can be huge
-            raise OSError(f"{path} is not whole, it has {size} bytes and no whole header: {ADVICE}")
+            raise OSError(f"{path} is incomplete, it has {size} bytes and no complete header: {ADVICE}")
         content = file.read(length)
     try:
         header = json.loads(content)

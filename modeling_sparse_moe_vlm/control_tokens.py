@@ -144,8 +144,8 @@ class _Breaker:
         found = self._refused.search(text)
         if found:
             raise ValueError(
-                f"{name} holds the control token {found.group()!r}, which this tokenizer cannot encode as text: remove "
-                "it, or use a fast tokenizer whose control tokens are not ordinary words."
+                f"{name} contains the control token {found.group()!r}, which this tokenizer cannot encode as text: "
+                "remove it, or use a fast tokenizer whose control tokens are not ordinary words."
             )
 
 
@@ -189,8 +189,8 @@ def check_encodable(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{name} holds a lone surrogate (at character {error.start}), which is not text: decode its source as "
-            "UTF-8, or drop it."
+            f"{name} contains a lone surrogate (at character {error.start}), which is not text: decode its source "
+            "as UTF-8, or remove it."
         ) from None
 
 

@@ -78,8 +78,8 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
             found = sorted(placeholders.intersection(int(token) for token in prompt))
             if found:
                 raise ValueError(
-                    f"prompt {number} has placeholder tokens {found}, but continuous batching takes no images: use "
-                    "`generate` for prompts with images."
+                    f"prompt {number} has placeholder tokens {found}, but continuous batching does not support "
+                    "images: use `generate` for prompts with images."
                 )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):

@@ -131,7 +131,10 @@ class _Reader:
                 )
             return is_first
         if not may_be_first and not may_be_last:
-            raise ValueError(f"{name} is not an image: neither end of its shape {shape} holds 1 to 4 channels.")
+            raise ValueError(
+                f"{name} is not an image: neither the first nor the last dimension of its shape {shape} has 1 to 4 "
+                "channels."
+            )
         if may_be_first and may_be_last:
             # A size of 3 or 4 is nearly always the channels. A size of 1 or 2 can also be that of a narrow image.
             if shape[2 if is_tensor else 0] >= 3:
@@ -237,7 +240,7 @@ def _value_range(array: Any, name: str) -> tuple[float, float]:
     """Returns the lowest and the highest value. Raises an error if they are not finite."""
     lowest, highest = float(array.min()), float(array.max())
     if not (math.isfinite(lowest) and math.isfinite(highest)):
-        raise _ImageError(f"{name} holds NaN or infinite values.")
+        raise _ImageError(f"{name} contains NaN or infinite values: replace them.")
     return lowest, highest
 
 
@@ -248,9 +251,11 @@ def _as_bytes(array: Any, name: str, is_sixteen_bit: bool = False) -> Any:
     if array.dtype.kind == "b":
         return array.astype("uint8") * 255
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} is not an image: it holds values of type {array.dtype}.")
+        raise ValueError(
+            f"{name} is not an image: its values are of type {array.dtype}, but must be integers, floats or booleans."
+        )
     lowest, highest = _value_range(array, name)
-    ranges = f"{name} holds values from {lowest:g} to {highest:g}, "
+    ranges = f"{name} has values from {lowest:g} to {highest:g}, "
     if array.dtype.kind == "f":
         scale = 1 if highest <= 1 + _OVERSHOOT else 255
         is_dark = scale == 255 and highest < _DARK and (lowest < 0 or bool((array % 1).any()))

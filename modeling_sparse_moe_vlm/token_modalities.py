@@ -127,7 +127,7 @@ def check_range(mm_token_type_ids: torch.Tensor, modalities: Sequence[str]) -> N
     """Raises `ValueError` unless every modality id is a position in `modalities`."""
     if not ((mm_token_type_ids >= 0) & (mm_token_type_ids < len(modalities))).all():
         raise ValueError(
-            f"`mm_token_type_ids` must lie between 0 and {len(modalities) - 1}, the positions in the configuration's "
+            f"`mm_token_type_ids` must be between 0 and {len(modalities) - 1}, the positions in the configuration's "
             f"`modalities` {tuple(modalities)}, got {mm_token_type_ids.unique().tolist()}."
         )
 

@@ -158,8 +158,8 @@ class UpcycledBlock(SparseMoeVlmSparseMoeBlock):
         plan = _of_thread.plan
         if plan is None:
             raise RuntimeError(
-                f"The sparse block of layer {self.layer_idx} runs without knowing its tokens: call the model or its "
-                "decoder instead of a single layer or block."
+                f"The sparse block of layer {self.layer_idx} does not know the modalities of its tokens: call the "
+                "model or its decoder instead of a single layer or block."
             )
         pooled = None if self.pool is None or plan.pools is None else plan.pools[self.pool]
         return super().forward(hidden_states, plan.routing_of(hidden_states), pooled)

@@ -18,7 +18,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path, kept):
     make_model().save_pretrained(tmp_path, max_shard_size="50KB")
     second = sorted(tmp_path.glob("*.safetensors"))[1]
     second.write_bytes(second.read_bytes()[:kept])
-    with pytest.raises(OSError, match=f"{second.name} is not whole, it .* bytes.*download the file again"):
+    with pytest.raises(OSError, match=f"{second.name} is incomplete, it .* bytes.*download the file again"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path)
 
 
@@ -77,10 +77,10 @@ def two(offsets: str) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not whole, it has 0 bytes and no whole header"),
-        (b"1234567", "is not whole, it has 7 bytes and no whole header"),
-        (with_header("{}", 3, length=6), "is not whole, it has 13 bytes and no whole header"),
-        (with_header("{}", 0, length=2**64 - 1), "is not whole, it has 10 bytes and no whole header"),
+        (b"", "is incomplete, it has 0 bytes and no complete header"),
+        (b"1234567", "is incomplete, it has 7 bytes and no complete header"),
+        (with_header("{}", 3, length=6), "is incomplete, it has 13 bytes and no complete header"),
+        (with_header("{}", 0, length=2**64 - 1), "is incomplete, it has 10 bytes and no complete header"),
         (with_header("", 0), "is damaged, its header cannot be read (Expecting value"),
         (with_header("[1]", 0), "it is not a table of tensors"),
         (with_header(b'{"\xff": 1}', 0), "is damaged, its header cannot be read ('utf-8' codec"),
@@ -104,7 +104,7 @@ def two(offsets: str) -> str:
         (with_header(entry(offsets="[4, 28]"), 28), "the tensor 'a' begins at byte 4 instead of 0"),
         (with_header(two("[3, 7]"), 8), "the tensor 'b' begins at byte 3 instead of 4"),
         (with_header(two("[5, 9]"), 9), "the tensor 'b' begins at byte 5 instead of 4"),
-        (with_header(entry(), 23), "is not whole, it has 96 of 97 bytes"),
+        (with_header(entry(), 23), "is incomplete, it has 96 of 97 bytes"),
         (with_header(entry(), 25), "is damaged, it has 98 bytes where its header lists 97"),
     ],
 )
@@ -196,9 +196,7 @@ def test_shards_that_are_missing_or_lack_a_tensor(tmp_path):
     del tensors[name]
     kept = shards[1].read_bytes()
     safetensors.torch.save_file(tensors, shards[1], metadata={"format": "pt"})
-    with pytest.raises(
-        OSError, match=f"^{shards[1]} lacks the tensor '{name}', which it contains according to the index"
-    ):
+    with pytest.raises(OSError, match=f"^{shards[1]} lacks the tensor '{name}', which the index lists"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path)
     shards[1].write_bytes(kept)
 
@@ -215,7 +213,7 @@ def test_damage_in_a_subfolder(tmp_path):
     path = tmp_path / "inner" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:3])
     (tmp_path / "model.safetensors").write_bytes(b"of something else")
-    with pytest.raises(OSError, match=f"^{path} is not whole"):
+    with pytest.raises(OSError, match=f"^{path} is incomplete"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")
 
 

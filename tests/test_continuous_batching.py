@@ -58,7 +58,7 @@ def test_prompts_with_images_are_refused():
     with pytest.raises(ValueError, match=rf"prompt 1 has placeholder tokens \[{IMAGE_TOKEN_ID}\].*use `generate`"):
         model.generate_batch([[5, 6], [5, IMAGE_TOKEN_ID, 6]], greedy(), SMALL_CACHE)
     manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=SMALL_CACHE)
-    with pytest.raises(ValueError, match="continuous batching takes no images"):
+    with pytest.raises(ValueError, match="continuous batching does not support images"):
         manager.add_request([IMAGE_TOKEN_ID])
 
 

@@ -374,14 +374,15 @@ def test_slow_tokenizers_refuse_typed_control_tokens(token):
         ([user("x" + token[:2], token[2:3], token[3:], make_image())], "conversation[0]['content']"),
     ):
         with pytest.raises(
-            ValueError, match=rf"^{re.escape(name)} holds the control token '{re.escape(token)}', which this tokenizer"
+            ValueError,
+            match=rf"^{re.escape(name)} contains the control token '{re.escape(token)}', which this tokenizer",
         ):
             processor.apply_chat_template(messages)
-    with pytest.raises(ValueError, match=r"^documents\[0\]\['text'\] holds the control token"):
+    with pytest.raises(ValueError, match=r"^documents\[0\]\['text'\] contains the control token"):
         processor.apply_chat_template([user("a")], documents=[{"text": token}])
-    with pytest.raises(ValueError, match=r"^tools\[0\]\['name'\] holds the control token"):
+    with pytest.raises(ValueError, match=r"^tools\[0\]\['name'\] contains the control token"):
         processor.apply_chat_template([user("a")], tools=[{"name": token}])
-    with pytest.raises(ValueError, match=r"^a key of tools\[0\] holds the control token"):
+    with pytest.raises(ValueError, match=r"^a key of tools\[0\] contains the control token"):
         processor.apply_chat_template([user("a")], tools=[{token: 1}])
 
 
@@ -403,7 +404,7 @@ def test_tokens_that_are_words_of_the_model_are_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
     processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2)
     template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match=r"^conversation\[0\]\['content'\] holds the control token '<pad>'"):
+    with pytest.raises(ValueError, match=r"^conversation\[0\]\['content'\] contains the control token '<pad>'"):
         processor.apply_chat_template([{"role": "user", "content": "a <pad>"}], template)
     ids = processor.apply_chat_template([{"role": "user", "content": "a <unk> x"}], template, **CHAT)["input_ids"]
     assert ids.tolist() == [[3, 1, 1]]
@@ -412,11 +413,11 @@ def test_tokens_that_are_words_of_the_model_are_refused():
 def test_a_token_of_one_character_is_refused():
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["§"], special_tokens=True)
-    with pytest.raises(ValueError, match=r"^x holds the control token '§'"):
+    with pytest.raises(ValueError, match=r"^x contains the control token '§'"):
         ControlTokens(tokenizer, ["§", "<pad>"]).as_text("a§", "x")
     processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_token="§")
     for sanitize in (True, False):
-        with pytest.raises(ValueError, match=r"\['text'\] holds the control token '§'"):
+        with pytest.raises(ValueError, match=r"\['text'\] contains the control token '§'"):
             processor.apply_chat_template([user("a§")], sanitize_control_tokens=sanitize)
     assert processor.apply_chat_template([user("a", make_image())]).count("§") == 1
 
@@ -428,7 +429,7 @@ def test_a_token_of_one_character_is_refused():
 def test_lone_surrogates_are_named(text):
     processor = make_processor()
     place = text.index(next(c for c in text if "\ud800" <= c <= "\udfff"))
-    message = rf" holds a lone surrogate \(at character {place}\)"
+    message = rf" contains a lone surrogate \(at character {place}\)"
     with pytest.raises(ValueError, match=rf"^text\[1\]{message}"):
         processor(text=["a", text])
     for messages, name in (

@@ -285,7 +285,7 @@ def test_floats_that_the_image_processor_does_not_rescale_keep_their_values(proc
     )
     with pytest.raises(ValueError, match=r"images\[0\] has an alpha channel"):
         read_images([np.dstack([floats, floats[..., :1]])], do_rescale=False)
-    with pytest.raises(ValueError, match=r"images\[0\] holds NaN"):
+    with pytest.raises(ValueError, match=r"images\[0\] contains NaN"):
         read_images([floats * np.nan], do_rescale=False)
 
 
@@ -371,20 +371,23 @@ def test_batches_of_images_in_one_array(processor):
     [
         (np.zeros(5), r"is not an image: its shape is \(5,\)"),
         (np.zeros((2, 1, 3, 9, 9)), r"is not an image: its shape is \(2, 1, 3, 9, 9\)"),
-        (np.zeros((9, 8, 7)), r"is not an image: neither end of its shape \(9, 8, 7\) holds 1 to 4 channels"),
-        (np.zeros((5, 9, 9)), "neither end"),
-        (np.zeros((9, 9, 5)), "neither end"),
+        (
+            np.zeros((9, 8, 7)),
+            r"is not an image: neither the first nor the last dimension of its shape \(9, 8, 7\) has 1 to 4",
+        ),
+        (np.zeros((5, 9, 9)), "neither the first nor the last dimension"),
+        (np.zeros((9, 9, 5)), "neither the first nor the last dimension"),
         (np.zeros((0, 4, 3)), r"is empty: its shape is \(0, 4, 3\)"),
         (torch.zeros(3, 5, 0), "is empty"),
         (Image.new("RGB", (0, 5)), r"is empty: its size is \(0, 5\)"),
-        (np.array([["a", "b"]]), "is not an image: it holds values of type <U1"),
-        (np.zeros((2, 2), complex), "is not an image: it holds values of type complex128"),
-        (np.full((9, 9, 3), np.nan), "holds NaN or infinite values"),
-        (np.array([[0.5, np.inf]]), "holds NaN or infinite values"),
-        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "holds NaN or infinite values"),
+        (np.array([["a", "b"]]), "is not an image: its values are of type <U1, but must be integers"),
+        (np.zeros((2, 2), complex), "is not an image: its values are of type complex128, but"),
+        (np.full((9, 9, 3), np.nan), "contains NaN or infinite values"),
+        (np.array([[0.5, np.inf]]), "contains NaN or infinite values"),
+        (Image.fromarray(np.full((4, 4), np.nan, np.float32)), "contains NaN or infinite values"),
         (
             COLOURS / 127.5 - 1,
-            r"holds values from -0.960784 to 0.968627, but floats must be in \[0, 1\] or \[0, 255\]: scale them",
+            r"has values from -0.960784 to 0.968627, but floats must be in \[0, 1\] or \[0, 255\]: scale them",
         ),
         ((COLOURS / 255 - 0.45) / 0.22, "but floats must be in"),
         (COLOURS / 255 + 0.2, "but floats must be in"),
@@ -393,7 +396,7 @@ def test_batches_of_images_in_one_array(processor):
         (COLOURS.astype(float) * 2, "but floats must be in"),
         (COLOURS.astype(float) - 40, "but floats must be in"),
         (np.array([[-1.0, 2.0]]), "but floats must be in"),
-        (COLOURS.astype(int) - 300, r"holds values from .*but integers must be in \[0, 255\]"),
+        (COLOURS.astype(int) - 300, r"has values from .*but integers must be in \[0, 255\]"),
         (COLOURS.astype(int) * 65536, "but integers must be in"),
         (COLOURS.astype(np.int8), "but integers must be in"),
         (COLOURS.astype(np.uint16), "in 16 bits, so it is black or has 8 bits"),

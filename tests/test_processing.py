@@ -345,7 +345,7 @@ def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
     inputs = processor.apply_chat_template([user("a of ", make_image())], template, **CHAT)
     assert inputs["input_ids"].tolist() == [[3, 4, 2, 2]]
     with pytest.raises(
-        ValueError, match=r"conversation\[0\]\['content'\]\[0\]\['text'\] holds the control token 'picture'"
+        ValueError, match=r"conversation\[0\]\['content'\]\[0\]\['text'\] contains the control token 'picture'"
     ):
         processor.apply_chat_template([user("a picture", make_image())], template, **CHAT)
 

@@ -19,7 +19,7 @@ is the worst case for caches.
 - `prefill_bytes_isolated_vs_joint`, `decode_...`: bytes read while our model processes a prompt of 64 image tokens and
   16 text tokens, and then decodes 16 text tokens. Both arrangements have the same number of experts
 
-The hit rate and the tokens per second at each budget are printed, and drawn with `--picture`.
+The hit rate and the tokens per second at each budget are printed, and drawn with `--figure`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def token_streams(vocabulary: int) -> dict[str, list[int]]:
 
 def main() -> None:
     drawn = {"type": Path, "help": "path to a PNG file for a plot of hit rate and speed over the budget"}
-    arguments = parse_arguments(__doc__, picture=drawn)
+    arguments = parse_arguments(__doc__, figure=drawn)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device, repetitions = arguments.device, arguments.repetitions
@@ -113,8 +113,8 @@ def main() -> None:
             if place == "disk":
                 budgets = compare_budgets(paged, size, streams, device, BUDGETS[1::2] if arguments.quick else BUDGETS)
             del paged
-    if arguments.picture:
-        draw(budgets, arguments.picture)
+    if arguments.figure:
+        draw(budgets, arguments.figure)
     rows += compare_groups(size, streams[TEXT], device)
     report("expert_offload", arguments, rows)
 

@@ -127,15 +127,13 @@ def measure(model, processor, data) -> Iterator[dict[str, float]]:
         batch = {name: value.to(model.device) for name, value in collator(rows[start : start + BATCH_SIZE]).items()}
         labels = batch.pop("labels")
         outputs = model(**batch, output_modality_weights=True)
-        with_picture = log_probability(outputs.logits, labels)
+        with_image = log_probability(outputs.logits, labels)
         without = {
             "swapped": batch | {"pixel_values": batch["pixel_values"].roll(1, dims=0)},
             "blank": batch | {"pixel_values": batch["pixel_values"].amax().expand_as(batch["pixel_values"])},
             "masked": batch | {"attention_mask": batch["attention_mask"] * (batch["mm_token_type_ids"] != 1)},
         }
-        lost = {
-            name: with_picture - log_probability(model(**inputs).logits, labels) for name, inputs in without.items()
-        }
+        lost = {name: with_image - log_probability(model(**inputs).logits, labels) for name, inputs in without.items()}
         # Each token predicts the next one.
         predicts = (labels != -100).roll(-1, dims=1)
         predicts[:, -1] = False
@@ -179,8 +177,8 @@ def spearman(first: pd.Series, second: pd.Series) -> tuple[float, float, float]:
 
 def steer(model, processor, data) -> list[dict]:
     """Asks each question with the image of the next one, and returns how steering changes the answers."""
-    pictures = data["image"][:]
-    swapped = [dict(row, image=pictures[(i + 1) % len(pictures)]) for i, row in enumerate(data)]
+    images = data["image"][:]
+    swapped = [dict(row, image=images[(i + 1) % len(images)]) for i, row in enumerate(data)]
     conversation = [to_messages(row) for row in swapped]
     plain, rows = None, []
     for steering in STEERING:

@@ -62,5 +62,5 @@ def test_experts_in_files_are_not_merged_into(tmp_path):
     loaded = from_disk(model, tmp_path)
     page_experts(loaded, 3)
     adapted = factor_expert_lora(adapt(loaded))
-    with pytest.raises(ValueError, match="is offloaded, so that nothing can be merged into it"):
+    with pytest.raises(ValueError, match="is offloaded, so no adapter can be merged into it"):
         adapted.merge_adapter()

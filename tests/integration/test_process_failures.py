@@ -88,7 +88,7 @@ def test_what_does_not_fit_and_what_is_not_whole(tmp_path):
     for message in (
         "odd group: the 3 experts of the group 'image' cannot be shared out evenly among 2 processes",
         "odd heads: `num_attention_heads` (3) cannot be shared out evenly among 2 processes",
-        f"cut off: {weights} is not whole",
+        f"cut off: {weights} is incomplete",
     ):
         assert result.stdout.count(message) == 2, result.stdout + result.stderr[-4000:]
 

@@ -14,11 +14,11 @@ def benchmark(load_benchmark, monkeypatch):
 
 
 def test_report(benchmark, load_gpu, monkeypatch, capsys, tmp_path):
-    image = tmp_path / "image.png"
-    arguments = ["--json", "--quick", "--device", "cpu", "--picture", str(image)]
+    figure = tmp_path / "figure.png"
+    arguments = ["--json", "--quick", "--device", "cpu", "--figure", str(figure)]
     monkeypatch.setattr(sys, "argv", ["expert_offload.py", *arguments])
     benchmark.main()
-    assert image.stat().st_size > 1000
+    assert figure.stat().st_size > 1000
     printed = capsys.readouterr().out
     result = load_gpu().read_result(printed)
     rows = result["rows"]

@@ -65,5 +65,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if type(alpha) not in (int, float):
         raise ValueError(f"{path} must set the scale `lora_alpha` to a number, but it is {alpha!r}.")
     if not (config.get("target_modules") or config.get("target_parameters")):
-        raise ValueError(f"{path} must set `target_modules` or `target_parameters`, which the adapter belongs to.")
+        raise ValueError(
+            f"{path} must set `target_modules` or `target_parameters`, which say what the adapter adapts: {ADVICE}"
+        )
     return config

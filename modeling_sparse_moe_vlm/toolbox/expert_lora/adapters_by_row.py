@@ -104,7 +104,10 @@ def _checked(tuner: Any, names: Sequence[str], args: tuple[Any, ...], kwargs: Ma
     check(isinstance(names, list | tuple), f"`adapter_names` must be a list of names, got {names!r}.")
     check(not tuner.training, "Cannot pass `adapter_names` when the model is in training mode.")
     compiled = [module for module in tuner.modules() if module._compiled_call_impl is not None]
-    check(not compiled, "`adapter_names` does not go with `compile()`, but a part of the model was compiled with it.")
+    check(
+        not compiled,
+        "`adapter_names` cannot be combined with `compile()`, but a part of the model was compiled with it.",
+    )
     layers = [layer for layer in tuner.modules() if isinstance(layer, LoraLayer)]
     known = {name for layer in layers for of in (layer.lora_A, layer.lora_embedding_A) for name in of}
     unknown = sorted(set(names) - known - {"__base__"})

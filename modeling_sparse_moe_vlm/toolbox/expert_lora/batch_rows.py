@@ -109,7 +109,7 @@ def check_not_compiled() -> None:
     """Raises `ValueError` in a compiled call, because compiled code does not run the hooks of this module."""
     check(
         not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None,
-        "`adapter_names` does not go with `torch.compile`: call the model that was not compiled.",
+        "`adapter_names` cannot be combined with `torch.compile`: call the model that was not compiled.",
     )
 
 

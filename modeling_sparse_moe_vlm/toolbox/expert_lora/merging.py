@@ -48,13 +48,13 @@ class MergingLayer(ParamWrapper):
         names = self.active_adapters if adapter_names is None else adapter_names
         if self.get_param().is_meta or expert_seam.is_read_only(self.get_base_layer()):
             raise ValueError(
-                f"{self.stack_name!r} is offloaded, so that nothing can be merged into it: to merge, load the model "
-                "again without offloading, and then the adapter."
+                f"{self.stack_name!r} is offloaded, so no adapter can be merged into it: load the model without "
+                "offloading, then load the adapter and merge it."
             )
         if is_spread(self.get_param()):
             raise ValueError(
-                f"several processes share {self.stack_name!r}, so that nothing can be merged into it: save the "
-                "adapter, and merge it in one process."
+                f"several processes share {self.stack_name!r}, so no adapter can be merged into it: save the adapter, "
+                "and merge it in one process."
             )
         check_dora(self, names)
         for name in names:

@@ -98,8 +98,8 @@ def is_old(config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], model
         fits_old, fits_new = sides == (outputs, inputs), sides == (inputs, outputs)
         check(
             (fits_old or fits_new) and a.shape[0] == b.shape[1] and a.shape[0] % num_experts == 0,
-            f"{prefix!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, which fit no stack of shape "
-            f"({num_experts}, {outputs}, {inputs}): the adapter is of another model.",
+            f"{prefix!r} has factors of shapes {tuple(a.shape)} and {tuple(b.shape)}, which do not fit a "
+            f"stack of shape ({num_experts}, {outputs}, {inputs}): the adapter belongs to another model.",
         )
         if fits_old != fits_new:
             layouts.add(fits_old)

@@ -114,13 +114,13 @@ def prepare_for_adapters(model: nn.Module, config: LoraConfig) -> None:
     ]
     check(
         not copied,
-        f"several processes share {copied[:1]}, which an adapter then cannot train in full (`modules_to_save`, "
-        "`routers`): leave it out, or load the model without `fsdp_size`.",
+        f"several processes share {copied[:1]}, so an adapter cannot train it in full (`modules_to_save`, `routers`): "
+        "leave it out, or load the model without `fsdp_size`.",
     )
     check(
         not (config.use_dora and config.target_modules),
-        "several processes share the model, whose linear layers PEFT then cannot adapt with `use_dora`: adapt only "
-        "routed experts (`expert_lora_config(…, groups=…)`, `attention=False`), or train without `use_dora`.",
+        "several processes share the model, so PEFT cannot adapt its linear layers with `use_dora`: adapt only routed "
+        "experts (`expert_lora_config(…, groups=…)`, `attention=False`), or train without `use_dora`.",
     )
 
 

@@ -22,7 +22,7 @@ from .config import num_adapter_parameters
 from .recipes import LoraRecipe
 from .selection import expert_lora_config
 
-SPLIT_TITLES = {"test_style": "the new style", "test": "the style that the model knew"}
+SPLIT_TITLES = {"test_style": "the new style", "test": "the original style"}
 
 
 class LoraRun:

@@ -112,7 +112,7 @@ def expert_lora_config(
     config = experts_config_of(model.config)
     check(
         experts is None or expert_ranks is None,
-        "`experts` and `expert_ranks` both choose experts: pass one; rank 0 is for an expert without adapter.",
+        "`experts` and `expert_ranks` both choose experts: pass only one (rank 0 means no adapter).",
     )
     banks = expert_banks(model)
     check(bool(banks), f"{type(model).__name__} has no experts that run through Transformers' experts interface.")
@@ -307,7 +307,7 @@ def _check_names(banks: list[ExpertBank], given: Any) -> None:
     if isinstance(given, Mapping):
         names = [bank.name for bank in banks if not bank.always_on]
         unknown = [key for key in given if not any(_ends_with(name, key) for name in names)]
-        check(not unknown, f"{unknown} name no routed experts of the selection, which are {names}.")
+        check(not unknown, f"{unknown} are not routed experts of the selection, which are {names}.")
 
 
 def _ends_with(name: str, end: str) -> bool:

@@ -51,7 +51,7 @@ class Explanation:
 
 @torch.no_grad()
 def explain(
-    model: SparseMoeVlmForConditionalGeneration, processor: ProcessorMixin, picture: Image, question: str
+    model: SparseMoeVlmForConditionalGeneration, processor: ProcessorMixin, image: Image, question: str
 ) -> Explanation:
     """
     Lets a model answer a question and records where it looked. `generate` itself returns the weights α. The attention
@@ -62,7 +62,7 @@ def explain(
             The model.
         processor (`ProcessorMixin`):
             Processor of the model.
-        picture (`PIL.Image.Image`):
+        image (`PIL.Image.Image`):
             The image.
         question (`str`):
             The question.
@@ -73,8 +73,8 @@ def explain(
     Raises:
         ValueError: If the answer consists of special tokens only.
     """
-    messages = to_messages({"question": question, "answer": "", "image": picture})["messages"][:1]
-    messages[0]["content"][0]["image"] = picture
+    messages = to_messages({"question": question, "answer": "", "image": image})["messages"][:1]
+    messages[0]["content"][0]["image"] = image
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
@@ -120,7 +120,7 @@ def explain(
     )
 
 
-def draw_explanation(explanation: Explanation, picture: Image, question: str, path: str | Path) -> None:
+def draw_explanation(explanation: Explanation, image: Image, question: str, path: str | Path) -> None:
     """
     Draws three panels: the image with the distribution of the attention to it, α and β of every word of the answer, and
     for every sparse layer a map of the routed experts that the image tokens went to.
@@ -128,7 +128,7 @@ def draw_explanation(explanation: Explanation, picture: Image, question: str, pa
     Args:
         explanation (`Explanation`):
             What [`explain`] returns.
-        picture (`PIL.Image.Image`):
+        image (`PIL.Image.Image`):
             The image.
         question (`str`):
             The question.
@@ -138,17 +138,17 @@ def draw_explanation(explanation: Explanation, picture: Image, question: str, pa
     figure = Figure(figsize=(15, 4.8), layout="constrained")
     figure.suptitle(f"{question}  –  {''.join(explanation.words)}", parse_math=False)
     columns = figure.add_gridspec(1, 3, width_ratios=[1, 1.15, 1.35])
-    _draw_attention(figure.add_subfigure(columns[0]), explanation, picture)
+    _draw_attention(figure.add_subfigure(columns[0]), explanation, image)
     _draw_words(figure.add_subfigure(columns[1]), explanation)
-    _draw_experts(figure.add_subfigure(columns[2]), explanation.experts, picture)
+    _draw_experts(figure.add_subfigure(columns[2]), explanation.experts, image)
     save_figure(figure, path)
 
 
-def _draw_attention(panel: SubFigure, explanation: Explanation, picture: Image) -> None:
+def _draw_attention(panel: SubFigure, explanation: Explanation, image: Image) -> None:
     panel.suptitle("Attention to the image", fontsize=11)
     axes = panel.subplots()
-    extent = (0, picture.width, picture.height, 0)
-    axes.imshow(picture.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(image.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
     heat = axes.imshow(
         explanation.looked.numpy(), cmap="magma", vmin=0, alpha=0.6, extent=extent, interpolation="nearest"
     )
@@ -169,7 +169,7 @@ def _draw_words(panel: SubFigure, explanation: Explanation) -> None:
     panel.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 
-def _draw_experts(panel: SubFigure, experts: torch.Tensor, picture: Image) -> None:
+def _draw_experts(panel: SubFigure, experts: torch.Tensor, image: Image) -> None:
     panel.suptitle("Routed expert of each image token", fontsize=11)
     shown = torch.linspace(0, len(experts) - 1, min(len(experts), MAX_SHOWN_LAYERS)).round().long().tolist()
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
@@ -178,19 +178,19 @@ def _draw_experts(panel: SubFigure, experts: torch.Tensor, picture: Image) -> No
     numbers = sorted(set(experts[shown].flatten().tolist()))
     palette = colormaps["tab20" if len(numbers) > 10 else "tab10"]
     colours = {expert: palette(position % palette.N) for position, expert in enumerate(numbers)}
-    extent = (0, picture.width, picture.height, 0)
+    extent = (0, image.width, image.height, 0)
     for axes in plots:
         axes.set_axis_off()
     for layer, axes in zip(shown, panel.axes, strict=False):
         axes.set_title(f"sparse layer {layer}", fontsize=9)
-        axes.imshow(picture.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
+        axes.imshow(image.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
         cells = [[colours[expert] for expert in row] for row in experts[layer].tolist()]
         axes.imshow(torch.tensor(cells).numpy(), alpha=0.65, extent=extent, interpolation="nearest")
         if side > MAX_NUMBERED_SIDE:
             continue
         for row, column in product(range(side), range(side)):
             axes.text(
-                (column + 0.5) * picture.width / side, (row + 0.5) * picture.height / side,
+                (column + 0.5) * image.width / side, (row + 0.5) * image.height / side,
                 str(int(experts[layer, row, column])), ha="center", va="center", fontsize=9, color="white",
                 path_effects=[withStroke(linewidth=2, foreground="black")],
             )  # fmt: skip

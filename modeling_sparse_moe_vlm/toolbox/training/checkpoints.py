@@ -62,7 +62,7 @@ def last_whole_checkpoint(arguments: TrainingArguments) -> str:
             if broken and arguments.process_index == 0:
                 logger.warning(f"{' '.join(broken)} The training resumes from {checkpoint}.")
             return str(checkpoint)
-        broken.append(f"The checkpoint {checkpoint} is not whole: {damage}.")
+        broken.append(f"The checkpoint {checkpoint} is incomplete: {damage}.")
     raise ValueError(
         f"There is no checkpoint in {folder} to resume from: start without resuming. {' '.join(broken)}".rstrip()
     )
@@ -72,8 +72,8 @@ def _find_damage(checkpoint: Path, only_model: bool) -> str | None:
     """Returns what a checkpoint lacks, or which of its files is incomplete; `None` if it is complete."""
     try:
         state = checkpoint / TRAINER_STATE_NAME
-        if not state.exists():  # the last file to be written
-            return f"{state} is missing, which is written last"
+        if not state.exists():
+            return f"{state} is missing (it is the last file to be written)"
         _check_weights(checkpoint)
         if not (checkpoint / _DEEPSPEED).exists() and not only_model:
             _require(checkpoint, OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, f"{_OPTIMIZER}_*")
@@ -122,10 +122,10 @@ def _check_file(path: Path) -> None:
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise OSError(f"{path} is not whole ({error})") from error
+            raise OSError(f"{path} is incomplete ({error})") from error
     elif path.suffix in (".pt", ".pth", ".bin"):  # zip archives, whose table of contents is written last
         if not zipfile.is_zipfile(path):
-            raise OSError(f"{path} is not whole")
+            raise OSError(f"{path} is incomplete")
     elif path.name == ".metadata":
         _check_distributed(path.parent)
     elif path.name == _DEEPSPEED:
@@ -136,8 +136,8 @@ def _check_distributed(folder: Path) -> None:
     try:
         places = FileSystemReader(folder).read_metadata().storage_data.values()
     except Exception as error:  # reading a damaged pickle can raise any error
-        raise OSError(f"{folder}/.metadata is not whole ({error!r})") from error
+        raise OSError(f"{folder}/.metadata is incomplete ({error!r})") from error
     for place in places:
         _require(folder, place.relative_path)
         if (folder / place.relative_path).stat().st_size < place.offset + place.length:
-            raise OSError(f"{folder}/{place.relative_path} is not whole")
+            raise OSError(f"{folder}/{place.relative_path} is incomplete")

@@ -114,7 +114,7 @@ class SparseMoeTrainer(Trainer):
             if getattr(config, "router_bias_update_rate", None) and config.layers_by_experts:
                 check(
                     bool(outputs.get("router_logits")),
-                    "`router_bias_update_rate` is set, but the model returns no router logits to balance by: set "
+                    "`router_bias_update_rate` is set, but the model does not return router logits: set "
                     "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` to disable the "
                     "load balancing loss).",
                 )

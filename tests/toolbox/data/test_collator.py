@@ -162,8 +162,8 @@ def ask(content) -> dict:
         (ask([{"type": "text", "text": "a"}, {"type": None}]), ": messages[0].content[1] lacks `type`"),
         (ask([{"type": "text"}]), ": messages[0].content[0].text must be a string, got None"),
         (ask([{"type": "text", "text": 5}]), ": messages[0].content[0].text must be a string, got 5"),
-        (ask("a\ud800"), ": messages[0].content holds a lone surrogate (at character 1)"),
-        (ask([{"type": "text", "text": "\udfff"}]), ": messages[0].content[0].text holds a lone surrogate"),
+        (ask("a\ud800"), ": messages[0].content contains a lone surrogate (at character 1)"),
+        (ask([{"type": "text", "text": "\udfff"}]), ": messages[0].content[0].text contains a lone surrogate"),
         (row(PLACEHOLDER, images=make_image()), ": `images` must be a list of images, got <class 'PIL."),
         (
             row(PLACEHOLDER, images="a.png"),
@@ -183,7 +183,7 @@ def ask(content) -> dict:
         ),
         (
             {"messages": [{"role": "user\ud800", "content": "a"}, ANSWER]},
-            " cannot be processed: conversation[0][0]['role'] holds a lone surrogate",
+            " cannot be processed: conversation[0][0]['role'] contains a lone surrogate",
         ),
     ],
 )

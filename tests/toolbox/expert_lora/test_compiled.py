@@ -56,7 +56,7 @@ def test_names_of_rows_do_not_go_with_it(compiled):
     if compiled == "layers":
         adapted.get_base_model().get_decoder().layers[0].compile(backend="eager")
     run = torch.compile(adapted, backend="eager") if compiled == "all" else adapted
-    with pytest.raises(ValueError, match="`adapter_names` does not go with `"):
+    with pytest.raises(ValueError, match="`adapter_names` cannot be combined with `"):
         run(**inputs, adapter_names=["default", "__base__"])
 
 

@@ -308,7 +308,7 @@ def test_the_busiest_experts_of_an_in_tree_model():
         ("joint", {"modalities": ["image"]}, r"no group .* only \['image'\] \(joint: text, image\)"),
         ("qwen3_vl_moe", {"modalities": ["image"]}, "does not say which modalities its experts serve.*`groups`"),
         ("isolated", {"experts": [1, 4]}, r"`experts` names \[4\], but .*experts.text has experts 0 to 3"),
-        ("isolated", {"experts": {"layers.2.mlp.experts": [0]}}, r"\['layers.2.mlp.experts'\] name no routed experts"),
+        ("isolated", {"experts": {"layers.2.mlp.experts": [0]}}, r"\['layers.2.mlp.experts'\] are not routed experts"),
         ("isolated", {"experts": [0], "expert_ranks": [1] * 4}, "both choose experts"),
         ("isolated", {"expert_ranks": [1, 2, 3]}, r"of .*experts.text must be 4 numbers from 0 to r = 8, got \[1, 2"),
         ("isolated", {"expert_ranks": [1, 2, 3, 9]}, "must be 4 numbers from 0 to r = 8"),

@@ -218,7 +218,7 @@ def test_shapes_and_ranges(explained):
 
 def test_it_depends_only_on_the_image(explained):
     model, explanation, image = explained
-    again = explain(model, make_processor(), image, "What is this?")
+    again = explain(model, make_processor(), image=image, question="What is this?")
     torch.testing.assert_close(again.alpha, explanation.alpha)
     other = explain(model, make_processor(), make_image(1), "What is this?")
     assert not torch.allclose(other.looked, explanation.looked)
@@ -226,5 +226,5 @@ def test_it_depends_only_on_the_image(explained):
 
 def test_the_image_is_drawn(explained, tmp_path):
     _, explanation, image = explained
-    draw_explanation(explanation, image, "What is this?", tmp_path / "explanation.png")
+    draw_explanation(explanation, image=image, question="What is this?", path=tmp_path / "explanation.png")
     assert Image.open(tmp_path / "explanation.png").width > 500

@@ -58,7 +58,7 @@ def warnings(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
 
     def take() -> str:
-        text = "\n".join(record.getMessage() for record in caplog.records if "not whole" in record.getMessage())
+        text = "\n".join(record.getMessage() for record in caplog.records if "incomplete" in record.getMessage())
         caplog.clear()
         return text
 
@@ -85,7 +85,7 @@ def test_every_needed_file_must_exist(run, kind, warnings):
         said = warnings()
         if name in needed:
             assert used == str(run / "checkpoint-1"), name
-            assert f"The checkpoint {newest} is not whole: {newest / name} is missing" in said
+            assert f"The checkpoint {newest} is incomplete: {newest / name} is missing" in said
             assert said.endswith(f"The training resumes from {run / 'checkpoint-1'}.")
         else:
             assert (used, said) == (str(newest), ""), name
@@ -104,7 +104,7 @@ def test_truncated_files(run, warnings):
             path.write_bytes(content[:kept])
             assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1"), (path.name, kept)
             said = warnings()
-            assert f"is not whole: {path} is not whole" in said, said
+            assert f"is incomplete: {path} is incomplete" in said, said
             assert "download" not in said
         path.write_bytes(content)
 
@@ -118,8 +118,8 @@ def test_checkpoints_without_an_optimizer(run, warnings):
     (run / "checkpoint-1" / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint in .*run to resume from: start without resuming\.") as error:
         last_whole_checkpoint(make_arguments(run))
-    assert f"The checkpoint {run / 'checkpoint-2'} is not whole" in str(error.value)
-    assert f"The checkpoint {run / 'checkpoint-1'} is not whole: {run / 'checkpoint-1/optimizer.pt'}" in str(
+    assert f"The checkpoint {run / 'checkpoint-2'} is incomplete" in str(error.value)
+    assert f"The checkpoint {run / 'checkpoint-1'} is incomplete: {run / 'checkpoint-1/optimizer.pt'}" in str(
         error.value
     )
 
@@ -181,7 +181,7 @@ def test_states_of_several_processes(run, warnings):
     assert last_whole_checkpoint(make_arguments(run)) == str(newest)
     (newest / "rng_state_1.pth").write_bytes(b"PK")
     assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1")
-    assert f"{newest / 'rng_state_1.pth'} is not whole" in warnings()
+    assert f"{newest / 'rng_state_1.pth'} is incomplete" in warnings()
     (newest / "rng_state_1.pth").unlink()
     (newest / "rng_state_0.pth").unlink()
     assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1")
@@ -209,7 +209,7 @@ def test_sharded_states(run, warnings):
             assert f"{path} is missing" in warnings()
             path.write_bytes(content[:-1])
             assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1"), path
-            assert f"{path} is not whole" in warnings()
+            assert f"{path} is incomplete" in warnings()
             path.write_bytes(content)
     shutil.rmtree(newest / "pytorch_model_fsdp_0")
     assert last_whole_checkpoint(make_arguments(run)) == str(run / "checkpoint-1")

@@ -175,7 +175,7 @@ def test_a_damaged_file(tmp_path):
     make_llama().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(OSError, match="is not whole"), DenseCheckpoint.open(tmp_path, LlamaForCausalLM):
+    with pytest.raises(OSError, match="is incomplete"), DenseCheckpoint.open(tmp_path, LlamaForCausalLM):
         pass
 
 

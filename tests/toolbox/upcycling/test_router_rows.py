@@ -437,7 +437,7 @@ def test_batches_without_tokens_are_refused(model):
     with pytest.raises(UpcyclingError, match="needs `input_ids` or `mm_token_type_ids` in `batch`"):
         collect_block_inputs(model, {"inputs_embeds": torch.zeros(1, 4, 32)}, LAYERS, **options)
     batch = llava_batch()
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="must be between 0 and 1"):
         collect_block_inputs(model, batch | {"mm_token_type_ids": batch["input_ids"]}, LAYERS, **options)
 
 
