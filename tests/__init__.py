@@ -1,4 +1,4 @@
-"""Tests, in the order of the package's files. Models are tiny here, so that threads would only wait for each other."""
+"""Tests, in the order of the package's files. The models are so small that more threads would slow them down."""
 
 import torch
 

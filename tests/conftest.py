@@ -1,4 +1,4 @@
-"""Fixtures of all tests, and what lets several workers of pytest-xdist share a machine."""
+"""Fixtures for all tests, and settings with which several workers of pytest-xdist share a machine."""
 
 import os
 import tempfile
@@ -6,7 +6,7 @@ import tempfile
 import pytest
 
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    # Before torch and Transformers are imported: a thread each, and a folder of their own for code of checkpoints.
+    # Set before torch and Transformers are imported. Each worker has one thread and its own folder for remote code.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix=f"modules-{worker}-")
 
@@ -18,8 +18,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """
-    Tests that take the device from `--device` are marked `numeric`. With `--dist loadgroup`, one worker runs everything
-    that starts several processes: not two at a time.
+    Marks tests that take the device from `--device` as `numeric`. With `--dist loadgroup`, one worker runs all tests
+    that start several processes, so that no two of them run at the same time.
     """
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def restored_logging():
-    """`Trainer` and the benchmarks set how much the library logs, and messages once logged are not logged again."""
+    """Restores the verbosity, which `Trainer` and benchmarks change, and lets `warning_once` repeat its messages."""
     from transformers import logging
 
     verbosity = logging.get_verbosity()
@@ -44,7 +44,7 @@ def restored_logging():
 
 @pytest.fixture(scope="session")
 def device(request):
-    """The device that a test computes on, `--device`; in full float32, as on the CPU."""
+    """The device of `--device`. Float32 products have full precision on it, as on the CPU."""
     import torch
 
     if request.config.getoption("--device").startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Attention against the formula, query by query and head by head."""
+"""Attention equals a literal implementation of the formula, query by query and head by head."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def rotate(x: torch.Tensor, position: int, theta: float) -> torch.Tensor:
 
 
 def literal_attention(attention, config, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention in float64: output `(B, T, D)`, weights `(B, heads, T, T)`."""
+    """Returns causal attention in float64: output `(B, T, D)`, weights `(B, heads, T, T)`."""
     exact = {name: parameter.double() for name, parameter in attention.named_parameters()}
     size, theta = config.head_dim, config.rope_parameters["rope_theta"]
 
@@ -115,7 +115,7 @@ def test_sdpa_equals_eager_in_forward_and_gradients(name, hidden_states):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_cached_tokens_attend_alike(implementation, hidden_states):
+def test_cached_tokens_give_the_same_output(implementation, hidden_states):
     attention, config = make_attention(implementation)
     with torch.no_grad():
         expected, _ = attention(hidden_states, positions(config), causal_mask())
@@ -128,7 +128,7 @@ def test_cached_tokens_attend_alike(implementation, hidden_states):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_dropout_is_for_training_alone(implementation, hidden_states):
+def test_dropout_is_only_active_in_training(implementation, hidden_states):
     attention, config = make_attention(implementation, attention_dropout=0.5)
     attention.eval()
     first, again = (attention(hidden_states, positions(config), causal_mask())[0] for _ in range(2))

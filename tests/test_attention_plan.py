@@ -1,4 +1,4 @@
-"""Which form of attention a forward pass takes, and what its cache remembers of modality ids."""
+"""The form of attention that a forward pass uses, and the modality ids that its cache stores."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ UNEQUAL = {"alpha_init": 0.8, "beta_init": 0.3}
 
 @pytest.fixture
 def plans(monkeypatch):
-    """What was planned, pass by pass."""
+    """Records the plan of every forward pass."""
     planned: list = []
 
     def plan(*args, **kwargs):
@@ -33,7 +33,7 @@ def forms(plans) -> list:
 
 
 @torch.no_grad()
-def test_prompts_go_by_runs_and_single_tokens_by_rows(plans):
+def test_prompts_use_runs_and_single_tokens_use_rows(plans):
     model, inputs = make_model(**UNEQUAL), make_inputs()
     model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert forms(plans) == [RunParts, RowParts, RowParts]
@@ -92,7 +92,7 @@ def test_form_with_gradients(plans):
 
 
 @torch.no_grad()
-def test_masks_of_rows_that_differ_and_dropout_go_through_channels(plans):
+def test_masks_that_differ_between_rows_and_dropout_use_channels(plans):
     model, inputs = make_model(**UNEQUAL), make_inputs()
     padded = shift_left(make_mixed_inputs())
     model(**padded)
@@ -103,7 +103,7 @@ def test_masks_of_rows_that_differ_and_dropout_go_through_channels(plans):
     model(**other)
     assert forms(plans) == [AttentionParts, AttentionParts]
     plans.clear()
-    # Padding, although all rows share their runs.
+    # There is padding, although all rows have the same runs.
     inputs["attention_mask"] = inputs["attention_mask"].clone()
     inputs["attention_mask"][1, 13] = 0
     outputs = model(**inputs, **READ)
@@ -124,7 +124,7 @@ def test_masks_of_rows_that_differ_and_dropout_go_through_channels(plans):
 
 
 @torch.no_grad()
-def test_rows_are_kept_up_to_a_size(plans, monkeypatch):
+def test_rows_are_used_up_to_a_size(plans, monkeypatch):
     model, inputs = make_model(), make_inputs()
     token = {"input_ids": inputs["input_ids"][:, :1]}
     monkeypatch.setattr(attention_plan, "MAX_KEPT_ROW", 2 * 15 * 4)  # 15 keys, 4 heads, 2 rows
@@ -157,8 +157,8 @@ def test_weights_of_rows_stay_in_float32_under_autocast(kept, plans, monkeypatch
 
 
 @torch.no_grad()
-def test_a_layer_that_the_kernel_does_not_take_goes_through_channels(plans):
-    """Such as one on another device, or in another dtype."""
+def test_a_layer_that_the_kernel_does_not_support_uses_channels(plans):
+    """For example, a layer on another device or in another dtype."""
     model, inputs = make_model(**UNEQUAL), make_inputs()
     model.set_experts_implementation("eager")
     expected = model(**inputs, **READ)
@@ -170,7 +170,7 @@ def test_a_layer_that_the_kernel_does_not_take_goes_through_channels(plans):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-# ---------------------------------------------------------------- what caches remember
+# ---------------------------------------------------------------- modality ids in caches
 
 IDS = torch.tensor([[0, 1, 1], [1, 0, 0]])
 
@@ -193,14 +193,14 @@ def test_ids_are_added_step_by_step(kind):
     fill(cache, 3)
     later = remember_modality_ids(torch.tensor([[1], [0]]), cache).tolist()
     assert later == [[0, 1, 1, 1, *room[1:]], [1, 0, 0, 0, *room[1:]]]
-    # The candidates of assisted decoding that are refused are overwritten.
+    # Rejected candidates of assisted decoding are overwritten.
     again = remember_modality_ids(torch.tensor([[0], [1]]), cache).tolist()
     assert again == [[0, 1, 1, 0, *room[1:]], [1, 0, 0, 1, *room[1:]]]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_gaps_in_what_a_cache_remembers(kind):
-    """Not only a cache without ids: a pass in between that did not remember its own shifts all the later ones."""
+def test_gaps_in_the_ids_of_a_cache(kind):
+    """A cache without ids is a gap, and so is a pass that did not store its ids: all later ids would be shifted."""
     cache = make_cache(kind)
     fill(cache, 3)
     assert remember_modality_ids(IDS[:, :1], cache) is None
@@ -212,7 +212,7 @@ def test_gaps_in_what_a_cache_remembers(kind):
 
 
 @torch.no_grad()
-def test_a_pass_in_between_that_does_not_read_out():
+def test_a_pass_without_read_out_between_others():
     model, inputs = make_model(), make_inputs()
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache, **READ)
@@ -223,8 +223,8 @@ def test_a_pass_in_between_that_does_not_read_out():
 
 
 @torch.no_grad()
-def test_learned_priors_are_remembered_while_they_are_equal(plans):
-    """Whether they are still equal when the cache is filled does not matter to what can be asked later."""
+def test_ids_are_stored_while_learned_priors_are_equal(plans):
+    """Later steps can use the ids, whether or not the priors are still equal when the cache is filled."""
     model, inputs = make_model(learned_modality_priors=True), make_inputs()
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache)
@@ -242,7 +242,7 @@ def test_equal_learned_priors_need_no_ids():
     model, inputs = make_model(learned_modality_priors=True), make_inputs()
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache)
-    del cache.modality_ids  # as if somebody else had filled it
+    del cache.modality_ids  # as if other code had filled it
     assert isinstance(cache.layers[0], DynamicLayer)
     token = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
     assert model(**token).logits.isfinite().all()

@@ -1,7 +1,8 @@
-"""A start at which one modality has collapsed: every balancing method gets out of it in 100 steps, nothing else does.
+"""Routing of one modality has collapsed at the start. Every balancing method recovers from that within 100 steps.
 
-Eight joint experts, two per token; image tokens share a direction that the router sends to the first two, so that they
-use effectively 2.4 of 8 experts while text uses nearly all. A tiny decoder then learns to read random tokens back.
+There are eight joint experts, two per token. All image tokens share a direction that the router sends to the first two
+experts, so image tokens effectively use 2.4 of 8 experts while text uses nearly all. A tiny decoder then learns to
+reproduce random tokens.
 """
 
 import pytest
@@ -43,7 +44,7 @@ def make_batch(seed: int, rows: int = 8) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def routing(model) -> tuple[GroupRouting, GroupRouting]:
-    """Routing of text and of images on tokens that were not trained on."""
+    """Returns the routing of text and of images for tokens that were not in the training batches."""
     batch = make_batch(seed=10**6, rows=64)
     counts = count_batch(model, batch, model(**batch).router_logits)
     text, image = routing_statistics(model.config, counts).rows
@@ -71,8 +72,8 @@ def start_collapsed(router: str, **balancing) -> SparseMoeVlmForCausalLM:
     return model
 
 
-# The entropies are those of probabilities. Affinities of a sigmoid router, scaled to sum to 1, are nearly even while
-# its choice has collapsed, so they hardly help it.
+# The entropies are computed from probabilities. The affinities of a sigmoid router, scaled to sum to 1, are nearly even
+# although its choice has collapsed, so the entropy losses hardly help it.
 @pytest.mark.parametrize(
     ("router", "method"),
     [
@@ -95,7 +96,7 @@ def test_balancing_recovers(router, method):
 @pytest.mark.parametrize("router", ["softmax", "top_p", "sigmoid"])
 @pytest.mark.parametrize("coefficients", [{}, {"router_z_loss_coef": 0.01}], ids=["nothing", "z-loss alone"])
 def test_without_balancing_it_stays_collapsed(router, coefficients):
-    """The z-loss keeps logits small; it does not balance, whatever it is called."""
+    """The z-loss only keeps logits small. It is a router loss, but it does not balance."""
     model = start_collapsed(router, **coefficients)
     train(model)
     _, image = routing(model)

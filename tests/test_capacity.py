@@ -1,4 +1,4 @@
-"""Capacity and batch-priority dropping against the paper's algorithm, slot by slot."""
+"""Capacity and batch-priority dropping equal the algorithm of the paper, slot by slot."""
 
 import math
 from fractions import Fraction
@@ -16,7 +16,7 @@ DEVICE = torch.device("cpu")
 
 
 def make_batch(seed: int = 0, tokens: int = TOKENS, k: int = 3):
-    """Logits that favour the first experts, two modalities at random, and every fifth token padding."""
+    """Returns logits that favour the first experts, random ids of two modalities, and every fifth token as padding."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(tokens, EXPERTS, generator=generator) * 2 - torch.arange(EXPERTS) * 0.7
     modality_ids = torch.randint(0, 2, (tokens,), generator=generator)
@@ -26,7 +26,7 @@ def make_batch(seed: int = 0, tokens: int = TOKENS, k: int = 3):
 
 
 def literal_drop(index, priority, capacity, modality_ids, real) -> list[list[int]]:
-    """Batch-priority routing (V-MoE, arXiv 2106.05974): the experts that are left to each token."""
+    """Batch-priority routing (V-MoE, arXiv 2106.05974). Returns the experts that each token keeps."""
     tokens, k = index.shape
     kept = [[EXPERTS] * k for _ in range(tokens)]
     taken = {}
@@ -55,13 +55,13 @@ def test_capacity_is_the_rounded_share(factor):
         assert capacity.tolist() == [math.ceil(share * number) for share, number in zip(shares, numbers, strict=True)]
 
 
-def test_one_token_alone_is_never_dropped():
+def test_a_single_token_is_never_dropped():
     assert expert_capacity(share=[0.5 * 1 / 64], modality_ids=torch.zeros(1, dtype=torch.long)).tolist() == [1]
     assert expert_capacity(share=[1.0, 1.0], modality_ids=torch.zeros(3, dtype=torch.long)).tolist() == [3, 0]
 
 
 def test_a_whole_number_is_not_rounded_up():
-    """0.2 · 2 / 6 · 45 is 3, and a little more in floating point."""
+    """0.2 · 2 / 6 · 45 is 3, but slightly more than 3 in floating point."""
     assert expert_capacity(share=[0.2 * 2 / 6], modality_ids=torch.zeros(45, dtype=torch.long)).tolist() == [3]
 
 
@@ -86,7 +86,7 @@ def test_dropping_is_the_literal_algorithm(capacity, k):
 
 
 def test_the_most_certain_tokens_stay():
-    """Four tokens want the same expert, which takes two; another modality has its own places there."""
+    """Four tokens choose the same expert, which has a capacity of two. Another modality has its own capacity there."""
     index = torch.tensor([[0], [0], [0], [0], [0]])
     _, kept = drop_over_capacity(
         torch.ones(5, 1),
@@ -100,7 +100,7 @@ def test_the_most_certain_tokens_stay():
 
 
 def test_first_choices_come_before_second_ones():
-    """However certain a token is, its second choice waits for the first choices of all."""
+    """The first choices of all tokens come before any second choice, however certain the token is."""
     index = torch.tensor([[0, 1], [1, 0]])
     _, kept = drop_over_capacity(
         torch.ones(2, 2),
@@ -115,13 +115,15 @@ def test_first_choices_come_before_second_ones():
 
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_p"])
 def test_priority_is_the_largest_score(router):
-    """Probabilities, and affinities with sigmoid: not the logits alone, nor the weights, which are scaled."""
+    """The scores are probabilities, or affinities with sigmoid. They are neither logits nor the scaled weights."""
     config = make_config(
         expert_groups="joint", num_experts=EXPERTS, router=router, expert_capacity_factor=0.5, router_top_p=0.9
     ).text_config
     rule = RoutingRule.of(config, config.layer_expert_groups(0))
     logits, _, _, modality_ids, real = make_batch()
-    logits += 3 * torch.randn(TOKENS, 1, generator=torch.Generator().manual_seed(1))  # moves sigmoids, not softmax
+    logits += 3 * torch.randn(
+        TOKENS, 1, generator=torch.Generator().manual_seed(1)
+    )  # changes sigmoids, but not the softmax
     weights, index = rule.choose(logits)
     _, kept = rule.drop(logits, weights, index, modality_ids=modality_ids, real=real)
     score = torch.sigmoid(logits) if router == "sigmoid" else torch.softmax(logits, dim=-1)
@@ -149,7 +151,7 @@ def test_real_tokens(shape):
 # ---------------------------------------------------------------- in the model
 
 
-def test_no_more_than_the_capacity_and_gradients_of_what_is_left():
+def test_no_more_than_the_capacity_and_gradients_of_the_kept_tokens():
     logits, _, _, modality_ids, real = make_batch()
     config = make_config(expert_groups="joint", num_experts=EXPERTS, expert_capacity_factor=1.0).text_config
     rule = RoutingRule.of(config, config.layer_expert_groups(0))
@@ -166,8 +168,8 @@ def test_no_more_than_the_capacity_and_gradients_of_what_is_left():
     assert (logits.grad[has_both].abs().sum(dim=1) > 0).all()
 
 
-def test_without_pressure_nothing_changes():
-    """At a capacity of all tokens the output is that without a limit."""
+def test_a_sufficient_capacity_changes_nothing():
+    """If the capacity is the number of tokens, the output is the one without a limit."""
     unlimited, limited = (make_model(expert_capacity_factor=factor) for factor in (None, 1e6))
     inputs = make_inputs()
     with torch.no_grad():
@@ -189,14 +191,14 @@ def test_padding_takes_no_capacity(arrangement, side):
     with torch.no_grad():
         expected = model(**inputs).logits
         torch.testing.assert_close(model(**padded).logits[:, real], expected, rtol=1e-4, atol=1e-4)
-        del padded["attention_mask"]  # then padding is text like any other
+        del padded["attention_mask"]  # then padding counts as text
         assert (model(**padded).logits[:, real] - expected).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("name", ["joint", "hybrid", "many"])
 def test_dropped_tokens_get_nothing_from_the_experts(name, implementation):
-    """They pass through the residual alone (always-on experts have no capacity): all are dropped but the first."""
+    """All tokens except the first are dropped, so only their residual remains. Always-on experts have no capacity."""
     block, config = make_block(implementation=implementation, **ARRANGEMENTS[name], expert_capacity_factor=1e-3)
     block.shared_experts = None
     planner = RoutingPlanner(config)
@@ -212,7 +214,7 @@ def test_dropped_tokens_get_nothing_from_the_experts(name, implementation):
 
 
 def test_cached_steps_count_their_own_tokens():
-    """While decoding, the mask covers the cache too, and the capacity is that of the new tokens."""
+    """During decoding, the mask also covers the cache, but the capacity depends on the new tokens only."""
     model = make_model(expert_groups="joint", expert_capacity_factor=1.0)
     inputs = make_inputs(images_per_row=0)
     inputs["attention_mask"][0, :3] = 0

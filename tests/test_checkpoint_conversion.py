@@ -1,4 +1,4 @@
-"""How experts lie in checkpoints and in memory: each model's own conversions, and experts that do not fit."""
+"""Layouts of experts in checkpoints and in memory: the conversions of each model, and experts that do not fit."""
 
 import inspect
 import json
@@ -74,7 +74,7 @@ def test_where_the_stacks_of_a_model_are():
     }
 
 
-def test_how_a_stack_lies():
+def test_layout_of_a_stack():
     whole, sharded = ExpertStack("layers.10.mlp.experts.a", (3,)), ExpertStack("model.expert_pools.2.b", (2, 1))
     assert (whole.place, sharded.place) == ("mlp.experts.a", "expert_pools.2.b")
     assert ExpertStack("expert_pools.2", (1,)).place == "expert_pools.2"
@@ -92,7 +92,7 @@ def test_how_a_stack_lies():
 
 
 def test_the_conversions_of_a_model():
-    """Fused stacks of the checkpoint only need one where there are shards, and only in loading."""
+    """Fused stacks of the checkpoint need a conversion only if there are shards, and only when loading."""
     loading, saving = (
         [(step.target_patterns, [type(operation) for operation in step.operations]) for step in steps]
         for steps in (loading_conversions(make("joint"), []), saving_conversions(make("joint"))[-2:])
@@ -130,7 +130,7 @@ def test_the_conversions_of_a_model():
         ("model.language_model.layers.1.mlp.shared_experts.text.down_proj.weight", None),
     ],
 )
-def test_which_names_are_an_experts(name, expected):
+def test_names_of_an_expert(name, expected):
     renamed = [step.rename_source_key(name)[0] for step in loading_conversions(make("other shards"), [])]
     assert [each for each in renamed if each != name] == ([] if expected is None else [expected])
 
@@ -145,11 +145,11 @@ def test_groups_whose_names_begin_alike(tmp_path):
             torch.testing.assert_close(loaded(**make_inputs()).logits, model(**make_inputs()).logits)
 
 
-# ------------------------------------------------------------------------------------------------ of each model
+# -------------------------------------------------------------------------------------------- conversions of each model
 
 
 def test_models_do_not_disturb_each_other(tmp_path):
-    """Made, saved and loaded in any order: the conversions are the model's, not those of its type."""
+    """Models are made, saved and loaded in any order. Conversions belong to the model, not to its type."""
     before = conversion_mapping.get_checkpoint_conversion_mapping("sparse_moe_vlm_text")
     models = {name: make(name) for name in ARRANGEMENTS}
     for name, model in reversed(models.items()):
@@ -169,7 +169,7 @@ def test_models_do_not_disturb_each_other(tmp_path):
 
 
 def test_models_in_threads(tmp_path):
-    """Made, saved and read without conversion side by side. (Loading itself patches Transformers for all threads.)"""
+    """Threads make, save and read models at the same time. (Loading itself patches Transformers for all threads.)"""
     names = [*ARRANGEMENTS] * 2
     loaded = {}
     for name in ARRANGEMENTS:
@@ -193,8 +193,8 @@ def test_models_in_threads(tmp_path):
         assert list(threads.map(save, range(len(names)))) == [True] * len(names)
 
 
-def test_experts_of_other_groups_are_not_taken(tmp_path):
-    """In a stack of all of them they would be in the wrong order."""
+def test_experts_of_other_groups_are_not_used(tmp_path):
+    """In one stack of all experts they would be in the wrong order."""
     make("isolated").save_pretrained(tmp_path)
     config = make_config(expert_groups="joint", num_experts=8)
     _, info = load(tmp_path, config=config, output_loading_info=True)
@@ -206,7 +206,7 @@ def test_experts_of_other_groups_are_not_taken(tmp_path):
 
 
 def renumber(tensors):
-    """0, 1, 2, 3 become 0, 1, 3, 4."""
+    """Renames the experts 0, 1, 2, 3 to 0, 1, 3, 4."""
     for old, new in ((3, 4), (2, 3)):
         for matrix in ("gate", "up", "down"):
             tensors[f"{EXPERTS}.{new}.{matrix}_proj.weight"] = tensors.pop(f"{EXPERTS}.{old}.{matrix}_proj.weight")
@@ -238,7 +238,7 @@ FAULTS = {
 @pytest.mark.parametrize("file", ["one", "several", "bin", "state"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_experts_that_do_not_fit(fault, file, num_shards, tmp_path):
-    """Loading them without a word would put experts in the wrong places, or leave some at random values."""
+    """Loading them without an error would put experts in the wrong places, or leave some at random values."""
     edit, messages = FAULTS[fault]
     model = make_model()
     model.save_pretrained(tmp_path)
@@ -277,7 +277,7 @@ def test_experts_that_do_not_fit_a_base_model_or_the_decoder(fault, tmp_path):
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("fault", ["renumbered", "one too many", "other number", "wrong shape"])
 def test_states_that_do_not_fit(fault, num_shards, tmp_path):
-    """As `Trainer` resumes, which passes on what lies on disk; the model stays as it was."""
+    """`Trainer` passes the state dict on disk when it resumes. The model is not changed."""
     edit, messages = FAULTS[fault]
     make_model(seed=1).save_pretrained(tmp_path)
     edit_checkpoint(tmp_path, edit)
@@ -299,7 +299,7 @@ def test_many_keys_are_counted(tmp_path):
 
 
 def test_sizes_that_may_differ(tmp_path):
-    """`ignore_mismatched_sizes` also allows for another number of experts, but not for gaps."""
+    """`ignore_mismatched_sizes` also allows another number of experts, but no gaps."""
     make_model(num_experts=8).save_pretrained(tmp_path)
     config = make_config(num_experts=4)
     _, info = load(tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True)
@@ -321,11 +321,11 @@ def test_whole_stacks_are_left_to_the_library(tmp_path):
     assert info["missing_keys"] == {f"{EXPERTS}.gate_up_proj"}
 
 
-# ------------------------------------------------------------------------------------------------ of Transformers
+# -------------------------------------------------------------------------------------------- contracts of Transformers
 
 
 def test_transformers_reverts_what_a_model_was_loaded_with():
-    """`_weight_conversions` is not documented, but a model's own conversions are read from it."""
+    """`_weight_conversions` is not documented. The conversions of a model are read from it."""
     model = make_model()
     names = revert_weight_conversion(model, model.state_dict()).keys()
     assert f"{EXPERTS}.3.gate_proj.weight" in names
@@ -337,7 +337,7 @@ def test_transformers_reverts_what_a_model_was_loaded_with():
     assert revert_weight_conversion(model, model.state_dict()).keys() == names
 
 
-def test_transformers_loads_by_the_conversions_that_it_is_given(monkeypatch, tmp_path):
+def test_transformers_loads_with_the_given_conversions(monkeypatch, tmp_path):
     make_model().save_pretrained(tmp_path)
     given = []
     library = PreTrainedModel._load_pretrained_model
@@ -356,7 +356,7 @@ def test_transformers_loads_by_the_conversions_that_it_is_given(monkeypatch, tmp
 
 
 class Quantizer:
-    """What the quantisers of Transformers do to conversions; releases up to 5.20 do not give them the model."""
+    """Changes conversions as the quantisers of Transformers do. Up to release 5.20, they do not get the model."""
 
     general = WeightRenaming("general", "general_")
 

@@ -1,4 +1,4 @@
-"""Damaged checkpoints are named."""
+"""Errors about damaged checkpoints name the damaged file."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,8 @@ def small_file(tmp_path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-def test_every_bit_of_a_header(small_file):
-    """Whatever flips, the file is refused by name, or is read exactly as the library reads it."""
+def test_a_flipped_bit_anywhere_in_a_header(small_file):
+    """The error names the file, or the file is read exactly as the library reads it."""
     whole = small_file.read_bytes()
     header_length = int.from_bytes(whole[:8], "little")
     read, messages = 0, []
@@ -109,7 +109,7 @@ def two(offsets: str) -> str:
     ],
 )
 def test_damaged_headers(tmp_path, content, message):
-    """Of a file, and of the checkpoint that has it: the library's own errors name neither."""
+    """Errors name the file and its checkpoint. The errors of the library name neither."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(OSError, match=r"again\.$") as error:
@@ -143,7 +143,7 @@ def test_headers_that_are_whole(tmp_path, bits):
 @pytest.mark.parametrize("model_class", [SparseMoeVlmForConditionalGeneration, SparseMoeVlmModel])
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "experts.1.up_proj.weight", "layers.1.input_layernorm.weight"])
 def test_a_flipped_bit_in_a_name(tmp_path, name, model_class):
-    """The file is consistent, so the library would only warn, and initialise what it takes to be missing."""
+    """The file is consistent, so the library would only warn, and initialise the tensor that it cannot find."""
     make_model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     whole = path.read_bytes()
@@ -217,8 +217,8 @@ def test_damage_in_a_subfolder(tmp_path):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, subfolder="inner")
 
 
-def test_what_is_wrong_besides_stays_as_it_is_said(tmp_path):
-    """Files are looked into only for what they hold: another error is not theirs."""
+def test_other_errors_are_not_changed(tmp_path):
+    """Files are checked only after errors about their contents. Any other error is raised as it is."""
     make_model().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="no_such_argument"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, no_such_argument=1)

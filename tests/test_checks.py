@@ -1,4 +1,4 @@
-"""Each check accepts its range to the ends and says of anything else what the field may hold."""
+"""Each check accepts its range, ends included. For any other value, its error says what the field accepts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Checkpoints that bring code of different revisions: each runs and saves its own, in one process and in any order."""
+"""Checkpoints with code of different revisions: each runs and saves its own code, in one process and in any order."""
 
 import json
 import logging
@@ -20,13 +20,13 @@ from tests.support.models import make_inputs, make_model
 from tests.support.processors import make_processor, make_speaking_model
 
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
-# Files that only the processor needs: they come with it.
+# Files that only the processor needs. They are saved with it.
 OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
 # Files that only upcycled models need.
 OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
 
-# Loads the checkpoints in the order given, then uses and saves each. `factors.json` says what the code of each
-# multiplies the logits by.
+# Loads the checkpoints in the given order, then uses and saves each. `factors.json` contains the factor by which the
+# code of each checkpoint multiplies the logits.
 SCRIPT = """
 import importlib.abc, json, sys
 from pathlib import Path
@@ -85,7 +85,7 @@ assert "modeling_sparse_moe_vlm" not in sys.modules
 
 
 def make_revision(folder: Path, factor: int) -> Path:
-    """A checkpoint whose code differs from the package's in the last file of the model alone, and in the processor."""
+    """Saves a checkpoint whose code differs from the package's only in the last file of the model and the processor."""
     torch.manual_seed(0)
     make_speaking_model().save_pretrained(folder)
     make_processor().save_pretrained(folder)
@@ -99,7 +99,7 @@ def make_revision(folder: Path, factor: int) -> Path:
 
 
 def as_on_the_hub(cache: Path, name: str, commit: str, folder: Path) -> None:
-    """Puts a folder where a download from the Hub would be, as the newest revision of its repository."""
+    """Copies a folder to the cache of the Hub, as the newest revision of its repository."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True, exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
@@ -158,7 +158,7 @@ def test_two_revisions_of_a_repository_and_another(root):
 
 
 def test_the_imported_package_runs_unless_classes_are_asked_for(tmp_path, caplog, monkeypatch):
-    """Transformers' rule: what a program has registered comes before the code of a checkpoint, and that is said."""
+    """Transformers prefers registered classes over the code of a checkpoint. A warning says so."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder, inputs = make_revision(tmp_path / "model", 2), make_inputs()
     for trust in ({}, {"trust_remote_code": True}):
@@ -184,7 +184,7 @@ def test_the_imported_package_runs_unless_classes_are_asked_for(tmp_path, caplog
     assert sys.modules[type(processor.from_pretrained(folder)).__module__].REVISION == 2
 
 
-def test_code_that_does_not_differ_or_is_not_there_is_not_warned_of(tmp_path, caplog, monkeypatch):
+def test_no_warning_if_the_code_does_not_differ_or_is_missing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     make_model().save_pretrained(tmp_path / "same")
     (tmp_path / "same" / "train.py").write_text("a script of the user's")
@@ -196,7 +196,7 @@ def test_code_that_does_not_differ_or_is_not_there_is_not_warned_of(tmp_path, ca
     assert "differs from the code" not in caplog.text
 
 
-def test_what_of_a_repository_is_on_this_machine_is_compared(tmp_path, caplog, monkeypatch):
+def test_files_of_a_repository_in_the_cache_are_compared(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for commit, factor in (("a" * 40, 2), ("b" * 40, 3)):
         as_on_the_hub(tmp_path, "team/model", commit, make_revision(tmp_path / "made", factor))
@@ -211,15 +211,15 @@ def test_what_of_a_repository_is_on_this_machine_is_compared(tmp_path, caplog, m
 
 
 @pytest.mark.parametrize("start", ["configuration", "modeling"])
-def test_configurations_come_with_all_files_of_the_model(start):
-    """The files by which Transformers tells revisions apart: of both entry files the same, or classes are shared."""
+def test_configurations_are_saved_with_all_files_of_the_model(start):
+    """Transformers identifies a revision by its files, so both entry files need the same ones to share classes."""
     entry = PACKAGE / f"{start}_sparse_moe_vlm.py"
     files = {Path(path).stem for path in get_relative_import_files(entry)}
     others = {"__init__", "fusion", *OF_THE_PROCESSOR, *OF_UPCYCLED}
     assert files == {path.stem for path in PACKAGE.glob("*.py")} - others
 
 
-def test_upcycled_models_bring_no_architecture_of_ours():
+def test_upcycled_models_are_saved_without_our_architecture():
     of_model, of_config = (
         {Path(path).stem for path in get_relative_import_files(PACKAGE / f"{start}_upcycled.py")}
         for start in ("modeling", "configuration")
@@ -229,7 +229,7 @@ def test_upcycled_models_bring_no_architecture_of_ours():
 
 
 def check_saved(saved: Path, number: int, code: dict[str, str]) -> None:
-    """Code of the own revision, and names that find it there."""
+    """Checks that the code is that of its own revision, and that `auto_map` refers to it."""
     assert code_of(saved / f"{number}-model") == code
     of_model = {name: text for name, text in code.items() if Path(name).stem not in OF_THE_PROCESSOR}
     for name in ("model", "base", "config", "text_config"):

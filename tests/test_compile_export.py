@@ -1,4 +1,4 @@
-"""`torch.compile` without graph breaks and `torch.export` give what the model gives."""
+"""`torch.compile` without graph breaks and `torch.export` give the outputs of the model."""
 
 import copy
 
@@ -57,7 +57,7 @@ def without_mask(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     indirect=["text_config"],
 )
 def test_compiled_forward(text_config, images_per_row):
-    """One graph, also with modality ids derived from the ids, and wherever the images are."""
+    """One graph, also if modality ids are derived from the token ids, and wherever the images are."""
     model = make(text_config)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     inputs = make_inputs(images_per_row=images_per_row)
@@ -80,7 +80,7 @@ def test_forward_compiled_by_inductor(text_config):
 
 
 def test_compiled_training_step(text_config):
-    # In older releases the CPU's stand-in for grouped products does not compile backwards.
+    # In older releases, the backward pass of the fallback for grouped products on the CPU does not compile.
     experts = "grouped_mm" if Version(transformers.__version__) >= Version("5.23") else "batched_mm"
     model = make(text_config | {"router_aux_loss_coef": 0.1}, experts).train()
     compiled = copy.deepcopy(model)
@@ -137,7 +137,7 @@ def test_exported_model(text_config, experts):
     model.config.text_config.use_cache = False
     inputs = make_inputs()
     exported = torch.export.export(model, args=(), kwargs=inputs, strict=False)
-    # The same shapes with the image elsewhere: nothing of the layout may be frozen into the program.
+    # The same shapes with the image at another position: the layout must not be a constant of the program.
     other = make_inputs(seed=1)
     for key in ("input_ids", "mm_token_type_ids"):
         other[key] = other[key].roll(3, dims=1)

@@ -1,4 +1,4 @@
-"""Absurd sizes are refused before anything loops over layers, groups or modalities; token ids lie in the vocabulary."""
+"""Absurd sizes are refused before any loop over layers, groups or modalities. Token ids are within the vocabulary."""
 
 import pytest
 from transformers import AutoConfig
@@ -96,8 +96,8 @@ def test_sparse_layers(step, dense, sparse):
     assert config.sparse_layers == sparse == [layer for layer in range(5) if config.is_sparse_layer(layer)]
 
 
-def test_the_layer_of_a_later_arrangement_is_named():
-    """Layers with the same groups are checked once, but all others are."""
+def test_the_layer_with_other_groups_is_named():
+    """Layers with the same groups are checked once, but every different list of groups is checked."""
     groups = [
         {"name": "first", "num_experts": 4, "layers": [0, 1]},
         {"name": "second", "num_experts": 1, "layers": [2]},

@@ -45,7 +45,7 @@ CONFIGURATIONS = ARRANGEMENTS | {
 # ---------------------------------------------------------------- defaults
 
 
-def test_defaults_are_the_hybrid_arrangement():
+def test_the_default_arrangement_is_hybrid():
     config = SparseMoeVlmConfig()
     text = config.text_config
     assert [(g["name"], g["num_experts"], g["modalities"], g["always_on"]) for g in text.expert_groups] == [
@@ -69,7 +69,7 @@ def test_auto_classes_know_the_types():
     assert type(AutoConfig.for_model("sparse_moe_vlm_text")) is SparseMoeVlmTextConfig
 
 
-def test_objects_are_kept_and_dicts_are_left_alone():
+def test_objects_are_kept_and_dicts_are_not_changed():
     text, vision = SparseMoeVlmTextConfig(**TEXT_CONFIG), SiglipVisionConfig(image_size=32)
     config = SparseMoeVlmConfig(text_config=text, vision_config=vision)
     assert config.text_config is text
@@ -109,7 +109,7 @@ def test_round_trip(name, tmp_path):
     assert SparseMoeVlmTextConfig.from_dict(saved).layer_expert_groups(1) == text.layer_expert_groups(1)
 
 
-def test_text_config_is_found_in_the_whole_one(tmp_path):
+def test_text_config_is_read_from_the_whole_configuration(tmp_path):
     config = make_config(**ARRANGEMENTS["many"])
     config.save_pretrained(tmp_path)
     assert SparseMoeVlmTextConfig.from_pretrained(tmp_path).to_dict() == config.text_config.to_dict()
@@ -129,7 +129,7 @@ def test_saved_groups_are_plain_and_complete(tmp_path):
     assert saved["auto_map"]["AutoModelForImageTextToText"].endswith("SparseMoeVlmForConditionalGeneration")
 
 
-def test_flags_of_tying_are_one(tmp_path):
+def test_both_flags_of_tying_agree(tmp_path):
     for kwargs in ({"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}):
         config = SparseMoeVlmConfig(**kwargs)
         assert config.tie_word_embeddings
@@ -184,7 +184,7 @@ def test_experts_per_token_of_a_modality():
     assert config.experts_per_token("image") == 2
 
 
-def test_implementation_of_experts_is_for_the_decoder_alone():
+def test_implementation_of_experts_is_only_set_in_the_decoder():
     config = make_config()
     config._experts_implementation = "grouped_mm"
     assert config._experts_implementation == config.text_config._experts_implementation == "grouped_mm"
@@ -194,7 +194,7 @@ def test_implementation_of_experts_is_for_the_decoder_alone():
     assert config.text_config._experts_implementation == "batched_mm"
 
 
-def test_router_that_could_not_learn_is_pointed_out(caplog):
+def test_warning_about_a_router_that_cannot_learn(caplog):
     with caplog.at_level(logging.WARNING, logger="modeling_sparse_moe_vlm"):
         make_config(num_experts_per_tok=1, num_experts=31)
     assert "norm_topk_prob=False" in caplog.text
@@ -420,7 +420,7 @@ GATE = """
 
 
 @pytest.mark.parametrize("file", ["configuration", "processing"])
-def test_unsupported_transformers_stops_at_once(file):
+def test_unsupported_transformers_is_an_error_at_import(file):
     supported = ["5.20.0", "5.23.0", "5.23.1.dev0", "5.99.0"]
     unsupported = ["5.19.9", "4.57.0", "6.0.0", "6.0.0.dev0", "10.1"]
     output = subprocess.run(

@@ -1,4 +1,4 @@
-"""The connector against a loop over the squares of patches that it merges."""
+"""The connector equals a loop over the squares of patches that it merges."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_every_patch_reaches_exactly_one_token():
     assert (reached.sum(dim=1) == 4).all()
 
 
-def test_patches_may_follow_class_and_register_tokens():
+def test_features_may_be_a_slice_without_class_and_register_tokens():
     connector = make_connector(2)
     features = torch.randn(3, 21, 16)
     torch.testing.assert_close(connector(features[:, 5:]), connector(features[:, 5:].clone()))

@@ -8,7 +8,7 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextCon
 from modeling_sparse_moe_vlm.cache_name import is_paged
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_model
 
-# By default the cache takes most of the memory that is free.
+# By default, the cache uses most of the free memory.
 SMALL_CACHE = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12, 13, 14], [40, 41]]
 
@@ -19,7 +19,7 @@ def make_text_model(**text_config) -> SparseMoeVlmForCausalLM:
 
 
 def make_with_priors() -> torch.nn.Module:
-    """Learned priors that are unequal: with images attention would be distributed."""
+    """Returns a model with unequal learned priors, so that attention would be distributed if there were images."""
     model = make_model(learned_modality_priors=True)
     for layer in model.model.language_model.layers:
         torch.nn.init.normal_(layer.self_attn.modality_log_priors)
@@ -62,7 +62,7 @@ def test_prompts_with_images_are_refused():
         manager.add_request([IMAGE_TOKEN_ID])
 
 
-def test_only_caches_without_a_length_are_paged():
+def test_only_caches_without_a_length_count_as_paged():
     class Paged:
         pass
 

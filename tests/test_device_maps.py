@@ -1,4 +1,4 @@
-"""Accelerate's device maps: whatever lies where, outputs are the resident model's; maps that do not fit are refused."""
+"""Accelerate's device maps: outputs equal those of the model in memory, and maps that do not fit are refused."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def size_of(model) -> int:
 
 @torch.no_grad()
 def check_equal(model, folder, **kwargs) -> SparseMoeVlmForConditionalGeneration:
-    """Loads the model so, and compares it."""
+    """Loads the model with these arguments and compares its outputs."""
     inputs = make_inputs()
     loaded = SparseMoeVlmForConditionalGeneration.from_pretrained(
         folder / "model", offload_folder=folder / "offload", **kwargs
@@ -49,10 +49,10 @@ def check_equal(model, folder, **kwargs) -> SparseMoeVlmForConditionalGeneration
 @pytest.mark.parametrize("strategy", ["auto", "balanced", "sequential"])
 @pytest.mark.parametrize("share", [1.0, 0.6])
 def test_maps_that_the_library_makes(kind, strategy, share, tmp_path):
-    """With less memory than the weights take, the rest lies on the disk."""
+    """If the weights need more memory than there is, the rest is offloaded to the disk."""
     model = make_model(**KINDS[kind])
     model.save_pretrained(tmp_path / "model")
-    # The library keeps room to bring the largest layer back.
+    # The library reserves memory to load the largest offloaded layer.
     memory = {"cpu": int(2.5 * size_of(model)) if share == 1.0 else int(share * size_of(model))}
     loaded = check_equal(model, tmp_path, device_map=strategy, max_memory=memory)
     # One device needs no map.
@@ -84,7 +84,7 @@ def test_explicit_maps(kind, module, tmp_path):
 
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_maps_over_accelerators(kind, num_shards):
-    """Made on the meta device, as if there were accelerators: layers stay whole, and every tensor has its place."""
+    """On the meta device, as if there were accelerators: layers are not split, and every tensor has a device."""
     config = make_config(**KINDS[kind])
     config.num_expert_shards = num_shards
     with torch.device("meta"):
@@ -100,12 +100,12 @@ def test_maps_over_accelerators(kind, num_shards):
 
 
 def _without_kernels(experts, hidden_states, top_k_index, top_k_weights):
-    """Has inputs and weights meet in operations that need no device to be there."""
+    """Runs experts with operations that also work on the meta device."""
     return hidden_states * (top_k_index * top_k_weights).sum(dim=-1, keepdim=True) * experts.down_proj.sum()
 
 
 def place(model: nn.Module, device_map: dict[str, int | str]) -> None:
-    """As `dispatch_model`, which cannot move what has no values: hooks bring a module's inputs to its device."""
+    """Adds hooks that move inputs to the device of a module, like `dispatch_model`, which cannot move meta tensors."""
     for entry, number in device_map.items():
         for module in model.get_submodule(entry).modules():
             device = f"cuda:{number}"
@@ -136,8 +136,8 @@ SPREAD = {
 @pytest.mark.parametrize("name", SPREAD)
 def test_experts_apart_from_their_layer(name, monkeypatch):
     """
-    On devices that are not there: tensors of two devices that meet raise an error, and so does reading a value, for
-    which the launches of the other shards would wait.
+    The devices do not exist. An operation on tensors of two devices raises an error, and so does reading a value, which
+    would make the launches of the other shards wait.
     """
     kind, num_shards, moved = SPREAD[name]
     config = make_config(**kind).text_config

@@ -1,4 +1,4 @@
-"""Distributed attention: every fast form against the literal parts, and those against plain softmax attention."""
+"""Distributed attention: every fast form equals the literal parts, and these agree with plain softmax attention."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ FORMS = ["runs", "eager", "sdpa"]
 
 
 class Module(torch.nn.Module):
-    """What attention functions ask of an attention module."""
+    """Has the attributes of an attention module that attention functions use."""
 
     num_key_value_groups = H // H_KV
     is_causal = True
@@ -55,7 +55,7 @@ def additive(visible: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
 
 
 def attend(form: str, ids, query, key, value, log_priors, visible=None, guidance=0.0):
-    """Output `(B, T, H, D)` and weights, causal or as `visible` says."""
+    """Returns the output `(B, T, H, D)` and the weights, with a causal mask or the mask `visible`."""
     options = {"scaling": SCALING, "log_priors": log_priors, "guidance": guidance}
     if form == "parts":
         visible = causal(key.shape[2]) if visible is None else visible
@@ -73,7 +73,7 @@ def attend(form: str, ids, query, key, value, log_priors, visible=None, guidance
 
 
 def values_and_gradients(form, ids, tensors, **kwargs):
-    """Output, weights, and the gradients of a random projection of the output."""
+    """Returns the output, the weights, and the gradients of a random projection of the output."""
     for tensor in tensors:
         tensor.grad = None
     output, weights = attend(form, ids, *tensors, **kwargs)
@@ -133,7 +133,7 @@ def test_a_query_that_sees_nothing():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("with_priors", [False, True])
 def test_fast_forms_equal_the_parts(form, layout, with_priors):
-    """Forward and every gradient, those of the priors included."""
+    """Compares the outputs and all gradients, including those of the priors."""
     ids = torch.tensor([LAYOUTS[layout]] * B)
     query, key, value, log_priors = make_tensors(ids.shape[1])
     if with_priors:
@@ -146,7 +146,7 @@ def test_fast_forms_equal_the_parts(form, layout, with_priors):
 
 
 @pytest.mark.parametrize("form", ["eager", "sdpa"])
-def test_channels_take_any_mask_and_rows_of_any_layout(form):
+def test_channels_support_any_mask_and_rows_of_any_layout(form):
     ids = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 2, 2, 0, 1]])
     visible = causal(8) & torch.tensor([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1]]).bool()[:, None, None]
     visible |= torch.eye(8, dtype=torch.bool)  # padding sees itself
@@ -172,7 +172,7 @@ def test_row_equals_the_parts(mask):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_guidance_takes_away_what_text_alone_says(form, layout):
+def test_guidance_subtracts_attention_to_text_only(form, layout):
     ids = torch.tensor([LAYOUTS[layout]] * B)
     with torch.no_grad():
         query, key, value, log_priors = make_tensors(ids.shape[1])
@@ -180,7 +180,7 @@ def test_guidance_takes_away_what_text_alone_says(form, layout):
         torch.testing.assert_close(
             guided, attend("parts", ids, query, key, value, log_priors, guidance=0.7)[0], rtol=1e-4, atol=2e-5
         )
-        # By its definition, with attention over the text keys alone.
+        # By its definition, with attention over the text keys only.
         plain, weights = attend("parts", ids, query, key, value, log_priors)
         text_visible = causal(ids.shape[1]) & (ids == 0)[:, None, None]
         text = attend("parts", ids, query, key, value, None, visible=text_visible)[0]
@@ -192,8 +192,8 @@ def test_guidance_takes_away_what_text_alone_says(form, layout):
 @pytest.mark.parametrize("form", [*FORMS, "parts"])
 @pytest.mark.parametrize("layout", ["image only", "no text", "image first", "text only"])
 @torch.no_grad()
-def test_guidance_where_a_query_does_not_see_both_is_the_plain_output(form, layout):
-    """To the bit, and whatever the priors of two parts without text are."""
+def test_guidance_is_the_plain_output_for_queries_that_do_not_see_both(form, layout):
+    """The outputs are bit-identical, also for two parts without text, whatever their priors are."""
     layouts = {"image only": [1] * 5, "no text": [2, 1, 1, 2, 2], "image first": [1, 1, 2, 0, 0], "text only": [0] * 5}
     ids = torch.tensor([layouts[layout]] * B)
     tensors = make_tensors(5)
@@ -205,8 +205,8 @@ def test_guidance_where_a_query_does_not_see_both_is_the_plain_output(form, layo
 
 @pytest.mark.parametrize("hidden", [0, 1])
 @torch.no_grad()
-def test_guidance_of_a_row_that_does_not_see_both_is_the_plain_output(hidden):
-    """The keys of text, or those of the others, are there, but masked."""
+def test_guidance_is_the_plain_output_for_rows_that_do_not_see_both(hidden):
+    """The first row has keys of text and of other modalities, but one of the two is masked."""
     ids = torch.tensor([[0, 1, 2, 0, 1] * 9, [0, 0, 1, 1, 0] * 9])  # long enough for shares that round to less than 1
     visible = torch.stack([ids[0] == 0 if hidden else ids[0] != 0, torch.ones(45, dtype=torch.bool)])[:, None, None]
     tensors = make_tensors(45, queries=1)
@@ -281,7 +281,7 @@ def test_visible_counts_of_a_sliding_window():
 
 
 def test_count_free_weights():
-    """Each weight is divided by the number of keys of its part, and the rest is scaled to 1."""
+    """Each weight is divided by the number of keys of its part, and the results are scaled to sum to 1."""
     weights = torch.tensor([0.2, 0.6, 0.2]).expand(1, 1, 2, 3)
     counts = torch.tensor([[[2.0, 3.0, 1.0], [1.0, 6.0, 2.0]]])
     expected = torch.tensor([[0.1, 0.2, 0.2], [0.2, 0.1, 0.1]])
@@ -290,8 +290,8 @@ def test_count_free_weights():
     assert nothing.eq(0).all(), "a query that sees nothing"
 
 
-def test_count_free_weights_do_not_depend_on_how_often_a_key_is_there():
-    """A part whose keys are all there twice has twice the weight, and the same count-free weight."""
+def test_count_free_weights_do_not_depend_on_the_number_of_equal_keys():
+    """A part whose keys all appear twice has twice the weight, but the same count-free weight."""
     query, key, value, _ = make_tensors(3, queries=1)
     ids = torch.tensor([[0, 0, 1]] * B)
     doubled = torch.tensor([0, 1, 2, 2])

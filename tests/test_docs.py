@@ -1,4 +1,4 @@
-"""The pages of the documentation: their blocks run as pasted, in order, and their links lead somewhere."""
+"""The pages of the documentation: their blocks run as pasted, in order, and the targets of their links exist."""
 
 import ast
 import os
@@ -34,7 +34,7 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="session")
 def furnished(tmp_path_factory) -> Path:
-    """A folder with what the pages use, which workers of pytest-xdist make once."""
+    """The folder of files that the pages use. The workers of pytest-xdist make it once."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "furnished"
     with FileLock(f"{folder}.lock"):
@@ -65,7 +65,7 @@ def test_blocks_run_as_pasted(page, furnished, tmp_path, monkeypatch):
 def test_blocks_are_run_or_say_why_not(page):
     text = page.read_text()
     blocks = blocks_of(text)
-    assert text.count("```") == 2 * len(blocks)  # indented ones and markers elsewhere would be missed
+    assert text.count("```") == 2 * len(blocks)  # indented blocks and markers elsewhere would be missed
     assert {block.language for block in blocks} <= {*RUN, *SHOWN}
     assert text.count("<!-- not run") == sum(block.reason is not None for block in blocks)
 
@@ -84,7 +84,7 @@ def test_links_and_files(page):
 
 
 def anchors_of(page: Path) -> set[str]:
-    """Anchors of a page's headings, made as MkDocs and GitHub make them from plain titles."""
+    """Returns the anchors of the headings of a page, as MkDocs and GitHub make them from plain titles."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
@@ -114,7 +114,7 @@ def test_sizes_of_the_presets(capsys):
 
 
 def messages_of(path: Path) -> list[str]:
-    """All texts in a source file, with an ellipsis for what is formatted into them."""
+    """Returns all strings in a source file, with an ellipsis for each formatted value."""
     texts = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -127,7 +127,7 @@ def messages_of(path: Path) -> list[str]:
 def test_quoted_messages_are_in_the_source():
     page = (DOCS / "troubleshooting.md").read_text()
     quoted = [quote.strip() for quote in re.findall(r"^\| ``(.+?)`` \|", page, flags=re.MULTILINE)]
-    assert len(quoted) == page.count("\n| ") - 2 * page.count("| message |")  # every row but heads and rules
+    assert len(quoted) == page.count("\n| ") - 2 * page.count("| message |")  # every row except headers and separators
     texts = [text for path in (ROOT / "modeling_sparse_moe_vlm").rglob("*.py") for text in messages_of(path)]
     for quote in quoted:
         pattern = re.compile(".*".join(map(re.escape, quote.split("…"))), re.DOTALL)

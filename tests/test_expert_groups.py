@@ -1,4 +1,4 @@
-"""Arrangements of experts, by name and group by group. Wrong groups are among the wrong fields of the configuration."""
+"""Arrangements of experts, by name and group by group. `test_configuration` tests the errors of wrong groups."""
 
 import pickle
 
@@ -70,7 +70,7 @@ def test_lists_are_copies():
     assert "modalities" not in given[1]
 
 
-def test_group_is_a_value():
+def test_groups_compare_by_value():
     group = ExpertGroup.from_dict(resolve([{"name": "a", "num_experts": 2, "layers": (0, 2)}])[0])
     assert group == ExpertGroup("a", 2, ("text", "image"), 7, layers=(0, 2))
     assert len({group, pickle.loads(pickle.dumps(group))}) == 1

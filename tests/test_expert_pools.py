@@ -24,7 +24,7 @@ KINDS = {
 
 
 def unpooled(model) -> SparseMoeVlmForConditionalGeneration:
-    """The same function with a copy of the pool's experts in each of its layers."""
+    """Returns a model that computes the same, with a copy of the experts of a pool in each of its layers."""
     config = copy.deepcopy(model.config)
     config.text_config.expert_pool = None
     other = SparseMoeVlmForConditionalGeneration(config).eval()
@@ -41,7 +41,7 @@ def unpooled(model) -> SparseMoeVlmForConditionalGeneration:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_pool_is_the_same_experts_in_every_layer(name):
-    """Against a model that has copies of them; gradients of the pool are the sums of those of the copies."""
+    """Outputs equal those of a model with copies. The gradients of the pool are the sums of those of the copies."""
     model, inputs = make_model(**KINDS[name]), make_inputs()
     other = unpooled(model)
     labels = inputs["input_ids"]
@@ -107,7 +107,7 @@ def test_counted_once():
 
 @torch.no_grad()
 def test_placed_once(tmp_path):
-    """A pool is a module by itself: a device map puts it, say, on the disk, and leaves the layers where they are."""
+    """A pool is a module outside of the layers, so a device map can put it on the disk without the layers."""
     model, inputs = make_model(**POOLS), make_inputs()
     model.save_pretrained(tmp_path)
     places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
@@ -136,7 +136,7 @@ def test_lora_on_a_pool_acts_in_all_its_layers():
         after = adapted(**inputs, output_hidden_states=True).hidden_states
     assert torch.equal(before[0], after[0])
     assert not torch.allclose(before[1], after[1]), "layer 0"
-    # Layer 2 alone: from the same input, the adapter changes its output.
+    # Only layer 2: for the same input, the adapter changes its output.
     layer = adapted.base_model.model.model.language_model.layers[2]
     pools = adapted.base_model.model.model.language_model.expert_pools
     hidden = torch.randn(1, 5, 32)

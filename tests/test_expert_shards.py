@@ -1,4 +1,4 @@
-"""Shards of stacks of experts: a choice of loading that neither outputs nor checkpoints know of."""
+"""Shards of stacks of experts: chosen when loading, without an effect on outputs and checkpoints."""
 
 import copy
 import json
@@ -111,7 +111,7 @@ def test_experts_implementations(implementation, tmp_path):
 
 
 def test_models_that_were_not_loaded_are_saved_one_by_one(kind, tmp_path):
-    """Also beside models with other shards, whose names on disk are the same."""
+    """Also if other models have other shards. Their names on disk are the same."""
     config = make_config(**KINDS[kind])
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, num_expert_shards=3).eval()
@@ -140,8 +140,8 @@ def test_fused_checkpoints(kind, tmp_path):
     assert files(tmp_path / "sharded") == files(tmp_path / "unsharded")
 
 
-def test_states_as_they_lie_on_disk(kind, tmp_path):
-    """`Trainer` resumes with them."""
+def test_state_dicts_as_on_disk(kind, tmp_path):
+    """`Trainer` loads them when it resumes."""
     model = make_model(**KINDS[kind])
     model.save_pretrained(tmp_path)
     sharded = load(tmp_path, num_expert_shards=3)
@@ -174,7 +174,7 @@ def test_a_map_names_shards(name, tmp_path):
 
 
 def test_plans_spread_shards_by_load():
-    """The shards of a layer lie on as many devices as there are, and the hot ones not together."""
+    """The shards of a layer are spread over all devices, and its busiest shards are on different devices."""
     config = make_config(num_experts=8, num_hidden_layers=4, moe_intermediate_size=512)
     config.num_expert_shards = 8
     routing = torch.tensor([[8.0, 8, 8, 8, 1, 1, 1, 1]] * 4)
@@ -188,8 +188,8 @@ def test_plans_spread_shards_by_load():
 
 
 def test_plans_are_even_in_bytes_and_in_the_load_of_every_modality():
-    """Experts that differ a hundredfold, and not the same ones for texts and images; twice as many shards as
-    devices, which the order of the shards alone would spread unevenly."""
+    """The loads of experts differ by a factor of 32, and differently for text and images. There are twice as many
+    shards as devices, and assigning them in order would be uneven."""
     config = make_config(num_experts=32, num_hidden_layers=24, moe_intermediate_size=512)
     config.num_expert_shards = 16
     generator = torch.Generator().manual_seed(0)
@@ -211,7 +211,7 @@ def test_plans_are_even_in_bytes_and_in_the_load_of_every_modality():
 
 
 @torch.no_grad()
-def test_the_decoder_alone(tmp_path):
+def test_the_decoder_by_itself(tmp_path):
     model = make_model(num_experts=5)
     model.save_pretrained(tmp_path / "whole")
     text = SparseMoeVlmForCausalLM.from_pretrained(tmp_path / "whole", num_expert_shards=2)
@@ -226,7 +226,7 @@ def test_the_decoder_alone(tmp_path):
 
 
 def test_remote_code(tmp_path):
-    """The checkpoint's own code, where the package is not installed."""
+    """The code of the checkpoint, in a process in which the package is not installed."""
     model, inputs = make_model(num_experts=5), make_inputs()
     model.save_pretrained(tmp_path / "one")
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -250,7 +250,7 @@ def test_remote_code(tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_one_shard_is_none():
+def test_a_single_shard_is_the_unsharded_stack():
     model = make_model()
     names = [name for name, _ in model.named_parameters()]
     assert not shards(model)
@@ -261,7 +261,7 @@ def test_one_shard_is_none():
 
 
 def test_experts_are_run_without_waiting():
-    """Nothing reads a value between the launches of the shards: it runs where there are no values."""
+    """No value is read between the launches of the shards, so it runs on the meta device, which has no values."""
     config = make_config(num_experts=6, num_experts_per_tok=2).text_config
     config.num_expert_shards = 3
     config._experts_implementation = "grouped_mm"
@@ -274,7 +274,7 @@ def test_experts_are_run_without_waiting():
 
 
 def test_all_inputs_are_sent_before_the_first_experts_run(monkeypatch):
-    """A copy to another device waits for what its own device was given to do before."""
+    """A copy to another device waits for all earlier work of its source device."""
     config = make_config(num_experts=6).text_config
     config.num_expert_shards = 3
     experts = SparseMoeVlmForCausalLM(config).model.layers[0].mlp.experts
@@ -293,7 +293,7 @@ def test_wrong_numbers(wrong, tmp_path):
         load(tmp_path, num_expert_shards=wrong)
 
 
-def test_not_with_expert_parallelism():
+def test_shards_and_expert_parallelism_are_exclusive():
     config = make_config()
     config.num_expert_shards = 2
     model = SparseMoeVlmForConditionalGeneration(config)

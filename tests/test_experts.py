@@ -1,4 +1,4 @@
-"""Every implementation of the experts equals the literal sum over experts, in forward and in every gradient."""
+"""Every implementation of the experts equals the literal sum over experts, in outputs and in all gradients."""
 
 import copy
 import re
@@ -29,14 +29,14 @@ def hidden_states(device) -> torch.Tensor:
 
 
 def place_block(device, **options):
-    """A block on the device, and its planner of routing, which is given modality ids from anywhere."""
+    """Returns a block on the device and its routing planner, which accepts modality ids from any device."""
     block, config = make_block(**options)
     planner = RoutingPlanner(config)
     return block.to(device), config, lambda ids: planner(None if ids is None else ids.to(device), device)
 
 
 def poison_memory(device) -> None:
-    """Fills memory that the next tensors are likely to get with NaN, as a kernel that skips rows would leave it."""
+    """Fills memory that the next tensors probably reuse with NaN, which rows keep if a kernel skips them."""
     for size in (24, 32, 48):
         for rows in range(1, 64):
             torch.full((rows, size), torch.nan, device=device)
@@ -46,12 +46,12 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
-# ---------------------------------------------------------------- against the literal form
+# ---------------------------------------------------------------- the literal form
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_experts_matter(name, hidden_states, device):
-    """What the comparisons below rest on: silencing any part of the block moves its output."""
+    """Setting any part of the block to zero changes its output. Otherwise, the comparisons below could not fail."""
     block, _, plan = place_block(device, **ARRANGEMENTS[name])
     routing = plan(MIXED)
     expected = block(hidden_states, routing)
@@ -80,7 +80,7 @@ def test_forward_and_gradients_are_the_literal_ones(name, ids, implementation, h
     torch.testing.assert_close(output.cpu(), literal.view(2, 7, 32).float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hidden_states.grad.cpu(), literal_input.grad.float(), rtol=1e-4, atol=1e-4)
     for parameter, expected in gradients(literal_block).items():
-        # The literal loop never touches experts that no token goes to; here they have a gradient of zero.
+        # In the literal loop, experts without tokens have no gradient. Here it is zero.
         actual = gradients(block)[parameter]
         expected = torch.zeros_like(actual) if expected is None else expected.float()
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, p=parameter: f"{p}: {m}")
@@ -108,7 +108,7 @@ def test_always_on_experts_are_a_sum_over_experts():
 
 @pytest.mark.parametrize("num_used", [0, 1, 3])
 def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used, device):
-    """Slots with the id E count for nothing, whatever memory the kernel leaves unwritten behind them."""
+    """Slots with the id E add nothing, whatever is in the memory that the kernel does not write for them."""
     experts = make_block(implementation=implementation, **ARRANGEMENTS["joint-by_modality"])[0].experts
     x = torch.randn(16, 32, requires_grad=True)
     index = torch.full((16, 3), experts.num_experts)
@@ -133,7 +133,7 @@ def test_sentinels_are_skipped_and_leave_no_nan(implementation, num_used, device
         torch.testing.assert_close(output.cpu(), expected, rtol=1e-4, atol=1e-5)
         output.square().sum().backward()
         assert all(gradient.isfinite().all() for gradient in gradients(experts).values())
-        # Without any expert there may be no path from the inputs to the output.
+        # Without any expert, there may be no path from the inputs to the output.
         if num_used > 0:
             assert x.grad.isfinite().all()
             assert weights.grad.isfinite().all()
@@ -167,7 +167,7 @@ def test_text_needs_no_image_expert_in_memory(name, implementation, hidden_state
 
 
 def test_no_group_is_left_out_among_several_processes(implementation, hidden_states, monkeypatch, device):
-    """They gather sharded weights together, also in evaluation."""
+    """The processes gather sharded weights together, also in evaluation."""
     monkeypatch.setattr("modeling_sparse_moe_vlm.experts.is_one_of_several_processes", lambda: True)
     block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS["many"])
     block.eval()
@@ -188,7 +188,7 @@ def test_no_token_at_all(implementation, device):
 
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
-def test_output_of_a_token_depends_on_the_token_alone(name, implementation, hidden_states, device):
+def test_output_of_a_token_depends_only_on_the_token(name, implementation, hidden_states, device):
     block, _, plan = place_block(device, implementation=implementation, **ARRANGEMENTS[name])
     ids = torch.stack([MIXED[0], MIXED[0].flip(0)])
     x = hidden_states.detach()
@@ -229,7 +229,7 @@ def test_compiled_without_a_graph_break(name, implementation, hidden_states, dev
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_within_its_rounding(dtype, implementation, device):
-    """Forward and gradients, against float64."""
+    """Compares outputs and gradients with those in float64."""
     experts = make_block(**ARRANGEMENTS["joint"])[0].experts
     generator = torch.Generator().manual_seed(1)
     index = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(16)])
@@ -248,8 +248,8 @@ def test_half_precision_is_within_its_rounding(dtype, implementation, device):
 
     exact = run(experts, "cpu", torch.float64, "eager")
     rough = run(experts, device, dtype, implementation)
-    # Rounding of five factors in a row: inputs, two weights, an intermediate product and the output. A gradient has two
-    # more, those of the output's gradient and of the product with it.
+    # Five factors are rounded one after the other: inputs, two weights, an intermediate product and the output. For a
+    # gradient there are two more: the gradient of the output and the product with it.
     unit = torch.finfo(dtype).eps / 2
     for name, expected in exact.items():
         bound = (5 if name == "output" else 7) * unit
@@ -271,10 +271,10 @@ def test_autocast(name, implementation, hidden_states, device):
 
 @pytest.mark.parametrize("names", [("joint",), ("text", "text_2"), ("text_2", "text"), ("a", "ab", "b")])
 def test_saved_expert_by_expert_and_loaded_exactly(names, tmp_path):
-    """Names of groups may start with one another's."""
+    """The name of a group may be the start of another name."""
     groups = [{"name": name, "num_experts": 2 + number} for number, name in enumerate(names)]
     model = make_model(expert_groups=groups, num_experts=None)
-    make_model(expert_groups="isolated")  # another model of the same type, with other groups
+    make_model(expert_groups="isolated")  # another model of the same type with other groups
     model.save_pretrained(tmp_path)
 
     from safetensors import safe_open
@@ -314,7 +314,7 @@ def test_implementation_is_a_plain_string_for_the_whole_model():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [37, 12])
 def test_experts_of_any_width_run_by_default(width, dtype):
-    """Kernels of grouped products want rows of whole 16 bytes, so such experts run one by one."""
+    """Kernels of grouped products need rows of a multiple of 16 bytes, so other experts run one by one."""
     model = make_model(moe_intermediate_size=width).to(dtype)
     assert model.config.text_config._experts_implementation == "eager"
     input_ids = torch.arange(4, 12)[None]

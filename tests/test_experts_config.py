@@ -1,4 +1,4 @@
-"""The experts' own configuration: a model of any kind can hold one, and the core knows of no other."""
+"""The configuration of experts: any model can contain one, and the core uses no other configuration."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ EXPERTS |= {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok"
 
 
 def siblings(path: Path) -> set[Path]:
-    """Files of ours that a file imports when it is imported, and those that they import."""
+    """Returns our files that importing a file imports, directly or indirectly."""
     found: set[Path] = set()
     unread = [path]
     while unread:
@@ -63,7 +63,7 @@ def test_the_core_imports_nothing_of_its_host(name):
 
 
 def test_hosts_import_the_core():
-    """What the test above looks for is there to be found."""
+    """Otherwise, the test above could not fail."""
     imported = {file.stem for file in siblings(PACKAGE / "modeling_sparse_moe_vlm.py")}
     assert {"attention", "configuration_sparse_moe_vlm", "decoder_layer", "experts_config", "routing"} <= imported
 
@@ -80,7 +80,7 @@ class HostConfig(PreTrainedConfig):
 
 
 class Host(PreTrainedModel):
-    """Feed-forward blocks of another model: it plans once per pass, and its layers are sparse blocks of the core."""
+    """Feed-forward blocks of another model. It plans once per pass, and its layers are sparse blocks of the core."""
 
     config: HostConfig
 
@@ -117,7 +117,7 @@ def test_a_host_round_trips_its_experts_configuration(tmp_path):
 
 @pytest.mark.parametrize("arrangement", ["hybrid", "joint", "isolated"])
 def test_a_host_without_our_decoder_routes_as_the_decoder_does(arrangement):
-    """The same weights give the same output, losses and statistics from a bare experts configuration."""
+    """With the same weights, a plain experts configuration gives the same output, losses and statistics."""
     settings = {"expert_groups": arrangement, "router_z_loss_coef": 0.5, "router_local_entropy_coef": 0.1}
     torch.manual_seed(0)
     host = Host(HostConfig(experts_config=EXPERTS | settings)).eval()
