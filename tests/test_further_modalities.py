@@ -1,4 +1,4 @@
-"""A third modality, by configuration and a registered encoder alone: its own experts, its own attention weight."""
+"""A third modality needs only a configuration and a registered encoder. It gets experts and an attention weight."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SENSOR_TOKEN_ID = 98
 
 
 class SensorConfig(PreTrainedConfig):
-    """A window of readings, cut into pieces."""
+    """The encoder of a window of sensor readings, which is split into pieces."""
 
     model_type = "test_sensor"
     num_channels: int = 3
@@ -74,8 +74,8 @@ def inputs():
     return inputs
 
 
-def test_the_message_about_a_new_token_shows_what_to_write(inputs):
-    """The tokenizer's new token gets an embedding, and stands for readings from then on."""
+def test_the_error_about_a_new_token_shows_the_code_that_adds_it(inputs):
+    """The code of the error adds an embedding for the new token, which is then the placeholder of readings."""
     torch.manual_seed(0)
     model = SparseMoeVlmForConditionalGeneration(make_config(modality_encoders={"sensor": dict(SENSOR)})).eval()
     with pytest.raises(ValueError, match=r"\['sensor'\]\['token_id'\]` .* from 0 to 98, got 99") as error:
@@ -104,7 +104,7 @@ def test_tokens_come_from_the_encoder(model, inputs):
 
 
 @torch.no_grad()
-def test_it_has_experts_and_an_attention_weight_of_its_own(model, inputs):
+def test_it_has_its_own_experts_and_attention_weight(model, inputs):
     outputs = model(**inputs, output_router_logits=True, output_modality_weights=True)
     serves = outputs.router_logits[0].isfinite().unflatten(0, (2, 14))
     assert serves[0, 8].all()
@@ -119,13 +119,13 @@ def test_it_has_experts_and_an_attention_weight_of_its_own(model, inputs):
     assert not torch.allclose(model(**changed).logits[:, -1], outputs.logits[:, -1])
 
 
-def test_the_processors_ids_may_not_know_of_it(model, inputs):
+def test_the_ids_of_the_processor_do_not_distinguish_it(model, inputs):
     with torch.no_grad():
         known = model(**{**inputs, "mm_token_type_ids": model.model.get_mm_token_type_ids(inputs["input_ids"])})
         assert torch.equal(model(**inputs).logits, known.logits)
 
 
-def test_its_tokens_are_counted_as_its_own(model, inputs):
+def test_its_tokens_are_counted_separately(model, inputs):
     counts = measure_routing(model, [inputs])
     assert counts.tokens.tolist() == [14, 8, 6], "the ids given call its tokens text"
 
@@ -143,7 +143,7 @@ def test_generation(model, inputs):
 
 @pytest.mark.parametrize("numbers", [(1, 1), (2, 1), (0, 2)])
 def test_beams_have_the_values_of_their_rows(model, inputs, numbers):
-    """The rows hold different numbers of items, of three pieces each."""
+    """The rows have different numbers of items, with three pieces each."""
     ids = inputs["input_ids"].masked_fill(inputs["input_ids"] == SENSOR_TOKEN_ID, 50)
     for row, number in zip(ids, numbers):
         row[8 : 8 + 3 * number] = SENSOR_TOKEN_ID
@@ -201,7 +201,7 @@ def test_wrong_configurations(encoders, message):
         make_config(modality_encoders=encoders)
 
 
-def test_an_encoder_that_nobody_registered():
+def test_an_encoder_that_is_not_registered():
     config = make_config(modality_encoders={"sensor": SENSOR | {"model_type": "unheard_of"}})
     with pytest.raises(ValueError, match=r"'unheard_of'.*Register its classes first"):
         SparseMoeVlmForConditionalGeneration(config)

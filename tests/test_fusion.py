@@ -1,4 +1,4 @@
-"""Fusion of given streams: the worked example, a literal reference, masks, gradients, and what errors say."""
+"""The fusion layer: the worked example, a literal reference, masks, gradients and errors."""
 
 import copy
 import doctest
@@ -19,7 +19,7 @@ B, M_TOKENS, N_TOKENS, VISUAL_DIM, LANG_DIM, HEADS = 2, 7, 5, 12, 16, 2
 
 
 def make_fusion(num_experts: int = 4, seed: int = 0, **options) -> SparseMoeFusion:
-    """A small layer with norms and priors that matter."""
+    """Returns a small layer with norms and priors that change the output."""
     torch.manual_seed(seed)
     fusion = SparseMoeFusion(num_experts, VISUAL_DIM, LANG_DIM, num_heads=HEADS, **options)
     with torch.no_grad():
@@ -30,7 +30,7 @@ def make_fusion(num_experts: int = 4, seed: int = 0, **options) -> SparseMoeFusi
 
 
 def make_streams(seed: int = 1, batch_size: int = B, **further: int) -> dict[str, torch.Tensor]:
-    """Streams by name; further ones are given by their width."""
+    """Returns streams by name. Arguments are the widths of further streams."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"visual": (M_TOKENS, VISUAL_DIM), "language": (N_TOKENS, LANG_DIM)}
     sizes |= {name: (4, width) for name, width in further.items()}
@@ -38,7 +38,7 @@ def make_streams(seed: int = 1, batch_size: int = B, **further: int) -> dict[str
 
 
 def fuse(fusion: SparseMoeFusion, streams: dict, masks: dict | None = None) -> fusion_module.SparseMoeFusionOutput:
-    """By the names of the streams."""
+    """Calls the layer with streams and masks by name."""
     masks = masks or {}
     further = {name: stream for name, stream in streams.items() if name not in ("visual", "language")}
     return fusion(
@@ -53,7 +53,7 @@ def fuse(fusion: SparseMoeFusion, streams: dict, masks: dict | None = None) -> f
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """As in a textbook: a query that sees nothing would be not a number."""
+    """Returns plain softmax attention, as in a textbook. A query that sees nothing would give NaN."""
     scores = query @ key.mT * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
@@ -110,11 +110,11 @@ def test_number_of_parameters():
     assert counted == expected
 
 
-# ---------------------------------------------------------------- against the literal formula
+# ---------------------------------------------------------------- the literal formula
 
 
 def literal(fusion: SparseMoeFusion, streams: dict, masks: dict, num_experts_per_tok: int):
-    """Token by token: E of every token, then for every head and query the parts O_P, ℓ_P, and their merge."""
+    """Computes E of every token, then O_P and ℓ_P of the parts for every head and query, and merges them."""
     names = ["language", "visual", *(name for name in streams if name not in ("language", "visual"))]
     parameters = dict(fusion.named_parameters())
     num_experts = parameters["gate.weight"].shape[0] // len(names)
@@ -265,7 +265,7 @@ def test_a_fully_masked_stream_has_no_weight(absent):
     tensors = [result.output, *(stream.grad for stream in streams.values())]
     tensors += [parameter.grad for parameter in fusion.parameters()]
     assert all(tensor.isfinite().all() for tensor in tensors)
-    # Experts of the stream that is not there cannot matter.
+    # Experts of a stream that is not visible have no effect.
     with torch.no_grad():
         fusion.experts[absent].down_proj.add_(1.0)
         changed = fuse(fusion, streams, {absent: mask}).output
@@ -273,7 +273,7 @@ def test_a_fully_masked_stream_has_no_weight(absent):
     assert not torch.allclose(changed[0], result.output[0], atol=1e-3)
 
 
-def test_where_nothing_is_visible_the_output_is_zero(attention):
+def test_the_output_is_zero_if_nothing_is_visible(attention):
     fusion = make_fusion(4)
     fusion.config._attn_implementation = attention
     streams = make_streams()
@@ -288,7 +288,7 @@ def test_where_nothing_is_visible_the_output_is_zero(attention):
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_an_empty_stream(is_training):
-    """Its weight is 0; while training, its parameters stay in the graph, or data-parallel ranks would hang."""
+    """Its weight is 0. In training, its parameters stay in the graph. Otherwise, data-parallel ranks would hang."""
     fusion = make_fusion(6, further_dims={"audio": 6}).train(is_training)
     streams = make_streams(audio=6)
     nothing = torch.zeros(B, M_TOKENS, dtype=torch.bool)
@@ -329,7 +329,7 @@ def test_weights_have_a_gradient():
 
 @pytest.mark.parametrize("wanted", ["visual", "language"])
 def test_priors_learn_which_stream_counts(wanted):
-    """The target is what one stream alone gives, so its prior must rise above the other's."""
+    """The target is the output of one stream by itself, so its prior must become larger than the other one."""
     torch.manual_seed(0)
     fusion = SparseMoeFusion(4, VISUAL_DIM, LANG_DIM, num_heads=HEADS)
     streams = make_streams(batch_size=8)
@@ -351,7 +351,7 @@ def test_priors_learn_which_stream_counts(wanted):
 
 
 def test_balancing_loss():
-    """Its value where experts are used evenly and where one takes all; training on it alone spreads the tokens."""
+    """Its value if experts are used evenly and if one gets all tokens. Training only on it spreads the tokens."""
     fusion = make_fusion(8)
     streams = make_streams(batch_size=32)
     with torch.no_grad():
@@ -434,7 +434,7 @@ def test_attention_backends_agree(attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("lang_dim", "moe_intermediate_size"), [(6, None), (6, 8), (16, 5), (16, 16)])
 def test_any_width(lang_dim, moe_intermediate_size, dtype):
-    """Grouped products do not take every width; experts one by one do."""
+    """Grouped products do not support every width, but experts that run one by one do."""
     torch.manual_seed(0)
     fusion = SparseMoeFusion(4, 5, lang_dim, num_heads=1, moe_intermediate_size=moe_intermediate_size).to(dtype)
     visual, language = torch.randn(B, 7, 5, dtype=dtype), torch.randn(B, 5, lang_dim, dtype=dtype)
@@ -478,7 +478,7 @@ def test_compiles_in_one_graph(with_masks):
     if with_masks:
         masks = {"visual": torch.tensor([[True] * 7, [False] * 7]), "audio": torch.tensor([[1, 1, 0, 0]] * B)}
     if Version(transformers.__version__) < Version("5.23"):
-        # The CPU's stand-in for grouped products does not compile backwards.
+        # The backward pass of the fallback for grouped products on the CPU does not compile.
         fusion.config._experts_implementation = "batched_mm"
     expected = fuse(fusion, streams, masks)
     expected.output.square().sum().backward()

@@ -1,4 +1,4 @@
-"""Every way to generate gives the tokens that the uncached forward pass gives."""
+"""Every generation method gives the tokens of forward passes without a cache."""
 
 import copy
 import importlib.util
@@ -13,7 +13,7 @@ from tests.test_modeling import make_mixed_inputs, shift_left, split_rows
 
 NEW = 8
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
-# Routing that differs in what it keeps of the modalities.
+# Kinds of routing that need different data about the modalities of cached tokens.
 MODELS = {
     "hybrid": {},
     "joint": {"expert_groups": "joint"},
@@ -34,7 +34,7 @@ def plain_model():
 
 
 def greedy_reference(model, inputs: dict[str, torch.Tensor], num_new: int = NEW) -> torch.Tensor:
-    """New tokens `(B, num_new)`, one full forward pass without padding and cache for each."""
+    """Returns new tokens `(B, num_new)`, each from a full forward pass without padding and without a cache."""
     rows = []
     for row in split_rows(inputs):
         input_ids = row["input_ids"]
@@ -56,7 +56,7 @@ def new_tokens(model, inputs, **kwargs) -> torch.Tensor:
 
 
 def test_greedy_equals_uncached_forward_passes(model):
-    """Rows with and without images, padded left; also with text alone, and with modality ids derived."""
+    """Rows with and without images, padded left. Also with text only, and with derived modality ids."""
     inputs = make_mixed_inputs()
     expected = greedy_reference(model, inputs)
     assert len(expected.unique(dim=0)) > 1
@@ -162,7 +162,7 @@ def test_beam_search(model):
 
 @pytest.mark.parametrize("images_last", [False, True])
 def test_assisted_decoding(model, images_last):
-    """Also where the prompt ends with an image, whose tokens' modality must not pass on to the candidates."""
+    """Also if the prompt ends with an image: the candidates must not get the modality of its tokens."""
     inputs = split_rows(make_mixed_inputs())[2]
     if images_last:
         inputs = {key: value[:, :10] if key != "pixel_values" else value for key, value in inputs.items()}
@@ -171,14 +171,14 @@ def test_assisted_decoding(model, images_last):
     torch.manual_seed(5)
     assistant = make_model(seed=1, num_hidden_layers=1)
     assert torch.equal(new_tokens(model, inputs, assistant_model=assistant), expected)
-    close = copy.deepcopy(model)  # agrees with the model often enough that candidates are taken
+    close = copy.deepcopy(model)  # agrees with the model often enough that candidates are accepted
     with torch.no_grad():
         close.lm_head.weight += 0.02 * torch.randn_like(close.lm_head.weight)
     assert torch.equal(new_tokens(model, inputs, assistant_model=close), expected)
     assert torch.equal(new_tokens(model, inputs, prompt_lookup_num_tokens=3), expected)
 
 
-def test_text_model_as_assistant_and_alone():
+def test_text_model_as_assistant_and_by_itself():
     torch.manual_seed(0)
     model = SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG)).eval()
     inputs = {"input_ids": make_inputs(images_per_row=0)["input_ids"]}
@@ -230,7 +230,7 @@ def test_quantised_cache(plain_model, backend):
 
 
 def test_compiled_decoding_with_a_static_cache(plain_model):
-    """`generate` compiles the forward pass by itself where an accelerator is at hand; here it is asked to."""
+    """`generate` compiles the forward pass automatically on an accelerator. Here, a setting forces it to."""
     inputs = make_mixed_inputs()
     expected = greedy_reference(plain_model, inputs, num_new=4)
     compiled = copy.deepcopy(plain_model)
@@ -257,8 +257,8 @@ def test_continuing_from_a_returned_cache(model):
         assert torch.equal(second[:, -2 * NEW :], expected)
 
 
-def test_second_image_in_a_second_turn(model):
-    """A conversation goes on with a new image, from the cache of its first turn."""
+def test_new_image_in_a_second_turn(model):
+    """The second turn of a conversation has a new image and uses the cache of the first turn."""
     inputs = make_inputs(images_per_row=1)
     first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     turn = make_inputs(seed=4, images_per_row=1)
@@ -312,7 +312,7 @@ def test_end_of_sequence_pads_the_rest(plain_model):
         assert not output[row, length:].any()
 
 
-def test_generation_configuration_travels(plain_model, tmp_path):
+def test_generation_configuration_is_saved_and_loaded(plain_model, tmp_path):
     model = copy.deepcopy(plain_model)
     assert model.generation_config.pad_token_id == 0
     assert model.generation_config.eos_token_id == 2
@@ -324,7 +324,7 @@ def test_generation_configuration_travels(plain_model, tmp_path):
     assert reloaded.generate(**inputs).shape[1] <= 17
 
 
-def test_right_padding_is_no_way_to_generate_but_scores_alike(plain_model):
+def test_right_padding_gives_the_same_logits(plain_model):
     inputs = make_mixed_inputs()
     lengths = inputs["attention_mask"].sum(dim=1)
     with torch.no_grad():

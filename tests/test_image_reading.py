@@ -1,4 +1,4 @@
-"""Images of every form and mode look to the model as they do to a person, or an error names them."""
+"""The model reads images of every form and mode as a person sees them, or an error names the image."""
 
 import base64
 import io
@@ -29,7 +29,7 @@ def processor() -> SparseMoeVlmProcessor:
 
 
 def read(image, **kwargs) -> np.ndarray:
-    """The one image that becomes of an image, as an array."""
+    """Reads an image and returns it as an array."""
     (result,) = read_images([image], **kwargs)
     assert result.mode == "RGB"
     return np.asarray(result)
@@ -47,7 +47,7 @@ def as_file(image: Image.Image, format: str = "PNG", **kwargs) -> bytes:
 
 
 def turned(orientation: int) -> tuple[bytes, np.ndarray]:
-    """A file with an EXIF orientation, and what a person sees."""
+    """Returns a file with an EXIF orientation, and the image as a person sees it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = as_file(Image.fromarray(COLOURS), exif=exif)
@@ -57,7 +57,7 @@ def turned(orientation: int) -> tuple[bytes, np.ndarray]:
 # ------------------------------------------------------------------------------------------------ ordinary images
 
 
-def test_an_rgb_image_is_left_as_it_is(processor):
+def test_an_rgb_image_is_not_converted(processor):
     image = make_image()
     assert read_images(image)[0] is image
     expected = processor.image_processor(image, return_tensors="pt")["pixel_values"]
@@ -68,7 +68,7 @@ def test_an_rgb_image_is_left_as_it_is(processor):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8])
-def test_images_from_files_look_the_same_in_every_form(processor, tmp_path, orientation):
+def test_images_from_files_are_the_same_in_every_form(processor, tmp_path, orientation):
     data, expected = turned(orientation)
     path = tmp_path / "image.png"
     path.write_bytes(data)
@@ -119,7 +119,7 @@ def server():
 
 
 def test_images_from_urls(server):
-    """The file arrives whole, with its orientation, transparency and depth."""
+    """The whole file is read, with its orientation, transparency and depth."""
     url, handler = server
     handler.data, expected = turned(6)
     assert np.array_equal(read(f"{url}/image.png"), expected)
@@ -129,7 +129,7 @@ def test_images_from_urls(server):
         read(f"{url}/missing.png")
 
 
-def test_the_users_image_is_left_as_it_was():
+def test_the_given_image_is_not_changed():
     image = Image.open(io.BytesIO(turned(6)[0]))
     read(image)
     assert image.size == (7, 6)
@@ -277,7 +277,7 @@ def test_floats_that_the_image_processor_does_not_rescale_keep_their_values(proc
     alone = processor(images=[floats, COLOURS], **options)["pixel_values"]
     assert alone.shape[0] == 2
     torch.testing.assert_close(alone[0], expected[0])
-    # An image processor may be made so, too.
+    # The processor can also be created with this option.
     other = make_processor()
     other.image_processor.do_rescale = False
     torch.testing.assert_close(
@@ -337,7 +337,7 @@ def test_one_row_of_a_tensor_is_ambiguous_and_one_of_an_array_is_not():
     assert read(torch.from_numpy(grey)).shape == (7, 1, 3)
 
 
-def test_the_order_of_the_channels_is_passed_on(processor):
+def test_the_order_of_channels_is_passed_to_the_image_processor(processor):
     array = np.random.RandomState(0).randint(0, 256, (3, 9, 3), dtype=np.uint8)
     expected = processor(text="<image>", images=Image.fromarray(array), return_tensors="pt")["pixel_values"]
     for options in ({"input_data_format": "channels_last"}, {"images_kwargs": {"input_data_format": "channels_last"}}):
@@ -454,7 +454,7 @@ def test_unreadable_images(processor, tmp_path, case):
 
 @pytest.mark.parametrize("times_the_limit", [1.5, 4])
 def test_decompression_bombs(processor, tmp_path, monkeypatch, times_the_limit):
-    """Refused by their size: the file that is cut off shows that nothing was decoded before."""
+    """They are refused because of their size. The file is truncated, so decoding it first would give another error."""
     path, cut = tmp_path / "bomb.png", tmp_path / "cut.png"
     Image.new("1", (int(100 * times_the_limit), 100)).save(path)
     cut.write_bytes(path.read_bytes()[:50])
@@ -475,7 +475,7 @@ def test_decompression_bombs(processor, tmp_path, monkeypatch, times_the_limit):
 
 @pytest.fixture
 def warnings_of_the_reader():
-    """What the module warns of; the library's loggers do not reach pytest's."""
+    """Records the warnings of the module. Records of the loggers of Transformers do not reach pytest."""
     logger = logging.getLogger("modeling_sparse_moe_vlm.image_reading")
     messages: list[str] = []
     handler = logging.Handler()
@@ -493,7 +493,7 @@ def test_the_first_frame_of_an_animation_is_read_with_a_warning(warnings_of_the_
     frames[0].save(path, format, save_all=True, append_images=frames[1:], **options)
     assert (read(path) == (255, 0, 0)).all()
     assert warnings_of_the_reader == ["images[0] has 3 frames: only frame 0 is read."]
-    # Who opens an image chooses the frame.
+    # For an opened image, the caller chooses the frame.
     image = Image.open(path)
     image.seek(1)
     assert (read(image) == (0, 0, 255)).all()
@@ -550,7 +550,7 @@ def test_none_needs_texts(processor):
         processor(images=[make_image(), None])
 
 
-def test_what_the_reader_takes_from_transformers():
-    """Files that travel with checkpoints may not import Pillow and the client of downloads themselves."""
+def test_names_that_the_reader_imports_from_transformers():
+    """Files that are saved with checkpoints must not import Pillow or the download client themselves."""
     assert callable(image_utils.httpx.get)
     assert image_utils.PIL.ImageOps.exif_transpose is ImageOps.exif_transpose

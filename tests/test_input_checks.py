@@ -65,7 +65,7 @@ def test_masks_cover_the_cache(model, static):
     rest = {"input_ids": inputs["input_ids"][:, 9:], CACHE_NAME: cache}
     with pytest.raises(ValueError, match=r"`attention_mask` has shape \(2, 4\)"):
         model(**rest, attention_mask=torch.ones(B, 4))
-    if not static:  # which counts on the device
+    if not static:  # the length is a tensor on the device
         for length in (5, 13, 15):
             with pytest.raises(ValueError, match=rf"`attention_mask` has shape \(2, {length}\), .* need \(2, 14\)"):
                 model(**rest, attention_mask=torch.ones(B, length))
@@ -88,7 +88,7 @@ def test_masks_cover_the_cache(model, static):
         ("image", BaseModelOutputWithPooling(), r"`mm_encoder_outputs\['image'\]` must be .*with a `pooler_output`"),
     ],
 )
-def test_encoded_inputs_that_the_model_would_not_read(model, key, value, message):
+def test_encoded_inputs_that_the_model_would_ignore(model, key, value, message):
     inputs = make_inputs()
     features = model.get_image_features(inputs.pop("pixel_values"))
     value = features if isinstance(value, str) else value
@@ -152,7 +152,7 @@ def test_logits_to_keep(model):
         (torch.ones(B, T - 1, dtype=torch.bool), r"shape \(2, 13\)"),
     ],
 )
-def test_nonsense_for_logits_to_keep(kept, message):
+def test_invalid_logits_to_keep(kept, message):
     with pytest.raises(ValueError, match=f"`logits_to_keep` must be .*{message}"):
         keep_positions(torch.zeros(B, T, 3), kept)
 
@@ -163,7 +163,7 @@ def test_labels_of_another_shape(model, shape):
         model(**texts(), labels=torch.ones(shape, dtype=torch.long))
 
 
-def test_labels_for_the_logits_that_are_kept(model):
+def test_labels_with_logits_to_keep(model):
     inputs = texts()
     labels = inputs["input_ids"]
     with pytest.raises(ValueError, match=r"`labels` has shape \(2, 14\), but there are logits .* \(2, 3\)"):
@@ -178,7 +178,7 @@ def test_labels_for_the_logits_that_are_kept(model):
 
 @pytest.mark.parametrize("name", ["pixel_values", "mm_encoder_outputs", "modality_values"])
 @pytest.mark.parametrize("has_head", [True, False])
-def test_language_models_are_given_tokens_only(model, name, has_head):
+def test_language_models_accept_only_tokens(model, name, has_head):
     language_model = SparseMoeVlmForCausalLM(model.config.text_config) if has_head else model.model.language_model
     value = {"image": torch.zeros(1)} if name != "pixel_values" else torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match=rf"a language model takes tokens only, but got `{name}`"):

@@ -1,4 +1,4 @@
-"""Isolated experts keep text apart: to the bit in training, and out of memory when there is nothing but text."""
+"""Isolated experts: training on images keeps text outputs bit-identical, and text needs no image experts in memory."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_config, make_inputs, make_model
 
-# Groups for text, for images and always-on ones, some of them in one layer alone.
+# Groups for text, groups for images, and always-on groups. One of them is only in one layer.
 OWN_GROUPS = [
     {"name": "words", "num_experts": 3, "modalities": ["text"]},
     {"name": "pixels", "num_experts": 4, "modalities": ["image"]},
@@ -62,10 +62,10 @@ def test_text_is_bit_identical_after_training_on_images(kind, optimizer_class):
     train_on_images(model, optimizer_class)
     handle.remove()
     assert torch.equal(read(model, 0), text)
-    assert (read(model, 1) - images).abs().max() > 1e-2, "and images are read otherwise"
+    assert (read(model, 1) - images).abs().max() > 1e-2, "outputs for images change"
 
 
-def test_everything_of_the_images_learns():
+def test_all_parameters_for_images_are_trained():
     model = make_model(**KINDS["own groups"], **BALANCING)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     handle = freeze_text(model)
@@ -82,12 +82,14 @@ def test_everything_of_the_images_learns():
         rows = (
             layer.mlp.gate.weight != before[f"model.language_model.layers.{layer.self_attn.layer_idx}.mlp.gate.weight"]
         )
-        assert rows.any(dim=1).tolist() == [False] * 3 + [True] * 4, "of the router the rows of image experts"
+        assert rows.any(dim=1).tolist() == [False] * 3 + [True] * 4, (
+            "only the router rows of image experts have gradients"
+        )
 
 
 @pytest.mark.parametrize("forgotten", ["nothing", "the routers", "the rest"])
-def test_text_would_move_without(forgotten):
-    """What the guarantee rests on: weight decay moves the routers' rows for text, and training moves the rest."""
+def test_text_changes_without_freezing(forgotten):
+    """Without `freeze_text`, weight decay changes the router rows for text, and training changes the rest."""
     model = make_model(**KINDS["isolated"], **BALANCING)
     text = read(model, 0)
     handle = freeze_text(model)
@@ -141,14 +143,14 @@ def test_with_trainer_and_through_a_checkpoint(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_frozen_for_text_alone(fields, message):
+def test_models_whose_text_cannot_be_frozen(fields, message):
     model = make_model(**fields)
     with pytest.raises(ValueError, match=message):
         freeze_text(model)
-    assert all(parameter.requires_grad for parameter in model.parameters()), "nothing is half frozen"
+    assert all(parameter.requires_grad for parameter in model.parameters()), "nothing is frozen after an error"
 
 
-def test_groups_that_others_share_among_themselves_are_no_obstacle():
+def test_other_modalities_may_share_a_group():
     groups = [
         {"name": "words", "num_experts": 2, "modalities": ["text"]},
         {"name": "rest", "num_experts": 4, "modalities": ["image", "video"]},
@@ -164,14 +166,14 @@ def test_groups_that_others_share_among_themselves_are_no_obstacle():
 
 
 def image_modules(model) -> list[str]:
-    """Names of everything that text does not need."""
+    """Returns the names of all modules that text does not need."""
     ends = (".experts.image", "shared_experts.image", "vision_tower", "multi_modal_projector")
     return [name for name, _ in model.named_modules() if name.endswith(ends)]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_text_needs_no_image_expert_in_memory(implementation):
-    """On the meta device they have no weights at all; the forward pass and `generate` do without."""
+    """The forward pass and `generate` work although these modules are on the meta device and have no weights."""
     model = make_model(expert_groups="isolated")
     model.set_experts_implementation(implementation)
     inputs = make_inputs(images_per_row=0)
@@ -191,7 +193,7 @@ def test_text_needs_no_image_expert_in_memory(implementation):
 
 
 def test_text_reads_no_image_expert_from_the_disk(tmp_path):
-    """With the group of the images offloaded by Accelerate, text is read though the files are gone."""
+    """If Accelerate offloads the image experts, text can be processed even after their files are deleted."""
     model = make_model(expert_groups="isolated")
     text, images = read(model, 0), read(model, 1)
     model.save_pretrained(tmp_path / "model")
@@ -216,8 +218,8 @@ def test_text_reads_no_image_expert_from_the_disk(tmp_path):
         read(offloaded, 1)
 
 
-def test_the_arrangement_is_what_isolates():
-    """With a joint group there is nothing to leave out: no module belongs to the images but their tower."""
+def test_a_joint_group_isolates_nothing():
+    """With a joint group, only the vision tower and the connector belong to images."""
     names = image_modules(make_model(expert_groups="joint"))
     assert [name.rpartition(".")[2] for name in names] == ["vision_tower", "multi_modal_projector"]
     assert make_config(expert_groups="isolated").text_config.routed_group_names == ["text", "image"]

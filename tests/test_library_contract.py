@@ -1,4 +1,4 @@
-"""What Transformers asks of a model class: arguments, outputs and bases as those of its own models."""
+"""Conventions of Transformers for model classes: the same arguments, outputs and base classes as its own models."""
 
 import inspect
 import warnings
@@ -36,12 +36,12 @@ def make_models() -> dict[str, torch.nn.Module]:
     return {"text model": text.model, "text head": text, "model": whole.model, "head": whole}
 
 
-# ------------------------------------------------------------------------------------------------ the cache's name
+# ------------------------------------------------------------------------------------------------ name of the cache
 
 
 @pytest.mark.skipif(not RENAMED, reason="the release has one name")
 @pytest.mark.parametrize("name", make_models())
-def test_the_old_name_of_the_cache_is_deprecated_as_in_the_librarys_models(name):
+def test_the_old_name_of_the_cache_is_deprecated_as_in_transformers(name):
     model, tokens = make_models()[name], torch.tensor([[5, 6]])
     llama = LlamaForCausalLM(LlamaConfig(**TEXT))
     with pytest.warns(FutureWarning) as expected:
@@ -54,7 +54,7 @@ def test_the_old_name_of_the_cache_is_deprecated_as_in_the_librarys_models(name)
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", make_models())
-def test_the_librarys_own_name_does_not_warn(name):
+def test_the_new_name_of_the_cache_does_not_warn(name):
     model, tokens = make_models()[name], torch.tensor([[5, 6]])
     cache = DynamicCache()
     with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def test_image_outputs_are_the_vision_towers(head):
 
 
 @torch.no_grad()
-def test_image_outputs_that_were_given_are_returned():
+def test_given_image_outputs_are_returned():
     model, inputs = make_model(), make_inputs()
     encoded = model.get_image_features(inputs.pop("pixel_values"))
     assert model(**inputs, mm_encoder_outputs={"image": encoded}).image_outputs is encoded
@@ -131,7 +131,7 @@ def test_image_hidden_states_are_a_field_or_deprecated_as_in_llava():
 
 
 @torch.no_grad()
-def test_image_hidden_states_are_those_of_all_layers_once_the_library_says_so(monkeypatch):
+def test_image_hidden_states_are_those_of_all_layers_in_later_releases(monkeypatch):
     output = make_model()(**make_inputs(), output_hidden_states=True)
     monkeypatch.setattr(outputs, "_MEANS_ALL_LAYERS", True)
     if HAS_IMAGE_OUTPUTS:

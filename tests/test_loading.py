@@ -1,4 +1,4 @@
-"""Checkpoints: what is on disk, and that it comes back everywhere, also where the package is not installed."""
+"""Checkpoints: their files, and loading them in every way, also where the package is not installed."""
 
 import copy
 import json
@@ -74,7 +74,7 @@ def tensors_on_disk(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def map_around(model: torch.nn.Module, offloaded: str) -> dict[str, str]:
-    """A device map with one module on disk and all that is beside it and its parents on the CPU."""
+    """Returns a device map with one module on the disk and all others on the CPU."""
     device_map = {offloaded: "disk"}
     parts = offloaded.split(".")
     for depth in range(len(parts)):
@@ -86,7 +86,7 @@ def map_around(model: torch.nn.Module, offloaded: str) -> dict[str, str]:
 
 
 def without_dtype(config: dict) -> dict:
-    """A saved configuration without what the library notes of the weights' dtype at loading."""
+    """Returns a saved configuration without the dtype, which Transformers adds when it loads a model."""
     kept = {key: value for key, value in config.items() if key != "dtype"}
     return {key: without_dtype(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
@@ -102,7 +102,7 @@ def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_experts_lie_one_by_one_on_disk_and_come_back_exactly(kind, tmp_path):
+def test_experts_are_saved_one_by_one_and_loaded_exactly(kind, tmp_path):
     model = make_model(**MODELS[kind])
     model.save_pretrained(tmp_path)
     disk = tensors_on_disk(tmp_path)
@@ -126,7 +126,7 @@ def test_experts_lie_one_by_one_on_disk_and_come_back_exactly(kind, tmp_path):
 
 
 def test_models_with_other_groups_in_one_process(tmp_path):
-    """The library keeps one table of conversions per model type, but models bring their own."""
+    """Transformers has one table of conversions per model type, but our models have their own conversions."""
     models = {kind: make_model(**text_config) for kind, text_config in MODELS.items()}
     for kind, model in models.items():
         model.save_pretrained(tmp_path / kind)
@@ -139,7 +139,7 @@ def test_models_with_other_groups_in_one_process(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_fused_checkpoints_load_too(kind, tmp_path):
+def test_fused_checkpoints_can_be_loaded(kind, tmp_path):
     model = make_model(**MODELS[kind])
     model.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -162,7 +162,7 @@ def test_sharded_checkpoints(kind, tmp_path):
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("tower", ["siglip", "dinov2", "vit"])
 def test_states_read_from_disk_load_without_conversion(kind, tower, tmp_path):
-    """What `Trainer` does to resume: it reads the file and calls `load_state_dict`. In-memory states load as ever."""
+    """`Trainer` resumes like this: it reads the file and calls `load_state_dict`. State dicts in memory load, too."""
     config = make_config(vision_config=TOWERS[tower], **MODELS[kind])
     model = SparseMoeVlmForConditionalGeneration(config)
     model.save_pretrained(tmp_path / "whole")
@@ -206,7 +206,7 @@ def test_tied_embeddings_are_saved_once(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_base_models_and_heads_exchange_checkpoints(kind, tmp_path):
+def test_base_models_and_models_with_heads_load_each_others_checkpoints(kind, tmp_path):
     model = make_model(**MODELS[kind])
     model.save_pretrained(tmp_path / "head")
     base = AutoModel.from_pretrained(tmp_path / "head")
@@ -236,7 +236,7 @@ def test_dtypes(dtype, tmp_path):
     reloaded = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert {parameter.dtype for parameter in reloaded.parameters()} == {torch.bfloat16}
     assert_same_weights(model, reloaded)
-    # Positions are computed in float32 whatever the weights are.
+    # Positions are computed in float32 for weights of any dtype.
     assert reloaded.model.language_model.rotary_emb.inv_freq.dtype is torch.float32
     full = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     assert {parameter.dtype for parameter in full.parameters()} == {torch.float32}
@@ -244,7 +244,7 @@ def test_dtypes(dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_nothing_stays_uninitialised(kind, tmp_path):
-    """Loading goes through the meta device: what the checkpoint lacks, buffers included, must be made anew."""
+    """Models are created on the meta device, so tensors and buffers that the checkpoint lacks must be initialised."""
     model = make_model(**MODELS[kind])
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -286,7 +286,7 @@ def test_shapes_that_do_not_match(tmp_path):
 @pytest.mark.parametrize("kind", ["hybrid", "isolated"])
 @pytest.mark.parametrize("place", ["auto", "disk"])
 def test_device_maps(kind, place, tmp_path):
-    """Accelerate's maps name modules: here the experts of a layer, or one group of them, stay on disk."""
+    """The device maps of Accelerate name modules. Here the experts of a layer or one of its groups are on disk."""
     model = make_model(**MODELS[kind])
     model.save_pretrained(tmp_path / "model")
     device_map = place
@@ -340,7 +340,7 @@ def test_auto_classes_by_registration(tmp_path):
 
 
 def test_auto_maps_name_every_class(tmp_path):
-    """Whatever was saved first: `save_pretrained` writes one class, and the others are known from the start."""
+    """It does not matter which class is saved first, although `save_pretrained` itself writes only one class."""
     model = make_model()
     model.model.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "head")
@@ -355,14 +355,14 @@ def test_auto_maps_name_every_class(tmp_path):
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == expected
     files = {path.name for path in Path(modeling_sparse_moe_vlm.__file__).parent.glob("*.py")}
     saved = {path.name for path in (tmp_path / "head").glob("*.py")}
-    # The processor's files come with the processor, and those of upcycled models with these; the fusion layer and
-    # `__init__` stay with the package.
+    # Files of the processor are saved with the processor, and those of upcycled models with these. The fusion layer and
+    # `__init__` are only in the package.
     of_others = {f"{name}.py" for name in (*OF_THE_PROCESSOR, *OF_UPCYCLED)}
     assert files - saved == {"__init__.py", "fusion.py"} | of_others
 
 
 def test_code_saved_under_fsdp(tmp_path):
-    """FSDP2 puts a class of torch's over the model's: code and `auto_map` must be ours all the same."""
+    """FSDP2 replaces the class of the model by a subclass from torch. The code and `auto_map` must still be ours."""
     from torch.distributed.fsdp import FSDPModule
 
     model = make_model()
@@ -380,7 +380,7 @@ def test_code_saved_under_fsdp(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ remote code
 
-# The package must not be importable, or what the folder lacks would go unnoticed.
+# The package must not be importable. Otherwise, a file that is missing in the folder would not be noticed.
 PRELUDE = """
 import importlib, importlib.abc, json, os, sys
 
@@ -432,7 +432,7 @@ REMOTE = {"trust_remote_code": True}
 
 
 def run_isolated(folder: Path, code: str) -> str:
-    """Runs a script in a process of its own that finds neither the package nor the repository."""
+    """Runs a script in a new process, which finds neither the package nor the repository."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
@@ -454,7 +454,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(params=["hybrid", "groups"])
 def remote_folder(request, tmp_path) -> Path:
-    """`model` as a user would have downloaded it, with inputs and what the model must answer beside it."""
+    """A folder with `model` as a user would download it, with inputs and with the outputs that are expected."""
     model = make_speaking_model(**MODELS[request.param])
     processor = make_processor()
     saved = tmp_path / "saved"
@@ -563,7 +563,7 @@ def test_remote_code_of_a_text_only_checkpoint(tmp_path):
 
 
 def test_remote_code_beside_the_installed_package(tmp_path):
-    """Both at once: the folder's code is another set of classes, and neither may disturb the other."""
+    """Both in one process: the code of the folder is another set of classes, and neither must affect the other."""
     model, inputs = make_model(), make_inputs()
     model.save_pretrained(tmp_path)
     remote = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
@@ -578,8 +578,8 @@ def test_remote_code_beside_the_installed_package(tmp_path):
 @pytest.mark.parametrize("start", ["configuration", "processing"])
 def test_files_that_older_releases_look_for(start):
     """
-    Transformers 4 copies the files that the entry file imports, and then looks for those that these import in turn:
-    one more, and it stops for a missing file before the check of the release can tell what is wrong.
+    Transformers 4 copies the files that the entry file imports, and then looks for the imports of these files. If they
+    import another file, it is missing, and Transformers fails before our check of the release raises its error.
     """
     folder = Path(modeling_sparse_moe_vlm.__file__).parent
     entry = f"{start}_sparse_moe_vlm"
@@ -593,7 +593,7 @@ def test_files_that_older_releases_look_for(start):
 
 @pytest.mark.parametrize("text_class", [SparseMoeVlmTextModel, SparseMoeVlmForCausalLM])
 @pytest.mark.parametrize("name", MODELS)
-def test_decoder_out_of_a_checkpoint_of_the_whole_model(name, text_class, tmp_path):
+def test_decoder_from_a_checkpoint_of_the_whole_model(name, text_class, tmp_path):
     model = make_model(**MODELS[name])
     model.save_pretrained(tmp_path / "whole")
     decoder = text_class.from_pretrained(tmp_path / "whole")
@@ -613,7 +613,7 @@ def test_weights_are_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "dtype", "multiple"), [(12, torch.bfloat16, 8), (10, torch.float32, 4)])
-def test_grouped_products_are_for_rows_of_whole_16_bytes(width, dtype, multiple, tmp_path):
+def test_grouped_products_need_rows_of_a_multiple_of_16_bytes(width, dtype, multiple, tmp_path):
     make_model(moe_intermediate_size=width).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"needs widths that are multiples of {multiple}, which .*: {width}"):
         SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype, experts_implementation="grouped_mm")

@@ -1,4 +1,4 @@
-"""Adapters by the usual names of linear layers miss the routed experts, and the model says so."""
+"""A warning says that adapters with the usual names of linear layers miss the routed experts."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def warnings_of(function) -> list[str]:
 @pytest.mark.parametrize("arrangement", ["hybrid", "joint", "isolated"])
 def test_names_of_feed_forward_layers_warn(targets, arrangement):
     model = make_model(expert_groups=arrangement)
-    # Where PEFT itself finds nothing, it refuses.
+    # PEFT itself raises an error if it finds no module.
     config = LoraConfig(r=2, target_modules=targets)
     try:
         messages = warnings_of(lambda: get_peft_model(model, config))
@@ -61,7 +61,7 @@ def test_the_warning_names_the_share_and_the_fix():
     assert not warning.filename.endswith("lora_targets.py")
 
 
-def test_what_the_warning_proposes_does_not_warn():
+def test_the_fix_of_the_warning_does_not_warn():
     model = make_model()
     values = {"target_modules": USUAL, "target_parameters": ["gate_up_proj", "down_proj"]}
     assert warnings_of(lambda: get_peft_model(model, LoraConfig(r=2, **values))) == []
@@ -72,7 +72,7 @@ def test_what_the_warning_proposes_does_not_warn():
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, ["q_proj"], ["linear_1", "lm_head"], r".*\.q_proj"], ids=str)
-def test_adapters_that_were_not_meant_for_experts_do_not_warn(targets):
+def test_adapters_that_name_no_feed_forward_layers_do_not_warn(targets):
     model = make_model()
     assert warnings_of(lambda: get_peft_model(model, LoraConfig(r=2, target_modules=targets))) == []
 
@@ -91,7 +91,7 @@ def test_without_a_peft_model():
     assert len(warnings_of(lambda: inject_adapter_in_model(config, make_model()))) == 1
 
 
-def test_the_attribute_is_one_as_before():
+def test_the_attribute_behaves_as_any_other():
     model = make_model()
     assert not hasattr(model, "peft_config")
     with pytest.raises(AttributeError, match="has no attribute 'peft_config'"):
@@ -106,7 +106,7 @@ def test_the_attribute_is_one_as_before():
 
 @torch.no_grad()
 def test_contract_of_peft():
-    """PEFT sets the attribute once the adapter is in the model, with the names that `"all-linear"` stands for."""
+    """PEFT sets the attribute after it adds the adapter, with the resolved names of `"all-linear"`."""
     seen = []
 
     class Model(type(in_tree_moe.make_model("qwen3_moe"))):

@@ -1,4 +1,4 @@
-"""Router losses against literal loops over tokens and experts."""
+"""Router losses equal literal loops over tokens and experts."""
 
 import math
 
@@ -25,7 +25,7 @@ DEVICE = torch.device("cpu")
 
 
 def random_logits(config, ids: torch.Tensor, seed: int = 0) -> list[torch.Tensor]:
-    """Router logits of every sparse layer, minus infinity where an expert does not serve the token."""
+    """Returns router logits of every sparse layer, with minus infinity for experts that do not serve the token."""
     generator = torch.Generator().manual_seed(seed)
     routing = RoutingPlanner(config)(ids, DEVICE)
     layers = []
@@ -45,7 +45,7 @@ def as_numbers(losses) -> tuple[float, float]:
 
 
 def literal_losses(config, router_logits, ids, mask, biases=None) -> tuple[float, float]:
-    """Both losses, token by token, in float64 and one modality and layer after the other."""
+    """Returns both losses, computed in float64 for each token, modality and layer."""
     layers_aux, layers_z = [], []
     for number, logits in enumerate(router_logits):
         aux, z = [], []
@@ -104,7 +104,7 @@ def test_load_is_that_of_the_biased_choice(name):
 
 @pytest.mark.parametrize("name", ["joint", "many-top_p", "joint-sigmoid"])
 def test_layers_that_share_experts_are_balanced_together(name):
-    """As if the tokens of all layers of a pool stood in one layer: what counts is how the shared experts are used."""
+    """The loss of a pool is that of one layer with the tokens of all its layers, because they share the experts."""
     pooled = make_config(**ARRANGEMENTS[name], num_hidden_layers=3, expert_pool=[0, None, 0]).text_config
     one = make_config(**ARRANGEMENTS[name], num_hidden_layers=1).text_config
     logits = random_logits(pooled, IDS)
@@ -144,7 +144,7 @@ def test_groups_by_layer():
 
 
 def test_a_modality_that_collapses_is_not_hidden_by_another():
-    """A quarter of the tokens are image tokens, all sent to expert 0; text goes evenly to the others."""
+    """A quarter of the tokens are image tokens, all routed to expert 0. Text is routed evenly to the others."""
     config = make_config(expert_groups="joint", num_experts_per_tok=1, norm_topk_prob=False, num_hidden_layers=1)
     config = config.text_config
     ids = torch.tensor([[1, 0, 0, 0] * 6])
@@ -171,7 +171,7 @@ def test_absent_modality_does_not_count():
         assert as_numbers(losses) == pytest.approx(expected, rel=1e-5)
         assert losses.aux_loss_by_modality[0].item() == pytest.approx(expected[0], rel=1e-5)
         assert losses.aux_loss_by_modality[1].isnan()
-    # A modality all of whose tokens are padding is absent, too.
+    # A modality is also absent if all of its tokens are padding.
     ids = IDS.clone()
     mask = (ids == 0).long()
     logits = random_logits(config, ids)
@@ -179,7 +179,7 @@ def test_absent_modality_does_not_count():
     assert as_numbers(router_losses(config, logits, ids, mask)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_but_padding_costs_nothing():
+def test_the_loss_of_padding_only_is_zero():
     config = make_config(**ARRANGEMENTS["many"]).text_config
     losses = router_losses(config, random_logits(config, IDS), IDS, torch.zeros_like(IDS))
     assert as_numbers(losses) == (0.0, 0.0)
@@ -194,7 +194,7 @@ def test_single_joint_layer_of_text_has_the_value_of_transformers(masked):
     torch.testing.assert_close(router_losses(config, logits, None, mask).aux_loss, expected)
 
 
-def test_balance_has_the_value_k_and_collapse_more():
+def test_the_value_is_k_if_balanced_and_larger_if_collapsed():
     tokens = torch.ones(8)
     even = torch.full((8, 4), 0.25)
     index = torch.stack([torch.arange(8) % 4, (torch.arange(8) + 1) % 4], dim=1)
@@ -259,7 +259,7 @@ def test_entropy_losses_are_the_literal_ones(name, masked):
 
 
 def test_global_entropy_is_free_above_its_threshold():
-    """log(S) asks for S experts, used evenly."""
+    """The threshold log(S) is the entropy of S evenly used experts."""
     tokens = torch.ones(4)
     probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]] * 2, requires_grad=True)
     for number, expected in ((1, 0.0), (2, 0.0), (4, math.log(2))):
@@ -272,13 +272,13 @@ def test_global_entropy_is_free_above_its_threshold():
     assert local_entropy_loss(router_probs=even, tokens=tokens).item() == pytest.approx(math.log(4))
 
 
-def test_entropy_of_no_token_is_nothing():
+def test_entropy_of_no_token_is_zero():
     probs, tokens = torch.full((4, 4), 0.25), torch.zeros(4)
     assert local_entropy_loss(router_probs=probs, tokens=tokens) == 0
     assert global_entropy_loss(router_probs=probs, tokens=tokens, threshold=1.0) == 0
 
 
-def test_entropy_is_not_worked_out_unless_it_counts(monkeypatch):
+def test_entropy_is_only_computed_if_it_is_used(monkeypatch):
     monkeypatch.delattr("modeling_sparse_moe_vlm.losses.local_entropy_loss")
     config = make_config().text_config
     losses = router_losses(config, random_logits(config, IDS), IDS)
@@ -336,8 +336,8 @@ def test_padding_does_not_change_the_loss(name, side):
     torch.testing.assert_close(expected.loss, language_loss + coefficients)
 
 
-def test_entropy_and_bias_count_in_the_models_loss():
-    """The loss has the weighted entropy terms, and the model's own biases tell its losses what was chosen."""
+def test_the_loss_of_the_model_uses_entropies_and_biases():
+    """The loss includes the weighted entropy terms, and the chosen experts include the effect of the biases."""
     fields = {"router_aux_loss_coef": 0.5, "router_bias_update_rate": 1e-3, "router_local_entropy_coef": 0.4}
     model = make_model(expert_groups="joint", **fields)
     inputs = make_inputs()
@@ -354,8 +354,8 @@ def test_entropy_and_bias_count_in_the_models_loss():
     torch.testing.assert_close(outputs.loss, language_loss + 0.5 * losses.aux_loss + losses.entropy_loss)
 
 
-def test_cached_tokens_do_not_count_again():
-    """While decoding, the mask covers the cache, too; the losses are those of the new tokens."""
+def test_cached_tokens_are_not_counted_again():
+    """During decoding, the mask also covers the cache, but the losses are those of the new tokens only."""
     model = make_model(**ARRANGEMENTS["hybrid"])
     inputs = make_inputs(images_per_row=0)
     inputs["attention_mask"][0, :3] = 0
@@ -377,7 +377,7 @@ def make_decoder(**coefficients):
 
 
 def losses_and_gradient(model, micro_batches, num_items):
-    """Summed loss of the micro-batches, and the gradient of the first router."""
+    """Returns the summed loss of the micro-batches and the gradient of the first router."""
     model.zero_grad()
     total = 0.0
     for batch in micro_batches:
@@ -388,7 +388,7 @@ def losses_and_gradient(model, micro_batches, num_items):
 
 
 def test_accumulated_loss_is_that_of_the_whole_batch():
-    """Language and z-loss, exactly, where micro-batches have as many tokens of each modality per target."""
+    """Language loss and z-loss are exact if micro-batches have equally many tokens of each modality per target."""
     model = make_decoder(router_aux_loss_coef=0.0, router_z_loss_coef=0.5)
     ids = torch.tensor([[0, 1, 1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 1, 0, 1, 0]] * 2)
     input_ids = torch.randint(4, 99, ids.shape, generator=torch.Generator().manual_seed(0))
@@ -422,5 +422,5 @@ def test_accumulated_language_loss_with_uneven_micro_batches():
 def test_share_of_batch():
     labels = torch.tensor([[5, 6, -100, 7], [5, -100, -100, -100]])
     assert share_of_batch(labels, None) == 1.0
-    assert share_of_batch(labels, 8) == 2 / 8  # the first label of a row is no target
+    assert share_of_batch(labels, 8) == 2 / 8  # the first label of a row is not a target
     assert share_of_batch(labels, torch.tensor(4)) == 2 / 4
