@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ..evaluation.metrics.exact_match.exact_match import is_right
 
 RIGHT, WRONG = "darkgreen", "firebrick"
+NO_BREAK = "\u00a0"  # a space at which lines are not broken
 
 
 def draw_answers(
@@ -52,7 +53,7 @@ def draw_answers(
         axes.imshow(row["image"], interpolation="nearest")
         # A dollar sign does not start a formula.
         axes.set_title("\n".join(textwrap.wrap(row["question"], 34)), fontsize=9, parse_math=False)
-        spoken = f"model: {answer or '(nothing)'}  {'✓' if is_correct else '✗'}"
+        spoken = f"model: {answer or '(nothing)'}{NO_BREAK}{'✓' if is_correct else '✗'}"
         lines_below = [*textwrap.wrap(spoken, 34), *textwrap.wrap(f"reference: {row['answer']}", 34)]
         axes.set_xlabel("\n".join(lines_below), fontsize=9, color=colour, parse_math=False)
         axes.set(xticks=[], yticks=[])

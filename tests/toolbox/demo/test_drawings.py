@@ -99,9 +99,9 @@ def test_answers_stand_over_their_images(drawn, tmp_path):
         "a question that does not fit into\none line of the title",
     ]
     assert [axes.get_xlabel() for axes in filled] == [
-        "model: Answer 10.  ✓\nreference: answer 10",
-        "model: (nothing)  ✗\nreference: answer 20",
-        "model: wrong answer with more\nwords than fit into one line  ✗\nreference: answer 30",
+        "model: Answer 10.\u00a0✓\nreference: answer 10",
+        "model: (nothing)\u00a0✗\nreference: answer 20",
+        "model: wrong answer with more\nwords than fit into one line\u00a0✗\nreference: answer 30",
     ]
     colours = ["darkgreen", "firebrick", "firebrick"]
     assert [axes.xaxis.label.get_color() for axes in filled] == colours
