@@ -164,6 +164,6 @@ def _check_pools(config: PreTrainedConfig) -> None:
         groups = {config.layer_expert_groups(layer, always_on=False) for layer in layers}
         check(
             len(groups) == 1,
-            f"`expert_pool` has layers {layers} share pool {pool}, but `expert_groups` give them different routed "
+            f"`expert_pool` makes layers {layers} share pool {pool}, but `expert_groups` give them different routed "
             "groups: give all of these layers the same groups, or use different pools.",
         )

@@ -5,7 +5,7 @@ Does upcycling help? A dense vision-language model trained on, against the same 
 
 A small LLaVA is trained from scratch on the built-in data, then continued three ways on the same further batches with
 the same learning rates: as it is; upcycled into `isolated` experts that start as copies; upcycled into a `hybrid` of
-always-on experts, which are the dense blocks, and routed experts that start at zero (`residual`). The data holds two
+always-on experts, which are the dense blocks, and routed experts that start at zero (`residual`). The data contains two
 tasks: `knowledge` (names, groups and keywords of almost 1,900 emoji; two thirds of a batch) and `relations` (what is
 where in scenes of 24 emoji). Held out are drawings and arrangements; see upcycling_tasks.py.
 
@@ -227,7 +227,7 @@ def main() -> None:
     ]
     show(rows, by_seed, sizes, len(knowledge.names))
     if arguments.quick:
-        print("\nThese are the sizes of a quick test: the figures mean nothing.")
+        print("\nThese are the sizes of a quick test: the figures are not meaningful.")
     if arguments.json:
         print_json("upcycling", arguments.device, rows, sizes=asdict(sizes), curves=curves(by_seed))
 

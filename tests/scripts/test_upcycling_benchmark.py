@@ -229,7 +229,7 @@ def test_report(benchmark, load_gpu, monkeypatch, capsys):
         torch.set_num_threads(threads)
 
     printed = capsys.readouterr().out
-    assert "These are the sizes of a quick test: the figures mean nothing." in printed
+    assert "These are the sizes of a quick test: the figures are not meaningful." in printed
     result = load_gpu().read_result(printed)
     assert result.keys() == {"benchmark", "device", "versions", "rows", "holds", "sizes", "curves"}
     assert (result["benchmark"], result["holds"]) == ("upcycling", True)

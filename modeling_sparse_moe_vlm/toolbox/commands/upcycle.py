@@ -136,7 +136,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     """Raises `ValueError` where options do not go together."""
     parts = [name for name in ("text", "vision") if getattr(arguments, name) is not None]
     if (arguments.source is None) != bool(parts):
-        raise ValueError("give either a source, or --text (and --vision) in its place.")
+        raise ValueError("give either a source, or --text (and --vision) instead of it.")
     if parts == ["vision"]:
         raise ValueError("--vision needs --text, a language model.")
     if arguments.output is None and not arguments.dry_run:
@@ -144,7 +144,7 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     of_source = ("revision", "gguf_file", "native", "no_comparison", "parity_bound", "dry_run")
     given = [name for name in of_source if getattr(arguments, name) not in (None, False)]
     if parts and given:
-        raise ValueError(f"--{given[0].replace('_', '-')} does not go with --text.")
+        raise ValueError(f"--{given[0].replace('_', '-')} cannot be combined with --text.")
     if arguments.router_init == "data" and arguments.data is None:
         raise ValueError("--router-init data needs --data, a file of conversations.")
 
@@ -210,6 +210,6 @@ def _layers(text: str) -> list[int]:
             raise ValueError(f"--layers: {part!r} is not a layer or a range of layers, such as 3 or 0-11.")
         numbers = range(int(first), int(last or first) + 1)
         if not numbers:
-            raise ValueError(f"--layers: {part!r} holds no layer: write {last}-{first}.")
+            raise ValueError(f"--layers: {part!r} contains no layer: write {last}-{first}.")
         layers += numbers
     return layers

@@ -224,7 +224,7 @@ def check_not_of_dense_model(fields: Collection[str]) -> None:
     """Raises `UpcyclingError` for fields that follow from the dense model."""
     for field in OF_DENSE_MODEL:
         if field in fields:
-            raise UpcyclingError(f"`{field}` follows from the dense model, and cannot be chosen.")
+            raise UpcyclingError(f"`{field}` is taken from the dense model and cannot be set: leave it out.")
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
@@ -232,7 +232,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclass_fields(SparseMoeVlmExpertsConfig) if field.name not in library]
     for field in fields:
         if field in ("decoder_sparse_step", "mlp_only_layers"):
-            raise UpcyclingError(f"`{field}` follows from the layers that are upcycled: choose them with `layers`.")
+            raise UpcyclingError(f"`{field}` is derived from the layers that are upcycled: choose them with `layers`.")
         if field not in known:
             close = difflib.get_close_matches(field, known, n=1)
             raise UpcyclingError(
@@ -254,7 +254,7 @@ def _check_options(start: Any, granularity: Any, drop_ratio: Any, pool_start: An
 
 def _check_widths(widths: Mapping[int, int], num_hidden_layers: int) -> None:
     if not widths:
-        raise UpcyclingError("no layer is to become sparse: choose at least one with `layers`.")
+        raise UpcyclingError("no layer would become sparse: choose at least one with `layers`.")
     for layer, width in widths.items():
         check_integer("layers", layer, at_least=0, below=num_hidden_layers)
         check_integer(f"widths[{layer}]", width)
@@ -323,8 +323,8 @@ def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], dro
         raise UpcyclingError(f'`drop_ratio` is for `start="drop"`, but the start is "{name}": leave it out.')
     if name in ("copy", "drop") and (request.granularity or 1) > 1:
         raise UpcyclingError(
-            f'`start="{name}"` makes experts as wide as the dense block, so `granularity` {request.granularity} does '
-            'not go with it: use `start="split"`, or `start="residual"`.'
+            f'`start="{name}"` makes experts as wide as the dense block, so it cannot be combined with '
+            f'`granularity` {request.granularity}: use `start="split"`, or `start="residual"`.'
         )
     if name == "residual" and request.granularity is not None and request.moe_intermediate_size is not None:
         raise UpcyclingError(
@@ -346,17 +346,17 @@ def _check_start(start: Start, request: _Request, fields: Mapping[str, Any], dro
         return
     if not fields.get("norm_topk_prob", True):
         raise UpcyclingError(
-            f'`start="{name}"` needs weights of the chosen experts that sum to 1, or they would scale what the dense '
-            'block puts out: leave `norm_topk_prob` True, or use `start="residual"`.'
+            f'`start="{name}"` needs weights of the chosen experts that sum to 1, otherwise they would scale the '
+            'output of the dense block: leave `norm_topk_prob` True, or use `start="residual"`.'
         )
     if name == "split" and fields.get("router") == "top_p":
         raise UpcyclingError(
-            '`router="top_p"` may choose only some parts of a dense block, so `start="split"` does not go with it: '
-            'use another router, `start="copy"` or `start="residual"`.'
+            '`router="top_p"` may choose only some parts of a dense block, so it cannot be combined with '
+            '`start="split"`: use another router, `start="copy"` or `start="residual"`.'
         )
     if fields.get("expert_capacity_factor") is not None:
         raise UpcyclingError(
-            f'`expert_capacity_factor` drops tokens, which `start="{name}"` cannot make up for: leave it out, or use '
+            f'`expert_capacity_factor` drops tokens, so `start="{name}"` would not be exact: leave it out, or use '
             '`start="residual"`.'
         )
 
@@ -411,8 +411,8 @@ def _no_carriers(config: SparseMoeVlmExpertsConfig, layer: int, width: int) -> s
                 '`intermediate_size` out, or use `start="copy"`.'
             )
     return (
-        '`start="residual"` needs always-on groups of which exactly one serves each modality, but no choice of '
-        f"layer {layer}'s {[group.name for group in always_on]} with a width of at least {width} does: change their "
+        f'`start="residual"` needs always-on groups with a width of at least {width}, exactly one for each modality, '
+        f"but no selection of {[group.name for group in always_on]} in layer {layer} provides that: change their "
         "`modalities`."
     )
 
@@ -427,7 +427,7 @@ def _check_pools_fit(start: Start, request: _Request, groups: list[dict[str, Any
         names = {tuple(group.name for group in _of_layer(routed, layer)) for layer in widths}
         if len(set(widths.values())) > 1 and len(names) > 1:
             raise UpcyclingError(
-                f"`expert_pool` has layers {sorted(widths)} share pool {pool}, but their dense blocks have different "
+                f"`expert_pool` makes layers {sorted(widths)} share pool {pool}, but their dense blocks have different "
                 f"widths {widths}: pool layers of one width"
                 + (", or set `moe_intermediate_size`." if start.name == "residual" else ".")
             )
@@ -437,11 +437,11 @@ def _check_pools(start: Start, config: SparseMoeVlmExpertsConfig) -> None:
     shared = {pool: layers for pool, layers in config.pools.items() if len(layers) > 1}
     if start.pool_start is not None and (start.name == "residual" or not shared):
         reason = "routed experts start at zero" if start.name == "residual" else "no layers share their experts"
-        raise UpcyclingError(f"`pool_start` has no meaning here, since {reason}: leave it out.")
+        raise UpcyclingError(f"`pool_start` has no effect here, because {reason}: leave it out.")
     if shared and start.pool_start is None and start.name != "residual":
         pool, layers = next(iter(shared.items()))
         raise UpcyclingError(
-            f'`expert_pool` has layers {layers} share the experts of pool {pool}, and `start="{start.name}"` can make '
-            'them the dense block of only one of these layers: use `start="residual"` with an always-on expert for '
-            'every modality, which is exact, or accept another output with `pool_start="first"` or `"mean"`.'
+            f'`expert_pool` makes layers {layers} share the experts of pool {pool}, and `start="{start.name}"` can '
+            'make them the dense block of only one of these layers: use `start="residual"` with an always-on expert '
+            'for every modality, which is exact, or accept different outputs with `pool_start="first"` or `"mean"`.'
         )

@@ -238,8 +238,8 @@ def _on_meta(source: str | os.PathLike, revision: str | None, gguf_file: str | N
         raise UpcyclingError("GGUF files need the package `gguf`: pip install gguf.")
     if gguf_file is None and PreTrainedConfig.get_config_dict(source, **options)[0].get("auto_map"):
         raise UpcyclingError(
-            f"{source} brings code of its own, as models do that are upcycled already: only models of Transformers can "
-            "be upcycled."
+            f"{source} has custom code, as models that are upcycled already do: only models whose classes are part of "
+            "Transformers can be upcycled."
         )
     return model_on_meta_device(AutoConfig.from_pretrained(source, **options))
 
@@ -295,8 +295,8 @@ def _check_blocks(errors: Mapping[int, float], bound: float | None) -> None:
     layer = max(errors, key=lambda layer: errors[layer])
     if bound is not None and errors[layer] > bound:
         raise UpcyclingError(
-            f"the sparse block of layer {layer} is not what the dense block is: its outputs differ by "
-            f"{errors[layer]:.1e} of the largest, more than {bound:.1e}. `parity_bound=float('inf')` accepts it."
+            f"the sparse block of layer {layer} does not compute what the dense block computes: its outputs differ by "
+            f"{errors[layer]:.1e} of the largest, more than {bound:.1e}. Pass `parity_bound=float('inf')` to accept it."
         )
 
 

@@ -146,7 +146,7 @@ class DenseCheckpoint:
         self.model._weight_conversions = self._conversions
         for name, found, expected in info.mismatched_keys:
             raise UpcyclingError(
-                f"{name} has the shape {list(found)} in the checkpoint and {list(expected)} in a model of its "
+                f"{name} has the shape {list(found)} in the checkpoint, but {list(expected)} according to its "
                 "configuration."
             )
         loaded = {}
@@ -207,7 +207,8 @@ class DenseCheckpoint:
                 more = f" and {len(names) - 6} more" if len(names) > 6 else ""
                 raise UpcyclingError(
                     f"{'the checkpoint' if fault == 'lacks' else type(self.model).__name__} {fault} {listed}{more}. "
-                    "See what `from_pretrained` says about it. If the loaded model is right, upcycle that model."
+                    "Load it with `from_pretrained`, and read its report. If the loaded model is right, "
+                    "upcycle that model."
                 )
 
 

@@ -217,7 +217,7 @@ def _check_names(fields: Mapping[str, Any], has_images: bool) -> None:
         if name in known:
             continue
         if name in _names(SparseMoeVlmTextConfig):
-            raise UpcyclingError(f"`{name}` follows from the language model: leave it out.")
+            raise UpcyclingError(f"`{name}` is taken from the language model: leave it out.")
         if name in _MODEL_FIELDS:
             raise UpcyclingError(f"`{name}` is for images: give a vision encoder as well, or leave it out.")
         close = difflib.get_close_matches(name, known, n=1)

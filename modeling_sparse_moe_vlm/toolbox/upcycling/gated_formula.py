@@ -90,9 +90,9 @@ def read_formula(block: nn.Module, likely_activations: Iterable[str] = ()) -> Ga
             hidden_act = layout.activation(weights, x, outputs, names)
             if hidden_act is not None:
                 if _differs(_run(structure.train(), weights, x), outputs[0]):
-                    raise NotTheFormulaError("it computes something else in training (set its dropout to 0 first)")
+                    raise NotTheFormulaError("its outputs differ in training mode (set its dropout to 0 first)")
                 return GatedFormula(width, layout.intermediate_size, hidden_act, layout.parameters())
-    raise NotTheFormulaError(f"it computes something else than {FORMULA} with an activation of `ACT2FN`")
+    raise NotTheFormulaError(f"it computes something other than {FORMULA} with an activation of `ACT2FN`")
 
 
 def looks_like_feed_forward(module: nn.Module) -> bool:

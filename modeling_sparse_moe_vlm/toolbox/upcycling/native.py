@@ -122,7 +122,7 @@ def native_on_meta(model: PreTrainedModel, bias: torch.Tensor | None = None) -> 
 def _check_is_upcycled(model: PreTrainedModel) -> None:
     experts = getattr(model.config, SparseMoeVlmExpertsConfig.base_config_key, None)
     if getattr(experts, "blocks", None) is None:
-        raise UpcyclingError(f"{type(model).__name__} is not an upcycled model: only those have twins in Transformers.")
+        raise UpcyclingError(f"{type(model).__name__} is not an upcycled model: there is nothing to export.")
 
 
 def _twin_of(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -147,8 +147,8 @@ def _twin_of(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> PreTrain
             reasons.append(f"{twin.model_type}: {error}")
     if not reasons:
         raise UpcyclingError(
-            f"Transformers has no sparse twin of {decoder.model_type!r} decoders; those of "
-            f"{', '.join(sorted(TWINS))} have one."
+            f"Transformers has no sparse counterpart of {decoder.model_type!r} decoders. These decoders have one: "
+            f"{', '.join(sorted(TWINS))}."
         )
     raise UpcyclingError(
         f"No sparse class of Transformers computes what this {type(model).__name__} does:\n"
@@ -173,7 +173,9 @@ def _class_of_transformers(model: nn.Module) -> type[PreTrainedModel]:
     for cls in type(model).__mro__:
         if cls.__module__.startswith(_MODELS_OF_TRANSFORMERS) and issubclass(cls, PreTrainedModel):
             return cls
-    raise UpcyclingError(f"The base of {type(model).__name__} is not a class of Transformers, so it has no twin there.")
+    raise UpcyclingError(
+        f"The base of {type(model).__name__} is not a class of Transformers, so it has no sparse counterpart there."
+    )
 
 
 def base_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -226,17 +228,20 @@ def _sparse_layers(experts: Any, state: dict[str, torch.Tensor], blocks: list[st
                 raise UpcyclingError(
                     f"`expert_groups[{group.name!r}]` serves {', '.join(group.modalities)} only: no class of "
                     "Transformers can tell the modalities of tokens apart. Models that are upcycled with "
-                    '`expert_groups="joint"`, or with always-on experts of all modalities, can have a twin.'
+                    '`expert_groups="joint"`, or with always-on experts of all modalities, can be exported.'
                 )
         routed = [group for group in groups if not group.always_on]
         if len(routed) != 1:
             raise UpcyclingError(
-                f"`expert_groups` has {len(routed)} routed groups in layer {layer}: twins have a single one."
+                f"`expert_groups` has {len(routed)} routed groups in layer {layer}: classes of Transformers have "
+                "only one."
             )
         shared_width = sum(group.num_experts * group.intermediate_size for group in groups if group.always_on)
         shapes.add((routed[0].num_experts, routed[0].intermediate_size, shared_width))
     if len(shapes) > 1:
-        raise UpcyclingError("`expert_groups` differs between layers: all layers of a twin have the same experts.")
+        raise UpcyclingError(
+            "`expert_groups` differs between layers: in classes of Transformers, all layers have the same experts."
+        )
     (num_experts, width, shared_width) = shapes.pop()
     return SparseLayers(
         num_layers=experts.num_hidden_layers,

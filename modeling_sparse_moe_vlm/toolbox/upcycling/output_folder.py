@@ -40,7 +40,7 @@ def check_output(output: Path, source: str | os.PathLike | None = None, overwrit
     found = sorted(path.name for pattern in _OF_MODELS for path in output.glob(pattern))
     if found and not overwrite:
         raise UpcyclingError(
-            f"{output} holds a model already ({found[0]}): choose another folder, or replace the model with "
+            f"{output} already contains a model ({found[0]}): choose another folder, or replace the model with "
             "`overwrite=True` (--overwrite)."
         )
 

@@ -142,6 +142,6 @@ def check_receipt(receipt: ParityReceipt) -> None:
     """Raises `UpcyclingError` if the upcycled model does not compute what the dense model computes."""
     if not receipt.holds:
         raise UpcyclingError(
-            f"the upcycled model's outputs are not those of the dense model: {receipt}. It is not returned. Pass "
-            "`parity_bound=float('inf')` to get it nevertheless, or another bound."
+            f"the upcycled model's outputs are not those of the dense model: {receipt}. It is not returned. Pass a "
+            "larger `parity_bound` to accept the difference, or `parity_bound=float('inf')` to accept any."
         )

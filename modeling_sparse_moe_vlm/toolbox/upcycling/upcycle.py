@@ -165,14 +165,14 @@ def check_base(model: Any) -> None:
         raise UpcyclingError(f"`upcycle` takes a model of Transformers, got {name}.{_advice_on_wrapper(model)}")
     if any(name in table.values() for table in _OTHER_HEADS):
         raise UpcyclingError(
-            f"{name} has a head that experts are not trained with. Upcycle the language model that it is based on "
+            f"{name} has a head that upcycling does not support. Upcycle the language model that it is based on "
             "(`AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModel`)."
         )
     for kind in (type(model), type(model.config)):
         if getattr(transformers, kind.__name__, None) is not kind:
             raise UpcyclingError(
                 f"{kind.__name__} is not a class that Transformers exports, so an upcycled model of it could not be "
-                "loaded elsewhere. Models with code of their own are not supported."
+                "loaded elsewhere. Models with custom code are not supported."
             )
 
 
@@ -208,9 +208,9 @@ def experts_config(
     if takes_images_by_cross_attention(model) and len(modalities) > 1:
         if request.get("expert_groups") == "isolated":
             raise UpcyclingError(
-                f'`expert_groups="isolated"` makes no sense for {type(model).__name__}: its images enter by '
-                "cross-attention or an encoder, so every token of the decoder is text, and experts of images would get "
-                'none. Use `expert_groups="joint"`.'
+                f'`expert_groups="isolated"` is not supported for {type(model).__name__}: its images enter by '
+                "cross-attention or an encoder, so all tokens of the decoder are text, and experts for images would "
+                'not get any. Use `expert_groups="joint"`.'
             )
         modalities = ["text"]
     text_config = model.config.get_text_config(decoder=True)
@@ -269,7 +269,7 @@ def check_arguments(
             raise UpcyclingError(f"`{name}` must be a list, got {value!r}.")
     is_number = isinstance(parity_bound, int | float) and not isinstance(parity_bound, bool)
     if parity_bound is not None and not (is_number and parity_bound >= 0):
-        raise UpcyclingError(f"`parity_bound` must be a number from 0, got {parity_bound!r}.")
+        raise UpcyclingError(f"`parity_bound` must be a number of at least 0, got {parity_bound!r}.")
 
 
 def _as_list(batch: Any) -> list[Mapping[str, Any]]:

@@ -87,7 +87,7 @@ def _check_rest(dense: PreTrainedModel, written: DenseCheckpoint, found: DenseBl
         for name, tensor in written.read(shared[:1]).items():
             shared.remove(name)
             if not torch.equal(tensor, state[name].cpu()):
-                raise UpcyclingError(f"the files hold another tensor than the dense model under the name {name}.")
+                raise UpcyclingError(f"the tensor {name} in the files differs from that of the dense model.")
 
 
 def _sparse_modules(model: Any, found: DenseBlocks) -> dict[str, nn.Module]:

@@ -274,7 +274,7 @@ def test_the_dense_block_needs_enough_width_and_every_modality_once():
 
 ALWAYS_ON = [{"name": "a", "num_experts": 3}, {"name": "b", "num_experts": 1, "always_on": True}]
 REFUSED = {
-    "no layers": ({"widths": {}}, "no layer is to become sparse"),
+    "no layers": ({"widths": {}}, "no layer would become sparse"),
     "layer beyond the model": ({"widths": {4: 48}}, "`layers` must be an integer from 0 to 3, got 4."),
     "width of nothing": ({"widths": {0: 0}}, "`widths[0]` must be an integer of at least 1, got 0."),
     "unknown start": ({"start": "magic"}, "`start` must be one of copy, split, residual, drop, got 'magic'."),
@@ -284,8 +284,11 @@ REFUSED = {
         "`num_expert` is not a field of the experts' configuration: did you mean `num_experts`?",
     ),
     "foreign field": ({"learning": 4}, "`learning` is not a field of the experts' configuration, which has ["),
-    "layers by step": ({"decoder_sparse_step": 2}, "`decoder_sparse_step` follows from the layers that are upcycled"),
-    "layers by list": ({"mlp_only_layers": [1]}, "`mlp_only_layers` follows from the layers that are upcycled"),
+    "layers by step": (
+        {"decoder_sparse_step": 2},
+        "`decoder_sparse_step` is derived from the layers that are upcycled",
+    ),
+    "layers by list": ({"mlp_only_layers": [1]}, "`mlp_only_layers` is derived from the layers that are upcycled"),
     "granularity of 0": ({"granularity": 0}, "`granularity` must be an integer of at least 1, got 0."),
     "granularity of 2.0": ({"granularity": 2.0}, "`granularity` must be an integer of at least 1, got 2.0."),
     "top-k of 0": ({"num_experts_per_tok": 0}, "`num_experts_per_tok` must be an integer of at least 1, got 0."),
@@ -304,7 +307,7 @@ REFUSED = {
     "unknown pool start": ({"pool_start": "last"}, "`pool_start` must be one of first, mean, got 'last'."),
     "fine copies": (
         {"start": "copy", "granularity": 2},
-        '`start="copy"` makes experts as wide as the dense block, so `granularity` 2 does not go with it: use '
+        '`start="copy"` makes experts as wide as the dense block, so it cannot be combined with `granularity` 2: use '
         '`start="split"`, or `start="residual"`.',
     ),
     "fine drop": ({"start": "drop", "granularity": 2}, '`start="drop"` makes experts as wide as the dense block'),
@@ -344,8 +347,8 @@ REFUSED = {
     ),
     "unnormalised copies": (
         {"expert_groups": "joint", "norm_topk_prob": False},
-        '`start="copy"` needs weights of the chosen experts that sum to 1, or they would scale what the dense block '
-        'puts out: leave `norm_topk_prob` True, or use `start="residual"`.',
+        '`start="copy"` needs weights of the chosen experts that sum to 1, otherwise they would scale the output of '
+        'the dense block: leave `norm_topk_prob` True, or use `start="residual"`.',
     ),
     "unnormalised parts": ({"start": "split", "norm_topk_prob": False}, '`start="split"` needs weights of the chosen'),
     "unnormalised drop": ({"start": "drop", "norm_topk_prob": False}, '`start="drop"` needs weights of the chosen'),
@@ -355,12 +358,12 @@ REFUSED = {
     ),
     "top-p parts": (
         {"start": "split", "router": "top_p"},
-        '`router="top_p"` may choose only some parts of a dense block, so `start="split"` does not go with it: use '
-        'another router, `start="copy"` or `start="residual"`.',
+        '`router="top_p"` may choose only some parts of a dense block, so it cannot be combined with `start="split"`: '
+        'use another router, `start="copy"` or `start="residual"`.',
     ),
     "capacity of copies": (
         {"expert_groups": "joint", "expert_capacity_factor": 1.5},
-        '`expert_capacity_factor` drops tokens, which `start="copy"` cannot make up for: leave it out, or use '
+        '`expert_capacity_factor` drops tokens, so `start="copy"` would not be exact: leave it out, or use '
         '`start="residual"`.',
     ),
     "capacity of drop": ({"start": "drop", "expert_capacity_factor": 9.0}, "`expert_capacity_factor` drops tokens"),
@@ -415,27 +418,27 @@ REFUSED = {
                 ALWAYS_ON[1] | {"name": "c", "modalities": ["image", "video"]},
             ],
         },
-        '`start="residual"` needs always-on groups of which exactly one serves each modality, but no choice of '
-        "layer 0's ['b', 'c'] with a width of at least 48 does: change their `modalities`.",
+        '`start="residual"` needs always-on groups with a width of at least 48, exactly one for each modality, but no '
+        "selection of ['b', 'c'] in layer 0 provides that: change their `modalities`.",
     ),
     "pools of copies": (
         {"expert_groups": "joint", "expert_pool": [5, 5, None, 5]},
-        '`expert_pool` has layers [0, 1, 3] share the experts of pool 5, and `start="copy"` can make them the dense '
+        '`expert_pool` makes layers [0, 1, 3] share the experts of pool 5, and `start="copy"` can make them the dense '
         'block of only one of these layers: use `start="residual"` with an always-on expert for every modality, which '
-        'is exact, or accept another output with `pool_start="first"` or `"mean"`.',
+        'is exact, or accept different outputs with `pool_start="first"` or `"mean"`.',
     ),
     "pools of drop": ({"start": "drop", "expert_pool": [5, 5, None, 5]}, '`start="drop"` can make them'),
     "pool start of residual": (
         {"pool_start": "mean", "expert_pool": [5, 5, None, 5]},
-        "`pool_start` has no meaning here, since routed experts start at zero: leave it out.",
+        "`pool_start` has no effect here, because routed experts start at zero: leave it out.",
     ),
     "pool start without pools": (
         {"expert_groups": "joint", "pool_start": "first", "expert_pool": [5, 6, None, None]},
-        "`pool_start` has no meaning here, since no layers share their experts: leave it out.",
+        "`pool_start` has no effect here, because no layers share their experts: leave it out.",
     ),
     "pools of two widths": (
         {**BY_LAYER, "expert_groups": "joint", "pool_start": "first", "expert_pool": [5, 5, None, 5]},
-        "`expert_pool` has layers [0, 1, 3] share pool 5, but their dense blocks have different widths "
+        "`expert_pool` makes layers [0, 1, 3] share pool 5, but their dense blocks have different widths "
         "{0: 48, 1: 24, 3: 48}: pool layers of one width.",
     ),
     "residual pools of two widths": (
@@ -452,7 +455,7 @@ REFUSED = {
                 {"name": "b", "num_experts": 4, "layers": [1, 3]},
             ],
         },
-        "`expert_pool` has layers [0, 1] share pool 5, but `expert_groups` give them different routed groups",
+        "`expert_pool` makes layers [0, 1] share pool 5, but `expert_groups` give them different routed groups",
     ),
     "pool of a dense layer": ({"expert_pool": [5, 5, 5, None]}, "`expert_pool[2]` is 5, but layer 2 is dense"),
     "pools of another model": ({"expert_pool": [5, 5]}, "`expert_pool` must be a list with a pool or None for each"),

@@ -191,7 +191,7 @@ def test_every_instance_is_run():
     clamped = model.model.layers[1].mlp
     forward = clamped.forward
     clamped.forward = lambda x: forward(x).clamp(-100, 100)
-    assert "in layer 1. Layer 1, `mlp`: it computes something else than" in refusal(model)
+    assert "in layer 1. Layer 1, `mlp`: it computes something other than" in refusal(model)
 
 
 def test_two_blocks_in_one_layer():
@@ -238,8 +238,8 @@ def test_shared_weights():
         ("phi", {}, "Layer 0, `mlp`: not gated."),
         ("starcoder2", {}, "Layer 0, `mlp`: not gated."),
         ("bitnet", {}, "Layer 0, `mlp`: parameters or buffers besides those of its projections (ffn_sub_norm.weight)."),
-        ("falcon_h1", {"mlp_multipliers": [0.5, 2.0]}, "Layer 0, `feed_forward`: it computes something else than"),
-        ("seed_oss", {"residual_dropout": 0.1}, "Layer 0, `mlp`: it computes something else in training"),
+        ("falcon_h1", {"mlp_multipliers": [0.5, 2.0]}, "Layer 0, `feed_forward`: it computes something other than"),
+        ("seed_oss", {"residual_dropout": 0.1}, "Layer 0, `mlp`: its outputs differ in training mode"),
         ("llama", {"mlp_bias": True}, "Layer 0, `mlp`: linear layers with biases (gate_proj, up_proj, down_proj)."),
         ("moshi", {}, "`MoshiGatingMLP.forward` takes further arguments besides hidden states."),
         ("hrm_text", {}, "several lists of layers (model.L_module.layers, model.H_module.layers)."),
@@ -257,7 +257,7 @@ def test_activation_sparsity_is_not_a_gate():
     model = on_meta("gemma3n_text", **TEXT | sizes | further | pattern)
     assert refusal(model) == (
         "Gemma3nForCausalLM has feed-forward blocks that experts cannot replace, in layers 0-1. Layer 0, `mlp`: it "
-        "computes something else than down(act(gate(x)) * up(x)) with an activation of `ACT2FN`. `layers=[2, 3]` "
+        "computes something other than down(act(gate(x)) * up(x)) with an activation of `ACT2FN`. `layers=[2, 3]` "
         "leaves those dense."
     )
     assert [block.layer for block in find_blocks(model, layers=[2, 3]).blocks] == [2, 3]

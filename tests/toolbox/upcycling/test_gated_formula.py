@@ -154,13 +154,13 @@ def test_likely_activations_are_tried_first():
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (Clamped(), "something else than"),
-        (Normalised(), "something else than"),
-        (Scaled(factor=1.01), "something else than"),
-        (Residual(), "something else than"),
-        (Mixing(), "something else than"),
+        (Clamped(), "something other than"),
+        (Normalised(), "something other than"),
+        (Scaled(factor=1.01), "something other than"),
+        (Residual(), "something other than"),
+        (Mixing(), "something other than"),
         (Gated("xielu"), "besides those of its projections"),
-        (Dropping(rate=0.1), "in training .set its dropout to 0 first"),
+        (Dropping(rate=0.1), "in training mode .set its dropout to 0 first"),
         (InnerNorm(), r"besides those of its projections \(norm.weight\)"),
         (Buffered(), r"besides those of its projections \(scale\)"),
         (FurtherArguments(), "`FurtherArguments.forward` takes further arguments"),
@@ -218,7 +218,7 @@ def test_blocks_without_weights(act):
 def test_weights_are_not_read():
     block = Residual()
     nn.init.zeros_(block.a.weight)
-    with pytest.raises(NotTheFormulaError, match="something else"):
+    with pytest.raises(NotTheFormulaError, match="something other than"):
         read_formula(block)
     block = Gated()
     for parameter in block.parameters():

@@ -572,7 +572,10 @@ def test_layers_in_the_middle_can_be_dense_if_any_can():
 
 def test_base_without_a_twin():
     model = make_upcycled(in_tree_models.make_model("gemma3"))
-    with pytest.raises(UpcyclingError, match="no sparse twin of 'gemma3_text' decoders; those of cohere2, ernie4_5"):
+    with pytest.raises(
+        UpcyclingError,
+        match=r"no sparse counterpart of 'gemma3_text' decoders\. These decoders have one: cohere2, ernie4_5",
+    ):
         to_native(model)
 
 

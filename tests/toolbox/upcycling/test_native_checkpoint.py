@@ -55,7 +55,7 @@ def test_type_and_folder(trained, tmp_path):
     folder, _ = trained
     export_checkpoint(folder, tmp_path, dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
-    with pytest.raises(UpcyclingError, match="holds a model already"):
+    with pytest.raises(UpcyclingError, match="already contains a model"):
         export_checkpoint(folder, tmp_path)
     export_checkpoint(folder, tmp_path, overwrite=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.float32

@@ -12,7 +12,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.output_folder import check_dtype,
 @pytest.mark.parametrize("file", ["config.json", "a.safetensors", "model.safetensors.index.json", "m.bin", "m.gguf"])
 def test_a_model_is_replaced_only_on_request(file, tmp_path):
     (tmp_path / file).write_text("")
-    with pytest.raises(UpcyclingError, match=rf"holds a model already \({file}\)"):
+    with pytest.raises(UpcyclingError, match=rf"already contains a model \({file}\)"):
         check_output(tmp_path)
     check_output(tmp_path, overwrite=True)
 

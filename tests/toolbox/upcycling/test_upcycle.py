@@ -245,7 +245,7 @@ def test_outputs_that_are_not_finite_are_above_the_bound():
 
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "hidden_act", "widths"])
 def test_fields_that_follow_from_the_dense_model_are_refused(field):
-    with pytest.raises(UpcyclingError, match=f"`{field}` follows from the dense model"):
+    with pytest.raises(UpcyclingError, match=f"`{field}` is taken from the dense model"):
         upcycle(make_dense("llama"), "joint", **{field: 64})
 
 
@@ -259,7 +259,9 @@ def test_placeholders_that_are_not_lists_of_ids(placeholders):
 
 def test_models_with_other_heads():
     dense = LlamaForSequenceClassification(make_dense("llama").config)
-    with pytest.raises(UpcyclingError, match="LlamaForSequenceClassification has a head that experts are not trained"):
+    with pytest.raises(
+        UpcyclingError, match="LlamaForSequenceClassification has a head that upcycling does not support"
+    ):
         upcycle(dense)
 
 
@@ -268,9 +270,9 @@ def test_models_with_other_heads():
     [
         ({"layers": 1}, "`layers` must be a list, got 1"),
         ({"modalities": "text"}, "`modalities` must be a list, got 'text'"),
-        ({"parity_bound": -1}, "`parity_bound` must be a number from 0, got -1"),
-        ({"parity_bound": float("nan")}, "`parity_bound` must be a number from 0, got nan"),
-        ({"parity_bound": "x"}, "`parity_bound` must be a number from 0, got 'x'"),
+        ({"parity_bound": -1}, "`parity_bound` must be a number of at least 0, got -1"),
+        ({"parity_bound": float("nan")}, "`parity_bound` must be a number of at least 0, got nan"),
+        ({"parity_bound": "x"}, "`parity_bound` must be a number of at least 0, got 'x'"),
         ({"batch": torch.zeros(1, 2)}, r"`batch` must be inputs .* got Tensor"),
         ({"batch": 3}, r"`batch` must be inputs .* got int"),
         ({"seed": None}, "`seed` must be an integer, got None"),
