@@ -1,4 +1,4 @@
-"""α and β in the whole model: read out, steered, learned; and plain attention where nobody asks for them."""
+"""α and β in the whole model: read-out, steering, learning, and plain attention if they are not used."""
 
 import copy
 
@@ -26,7 +26,7 @@ def _default_stance():
 
 
 def make_unequal_model(**kwargs):
-    """A model whose heads and layers have learned different priors."""
+    """Returns a model whose heads and layers have different priors, as if learned."""
     model = make_model(**LEARNED | kwargs)
     generator = torch.Generator().manual_seed(3)
     for layer in model.model.language_model.layers:
@@ -35,7 +35,7 @@ def make_unequal_model(**kwargs):
 
 
 def count_parts(monkeypatch) -> list:
-    """One entry for every layer that does not run plain attention."""
+    """Records every call of a layer that does not run plain attention."""
     calls: list = []
     attend = AttentionParts.attend
     monkeypatch.setattr(AttentionParts, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
@@ -56,16 +56,16 @@ def test_equal_priors_are_a_plain_decoder_to_the_bit(settings, monkeypatch):
     assert torch.equal(model(**inputs).logits, expected)
     steering = {"modality_priors": {"image": 1.0, "text": 1.0}, "modality_guidance": 0.0}
     assert torch.equal(model(**inputs, **steering).logits, expected)
-    # Equal priors of the call, whatever they are, change nothing.
+    # Equal priors of a call change nothing, whatever their value.
     assert torch.equal(model(**inputs, modality_priors={"image": 3.0, "text": 3.0}).logits, expected)
     assert not calls
-    # And text alone is one part, whatever its prior.
+    # Text by itself is a single part, so its prior has no effect.
     text = make_inputs(images_per_row=0)
     assert torch.equal(make_unequal_model()(**text).logits, make_model()(**text).logits)
     assert not calls
 
 
-def test_learned_priors_are_looked_at_again_when_they_change(monkeypatch):
+def test_learned_priors_are_compared_again_when_they_change(monkeypatch):
     model, inputs = make_model(learned_modality_priors=True), make_inputs()
     calls = count_parts(monkeypatch)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_weights_are_those_of_eager_attention(make, padding_side):
 @pytest.mark.parametrize("make", [make_model, make_unequal_model], ids=["equal", "unequal"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
-def test_every_backend_reads_out_the_same_and_changes_nothing(make, attention):
+def test_read_out_is_the_same_in_every_backend_and_changes_nothing(make, attention):
     model, inputs = make(), shift_left(make_mixed_inputs())
     model.set_attn_implementation("eager")
     expected = model(**inputs, **READ)
@@ -164,7 +164,7 @@ def test_packed_rows_equal_separate_rows(attention):
 
 @pytest.mark.parametrize("make_cache", [DynamicCache, StaticCache])
 @torch.no_grad()
-def test_cached_steps_read_out_what_one_pass_does(make_cache):
+def test_cached_steps_give_the_weights_of_one_pass(make_cache):
     model, inputs = make_unequal_model(), make_inputs()
     whole = model(**inputs, **READ, use_cache=False)
     config = model.config.text_config
@@ -184,7 +184,7 @@ def test_cached_steps_read_out_what_one_pass_does(make_cache):
 
 
 @torch.no_grad()
-def test_a_cache_that_does_not_know_its_modalities():
+def test_a_cache_without_modality_ids():
     model, inputs = make_model(), make_inputs()
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, past_key_values=cache)
@@ -195,7 +195,7 @@ def test_a_cache_that_does_not_know_its_modalities():
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}, {"do_sample": True}])
-def test_generate_reads_out_every_step(options):
+def test_generate_returns_the_weights_of_every_step(options):
     model, inputs = make_unequal_model(), make_mixed_inputs()
     given = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True} | options
     torch.manual_seed(0)
@@ -210,7 +210,7 @@ def test_generate_reads_out_every_step(options):
         assert [weights.shape for weights in layers] == [(4 * beams, 4, length if step == 0 else 1, 2)] * 2
     if beams > 1:
         return
-    # What the first pass over the finished sequences reads out.
+    # The weights of one pass over the finished sequences.
     extra = outputs.sequences.shape[1] - length
     whole = {
         "input_ids": outputs.sequences,
@@ -228,7 +228,7 @@ def test_generate_reads_out_every_step(options):
         )
 
 
-def test_assisted_generation_reads_out_the_tokens_that_were_taken():
+def test_assisted_generation_returns_the_weights_of_accepted_tokens():
     model, inputs = make_unequal_model(), make_inputs(batch_size=1)
     assistant = copy.deepcopy(model)
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_assisted_generation_reads_out_the_tokens_that_were_taken():
 
 
 def test_threads_that_generate_at_once_with_one_model():
-    """Each reads out, or does not, and is steered, or is not, as it asked for."""
+    """Each call returns weights only if it asks for them, and only its own priors steer it."""
     model, inputs = make_model(learned_modality_priors=True), make_inputs()
     given = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     calls = [
@@ -283,7 +283,7 @@ def test_priors_of_a_call_move_the_weights():
     assert (alphas[1] < alphas[2]).all()
     odds = [alpha / (1 - alpha) for alpha in alphas]
     torch.testing.assert_close(odds[2], 10 * odds[1], rtol=1e-3, atol=1e-4)
-    # They are factors on what was learned.
+    # They are multiplied with the learned priors.
     model = make_model(alpha_init=0.4, beta_init=0.1)
     same = make_model(alpha_init=0.1, beta_init=0.1)
     torch.testing.assert_close(
@@ -360,7 +360,7 @@ def test_gradients_of_the_model_are_those_of_eager_attention(padded):
 def test_under_autocast(padded, dtype):
     inputs = shift_left(make_mixed_inputs()) if padded else make_inputs()
     visible = inputs["attention_mask"].bool()
-    # With all experts for every token, rounding changes no choice of experts.
+    # Every token uses all experts, so rounding cannot change which experts are chosen.
     model = make_unequal_model(num_experts_per_tok=4)
     with torch.no_grad():
         exact = model(**inputs, **READ)
@@ -394,8 +394,8 @@ def test_a_batch_of_text_keeps_the_priors_in_the_graph():
 
 def test_priors_learn_where_to_look():
     """
-    A task that only attention to the image solves, with everything frozen but the priors: the answer is a class that
-    the image's colour gives away. Queries and keys are silenced, so that priors alone decide how a head looks.
+    The task can only be solved by attention to the image: the answer is a class that depends on the colour of the
+    image. Everything except the priors is frozen. Queries and keys are zero, so only priors determine the attention.
     """
     model = make_model(learned_modality_priors=True, num_hidden_layers=1)
     model.requires_grad_(False)
@@ -403,7 +403,7 @@ def test_priors_learn_where_to_look():
     attention.q_norm.weight.zero_()
     attention.modality_log_priors.requires_grad_(True)
     inputs = make_inputs()
-    with torch.no_grad():  # the teacher looks at images alone
+    with torch.no_grad():  # the teacher attends to images only
         target = model(**inputs, modality_priors={"image": 1e4}).logits[:, -1].softmax(dim=-1)
     optimizer = torch.optim.Adam([attention.modality_log_priors], lr=0.2)
     losses = []
@@ -415,7 +415,7 @@ def test_priors_learn_where_to_look():
         losses.append(loss.item())
     ratio = attention.modality_log_priors[:, 1] - attention.modality_log_priors[:, 0]
     assert losses[-1] < losses[0]
-    assert ratio.detach().mean() > 1.0, "the image's prior has grown"
+    assert ratio.detach().mean() > 1.0, "the prior of images has become larger"
 
 
 @pytest.mark.parametrize("use_reentrant", [False])
@@ -441,7 +441,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
 @pytest.mark.parametrize("settings", [{"learned_modality_priors": True}, LEARNED], ids=["equal", "unequal"])
 @torch.no_grad()
 def test_generation_with_a_static_cache_compiles_once(settings):
-    """Although priors that are equal need nothing at prefill, which is not compiled."""
+    """Also with equal priors, which need no modality ids in prefill. Prefill is not compiled."""
     torch._dynamo.reset()
     model = make_model(**settings)
     graphs: list = []

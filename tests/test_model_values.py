@@ -1,4 +1,4 @@
-"""What the parts of the model hand to each other, value by value: image tokens, their places, generation's inputs."""
+"""Values that the parts of the model pass to each other: image tokens, their positions, and inputs of generation."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.models import IMAGE_TOKEN_ID, TINY_TOWER, VISION_CONFIG, make
 
 
 def embeddings_of(model, **inputs) -> torch.Tensor:
-    """What the decoder is given."""
+    """Returns the embeddings that the decoder receives."""
     seen = []
     handle = model.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
@@ -52,8 +52,8 @@ def test_no_images_have_no_features():
 
 @torch.no_grad()
 @pytest.mark.parametrize("encoded", [False, True])
-def test_image_tokens_lie_in_the_order_of_the_images_row_by_row(encoded):
-    """Rows with two, no and one image; the images of a row are apart."""
+def test_image_features_are_in_the_order_of_the_images_row_by_row(encoded):
+    """Rows have two, no and one image. There is text between the images of a row."""
     model = make_model()
     inputs = make_inputs(batch_size=3, images_per_row=0)
     places = torch.zeros(3, 14, dtype=torch.bool)
@@ -92,7 +92,7 @@ def make_model_with_pooling() -> SparseMoeVlmForConditionalGeneration:
 
 
 def without_gradient(model, inputs) -> set[str]:
-    """The modules of images that have no gradient."""
+    """Returns the modules for images in which a parameter has no gradient."""
     model.zero_grad()
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     names = {name for name, parameter in model.model.named_parameters() if parameter.grad is None}
@@ -100,7 +100,7 @@ def without_gradient(model, inputs) -> set[str]:
 
 
 @pytest.mark.usefixtures("several_processes")
-def test_texts_run_the_vision_tower_where_other_processes_may_have_images():
+def test_texts_run_the_vision_tower_if_other_processes_may_have_images():
     model, texts = make_model_with_pooling(), make_inputs(images_per_row=0)
     with torch.no_grad():
         expected = model(**texts).logits
@@ -151,7 +151,7 @@ def test_inputs_of_the_first_step():
 
 @torch.no_grad()
 def test_candidates_of_assisted_decoding_are_text():
-    """Three tokens after the prompt: one was taken, two are candidates; only those that are not cached are passed."""
+    """Three tokens follow the prompt, one accepted and two candidates. Only tokens that are not cached are passed."""
     model, inputs = make_model(), make_inputs()
     cache = DynamicCache(config=model.config.text_config)
     model(**inputs, use_cache=True, **{CACHE_NAME: cache})
@@ -202,10 +202,10 @@ def test_arguments_of_generation_reach_every_pass():
 
 
 class SparseMoeVlmForSequenceClassification(GenericForSequenceClassification, SparseMoeVlmPreTrainedModel):
-    """The classifier that the documentation spells out."""
+    """The classifier of the documentation."""
 
 
-def test_a_classifier_of_the_librarys_parts(tmp_path):
+def test_a_classifier_from_a_mixin_of_transformers(tmp_path):
     model, inputs = make_model(), make_inputs()
     model.save_pretrained(tmp_path / "model")
     scorer = SparseMoeVlmForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=1).eval()

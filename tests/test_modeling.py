@@ -1,4 +1,4 @@
-"""The forward pass: what the model answers must not depend on how it is asked."""
+"""The forward pass: outputs do not depend on batches, padding, attention backends or the form of the inputs."""
 
 import copy
 
@@ -70,7 +70,7 @@ def make_mixed_inputs() -> dict[str, torch.Tensor]:
 
 
 def split_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-    """The rows of a batch, each on its own and without padding."""
+    """Returns every row of a batch as a batch of one without padding."""
     rows, first = [], 0
     for row, mask in enumerate(inputs["attention_mask"].bool()):
         number = int(inputs["mm_token_type_ids"][row].sum()) // 4
@@ -83,7 +83,7 @@ def split_rows(inputs: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]
 
 
 def shift_left(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch, padded right."""
+    """Returns the same batch, padded on the right."""
     shifted = dict(inputs)
     for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
         shifted[key] = torch.stack(
@@ -111,7 +111,7 @@ def assert_rows_close(actual, expected, **tolerance):
 
 
 def test_experts_and_images_matter(arrangement):
-    """Else the comparisons below could not fail."""
+    """Otherwise, the comparisons below could not fail."""
     model, inputs = make_model(expert_groups=arrangement), make_inputs()
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -143,7 +143,7 @@ def test_rows_do_not_depend_on_their_batch(arrangement, padding_side):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 def test_packed_rows_equal_separate_rows(arrangement, attention):
-    """Positions that start anew and no mask: several sequences in one row, experts included."""
+    """One row contains several sequences. Their positions start at 0, and there is no mask."""
     model = make_model(expert_groups=arrangement)
     use_attention(model, attention)
     rows = split_rows(make_mixed_inputs())
@@ -160,7 +160,7 @@ def test_packed_rows_equal_separate_rows(arrangement, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_attention_implementations_agree(padding_side, attention, dtype):
-    # Every token to every expert, or rounding would send some to another one.
+    # Every token uses all experts. Otherwise, rounding would route some tokens to other experts.
     model = make_model(num_experts_per_tok=4).to(dtype)
     inputs = make_inputs() if padding_side == "none" else make_mixed_inputs()
     if padding_side == "right":
@@ -223,7 +223,7 @@ def test_router_losses_know_derived_modalities(arrangement, form):
 
 
 def test_images_go_where_their_tokens_are(arrangement):
-    """Exchanging two images of one prompt, or images of two prompts, is not the same as leaving them."""
+    """Exchanging two images of a prompt, or images of two prompts, changes the logits."""
     model, inputs = make_model(expert_groups=arrangement), make_inputs(images_per_row=2)
     logits = real_logits(model, inputs)
     for order in ([1, 0, 2, 3], [0, 1, 3, 2], [2, 1, 0, 3]):
@@ -255,7 +255,7 @@ def test_image_features(arrangement):
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_any_vision_tower(tower):
-    """Also those with class and register tokens, which are no patches."""
+    """Also towers with class and register tokens, which are not patches."""
     torch.manual_seed(0)
     model = SparseMoeVlmForConditionalGeneration(make_config(vision_config=TOWERS[tower])).eval()
     inputs = make_inputs()
@@ -264,7 +264,7 @@ def test_any_vision_tower(tower):
         patches = outputs.last_hidden_state[:, -16:]
         torch.testing.assert_close(torch.stack(outputs.pooler_output), model.model.multi_modal_projector(patches))
         logits = model(**inputs).logits
-        # The last patch of the image is in the last image token, and in no other.
+        # The last patch of the image changes only the last image token.
         changed = model.model.multi_modal_projector(torch.cat([patches[:, :-1], patches[:, -1:] + 1], dim=1))
         assert (changed - torch.stack(outputs.pooler_output)).abs().amax(dim=2).gt(1e-3).tolist() == [
             [False] * 3 + [True]
@@ -316,7 +316,7 @@ def test_placeholders_without_images():
         blind = model(**inputs, mm_encoder_outputs={}).logits
         seeing = model(**inputs, pixel_values=pixel_values).logits
     assert not torch.allclose(blind, seeing)
-    # What was cached had its images.
+    # The images of cached placeholders were processed before.
     start = {key: value[:, :8] for key, value in inputs.items()}
     past_key_values = model(**start, pixel_values=pixel_values).get(CACHE_NAME)
     rest = {key: value[:, 8:] if key != "attention_mask" else value for key, value in inputs.items()}
@@ -381,7 +381,9 @@ def test_recorded_outputs_from_call_and_config(make):
         for flag in flags:
             setattr(config, flag, True)
         from_config = model(**inputs)
-        assert from_config.aux_loss is from_config.z_loss is None  # a setting of training, which nobody asks for here
+        assert (
+            from_config.aux_loss is from_config.z_loss is None
+        )  # a training setting, and the call does not ask for it
         from_config = model.train()(**inputs)
     for outputs in (from_call, from_config):
         assert [tuple(logits.shape) for logits in outputs.router_logits] == [(28, 4)] * 2
@@ -393,7 +395,7 @@ def test_recorded_outputs_from_call_and_config(make):
         assert outputs.loss is None
     assert plain.router_logits is plain.hidden_states is plain.attentions is plain.aux_loss is None
     torch.testing.assert_close(from_call.aux_loss, from_config.aux_loss)
-    # Recorded, not invented: the first router sees the first layer's stream.
+    # The router and the recorded hidden states belong to the first layer.
     layer, states = (
         model.model.get_decoder().layers[0] if make is make_model else model.model.layers[0],
         from_call.hidden_states,
@@ -464,7 +466,7 @@ def test_loss_arguments_reach_the_loss():
         shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
         shifted = model(**inputs, labels=labels, shift_labels=shift_labels)
         torch.testing.assert_close(shifted.loss, mean)
-        # The router losses are scaled alike.
+        # The router losses are scaled in the same way.
         routed = model(**inputs, labels=labels, output_router_logits=True)
         torch.testing.assert_close(routed.loss, mean + 0.1 * routed.aux_loss)
         routed = model(**inputs, labels=labels, output_router_logits=True, num_items_in_batch=2 * num_targets)
@@ -492,7 +494,7 @@ def test_gradient_checkpointing_changes_nothing(arrangement, use_reentrant):
 
 @pytest.mark.parametrize("images_per_row", [0, 1])
 def test_every_parameter_of_the_decoder_is_in_the_graph(arrangement, images_per_row):
-    """A group without tokens must not make a data-parallel rank wait for its gradient."""
+    """Otherwise, data-parallel ranks would wait for the gradient of a group without tokens."""
     model, inputs = make_model(expert_groups=arrangement).train(), make_inputs(images_per_row=images_per_row)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert not [name for name, p in model.model.language_model.named_parameters() if p.grad is None]

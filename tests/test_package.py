@@ -1,4 +1,4 @@
-"""The package's metadata, and the files that maintainers release it with."""
+"""The metadata of the package, and the files that maintainers use to release it."""
 
 import re
 import runpy
@@ -80,7 +80,7 @@ def test_workflows_use_commands_and_files_of_the_repository(workflow):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
-def test_issue_forms_ask_for_something(form):
+def test_issue_forms_have_required_fields(form):
     content = yaml.safe_load(form.read_text())
     assert {"name", "description", "body"} <= set(content)
     assert any(part.get("validations", {}).get("required") for part in content["body"])

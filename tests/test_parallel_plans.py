@@ -1,4 +1,4 @@
-"""Parallel plans name modules that exist, and leave out no projection and no expert."""
+"""Parallel plans name modules that exist, and include every projection and every expert."""
 
 import re
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from modeling_sparse_moe_vlm.parallel_plans import (
 from tests.support.models import TEXT_CONFIG, make_config, make_model
 from tests.test_loading import OTHER_GROUPS
 
-# The first layer is dense, so that every entry has something to name.
+# The first layer is dense, so that there are modules for every entry.
 MODELS = {
     "hybrid": {"mlp_only_layers": [0]},
     "joint": {"mlp_only_layers": [0], "expert_groups": "joint"},
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def matches(pattern: str, names: set[str]) -> set[str]:
-    """Names that a plan's entry stands for: its wildcards are numbers, and a module's entry holds for its weights."""
+    """Returns the names that an entry matches: wildcards match numbers, and modules include their weights."""
     expression = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"(\.weight|\.bias)?")
     return {name for name in names if expression.fullmatch(name)}
 
@@ -39,7 +39,7 @@ def matches(pattern: str, names: set[str]) -> set[str]:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("plan", ["tp_plan", "ep_plan"])
 @pytest.mark.parametrize("text_only", [False, True])
-def test_every_entry_names_something(kind, plan, text_only):
+def test_every_entry_matches_a_module(kind, plan, text_only):
     if text_only:
         model = SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG | MODELS[kind]))
     else:
@@ -68,8 +68,8 @@ def test_every_matrix_of_a_layer_is_in_the_plan(kind):
     }
 
 
-def test_plans_of_configurations_stay_as_they_are():
-    """The library reads them from the class, for every model of the process."""
+def test_plans_of_configurations_are_not_changed():
+    """Transformers reads them from the class, for every model of the process."""
     before = dict(SparseMoeVlmTextConfig.base_model_tp_plan)
     make_model(**MODELS["groups"])
     assert before == SparseMoeVlmTextConfig.base_model_tp_plan
@@ -77,15 +77,15 @@ def test_plans_of_configurations_stay_as_they_are():
     assert not [pattern for pattern in plan_by_group(before, config) if "shared" in pattern]
 
 
-def test_one_process_is_not_several():
+def test_one_process_does_not_count_as_several():
     assert not is_one_of_several_processes()
 
 
-# ----------------------------------------------------------------------------------------------- what can be shared out
+# ----------------------------------------------------------------------------------------------- possible plans
 
 
-def test_plans_name_only_what_is_there():
-    """The library warns of the rest: dense layers and experts of one's own where all layers share a pool."""
+def test_plans_name_only_existing_modules():
+    """Transformers warns about other entries: dense layers, or experts of single layers if all layers share a pool."""
     model = make_model(expert_pool=[0, 0])
     prepare_plans(model, DistributedConfig(tp_size=2))
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
@@ -105,7 +105,7 @@ def test_plans_name_only_what_is_there():
 def test_sizes_that_do_not_fit_are_refused(text_config, sizes, message):
     with pytest.raises(ValueError, match=message):
         prepare_plans(make_model(**text_config), DistributedConfig(**sizes))
-    # In the parts that are whole on every process, nothing needs to fit.
+    # With `fsdp_size` only, nothing is split among processes, so any size fits.
     prepare_plans(make_model(**text_config), DistributedConfig(fsdp_size=2))
 
 
@@ -134,12 +134,12 @@ DENSE = {
 
 
 def cut(place: str) -> dict[str, str]:
-    """A stack of experts under tensor parallelism."""
+    """Returns the entries of a stack of experts under tensor parallelism."""
     return {place: "moe_tp_experts", f"{place}.gate_up_proj": "packed_colwise", f"{place}.down_proj": "rowwise"}
 
 
 def sent(place: str) -> dict[str, str]:
-    """A stack of experts under expert parallelism."""
+    """Returns the entries of a stack of experts under expert parallelism."""
     return {
         place: "ep_dispatch_experts",
         f"{place}.gate_up_proj": "grouped_gemm",
@@ -153,7 +153,7 @@ def always_on(group: str) -> dict[str, str]:
 
 
 OWN, POOL = "layers.*.mlp.experts", "expert_pools.*"
-# By fields: what lies in the layers or pools, and the always-on groups.
+# By name: fields, modules with routed experts, always-on groups, and entries of priors.
 PLANS = {
     "hybrid": ({}, [OWN], ["text", "image"], {}),
     "joint": ({"expert_groups": "joint"}, [OWN], [], {}),
@@ -194,7 +194,7 @@ def test_every_entry_of_a_plan(kind):
 @pytest.mark.parametrize("sizes", [{"ep_size": 2, "fsdp_size": 2}, {"ep_size": 2, "tp_size": 2}, {"fsdp_size": 2}])
 @pytest.mark.parametrize("kind", PLANS)
 def test_every_entry_of_a_prepared_plan(kind, sizes):
-    """What the model does not have is left out: dense layers here, and experts of its own where all are pooled."""
+    """Modules that the model lacks are left out: dense layers, and experts of single layers if all are in pools."""
     fields, places, groups, priors = PLANS[kind]
     fields = fields | ({"num_experts": 4} if kind not in ("groups",) else {})
     if kind == "groups" and "ep_size" in sizes:
@@ -213,7 +213,7 @@ def test_every_entry_of_a_prepared_plan(kind, sizes):
         return {name.removeprefix(prefix): style for name, style in plan.items() if name.startswith(prefix)}
 
     tp_plan = own(model._tp_plan)
-    tp_plan.pop("embed_tokens", None)  # newer releases of the library add it by themselves
+    tp_plan.pop("embed_tokens", None)  # newer releases of Transformers add it
     assert tp_plan == expected
     expected = {}
     for place in present:
@@ -221,7 +221,7 @@ def test_every_entry_of_a_prepared_plan(kind, sizes):
     assert own(model._ep_plan) == expected
     fsdp_plan = own(model._fsdp_plan)
     assert fsdp_plan["layers.*"] == "free_full_weight"
-    # Dispatched experts are wrapped on their own.
+    # Dispatched experts are wrapped separately.
     is_pooled = "expert_pool" in fields
     assert fsdp_plan.get("expert_pools.*") == ("free_full_weight" if is_pooled and "ep_size" not in sizes else None)
 
@@ -244,7 +244,7 @@ def test_every_entry_of_a_prepared_plan(kind, sizes):
         ({"num_experts": 6}, {"ep_size": 3, "fsdp_size": 3}, None),
     ],
 )
-def test_what_is_checked(fields, sizes, message):
+def test_sizes_that_are_checked(fields, sizes, message):
     if isinstance(fields.get("expert_groups"), list):
         fields = {"num_experts": None, "expert_groups": [{"name": "rest", "num_experts": 2}, *fields["expert_groups"]]}
     model, sizes = make_model(**fields), SimpleNamespace(**{"tp_size": 1, "ep_size": 1, "tp_plan": None} | sizes)
@@ -259,7 +259,7 @@ def test_what_is_checked(fields, sizes, message):
 
 
 def test_sentinels_are_not_sent():
-    """Slots with the sentinel id, or beyond, add nothing; the others come back to the tokens that sent them."""
+    """Slots with the sentinel id or a larger one add nothing. The outputs of the others return to their tokens."""
     experts, calls = nn.Module(), []
 
     def exchange(hidden_states, top_k_index, top_k_weights):
@@ -280,8 +280,8 @@ def test_sentinels_are_not_sent():
     assert output.tolist() == [[0.5, 1.0], [0.0, 0.0], [5 * 2.25 + 3, 6 * 2.25 + 3]]
 
 
-def test_only_receivers_of_sentinels_skip_them():
-    """And only where experts are shared out; gradients are summed where experts are not sharded further."""
+def test_only_modules_that_receive_sentinels_skip_them():
+    """They do so only with expert parallelism. Gradients are summed if experts are not sharded further."""
     summed = []
     for sizes, expected in (
         ({"ep_size": 2, "efsdp_size": 1}, [False]),
@@ -300,8 +300,8 @@ def test_only_receivers_of_sentinels_skip_them():
         summed.clear()
 
 
-def test_cut_stacks_are_forgotten_by_the_plan():
-    """PEFT would take them for linear layers. What is not cut, and what is no stack, stays."""
+def test_split_stacks_are_removed_from_the_plan():
+    """PEFT would treat them as linear layers. Entries of other stacks and of other modules stay."""
     model = make_model(expert_groups="isolated")
     before = dict(model._tp_plan)
     forget_plans_of_stacks(model)

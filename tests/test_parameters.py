@@ -1,4 +1,4 @@
-"""Numbers of parameters from the configuration alone, against the model and against counting by hand."""
+"""Numbers of parameters from the configuration equal those of the model, and those counted by hand."""
 
 import time
 
@@ -23,7 +23,7 @@ CASES = CONFIGURATIONS | {
 
 
 def count_by_hand(config, modality: str) -> int:
-    """What one token of the modality passes on its way through the decoder and the language head."""
+    """Counts the parameters that a token of the modality uses in the decoder and the language head."""
     hidden, head = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     attention = hidden * queries + 2 * hidden * keys + queries * hidden
@@ -81,7 +81,7 @@ def test_any_vision_tower_is_counted(model_type):
     assert config.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_known_model_quickly_and_without_memory():
+def test_a_known_large_model():
     """The sizes of Qwen3-235B-A22B (arXiv 2505.09388): 235 billion parameters, of which 22 are active."""
     text = {
         "vocab_size": 151936,
@@ -103,7 +103,7 @@ def test_a_known_model_quickly_and_without_memory():
     assert time.perf_counter() - start < 5
 
 
-def test_counting_leaves_no_trace():
+def test_counting_changes_no_state():
     config = make_config(**CONFIGURATIONS["many"])
     before, state = config.to_dict(), torch.get_rng_state()
     config.num_parameters()

@@ -1,4 +1,4 @@
-"""The presets and recipes that people edit are whole: they load, and their models can be built."""
+"""The presets and recipes in the repository are complete: they load, and their models can be built."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ MODELS = sorted((CONFIGURATION / "models").glob("*.json"))
 RECIPES = sorted((CONFIGURATION / "training").glob("*.yaml"))
 
 
-def test_there_are_some():
+def test_there_are_presets_and_recipes():
     assert MODELS
     assert RECIPES
 

@@ -22,7 +22,7 @@ from tests.support.processors import (
 )
 
 IMAGE, END, PAD = 3, 2, 0
-# Tokenizers that treat text before they split it, each in its own way.
+# Tokenizers that normalise text in different ways before they split it.
 NORMALIZERS = {
     "none": None,
     "lowercase": normalizers.Lowercase(),
@@ -31,7 +31,7 @@ NORMALIZERS = {
     "metaspace": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
     "bert": normalizers.BertNormalizer(),
 }
-# Reloaded processors take torchvision where it is installed, which resizes a little differently from Pillow.
+# Reloaded processors use torchvision if it is installed. It resizes slightly differently than Pillow.
 RESIZED = {"rtol": 0, "atol": 0.02}
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
@@ -42,7 +42,7 @@ def processor() -> SparseMoeVlmProcessor:
 
 
 def plain_ids(processor, text: str) -> list[int]:
-    """Ids of a text in which nothing is a special token."""
+    """Returns the ids of a text in which no special token is recognised."""
     return processor.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
 
 
@@ -114,7 +114,7 @@ def test_token_type_ids_of_a_tokenizer_are_not_passed_on():
     assert "token_type_ids" not in processor.model_input_names
 
 
-def test_number_of_tokens_for_engines(processor):
+def test_number_of_image_tokens_for_serving_engines(processor):
     data = processor._get_num_multimodal_tokens(image_sizes=[[10, 20], [300, 7]])
     assert data["num_image_tokens"] == [IMAGE_SEQ_LENGTH] * 2
     assert data["num_image_patches"] == [1, 1]
@@ -139,7 +139,7 @@ def test_numbers_that_disagree(processor, text, num_images, message):
         processor(text=text, images=images)
 
 
-def test_numbers_that_disagree_within_a_row_though_the_sums_agree(processor):
+def test_numbers_that_disagree_in_a_row_although_the_sums_agree(processor):
     a, b, c = (make_image(i) for i in range(3))
     with pytest.raises(ValueError, match=r"text\[0\] has 1 tokens, but 2 images"):
         processor(text=["<image>", "<image><image>"], images=[[a, b], [c]])
@@ -161,7 +161,7 @@ def test_other_modalities_are_refused(processor, kind):
         processor(text="a", **{kind: [np.zeros((4, 8, 8, 3))]})
 
 
-def test_nothing_at_all(processor):
+def test_no_inputs_at_all(processor):
     with pytest.raises(ValueError, match="at least one input"):
         processor()
     with pytest.raises(ValueError, match="`conversation` is empty"):
@@ -198,7 +198,7 @@ def test_default_template(processor):
 
 
 def test_content_none_and_columns_of_none(processor):
-    """Tables store every key of every part, with None where a part has none."""
+    """Tables store every key for every part, with the value None if a part does not have it."""
     image = make_image()
     text_part = {"type": "text", "text": "What?", "image": None, "url": None}
     image_part = {"type": "image", "text": None, "image": image, "url": None}
@@ -233,7 +233,7 @@ def test_batched_conversations_with_and_without_images(processor):
         assert (inputs["input_ids"][row, : -len(alone)] == PAD).all()
 
 
-def test_messages_are_left_as_they_were(processor):
+def test_messages_are_not_changed(processor):
     image = make_image()
     messages = [
         {"role": "system", "content": "no <image>"},
@@ -293,8 +293,8 @@ def test_typed_image_token_stays_text(kind, text):
 
 
 @pytest.mark.parametrize("image_token", ["<image>", "||img||", "aaa", "image", "<|vision_start|>"])
-def test_texts_of_any_shape_make_no_image_token(image_token):
-    """Overlapping tokens, tokens split over parts, tool calls and documents, marks typed by the user."""
+def test_texts_in_any_form_contain_no_image_token(image_token):
+    """Overlapping tokens, tokens split over parts, tool calls and documents, and marks that the user typed."""
     processor = make_processor(image_token=image_token)
     half = len(image_token) // 2
     texts = [
@@ -389,7 +389,7 @@ def test_assistant_masks_are_shifted_over_image_tokens(processor, return_tensors
 # ------------------------------------------------------------------------------------------------ decoding, saving
 
 
-def test_decoding_a_models_answer(processor):
+def test_decoding_an_answer_of_a_model(processor):
     model = make_speaking_model()
     inputs = processor.apply_chat_template([user(make_image(), "What?")], add_generation_prompt=True, **CHAT)
     output = model.generate(**inputs, max_new_tokens=4, do_sample=False)

@@ -1,4 +1,4 @@
-"""What others may rely on: names, signatures, what an import costs, and what the model's files need."""
+"""The public API: names, signatures, cheap imports, and the imports of the files of the model."""
 
 import ast
 import importlib.util
@@ -89,12 +89,12 @@ def test_importing_the_package_imports_no_tools():
     assert not loaded & tools
 
 
-# ------------------------------------------------------------------------------------------------ the model's files
+# ------------------------------------------------------------------------------------------------ files of the model
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
-def test_model_files_import_only_what_travels_with_them(path):
-    """They go with every checkpoint: torch, transformers, the standard library, and flat siblings."""
+def test_model_files_import_only_files_that_are_saved_with_them(path):
+    """Every checkpoint includes them, so they import only torch, transformers, the standard library and each other."""
     tree = ast.parse(path.read_text())
     siblings = {other.stem for other in MODEL_FILES}
     for node in ast.walk(tree):
@@ -104,7 +104,7 @@ def test_model_files_import_only_what_travels_with_them(path):
             modules = [node.module.partition(".")[0]]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 1, "only `from .sibling import …` is copied with a checkpoint"
-            assert node.module in siblings, f"{node.module} is no file beside {path.name}"
+            assert node.module in siblings, f"{node.module} is not a file beside {path.name}"
             continue
         else:
             continue
@@ -113,15 +113,15 @@ def test_model_files_import_only_what_travels_with_them(path):
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
-def test_model_files_survive_the_librarys_scanner(path):
-    """Transformers finds imports in the text with a regular expression, docstrings included."""
+def test_model_files_work_with_the_import_scanner_of_transformers(path):
+    """Transformers finds imports with a regular expression, which also matches in docstrings."""
     text = path.read_text()
     found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE))
     found |= set(re.findall(r"^\s*import\s+\.(\S+)\s*$", text, flags=re.MULTILINE))
     tree = ast.parse(text)
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
     assert found == imported
-    # What is imported inside `try` is not checked for, and so would be missed where it is not installed.
+    # Transformers does not check imports inside `try`, so users would not learn that a package is missing.
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Try) and _has_import(node)]
     assert len(text.splitlines()) < 600
 
@@ -130,7 +130,7 @@ def _has_import(tree: ast.AST) -> bool:
     return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
 
 
-def test_the_library_can_read_the_models_annotations():
+def test_transformers_can_read_the_annotations_of_the_model():
     """`from __future__ import annotations` would turn the `config:` annotations into strings."""
     assert "from __future__ import annotations" not in (PACKAGE / "modeling_sparse_moe_vlm.py").read_text()
     for name in ("SparseMoeVlmPreTrainedModel", "SparseMoeVlmForConditionalGeneration", "SparseMoeVlmModel"):
@@ -140,7 +140,7 @@ def test_the_library_can_read_the_models_annotations():
         assert cls.config_class is modeling_sparse_moe_vlm.SparseMoeVlmTextConfig
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+def test_the_wheel_contains_only_the_package(tmp_path):
     """Folders such as `configuration`, `scripts` and `tests` must not become top-level packages."""
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("building needs setuptools")
@@ -169,7 +169,7 @@ def _files(folder: str) -> list[Path]:
     return [path for path in (ROOT / folder).rglob("*") if path.is_file()]
 
 
-def test_in_the_command_the_classes_are_loaded_when_asked_for():
+def test_the_command_loads_classes_on_first_use():
     program = """
 import sys
 sys.argv = ["/usr/bin/sparse-moe-vlm", "--help"]

@@ -1,4 +1,4 @@
-"""Quantised loading: what is left out is said."""
+"""Quantised loading: a warning names the weights that are not quantised."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def test_quantisers_of_linear_layers(num_shards, warnings, tmp_path):
     assert "experts_implementation='eager'" in message
 
 
-def test_what_is_quantised_is_not_counted(warnings):
+def test_quantised_weights_are_not_counted(warnings):
     model = make_model()
     warn_of_unquantised_experts(model, None)
     warn_of_unquantised_experts(model, quantizer(dequantize=True))

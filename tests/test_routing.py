@@ -1,4 +1,4 @@
-"""Routing against the literal formulas, and what depends on the modalities of the tokens."""
+"""Routing equals the literal formulas, and depends on the modalities of tokens."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ SETTINGS = [
 
 
 def as_dict(weights: torch.Tensor, index: torch.Tensor, num_experts: int = EXPERTS) -> list[dict[int, float]]:
-    """For every token, the weights of its experts; also checks that unused slots are sentinels of weight 0."""
+    """Returns the weights of the experts of every token. Checks that unused slots are sentinels with weight 0."""
     tokens = []
     for token_weights, token_index in zip(weights.tolist(), index.tolist(), strict=True):
         used = {
@@ -89,7 +89,7 @@ def test_top_p_takes_the_fewest_experts_that_reach_it():
 @pytest.mark.parametrize("bias", [None, torch.zeros(1, 12)], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ties_in_half_precision_are_broken_by_the_order_of_experts(dtype, bias):
-    """The parts of a split dense block have one router row, and must not be mixed with those of another that ties."""
+    """Parts of a split dense block share a router row. They must not be mixed with the parts of another, tied block."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(-2, 3, (500, 12), generator=generator).to(dtype)
     _, index = route(logits, top_k=5, bias=bias)
@@ -100,7 +100,7 @@ def test_ties_in_half_precision_are_broken_by_the_order_of_experts(dtype, bias):
 @pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_p"])
 @pytest.mark.parametrize("offset", [-1e4, -100.0, 0.0, 100.0, 1e4])
 def test_weights_are_finite_for_any_logits(router, offset):
-    """Also where every sigmoid, or the exponential of every logit, is 0 or infinite in float32."""
+    """Also if every sigmoid, or the exponential of every logit, is 0 or infinite in float32."""
     logits = (random_logits() + offset).requires_grad_()
     weights, _ = route(logits, top_k=2, router=router, top_p=0.9)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(64))
@@ -132,7 +132,7 @@ def test_gradient_is_that_of_the_literal_formula(router, normalised, top_p):
 
 @pytest.mark.parametrize("rows", [1, 64])
 @pytest.mark.parametrize(("router", "normalised", "top_p"), SETTINGS)
-def test_bias_decides_the_choice_and_leaves_the_weights(router, normalised, top_p, rows):
+def test_bias_affects_the_choice_but_not_the_weights(router, normalised, top_p, rows):
     logits = random_logits()
     logits[1::3, [0, 4]] = -torch.inf
     bias = torch.randn(rows, EXPERTS, generator=torch.Generator().manual_seed(1)) * 0.5
@@ -148,7 +148,7 @@ def test_bias_decides_the_choice_and_leaves_the_weights(router, normalised, top_
         assert token == pytest.approx(other)
 
 
-def test_bias_never_chooses_what_does_not_serve():
+def test_bias_never_chooses_experts_that_do_not_serve_the_token():
     logits = random_logits()
     logits[:, [0, 4]] = -torch.inf
     bias = torch.tensor([[100.0, 0.0, 0.0, 0.0, 100.0, 0.0]])
@@ -156,7 +156,7 @@ def test_bias_never_chooses_what_does_not_serve():
     assert not torch.isin(index, torch.tensor([0, 4])).any()
 
 
-def test_bias_gets_no_gradient_and_logits_get_that_of_the_weights():
+def test_bias_has_no_gradient_and_logits_have_that_of_the_weights():
     logits = random_logits(8).requires_grad_()
     bias = torch.randn(1, EXPERTS).requires_grad_()
     weights, index = route(logits, top_k=2, bias=bias)
@@ -205,7 +205,7 @@ def test_bias_is_saved_and_stays_in_float32(tmp_path):
 
 
 def test_bias_starts_at_zero_in_a_checkpoint_without(tmp_path):
-    """Loss-free balancing may be turned on later, and starts from nothing."""
+    """Loss-free balancing can be enabled later, and then starts with biases of zero."""
     make_model().save_pretrained(tmp_path)
     config = make_config(router_bias_update_rate=1e-3)
     loaded = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, config=config)
@@ -228,7 +228,7 @@ def test_router_masks_before_anything_else():
     torch.testing.assert_close(logits[served], plain[served])
     assert (index[:3] < 2).all()
     assert (index[3:] >= 2).all()
-    # As if the other experts did not exist: probabilities are over those that serve the token.
+    # Probabilities are computed only over experts that serve the token, as if the others did not exist.
     expected = torch.softmax(plain[:3, :2], dim=-1).sort(descending=True).values
     torch.testing.assert_close(weights[:3], expected)
 
@@ -246,7 +246,7 @@ def test_gradient_reaches_the_router(name):
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_routing_of_a_token_does_not_depend_on_its_batch(name):
-    """Alone, together, in another order, padded left or right: every row is routed alike, in every layer."""
+    """Every row has the same routing in every layer: by itself, in a batch, in another order, and with any padding."""
     model = make_model(**ARRANGEMENTS[name])
     for bias in router_biases(model) or []:
         bias.normal_(std=0.3)
@@ -293,14 +293,14 @@ def plan(ids, mask=None, num_tokens=0, **text_config):
     return RoutingPlanner(make_config(**text_config).text_config)(ids, DEVICE, mask, num_tokens)
 
 
-def test_nothing_to_plan_where_all_tokens_are_alike():
+def test_nothing_to_plan_if_all_tokens_are_treated_equally():
     ids = torch.tensor([[0, 1, 0]])
     assert plan(ids, expert_groups="joint") is None
     assert plan(None, expert_groups="joint") is None
     assert plan(ids, expert_groups="joint", num_experts_per_tok_by_modality={"text": 1, "image": 1}) is None
 
 
-def test_plan_has_what_bias_and_capacity_ask_for():
+def test_plan_has_what_bias_and_capacity_need():
     ids, mask = torch.tensor([[0, 1, 0], [1, 0, 0]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
     biased = plan(ids, mask, 6, expert_groups="joint", router_bias_update_rate=0.0)
     assert biased.modality_ids.tolist() == [0, 1, 0, 1, 0, 0]
@@ -349,7 +349,7 @@ def test_plan_of_an_all_image_batch():
     assert routing.tokens["text"].tolist() == []
 
 
-def test_plan_knows_further_modalities():
+def test_plan_with_further_modalities():
     groups = [
         {"name": "words", "num_experts": 2, "modalities": ["text", "audio"]},
         {"name": "pixels", "num_experts": 2, "modalities": ["video", "image"]},

@@ -1,4 +1,4 @@
-"""What routers did is recorded once per layer and pass, and is what losses, statistics and outputs read."""
+"""Routing is recorded once per layer and forward pass, and losses, statistics and outputs read this record."""
 
 import gc
 import weakref
@@ -16,7 +16,7 @@ from tests.support.oracles import ARRANGEMENTS
 
 @pytest.fixture
 def calls(monkeypatch) -> list[torch.Tensor]:
-    """Logits that `route` is called with."""
+    """Records the logits with which `route` is called."""
     seen = []
     original = routing.route
 
@@ -48,7 +48,7 @@ def test_a_layer_is_recorded_once_and_in_order():
 
 @pytest.mark.parametrize("name", ["hybrid", "joint-bias", "many-top_p"])
 def test_route_runs_once_per_layer_and_pass(name, calls):
-    """In a training step with losses and statistics; activation checkpointing runs the layers again."""
+    """Also in a training step with losses and statistics, although gradient checkpointing runs the layers again."""
     config = ARRANGEMENTS[name] | {"router_z_loss_coef": 0.1, "router_local_entropy_coef": 0.1}
     model, inputs = make_model(num_hidden_layers=3, mlp_only_layers=[1], **config).train(), make_inputs()
     outputs = model(**inputs, labels=inputs["input_ids"], output_router_logits=True, use_cache=False)
@@ -67,7 +67,7 @@ def test_route_runs_once_per_layer_and_pass(name, calls):
 
 @pytest.mark.parametrize("name", ARRANGEMENTS)
 def test_recorded_choices_are_those_behind_the_logits(name):
-    """Losses and counts read off the record are those worked out from logits and biases."""
+    """Losses and counts from the record equal those computed from logits and biases."""
     model = make_model(num_hidden_layers=3, mlp_only_layers=[1], **ARRANGEMENTS[name])
     for bias in router_biases(model) or []:
         bias.normal_(std=0.3)
@@ -113,7 +113,7 @@ def test_losses_and_counts_read_the_record_and_do_not_choose_again(calls):
     assert not calls
 
 
-def test_what_had_no_capacity_is_recorded():
+def test_dropped_choices_are_recorded():
     model, inputs = make_model(expert_groups="joint", expert_capacity_factor=0.5), make_inputs()
     inputs["attention_mask"][0, 12:] = 0
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_outputs_of_every_model_have_the_record():
     assert decoder.model(**text, output_router_logits=False).router_indices is None
 
 
-def test_a_given_record_is_filled_whether_or_not_the_outputs_have_it():
+def test_a_given_record_is_filled_with_and_without_router_outputs():
     model, inputs = make_model(), make_inputs()
     record = RoutingRecord()
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_given_record_is_filled_whether_or_not_the_outputs_have_it():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_the_record_does_not_outlive_its_pass(checkpointing, monkeypatch):
-    """Checkpointing keeps the arguments of layers until the backward pass: a record among them would keep itself."""
+    """Checkpointing keeps the arguments of layers until the backward pass, so a record must not be one of them."""
     records = []
     original = RoutingPlanner.plan
 
