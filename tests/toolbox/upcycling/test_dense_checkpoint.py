@@ -142,12 +142,15 @@ def change(folder, **tensors):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"model__extra__weight": torch.zeros(2)}, r"^LlamaForCausalLM has no place for model\.extra\.weight\. See"),
+        ({"model__extra__weight": torch.zeros(2)}, r"^LlamaForCausalLM has no place for model\.extra\.weight\. Load"),
         (
             {f"model__extra__{number}": torch.zeros(2) for number in range(8)},
             r"no place for model\.extra\.0, .*, model\.extra\.5 and 2 more\.",
         ),
-        ({"lm_head__weight": None}, r"^the checkpoint lacks lm_head\.weight\. See what `from_pretrained` says"),
+        (
+            {"lm_head__weight": None},
+            r"^the checkpoint lacks lm_head\.weight\. Load it with `from_pretrained`, and read",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_the_model(tensors, message, tmp_path):
@@ -163,7 +166,7 @@ def test_tensors_that_the_library_ignores(tmp_path):
 
 def test_a_tensor_of_another_shape(tmp_path):
     change(tmp_path, model__norm__weight=torch.zeros(3))
-    message = r"model\.norm\.weight has the shape \[3\] in the checkpoint and \[32\] in a model"
+    message = r"model\.norm\.weight has the shape \[3\] in the checkpoint, but \[32\] according to its"
     with (
         pytest.raises(UpcyclingError, match=message),
         DenseCheckpoint.open(tmp_path, LlamaForCausalLM) as checkpoint,
