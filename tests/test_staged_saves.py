@@ -1,4 +1,4 @@
-"""Whenever a save ends, the folder has the old model or the new one, whole, and what else was in it."""
+"""Whenever a save is interrupted, the folder contains the complete old or new model, and all unrelated files."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def write(folder: Path, **files: str) -> Path:
 
 @pytest.fixture(params=["exchange", "move"])
 def way(request, monkeypatch) -> str:
-    """How files are put in place: both on a system that can exchange folders, and on one that cannot."""
+    """The way in which files are moved into place, on systems that can exchange two folders and on others."""
     if request.param == "move":
 
         def fail(*_):
@@ -54,7 +54,7 @@ def test_folders_are_exchanged_in_one_step(tmp_path):
         staged_saves._swap(os.fsencode(one), os.fsencode(tmp_path / "absent"))
 
 
-def test_what_stays_and_what_goes(way, tmp_path):
+def test_files_that_stay_and_files_that_are_removed(way, tmp_path):
     old = {"model__safetensors": "old", "config__json": "old", "README__md": "card", "notes__txt": "mine"}
     folder = write(tmp_path / "model", **old)
     write(folder / "checkpoint-1" / "deep", model__safetensors="of a checkpoint")
@@ -101,7 +101,7 @@ def test_kinds_of_weights(name, kind):
     assert staged_saves._kind_of_weights(name) == kind
 
 
-def test_a_folder_that_the_process_is_in_stays_the_same(tmp_path, monkeypatch):
+def test_the_working_directory_stays_the_same_folder(tmp_path, monkeypatch):
     for inner in (".", "inner"):
         folder = write(tmp_path / "model", config__json="old")
         (folder / "inner").mkdir(exist_ok=True)
@@ -138,7 +138,7 @@ def test_a_folder_whose_parent_cannot_be_written_to(tmp_path, monkeypatch):
     assert contents(folder) == {"config.json": b"new", "notes.txt": b"mine"}
 
 
-def test_links_to_folders_stay_links(tmp_path):
+def test_links_to_folders_are_kept(tmp_path):
     folder = write(tmp_path / "elsewhere" / "real", config__json="old")
     os.symlink(folder, tmp_path / "model")
     with staged_folder(tmp_path / "model") as stage:
@@ -148,7 +148,7 @@ def test_links_to_folders_stay_links(tmp_path):
     assert contents(folder) == {"config.json": b"new"}
 
 
-def test_what_killed_processes_left_is_removed(tmp_path):
+def test_files_of_killed_processes_are_removed(tmp_path):
     process = os.fork()
     if process == 0:
         os._exit(0)
@@ -168,7 +168,7 @@ def test_what_killed_processes_left_is_removed(tmp_path):
 
 
 def fail_at(number: int, monkeypatch):
-    """Lets the disk be full when that many files have been written."""
+    """Simulates a full disk after this number of files."""
     written = []
 
     def save_file(*args, **kwargs):
@@ -195,8 +195,8 @@ def test_a_full_disk_leaves_the_old_model(tmp_path, monkeypatch, number):
 
 
 @pytest.mark.parametrize(("first", "second"), [("1GB", "50KB"), ("50KB", "1GB"), ("50KB", "80KB")])
-def test_weights_of_an_older_model_are_gone(way, tmp_path, first, second):
-    """The library leaves a single file beside the new shards, and then reads the old one."""
+def test_weights_of_an_older_model_are_removed(way, tmp_path, first, second):
+    """Transformers keeps an old single file beside the new shards, and would load the old file."""
     make_model(seed=0).save_pretrained(tmp_path / "model", max_shard_size=first)
     (tmp_path / "model" / "notes.txt").write_text("mine")
     make_model(seed=1).save_pretrained(tmp_path / "model", max_shard_size=second)
@@ -207,7 +207,7 @@ def test_weights_of_an_older_model_are_gone(way, tmp_path, first, second):
 
 
 def test_arguments_by_position_and_by_name(tmp_path, monkeypatch):
-    """What is uploaded, or written by several processes, is written into the folder itself."""
+    """Models that are uploaded, or saved by several processes, are written to the folder directly."""
     calls = []
 
     def save(
@@ -239,7 +239,7 @@ def test_arguments_by_position_and_by_name(tmp_path, monkeypatch):
     ]
 
 
-def test_the_code_is_the_models_also_with_a_configuration_of_other_code(tmp_path):
+def test_the_code_is_that_of_the_model_even_if_the_configuration_has_other_code(tmp_path):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     make_model().save_pretrained(tmp_path / "changed")
@@ -267,7 +267,7 @@ FILE_EVENTS = {
 
 
 class EndAtStep:
-    """Ends the process before it changes the file system for the given time."""
+    """Ends the process before a change of the file system, which is given by its index."""
 
     def __init__(self, step: int):
         self.left = step
@@ -281,8 +281,8 @@ class EndAtStep:
 
 def states_after_kills(folder: Path, save) -> tuple[list[dict[str, bytes]], int]:
     """
-    What is in a folder when a process that saves into it is killed before each of its steps on the file system; at
-    last, when it is not killed.
+    Saves to a folder in processes that are killed before their first, second, … change of the file system, until one
+    is not killed. Returns the contents of the folder after each.
     """
     kept, states = contents(folder), []
     names = [path.name for path in folder.parent.iterdir()]
@@ -302,7 +302,7 @@ def states_after_kills(folder: Path, save) -> tuple[list[dict[str, bytes]], int]
         if status == 0:
             assert [path.name for path in folder.parent.iterdir()] == names, "something was left beside the folder"
             return states, step
-        if states[-1] != kept:  # the next process begins with the old model again
+        if states[-1] != kept:  # the next process starts with the old model again
             for name in contents(folder):
                 (folder / name).unlink()
             for name, content in kept.items():
@@ -331,7 +331,7 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path, monkeypatch
 
 
 class FakeTrainer:
-    """What `save_and_part` needs of a trainer: it writes the files one by one."""
+    """Has the methods of a trainer that `save_and_part` uses. It writes the files one by one."""
 
     def __init__(self, files: dict[str, str], is_first: bool = True):
         self.files, self.is_first, self.waits = files, is_first, 0
@@ -378,7 +378,7 @@ def test_a_killed_final_save_leaves_the_old_files_or_the_new_ones(tmp_path, kind
 
 @linux
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_where_folders_cannot_be_exchanged_no_mixture_can_be_loaded(tmp_path, monkeypatch):
+def test_if_folders_cannot_be_exchanged_no_mixture_can_be_loaded(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EINVAL, "no such call")
 
@@ -400,7 +400,7 @@ def test_where_folders_cannot_be_exchanged_no_mixture_can_be_loaded(tmp_path, mo
             assert "model-00001-of-00001.safetensors" in state
 
 
-def test_only_the_first_process_puts_files_in_place(tmp_path):
+def test_only_the_first_process_moves_files_into_place(tmp_path):
     folder = write(tmp_path / "model", **OLD)
     old = contents(folder)
     other = FakeTrainer(NEW, is_first=False)
@@ -433,7 +433,7 @@ def test_a_final_save_that_fails_leaves_the_old_model(tmp_path):
 
 
 def test_processors_come_with_the_model(tmp_path):
-    """The final save of a real model and processor over older ones."""
+    """Tests the final save of a real model and processor over older ones."""
     make_processor().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     make_model(seed=0).save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Priors and guidance of a call: what they may be, how they add up, and what misspelt arguments lead to."""
+"""Priors and guidance of a call: valid values, how they are combined, and errors about misspelt arguments."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_guidance_out_of_bounds(guidance):
 
 
 @torch.no_grad()
-def test_the_largest_guidance_is_taken():
+def test_the_largest_guidance_is_accepted():
     assert MAX_GUIDANCE == 100
     assert make_model()(**make_inputs(), modality_guidance=100).logits.isfinite().all()
     with modality_weights(in_tree_models.make_model(), modality_guidance=100.0):
@@ -61,7 +61,7 @@ def test_misspelt_arguments_are_named(misspelt, meant):
         model.model.language_model(**tokens, **misspelt)
 
 
-def test_arguments_of_the_library_are_no_misspellings():
+def test_arguments_of_transformers_do_not_count_as_misspelt():
     check_steering_arguments(
         ["output_attentions", "output_hidden_states", "output_router_logits", "num_items_in_batch", "cu_seq_lens_q"]
     )
@@ -79,7 +79,7 @@ def test_log_priors_of_a_call():
             given_log_priors(["text", "image"], {"image": prior})
 
 
-def test_fixed_log_priors_are_those_of_the_configuration_and_of_the_call_together():
+def test_fixed_log_priors_are_the_sum_of_those_of_the_configuration_and_of_the_call():
     config = make_config(alpha_init=0.8, beta_init=0.4).text_config
     assert initial_log_priors(config) == [math.log(0.4), math.log(0.8)]
     assert fixed_log_priors(config, None) == [math.log(0.4), math.log(0.8)]
@@ -90,7 +90,7 @@ def test_fixed_log_priors_are_those_of_the_configuration_and_of_the_call_togethe
     assert fixed_log_priors(learned, {"image": 3.0}) == [0.0, math.log(3)]
 
 
-def test_learned_priors_are_equal_where_every_head_has_one_value():
+def test_learned_priors_are_equal_if_every_head_has_one_value():
     equal = torch.tensor([[1.0, 1.0], [-2.0, -2.0]])
     unequal = torch.tensor([[1.0, 1.0], [-2.0, -1.0]])
     assert are_equal([])
@@ -104,8 +104,10 @@ def test_learned_priors_are_equal_where_every_head_has_one_value():
 
 
 @torch.no_grad()
-def test_learned_priors_that_were_changed_behind_autograd_are_noticed():
+def test_learned_priors_that_were_changed_without_autograd_are_noticed():
     model, inputs = make_model(learned_modality_priors=True), make_inputs()
     plain = model(**inputs).logits
-    model.model.language_model.layers[1].self_attn.modality_log_priors.data[2, 1] = 2.0  # the version stays the same
+    model.model.language_model.layers[1].self_attn.modality_log_priors.data[2, 1] = (
+        2.0  # this does not change the version of the tensor
+    )
     assert not torch.allclose(model(**inputs).logits, plain)

@@ -1,4 +1,4 @@
-"""Settings of training cost nothing at inference, and loading can change any field of the decoder."""
+"""Training settings cost nothing at inference, and `from_pretrained` can change any field of the decoder."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def has_losses(output) -> bool:
 
 
 @torch.no_grad()
-def test_router_losses_are_for_those_who_train_or_ask():
+def test_router_losses_are_computed_in_training_or_on_request():
     inputs = make_inputs()
     labels = {"labels": inputs["input_ids"]}
     for configured in (False, True):
@@ -42,7 +42,7 @@ def test_generating_computes_no_router_losses(monkeypatch):
     model.generate(**make_inputs(), max_new_tokens=2)
 
 
-# ------------------------------------------------------------------------------------------------ length of answers
+# --------------------------------------------------------------------------------------------- length of generated text
 
 
 def num_new_tokens(model, **options) -> int:
@@ -51,7 +51,7 @@ def num_new_tokens(model, **options) -> int:
     return model.generate(**inputs, do_sample=False, **options).shape[1] - inputs["input_ids"].shape[1]
 
 
-def test_the_length_that_a_call_asks_for_counts():
+def test_the_length_given_in_a_call_takes_precedence():
     model = make_model()
     model.generation_config.max_new_tokens = 3
     assert num_new_tokens(model) == 3
@@ -79,7 +79,7 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("auto", [True, False])
 @pytest.mark.parametrize("given_config", [True, False])
-def test_loading_takes_fields_of_the_decoder(checkpoint, auto, given_config):
+def test_loading_accepts_fields_of_the_decoder(checkpoint, auto, given_config):
     load = (AutoModelForImageTextToText if auto else SparseMoeVlmForConditionalGeneration).from_pretrained
     fields = {"output_router_logits": False, "router_aux_loss_coef": 0.5, "num_experts_per_tok": 1}
     config = SparseMoeVlmConfig.from_pretrained(checkpoint)
@@ -90,7 +90,7 @@ def test_loading_takes_fields_of_the_decoder(checkpoint, auto, given_config):
     assert {name: getattr(text_config, name) for name in fields} == fields
     assert model.config.text_config.num_experts_per_tok == 1
     assert text_config.num_experts == 4
-    assert config.text_config.output_router_logits  # the caller's own configuration stays as it is
+    assert config.text_config.output_router_logits  # the configuration of the caller is not changed
     inputs = make_inputs()
     with torch.no_grad():
         expected = make_model(num_experts_per_tok=1)(**inputs).logits
@@ -107,22 +107,22 @@ def test_fields_that_do_not_fit_are_refused_at_loading(checkpoint):
     ("name", "hint"),
     [("output_router_logit", ": did you mean `output_router_logits`?"), ("colour", ".")],
 )
-def test_unknown_names_are_named(checkpoint, load, name, hint):
+def test_errors_name_unknown_fields(checkpoint, load, name, hint):
     message = f"`{name}` is neither an option of `from_pretrained` nor a field of the configuration or its "
     with pytest.raises(TypeError, match=re.escape(f"{message}`text_config`{hint}")):
         load.from_pretrained(checkpoint, **{name: False})
 
 
-def test_models_made_from_a_configuration_take_fields_too():
+def test_from_config_accepts_fields_of_the_decoder():
     model = AutoModelForImageTextToText.from_config(make_config(), num_experts_per_tok=1)
     assert model.config.text_config.num_experts_per_tok == 1
 
 
-def test_configurations_take_fields_of_the_decoder(tmp_path):
+def test_configurations_accept_fields_of_the_decoder(tmp_path):
     make_config().save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     config, rest = SparseMoeVlmConfig.from_dict(
         fields, num_experts_per_tok=1, colour="red", pixel_shuffle_factor=1, return_unused_kwargs=True
     )
     assert (config.text_config.num_experts_per_tok, config.pixel_shuffle_factor, rest) == (1, 1, {"colour": "red"})
-    assert fields["text_config"]["num_experts_per_tok"] == 2  # the given dict stays as it is
+    assert fields["text_config"]["num_experts_per_tok"] == 2  # the given dict is not changed

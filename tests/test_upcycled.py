@@ -1,4 +1,4 @@
-"""Upcycled models: classes made from a base's own, tokens that sparse blocks know, router losses, checkpoints."""
+"""Upcycled models: classes derived from those of a base, modalities of tokens, router losses and checkpoints."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ EXPERTS = {"hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
 
 
 def chosen_by(model, **inputs) -> torch.Tensor:
-    """The experts that each token goes to in the first sparse layer, `(B, T, k)`."""
+    """Returns the experts of each token in the first sparse layer, `(B, T, k)`."""
     with torch.no_grad():
         indices = model(**inputs, output_router_logits=True).router_indices[0]
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
@@ -35,7 +35,7 @@ def chosen_by(model, **inputs) -> torch.Tensor:
 
 
 def is_served_as_image(model, **inputs) -> torch.Tensor:
-    """Which tokens go to the image experts of a model with two text and two image experts, `(B, T)`."""
+    """Returns which tokens use image experts in a model with two text and two image experts, `(B, T)`."""
     of_images = chosen_by(model, **inputs) >= 2
     assert (of_images.all(-1) == of_images.any(-1)).all()
     return of_images.all(-1)
@@ -45,7 +45,7 @@ def is_served_as_image(model, **inputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("base", [LlamaConfig, LlavaConfig, Qwen3VLConfig])
-def test_configurations_are_those_of_the_base_with_one_of_the_experts(base, tmp_path):
+def test_configurations_are_those_of_the_base_with_an_experts_configuration(base, tmp_path):
     config_class = upcycled_config_class(base)
     assert upcycled_config_class(base) is config_class
     assert issubclass(config_class, base)
@@ -65,7 +65,7 @@ def test_configurations_are_those_of_the_base_with_one_of_the_experts(base, tmp_
 
 @pytest.mark.parametrize("base", [LlamaConfig, LlavaConfig])
 def test_trainers_find_the_settings_of_routers_in_the_decoders_configuration(base):
-    """TRL reads and writes them there; the experts' configuration has them, and none of it is saved twice."""
+    """TRL reads and writes them there. They belong to the experts configuration and are saved only once."""
     config = upcycled_config_class(base)(experts_config=EXPERTS)
     text_config = config.get_text_config()
     text_config.output_router_logits, text_config.router_aux_loss_coef = True, 0.5
@@ -110,7 +110,7 @@ def test_placeholders_of_modalities_without_experts_of_their_own():
 # ------------------------------------------------------------------------------------------------ classes
 
 
-def test_classes_are_made_from_the_bases():
+def test_classes_are_derived_from_those_of_the_base():
     model = make_few_experts()
     made = upcycled_model_class(LlavaForConditionalGeneration)
     assert type(model) is made is modeling_upcycled.UpcycledLlavaForConditionalGeneration
@@ -162,7 +162,7 @@ def test_models_from_a_configuration_are_initialised():
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3", "gemma3"])
-def test_images_go_to_their_experts(name):
+def test_image_tokens_use_image_experts(name):
     model, inputs = make_few_experts(name), make_dense_inputs(name)
     is_image = inputs["input_ids"] == IMAGE
     assert is_image.sum() == 8
@@ -171,7 +171,7 @@ def test_images_go_to_their_experts(name):
     assert not is_served_as_image(model, **text).any()
 
 
-def test_given_ids_count_and_embedded_placeholders_are_found():
+def test_given_ids_are_used_and_embedded_placeholders_are_found():
     model, inputs = make_few_experts(), make_dense_inputs()
     is_image = inputs["input_ids"] == IMAGE
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
@@ -179,14 +179,14 @@ def test_given_ids_count_and_embedded_placeholders_are_found():
     ids = torch.zeros_like(is_image).long()
     ids[:, :3] = 1
     assert torch.equal(is_served_as_image(model, inputs_embeds=embeds + 1, mm_token_type_ids=ids), ids.bool())
-    # Transformers' number of videos, which are served as images; audio as text.
+    # Transformers uses the id 2 for videos, which use image experts. Audio uses text experts.
     assert torch.equal(is_served_as_image(model, inputs_embeds=embeds + 1, mm_token_type_ids=2 * ids), ids.bool())
     assert not is_served_as_image(model, inputs_embeds=embeds + 1, mm_token_type_ids=3 * ids).any()
     with pytest.raises(ValueError, match=r"has shape \(2, 3\), but there are tokens of shape \(2, 14\)"):
         model(**inputs, mm_token_type_ids=ids[:, :3])
 
 
-def test_videos_are_served_as_images_or_by_experts_of_their_own():
+def test_videos_use_image_experts_or_their_own():
     inputs = {"input_ids": torch.tensor([[9, VIDEO, VIDEO, 8]])}
     model = make_few_experts("qwen3_vl")
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_videos_are_served_as_images_or_by_experts_of_their_own():
     assert own._tokens({"input_ids": ids}, own.routing_planner, None).ids.tolist() == [[0, 2, 2, 0]]
 
 
-def test_embeddings_whose_modalities_nobody_tells_are_warned_of(caplog, monkeypatch):
+def test_embeddings_of_unknown_modality_cause_a_warning(caplog, monkeypatch):
     messages = []
     monkeypatch.setattr(modeling_upcycled.logger, "warning_once", messages.append)
     embeds = torch.randn(1, 4, 32)
@@ -212,7 +212,7 @@ def test_embeddings_whose_modalities_nobody_tells_are_warned_of(caplog, monkeypa
     assert "`inputs_embeds` came without `mm_token_type_ids`" in messages[0]
 
 
-def test_placeholders_that_continue_a_text_are_text():
+def test_generated_placeholders_are_text():
     model, inputs = make_few_experts(), make_dense_inputs()
     cache = model(**inputs, use_cache=True).past_key_values
     cache_name = "cache" if "cache" in model(**inputs) else "past_key_values"
@@ -258,14 +258,14 @@ def test_layers_are_not_called_without_their_model():
         model.model.language_model.layers[1].mlp(torch.zeros(1, 2, 32))
 
 
-def test_a_failed_pass_leaves_no_plan_behind():
+def test_a_failed_pass_leaves_no_plan():
     model, inputs = make_few_experts(), make_dense_inputs()
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         model(**inputs | {"pixel_values": inputs["pixel_values"][:1]})
     assert current_plan() is None
 
 
-def test_tokens_that_the_base_adds_are_noticed(monkeypatch):
+def test_tokens_that_the_base_adds_are_an_error(monkeypatch):
     model = make_few_experts()
     layers = model.model.language_model.layers
     layers[0].register_forward_pre_hook(lambda _, args: (torch.cat([args[0], args[0]], dim=0),))
@@ -274,8 +274,8 @@ def test_tokens_that_the_base_adds_are_noticed(monkeypatch):
 
 
 @torch.no_grad()
-def test_every_part_can_be_called():
-    """Trainers call the model without its head, serving engines the decoder."""
+def test_every_part_of_the_model_can_be_called():
+    """Trainers call the model without its head, and serving engines call the decoder."""
     model, inputs = make_few_experts(), make_dense_inputs()
     expected = model(**inputs, output_router_logits=True)
     base = model.model(**inputs, output_router_logits=True)
@@ -304,13 +304,13 @@ def test_router_losses_are_added_to_the_loss(name):
     torch.testing.assert_close(outputs.z_loss, expected.z_loss)
     torch.testing.assert_close(outputs.router_loss, 0.001 * expected.aux_loss + 0.1 * expected.z_loss)
     torch.testing.assert_close(outputs.loss, plain.loss + outputs.router_loss)
-    # One of two micro-batches, as `Trainer` accumulates them.
+    # The first of two micro-batches, as with gradient accumulation in `Trainer`.
     num_items = 2 * (labels.numel() - len(labels))
     half = model(**inputs, labels=labels, output_router_logits=True, num_items_in_batch=num_items)
     torch.testing.assert_close(half.loss, outputs.loss / 2)
 
 
-def test_losses_are_asked_for_by_the_configuration(monkeypatch):
+def test_losses_are_computed_if_the_configuration_says_so(monkeypatch):
     messages = []
     monkeypatch.setattr(losses.logger, "warning_once", messages.append)
     model, inputs = make_few_experts(expert_groups="joint", output_router_logits=True), make_dense_inputs()
@@ -323,7 +323,7 @@ def test_losses_are_asked_for_by_the_configuration(monkeypatch):
     assert "got no `labels`" in messages[0]
 
 
-def test_biases_that_rest_are_pointed_out_once_and_only_where_they_are_to_move(monkeypatch):
+def test_biases_that_are_not_updated_cause_one_warning(monkeypatch):
     models = []
     monkeypatch.setattr(modeling_upcycled, "warn_of_resting_biases", models.append)
     inputs = make_dense_inputs()
@@ -396,9 +396,9 @@ def test_generation_in_every_mode(name):
 @torch.no_grad()
 @pytest.mark.parametrize("expert_groups", ["joint", "isolated", "hybrid"])
 def test_compiled_in_one_graph(expert_groups):
-    """Dynamo traces what hands the plan on (`threading.local`)."""
+    """Dynamo traces the `threading.local` that passes the plan to the layers."""
     model, inputs = make_few_experts(expert_groups=expert_groups), make_dense_inputs()
-    expected = model(**inputs).logits  # the library's hooks are set by the first pass, which cannot be traced
+    expected = model(**inputs).logits  # the first pass sets hooks of Transformers, which cannot be traced
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, expected)
@@ -413,7 +413,7 @@ def tensors_in(folder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("expert_groups", ["joint", "isolated", "hybrid"])
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpoints_keep_the_bases_names_and_hold_experts_one_by_one(name, expert_groups, tmp_path):
+def test_checkpoints_keep_the_names_of_the_base_and_contain_experts_one_by_one(name, expert_groups, tmp_path):
     model, inputs = make_few_experts(name, expert_groups), make_dense_inputs(name)
     model.save_pretrained(tmp_path / "sparse", max_shard_size="30KB")
     make_dense(name).save_pretrained(tmp_path / "dense")
@@ -490,7 +490,7 @@ def test_layers_share_a_pool(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_and_attentions_are_recorded(name, tmp_path):
-    """The library notes by class what there is to record, when a model is made."""
+    """When a model is created, Transformers stores by class which outputs can be recorded."""
     dense, inputs = make_dense(name), make_dense_inputs(name)
     sparse = upcycle(dense, "hybrid")
     sparse.save_pretrained(tmp_path)
@@ -509,6 +509,6 @@ def test_hidden_states_and_attentions_are_recorded(name, tmp_path):
 
 
 def test_generation_is_a_direct_base():
-    """Else the auto classes make another class of a model that comes with its code, which cannot be pickled."""
+    """Otherwise, the auto classes create a subclass of a model with remote code, and it cannot be pickled."""
     for name in NAMES:
         assert GenerationMixin in type(make_few_experts(name, "joint")).__bases__
