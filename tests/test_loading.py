@@ -417,7 +417,7 @@ def chat(processor):
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
     assert made.keys() == inputs.keys(), (made.keys(), inputs.keys())
-    for key in inputs:  # torchvision, where installed, resizes a little differently from Pillow
+    for key in inputs:  # torchvision, if installed, resizes slightly differently than Pillow
         torch.testing.assert_close(made[key], inputs[key], rtol=0, atol=0.02)
     return inputs
 

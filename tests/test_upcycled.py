@@ -252,7 +252,7 @@ def test_threads_do_not_mix_up_their_tokens():
     assert current_plan() is None
 
 
-def test_layers_are_not_called_without_their_model():
+def test_layers_called_without_their_model_are_an_error():
     model = make_few_experts()
     with pytest.raises(RuntimeError, match="The sparse block of layer 1 does not know the modalities of its tokens"):
         model.model.language_model.layers[1].mlp(torch.zeros(1, 2, 32))

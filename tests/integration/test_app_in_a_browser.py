@@ -1,4 +1,4 @@
-"""The web page in a headless browser, and the folder of a Space: each in a process of its own."""
+"""The web page in a headless browser, and the folder of a Space. Each runs in a separate process."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ def saved(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def started(*arguments: str, cwd: Path) -> Iterator[str]:
-    """The address of a page that a Python process serves."""
+    """Serves a page from a new Python process. Yields its address."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     log = cwd / "log.txt"
     with log.open("w") as output:
@@ -96,13 +96,13 @@ def browser(tmp_path):
 
 
 class Visitor:
-    """A person with a browser."""
+    """A visitor with a browser."""
 
     def __init__(self, browser, folder: Path):
         self.browser, self.folder = browser, folder
 
     def find(self, selector: str):
-        """The element, once it is there."""
+        """Waits until the element exists and returns it."""
         return self.until(lambda: self.browser.find_elements("css selector", selector))[0]
 
     def until(self, condition):
@@ -116,7 +116,7 @@ class Visitor:
     def attach(self, path: Path) -> None:
         self.until(lambda: not self.browser.find_elements("css selector", THUMBNAIL))
         field = self.find("#message input[type=file]")
-        self.browser.execute_script("arguments[0].value = ''", field)  # a driver adds to the files of before
+        self.browser.execute_script("arguments[0].value = ''", field)  # the driver adds files to those already selected
         field.send_keys(str(path))
         self.find(THUMBNAIL)
 
@@ -132,13 +132,13 @@ class Visitor:
         field.send_keys(f"\ue003{number}\ue004")
 
     def words(self) -> list[tuple[str, str]]:
-        """The words of the answer with their numbers; one script, since the page may change between two."""
+        """Returns the words of the answer with their numbers. One script reads all, because the page may change."""
         script = """return [...document.querySelectorAll('#alpha .word')].map(
             word => [word.children[0].innerText, word.children[1].innerText])"""
         return [tuple(pair) for pair in self.browser.execute_script(script)]
 
     def pixels(self, selector: str) -> np.ndarray:
-        """The screenshot of an element."""
+        """Returns a screenshot of an element."""
         return np.array(Image.open(BytesIO(self.find(selector).screenshot_as_png)).convert("RGB")).astype(int)
 
 
@@ -147,7 +147,7 @@ def expected_words(answer) -> list[tuple[str, str]]:
 
 
 def test_chat_in_a_browser(saved, browser, tmp_path):
-    """Upload, ask, move a slider, choose an adapter: the page shows the model's figures; mistakes do not stop it."""
+    """The page shows the figures of the model after uploads, questions, sliders and adapters, and survives mistakes."""
     chat = ChatModel.load(str(saved / "model"), {"mine": str(saved / "adapter")})
     image = read_image(str(saved / "image.png"))
 
@@ -180,7 +180,7 @@ def test_chat_in_a_browser(saved, browser, tmp_path):
             shown, drawn = visitor.pixels(selector), np.array(drawing).astype(int)
             assert shown.shape == drawn.shape
             assert (np.abs(shown - drawn).max(axis=-1) <= 2).mean() > 0.99
-            assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20, "there is something to see"
+            assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20, "the image is not blank"
 
         visitor.set_number("#odds", 2)
         visitor.until(lambda: "'image': 4.00" in visitor.find("#factor").text)

@@ -6,7 +6,7 @@ import torch
 from tests.support.models import make_model
 from tests.support.processes import run_in_processes
 
-# Every way in which experts are sent the sentinel id is here, and every place where they can be.
+# The models cover all cases in which experts receive the sentinel id, and all modules in which experts can be.
 MODELS = {
     "hybrid": {},
     "isolated": {"expert_groups": "isolated"},
@@ -71,7 +71,7 @@ def compare(model, path, sizes, experts):
         gradient = full(parameter.grad) * num_batches
         expected_gradient = model.get_parameter(name).grad
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-3, msg=f"{case} {name}")
-        # Every process holds its share of every expert stack.
+        # Every process has its part of every stack of experts.
         if ".experts." in name or "expert_pools" in name:
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             assert world_size * local.numel() == expected_gradient.numel(), f"{case} {name}"
@@ -80,7 +80,7 @@ def compare(model, path, sizes, experts):
         logits = full(sharded(**batch).logits)
     torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4, msg=case)
     if experts == "grouped_mm":
-        # The processes answer the same question: those that share a batch, and those that would each have their own.
+        # All processes generate from the same inputs, with and without data parallelism.
         assert torch.equal(sharded.generate(**make_inputs(), max_new_tokens=4), model.answer), case
 
 
@@ -109,7 +109,7 @@ def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, worl
             vocab_size=100,
             num_experts=8,
             num_key_value_heads=4,
-            moe_intermediate_size=32,  # the products of grouped_mm take rows of 16 bytes
+            moe_intermediate_size=32,  # grouped_mm needs rows of a multiple of 16 bytes
             **fields,
         )
         for parameter_name, parameter in model.named_parameters():

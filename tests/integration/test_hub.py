@@ -1,4 +1,4 @@
-"""Models by their names on the Hub: upcycled from there, and loaded from there without this package."""
+"""Models by their names on the Hub: upcycling them, and loading the results without this package."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ for name in ("user/absent", "user/gated", "user/forbidden", "user/dense@old"):
 print(json.dumps(mistakes))
 """
 
-# Without this package, which cannot be imported here.
+# This package cannot be imported here.
 LOAD = """
 import os, sys
 import torch
@@ -79,7 +79,7 @@ def run(program, endpoint, home, *arguments):
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The dense model, and what a process with this package makes of it."""
+    """A Hub with a dense model, and with a model that a process with this package upcycled from it."""
     root = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     dense = prepare(make_llava(LlamaConfig(**TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8})))

@@ -1,5 +1,6 @@
 """
-The launch files train on the CPU as one process does, with a process that sees no image, and what they save is whole.
+Training on the CPU with the launch files equals training in one process, even if a process sees no image. The saved
+models are complete.
 """
 
 import json
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.slow
 CONFIGURATIONS = ROOT / "configuration/accelerate"
 SPARSE = "modeling_sparse_moe_vlm.toolbox.training.trainer import SparseMoeTrainer as Trainer"
 PLAIN = "transformers import Trainer"
-# By name: launch file, number of processes, sizes of `DistributedConfig` and number of batches at a time, trainer.
+# By name: launch file, number of processes, sizes of `DistributedConfig`, number of batches per step, trainer.
 LAUNCHES = {
     "ddp": ("ddp.yaml", 2, None, PLAIN),
     "fsdp2": ("fsdp2.yaml", 2, None, SPARSE),
@@ -60,10 +61,10 @@ print("all are whole")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a model to start from, and what one process makes of it."""
+    """A folder with the initial model, and with the result of training in one process."""
     folder = tmp_path_factory.mktemp("runs")
-    # The router losses, which every process takes from its own tokens, are watched but do not train. Routers have
-    # biases, which are moved by what all processes see.
+    # Router losses are computed from the tokens of each process, so they are recorded but not trained on. The biases of
+    # the routers are updated with the tokens of all processes.
     model = make_model(
         vocab_size=100,
         expert_groups="isolated",
@@ -80,7 +81,7 @@ def runs(tmp_path_factory):
 
 
 def launched(runs: Path, name: str) -> Path:
-    """The folder of a launch, which is run unless it has been."""
+    """Returns the folder of a launch, and runs the launch first if it has not run yet."""
     folder = runs / name
     if not folder.exists():
         config_file, number, sizes, trainer = LAUNCHES[name]
@@ -102,7 +103,7 @@ def test_training(runs, name):
         torch.testing.assert_close(tensor, expected[tensor_name], atol=1e-5, rtol=1e-4, msg=tensor_name)
 
 
-def test_a_fresh_process_loads_what_was_saved(runs, tmp_path):
+def test_a_new_process_loads_the_saved_model(runs, tmp_path):
     folders = [str(launched(runs, name)) for name in LAUNCHES]
     (tmp_path / "script.py").write_text(FRESH)
     result = subprocess.run(

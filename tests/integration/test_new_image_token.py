@@ -1,4 +1,4 @@
-"""A language model's tokenizer has no image token: what the messages of errors say to write makes it one."""
+"""The tokenizer of a language model has no image token. The error messages show code that adds one."""
 
 import re
 
@@ -13,7 +13,7 @@ from tests.support.processors import IMAGE_SEQ_LENGTH, make_image, make_image_pr
 
 
 def make_text_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of a language model: its special tokens, and bytes."""
+    """Returns the tokenizer of a language model: special tokens and bytes."""
     alphabet = ["<pad>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,8 +34,8 @@ def lines_of(error: pytest.ExceptionInfo) -> str:
     return "\n".join(line[4:] for line in str(error.value).splitlines() if line.startswith("    "))
 
 
-def answers_alike(model, processor, folder) -> None:
-    """An image is seen, and a reloaded model sees it too."""
+def check_model(model, processor, folder) -> None:
+    """Checks that the image changes the logits, and that a reloaded model has the same logits."""
     inputs = processor(text="<image>?", images=make_image(), return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == IMAGE_SEQ_LENGTH
     logits = model(**inputs).logits
@@ -47,8 +47,8 @@ def answers_alike(model, processor, folder) -> None:
 
 
 @pytest.mark.parametrize("spare", [0, 1, 61])
-def test_what_the_processor_says_to_write_works(tmp_path, spare):
-    """Also where the vocabulary is padded: spare embeddings are used, and never dropped."""
+def test_code_in_the_error_of_the_processor_works(tmp_path, spare):
+    """Also if the vocabulary is padded: spare embeddings are used, and none are removed."""
     tokenizer = make_text_tokenizer()
     torch.manual_seed(0)
     model = SparseMoeVlmForConditionalGeneration(make_config(vocab_size=len(tokenizer) + spare)).eval()
@@ -60,11 +60,11 @@ def test_what_the_processor_says_to_write_works(tmp_path, spare):
     assert model.config.image_token_id == 259
     assert model.config.text_config.vocab_size == 259 + max(spare, 1)
     assert model.get_output_embeddings().weight.shape[0] == 259 + max(spare, 1)
-    answers_alike(model, make_processor(tokenizer), tmp_path)
+    check_model(model, make_processor(tokenizer), tmp_path)
 
 
 @pytest.mark.parametrize("multiple", [None, 64])
-def test_what_the_configuration_says_to_write_works(tmp_path, multiple):
+def test_code_in_the_error_of_the_configuration_works(tmp_path, multiple):
     tokenizer = make_text_tokenizer()
     tokenizer.add_tokens("<image>", special_tokens=True)
     with pytest.raises(ValueError, match=r"from 0 to 258, got 259\. .*`len\(tokenizer\)`") as error:
@@ -76,8 +76,8 @@ def test_what_the_configuration_says_to_write_works(tmp_path, multiple):
         lines = lines.replace("len(tokenizer))", f"len(tokenizer), pad_to_multiple_of={multiple})")
     exec(lines, {"tokenizer": tokenizer, "model": model})
     assert model.config.text_config.vocab_size == (320 if multiple else 260)
-    answers_alike(model, make_processor(tokenizer), tmp_path / "resized")
+    check_model(model, make_processor(tokenizer), tmp_path / "resized")
 
     torch.manual_seed(0)
     whole = SparseMoeVlmForConditionalGeneration(config_with_image_token(vocab_size=len(tokenizer))).eval()
-    answers_alike(whole, make_processor(tokenizer), tmp_path / "whole")
+    check_model(whole, make_processor(tokenizer), tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""`pipeline("image-text-to-text")` on a checkpoint: chats, batches, plain prompts."""
+"""`pipeline("image-text-to-text")` with a checkpoint: chats, batches and plain prompts."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import AutoProcessor, pipeline
 
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
-# Comparisons need every row to run to the same length, without sampling.
+# For comparisons, every row must generate the same number of tokens, without sampling.
 KWARGS = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}}
 
 
@@ -53,13 +53,13 @@ def test_several_chats(pipe):
 
 
 def test_chats_in_a_batch(pipe):
-    """The library batches only chats that have the same kinds of inputs."""
+    """The pipeline can only batch chats with the same kinds of inputs."""
     chats = [[user(make_image(0), "What?")], [user(make_image(1), "A longer question")], [user(make_image(2))]]
     outputs = pipe(text=chats, return_full_text=False, batch_size=3, **KWARGS)
     assert [output[0]["generated_text"] for output in outputs] == [expected_answer(pipe, chat) for chat in chats]
 
 
-def test_going_on_with_an_answer(pipe):
+def test_continuing_an_answer(pipe):
     messages = [user(make_image(), "What?"), assistant("A c")]
     answer = pipe(text=messages, return_full_text=False, **KWARGS)[0]["generated_text"]
     assert isinstance(answer, str)

@@ -1,4 +1,4 @@
-"""What goes wrong among several processes is said, and ends the job instead of letting it wait."""
+"""Errors in one of several processes are reported, and end the job instead of letting the others wait."""
 
 import time
 
@@ -69,7 +69,7 @@ print("never said")
 """
 
 
-def test_what_does_not_fit_and_what_is_not_whole(tmp_path):
+def test_models_that_cannot_be_split_and_incomplete_checkpoints(tmp_path):
     groups = [
         {"name": "text", "num_experts": 4, "modalities": ["text"]},
         {"name": "image", "num_experts": 3, "modalities": ["image"]},
@@ -83,7 +83,7 @@ def test_what_does_not_fit_and_what_is_not_whole(tmp_path):
     result = run_in_processes(REFUSED, tmp_path)
     assert result.returncode != 0
     assert "never said" not in result.stdout
-    assert "File too large" in result.stderr  # what the system says of the limit
+    assert "File too large" in result.stderr  # the error of the system about the limit
     assert not list((tmp_path / "saved").glob("*.safetensors*"))
     for message in (
         "odd group: the 3 experts of the group 'image' cannot be shared out evenly among 2 processes",
@@ -102,7 +102,7 @@ def test_a_process_that_dies(tmp_path):
 
 
 def test_a_process_that_hangs(tmp_path):
-    """The others wait for it as long as the process group's timeout says."""
+    """The other processes wait for it until the timeout of the process group."""
     make_model().save_pretrained(tmp_path / "good")
     start = time.monotonic()
     result = run_in_processes(TRAINING.format(failure="time.sleep(600)"), tmp_path, timeout=120)

@@ -1,4 +1,4 @@
-"""Training with `Trainer`: accumulation, checkpointing and data parallelism change nothing but the schedule."""
+"""Training with `Trainer`: accumulation, checkpointing and data parallelism do not change gradients and losses."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.support.processes import run_in_processes
 
 
 def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
-    """Rows of unequal length, every other one with an image; the first half of a row is no target."""
+    """Returns rows of unequal length, every other one with an image. The first half of a row is not a target."""
     rows = []
     for seed in range(number):
         inputs = make_inputs(seed=seed, batch_size=1, length=9 + seed, images_per_row=seed % 2)
@@ -25,7 +25,7 @@ def make_rows(number: int = 8) -> list[dict[str, torch.Tensor]]:
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of every optimizer step."""
+    """Records the gradients of every optimizer step."""
 
     def __init__(self):
         self.steps = []
@@ -57,7 +57,7 @@ def train(model, tmp_path, rows=None, **arguments) -> tuple[Trainer, Gradients]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradient_accumulation_changes_no_gradient(arrangement, tmp_path, checkpointing):
-    """One batch of 8 rows, and 4 of 2 rows with unequal numbers of targets, padding and images."""
+    """Compares a batch of 8 rows with 4 batches of 2 rows, whose numbers of targets, padding and images differ."""
     steps = []
     for size, accumulation in ((8, 1), (2, 4)):
         model = make_model(expert_groups=arrangement)
@@ -76,7 +76,7 @@ def test_gradient_accumulation_changes_no_gradient(arrangement, tmp_path, checkp
 
 
 def test_router_losses_add_up_over_micro_batches(arrangement):
-    """Equal micro-batches must give what one of them gives, not four times its router losses."""
+    """Equal micro-batches must give the router losses of one of them, not four times as much."""
     coefficients = {"router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.5, "output_router_logits": True}
     model = make_model(expert_groups=arrangement, **coefficients).train()
     batch = collate(make_rows(4))
@@ -93,7 +93,7 @@ def test_router_losses_add_up_over_micro_batches(arrangement):
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-4)
-    # And they do count: without them the loss is another one.
+    # Without router losses, the loss is different.
     model.config.text_config.output_router_logits = False
     assert abs(model(**batch, num_items_in_batch=num_targets).loss.item() - losses[0]) > 0.1
 
@@ -105,7 +105,7 @@ def test_training_resumes_and_reloads(tmp_path):
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
 
-    # Another model stands at the start, so whatever is not read stays wrong.
+    # Resuming starts from another model, so everything that is not loaded stays wrong.
     resumed = Gradients()
     trainer = Trainer(
         model=make_model(seed=5), args=whole.args, train_dataset=rows, data_collator=collate, callbacks=[resumed]
@@ -150,7 +150,7 @@ def test_going_back_to_the_best_model(tmp_path):
 
 @pytest.mark.parametrize("output_router_logits", [False, True])
 def test_evaluation_and_prediction(tmp_path, output_router_logits):
-    """Predictions are the logits alone, also where the model returns router losses and images of unequal number."""
+    """Predictions are only the logits, also if the model returns router losses and numbers of images differ."""
     model = make_model(output_router_logits=output_router_logits)
     predictions = []
     trainer = Trainer(
@@ -204,7 +204,7 @@ num_targets = int((whole["labels"][:, 1:] != -100).sum())
 
 for experts in ("eager", "grouped_mm", "batched_mm"):
     for arrangement in ("hybrid", "joint", "isolated"):
-        # Not one parameter may be left out: with `find_unused_parameters` off, the ranks would wait for one another.
+        # Every parameter needs a gradient, because ranks wait for each other without `find_unused_parameters`.
         model = make_model(expert_groups=arrangement).train()
         model.set_experts_implementation(experts)
         parallel = DistributedDataParallel(model)
@@ -229,7 +229,7 @@ trainer = Trainer(
         ddp_find_unused_parameters=False,
         save_strategy="no",
     ),
-    # Batches alternate between the ranks: those of one rank hold no image.
+    # Batches alternate between the ranks, so one rank gets no images.
     train_dataset=[*images[:2], *texts[:2], *images[2:], *texts[2:]],
     data_collator=collate,
 )
@@ -245,7 +245,7 @@ dist.destroy_process_group()
 
 
 def test_data_parallelism_with_a_rank_without_images(tmp_path):
-    """Two processes: no hang, and the gradients of one process."""
+    """Two processes do not hang, and have the gradients of one process."""
     result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("is done") == 2

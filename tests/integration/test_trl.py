@@ -42,7 +42,7 @@ def snapshot(model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("with_images", [True, False])
 def test_sft(with_images, tmp_path):
     model, processor = make_speaking_model(router_aux_loss_coef=0.1), make_processor()
-    # A processor tells a typed image token from a placeholder, a tokenizer alone does not.
+    # A processor distinguishes a typed image token from a placeholder, but a tokenizer by itself does not.
     parts = [{"type": "image"}] if with_images else []
     text = "What is <image> here?" if with_images else "What is here?"
     messages = [
@@ -132,7 +132,7 @@ def rows_with_images(number: int = 2) -> Dataset:
 
 
 def train_sft(model, tmp_path, **kwargs):
-    """One step that changes nothing: the trainer, its log, and the batch."""
+    """Runs one step with a learning rate of zero. Returns the trainer, its log and the batch."""
     arguments = ARGUMENTS | {"max_steps": 1, "learning_rate": 0.0} | kwargs.pop("arguments", {})
     trainer = trl.SFTTrainer(
         model=model,
@@ -147,7 +147,7 @@ def train_sft(model, tmp_path, **kwargs):
 
 
 def own_outputs(model, batch):
-    """What the model itself makes of a batch, with the forward of its class."""
+    """Returns the outputs of the model for a batch, with the forward method of its class."""
     model.train()
     return type(model).forward(model, **batch, output_router_logits=True)
 
@@ -212,7 +212,7 @@ def test_a_dense_model_has_no_router_loss(tmp_path):
 
 
 def test_dpo_trains_with_the_models_own_router_losses(tmp_path):
-    """At the start policy and reference agree: the preference loss is log 2, and the rest is the routers'."""
+    """At the start, policy and reference are equal, so the preference loss is log 2 and the rest are router losses."""
     settings = COEFFICIENTS["z-loss"] | {"expert_groups": UNEVEN, "num_experts": None}
     row = {
         "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
@@ -237,8 +237,8 @@ def test_dpo_trains_with_the_models_own_router_losses(tmp_path):
     assert log["loss"] - math.log(2) == pytest.approx((own.loss - plain.loss).item(), rel=1e-3)
 
 
-def test_bias_moves_under_sft(tmp_path):
-    """With the callback alone, and no balancing loss, so that TRL asks for no router logits."""
+def test_bias_is_updated_in_sft(tmp_path):
+    """With the callback only, and without a balancing loss, so that TRL does not request router logits."""
     settings = {"router_bias_update_rate": 0.01, "router_aux_loss_coef": 0.0, "expert_groups": "joint"}
     model, by_hand = make_speaking_model(**settings), make_speaking_model(**settings)
     monitor = RoutingMonitor()
@@ -252,11 +252,11 @@ def test_bias_moves_under_sft(tmp_path):
     assert not any(decoder._forward_hooks or decoder._forward_pre_hooks for decoder in decoders(model))
 
 
-# ------------------------------------------------------------------------------------------------ what of TRL is used
+# ------------------------------------------------------------------------------------------------ contracts of TRL
 
 
 def test_trl_replaces_the_forward_as_expected():
-    """`add_fused_lm_head` assigns a forward with `fused_lm_head`, which hands its arguments on to the base model."""
+    """`add_fused_lm_head` assigns a forward with `fused_lm_head`, which passes its arguments to the base model."""
     model, seen = make_speaking_model().train(), []
     trl.trainer.utils.add_fused_lm_head(model)
     assert "forward" in vars(model)

@@ -43,7 +43,7 @@ assert "modeling_sparse_moe_vlm" not in sys.modules
 """
 
 
-def test_checkpoints_bring_all_that_they_need(tmp_path):
+def test_checkpoints_contain_all_code_that_they_need(tmp_path):
     names = {"llama": "hybrid", "llava": "isolated", "qwen3_vl": "hybrid"}
     for name, expert_groups in names.items():
         model, inputs = make_few_experts(name, expert_groups), make_dense_inputs(name)

@@ -115,7 +115,7 @@ def load_benchmark(monkeypatch):
     def load(name: str) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"benchmarks/{name}.py")
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look up their module
         spec.loader.exec_module(module)
         return module
 

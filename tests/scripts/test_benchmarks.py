@@ -9,7 +9,7 @@ import torch
 
 from tests.scripts.conftest import SCRIPTS
 
-# Those that have tests of their own check the form there.
+# Other benchmarks have their own tests.
 SPEED = ("throughput", "attention_readout", "moe_layer", "expert_lora", "expert_pools")
 
 
@@ -175,7 +175,7 @@ def test_all_benchmarks_are_run(load_gpu):
 @pytest.mark.parametrize(
     ("dtype", "wrong", "agrees"), [("float32", 1, False), ("bfloat16", 8, True), ("bfloat16", 24, False)]
 )
-def test_blocks_that_compute_something_else_are_not_compared(load_benchmark, dtype, wrong, agrees):
+def test_blocks_with_different_outputs_are_not_compared(load_benchmark, dtype, wrong, agrees):
     """In bfloat16, a quarter of the tokens may have other experts."""
     module = load_benchmark("moe_layer")
     hidden_states = torch.randn(1, 64, 4).to(getattr(torch, dtype))

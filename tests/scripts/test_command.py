@@ -155,7 +155,7 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         (["place", "clip", "--max-memory", "0=1GB", "--num-expert-shards", "2"], "'clip_vision_model' have none."),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     (tmp_path / "clip").mkdir()
@@ -172,11 +172,11 @@ def test_mistakes_are_told_in_one_line(arguments, message, tmp_path, monkeypatch
     assert line == f"error: {stopped.value}"
     assert printed.out == ""
     assert "Traceback" not in printed.err
-    assert sorted(tmp_path.rglob("*")) == before, "a mistake leaves nothing behind"
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written after a mistake"
 
 
 @pytest.mark.parametrize("verb", [["explain"], ["routing-report", "--output", "load.png"]])
-def test_missing_extras_are_told_in_one_line(verb, monkeypatch, capsys):
+def test_missing_extras_are_reported_in_one_line(verb, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as ending:
         main([*verb, "--model", "nowhere"])
@@ -186,7 +186,7 @@ def test_missing_extras_are_told_in_one_line(verb, monkeypatch, capsys):
     assert printed.count("\n") == 1
 
 
-def test_only_mistakes_are_told_in_one_line(capsys):
+def test_other_errors_keep_their_traceback(capsys):
     with pytest.raises(SystemExit, match=r"^a b$"), mistakes_in_one_line():
         raise OSError("a\n  b")
     with pytest.raises(RuntimeError), mistakes_in_one_line():

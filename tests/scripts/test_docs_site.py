@@ -1,4 +1,4 @@
-"""How the documentation's site reads docstrings and links: a small package and its pages, built by MkDocs."""
+"""Docstrings and links on the site of the documentation: MkDocs builds the pages of a small package."""
 
 import ast
 import os
@@ -137,7 +137,7 @@ def test_documented_arguments_exist(path):
 
 
 def build(folder: Path, page: str) -> subprocess.CompletedProcess:
-    """Builds a site of one page about the package, with the settings of the project's own."""
+    """Builds a site of one page about the package, with the settings of the project's site."""
     settings = (ROOT / "mkdocs.yml").read_text()
     settings = re.sub(r"^nav:.*", "nav: [index.md]\n", settings, flags=re.MULTILINE | re.DOTALL)
     (folder / "mkdocs.yml").write_text(settings.replace("scripts/docs/", f"{ROOT}/scripts/docs/"))
@@ -152,7 +152,7 @@ def build(folder: Path, page: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_links_that_lead_nowhere_are_errors(folder):
+def test_broken_links_are_errors(folder):
     wheels = folder / "bikes/wheels.py"
     page = "# Bikes\n\n::: bikes.wheels.Wheel\n\n::: bikes.tools.brakes\n\n::: bikes.tools.spin.spin\n"
     wrong = build(folder, page + "\n[a](nowhere.md) [b](#nowhere) [c](../nowhere.py)\n")

@@ -1,4 +1,4 @@
-"""expert_offload.py with a tiny model: what it counts, and what it reports."""
+"""expert_offload.py with a tiny model: its counts and its report."""
 
 import sys
 

@@ -42,7 +42,7 @@ def test_of_a_held_out_scene(model_folder, run_verb, tmp_path):
     }
 
 
-def test_of_an_image_of_ones_own(model_folder, run_verb, tmp_path, monkeypatch):
+def test_of_a_given_image(model_folder, run_verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_image(width=32, height=32).convert("RGBA").save("image.png")
     expected = explanation_of(model_folder, make_image(width=32, height=32), "Why?")

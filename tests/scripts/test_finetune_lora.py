@@ -57,7 +57,7 @@ def test_every_recipe_leaves_an_adapter_that_peft_loads(run_here, tmp_path, mode
     assert ("factor_expert_lora(model)" in printed) == (name in ("experts", "all"))
 
 
-def test_an_interrupted_run_goes_on(run_here, tmp_path, model_folder):
+def test_an_interrupted_run_resumes(run_here, tmp_path, model_folder):
     checkpoints = tmp_path / "checkpoints"
 
     def losses(number: int) -> list[float]:
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on(run_here, tmp_path, model_folder):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_and_leave_one_adapter(run_here, tmp_path, model_folder):
+def test_two_processes_resume_and_save_one_adapter(run_here, tmp_path, model_folder):
     output_dir = tmp_path / "output"
     run_here("finetune_lora.py", *small(output_dir, "all", model_folder, save_steps=1, max_steps=1))
     shutil.rmtree(output_dir / "adapter")
@@ -87,7 +87,7 @@ def test_two_processes_go_on_and_leave_one_adapter(run_here, tmp_path, model_fol
     assert result.returncode == 0, result.stderr[-8000:]
     for printed in ("Trains ", "the new style", "Wrote the adapter"):
         assert result.stdout.count(printed) == 1, printed
-    assert result.stdout.count("'loss':") == 2, "it did not go on"
+    assert result.stdout.count("'loss':") == 2, "it did not resume"
 
     metrics = json.loads((output_dir / "metrics.json").read_text())
     assert all(set(metrics[split]) == {"before", "after"} for split in ("test", "test_style"))
@@ -108,7 +108,7 @@ def test_without_a_trained_model_it_says_how_to_get_one(run_here, tmp_path):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_recipes_differ_in_what_they_adapt_alone(name):
+def test_recipes_differ_only_in_the_adapted_layers(name):
     recipes = [yaml.safe_load((RECIPES / f"{other}.yaml").read_text()) for other in (name, "experts")]
     assert [recipe.pop("lora")["r"] for recipe in recipes] == [8, 8]
     assert recipes[0] == recipes[1]
@@ -130,7 +130,7 @@ def test_mistakes_in_recipes_are_named(override, message):
         load_lora_recipe(RECIPES / "experts.yaml", [override])
 
 
-def test_values_of_lora_recipes_are_numbers_where_a_number_is_wanted():
+def test_values_of_lora_recipes_must_be_numbers_if_the_field_is_a_number():
     overrides = ["lora.lora_dropout=1e-1", "lora.lora_alpha=.5", "lora.r=4", "lora.use_rslora=true"]
     recipe = load_lora_recipe(RECIPES / "attention.yaml", overrides)
     assert recipe.lora == {

@@ -1,4 +1,4 @@
-"""gpu.py: what it runs, what it keeps, and what it makes of failures."""
+"""gpu.py: the steps that it runs, the results that it keeps, and failures."""
 
 import json
 import os
@@ -21,7 +21,7 @@ GOOD = {
     "holds": True,
 }
 SLOW = GOOD | {"rows": [GOOD["rows"][0] | {"bar": 0.1, "holds": False}], "holds": False}
-# Stand-ins for benchmarks: good.py counts its runs in a file beside the results.
+# Scripts that replace the benchmarks. good.py counts its runs in a file beside the results.
 SCRIPTS = {
     "good": f"print('a table')\nprint({json.dumps(GOOD)!r})\nopen(r'{{folder}}/runs', 'a').write('x')",
     "slow_bar": f"print({json.dumps(SLOW)!r})",
@@ -33,7 +33,7 @@ SCRIPTS = {
 
 @pytest.fixture
 def gpu(load_gpu, monkeypatch, tmp_path):
-    """The module with stand-ins, of which `benchmarks` names those to run, and without the tests."""
+    """The module with replaced benchmarks and without the tests. `benchmarks` names the benchmarks to run."""
     module = load_gpu()
     for name, code in SCRIPTS.items():
         (tmp_path / f"{name}.py").write_text(code.replace("{folder}", str(tmp_path)))
@@ -77,13 +77,13 @@ def test_a_bar_that_does_not_hold_is_not_a_failure(gpu, tmp_path):
     assert _run(gpu, tmp_path / "results", "slow_bar") == 0
 
 
-def test_what_has_finished_is_not_run_again(gpu, tmp_path, monkeypatch):
+def test_finished_steps_are_not_run_again(gpu, tmp_path, monkeypatch):
     folder, runs = tmp_path / "results", tmp_path / "runs"
     for expected, options in (("x", []), ("x", []), ("xx", ["--again"])):
         assert _run(gpu, folder, "good", options=options) == 0
         assert runs.read_text() == expected
     path = folder / "good.json"
-    path.write_text(path.read_text()[:50])  # as a process leaves it that was killed while writing
+    path.write_text(path.read_text()[:50])  # as after a process that was killed while it was writing
     assert _run(gpu, folder, "good") == 0
     assert runs.read_text() == "xxx"
     command = gpu.benchmark_command
@@ -92,7 +92,7 @@ def test_what_has_finished_is_not_run_again(gpu, tmp_path, monkeypatch):
     assert runs.read_text() == "xxxx", "other options are another run"
 
 
-def test_what_takes_too_long_is_stopped(gpu, tmp_path, capsys):
+def test_steps_that_take_too_long_are_stopped(gpu, tmp_path, capsys):
     start = time.monotonic()
     assert _run(gpu, tmp_path / "results", "hangs") == 1
     assert time.monotonic() - start < 30
@@ -105,7 +105,7 @@ def test_all_steps_together_have_a_limit(gpu, tmp_path, capsys, monkeypatch):
     limits = []
     monkeypatch.setattr(gpu, "run", lambda command, log, environment, limit: limits.append(limit) or json.dumps(GOOD))
     assert _run(gpu, folder, "good", "slow_bar", "bad", options=["--minutes", "0.25"]) == 0
-    assert limits == [14, 14], "what has finished takes no time, and 15 s are less than the benchmarks' own limits"
+    assert limits == [14, 14], "finished steps take no time, and 15 s are less than the benchmarks' own limits"
     assert _run(gpu, folder, "good", "silent", options=["--minutes", "0"]) == 1
     assert len(limits) == 2
     assert "silent FAILED: there was no time left" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""modality_ablation.py, with a model that has learned nothing: the form of what it reports."""
+"""modality_ablation.py with an untrained model: the form of its report."""
 
 import sys
 
@@ -38,7 +38,7 @@ def test_report(benchmark, load_gpu, monkeypatch, capsys, tmp_path):
     assert result["steering"][0] == {"steering": "none", "original": 0.0, "same": 100.0}
 
 
-def test_one_scene_alone_has_no_correlation(benchmark):
+def test_a_single_scene_has_no_correlation(benchmark):
     rho, low, high = benchmark.spearman(pd.Series([1.0]), pd.Series([2.0]))
     row = {"ablation": "blank", "weight": "alpha", "objects": 1, "examples": 1, "mean_loss": 0.5}
     comparison = benchmark.as_comparison(row | {"rho": rho, "low": low, "high": high})

@@ -65,7 +65,7 @@ def test_plans_for_models_of_the_library(run_here, tmp_path):
         (["--max-memory", "0=80GB", "--dtype", "nonsense"], "`dtype` must be"),
     ],
 )
-def test_errors_say_what_was_wrong(arguments, message, run_here, capsys):
+def test_errors_name_the_mistake(arguments, message, run_here, capsys):
     with pytest.raises(SystemExit):
         run_here("place_experts.py", TINY, *arguments)
     assert message in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_the_printed_question_is_about_the_printed_image(trained):
     assert Image.open(values["--image"]).tobytes() == data["image"].tobytes()
 
 
-def test_an_interrupted_run_goes_on(trained, tmp_path):
+def test_an_interrupted_run_resumes(trained, tmp_path):
     output_dir = tmp_path / "output"
     shutil.copytree(trained[0] / "checkpoints", output_dir / "checkpoints")
     before = history(output_dir, 2)
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_hold_half_a_model_each_leave_one(tmp_path):
+def test_two_processes_with_half_a_model_each_save_one_model(tmp_path):
     output_dir = tmp_path / "output"
     result = run_in_two_processes(tmp_path, "fsdp2.yaml", "train.py", *train_arguments(output_dir))
     assert result.returncode == 0, result.stderr[-8000:]
@@ -105,7 +105,7 @@ def test_two_processes_that_hold_half_a_model_each_leave_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_and_what_fails_in_the_first_is_seen(trained, tmp_path):
+def test_two_processes_resume_and_report_a_failure_in_the_first(trained, tmp_path):
     output_dir = tmp_path / "output"
     shutil.copytree(trained[0] / "checkpoints", output_dir / "checkpoints")
     (output_dir / "answers.png").mkdir()

@@ -1,4 +1,4 @@
-"""`sparse-moe-vlm upcycle`: what it prints and writes, and which mistakes it tells."""
+"""`sparse-moe-vlm upcycle`: its output, its files, and its errors about mistakes."""
 
 import json
 
@@ -40,7 +40,7 @@ def experts_of(folder):
     return json.loads((folder / "config.json").read_text())["experts_config"]
 
 
-def test_writes_a_model_and_prints_what_it_is(dense, tmp_path, run_verb):
+def test_writes_a_model_and_prints_its_description(dense, tmp_path, run_verb):
     printed = run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
     made = json.loads(printed)
     assert made["output"] == str(tmp_path / "sparse")
@@ -232,9 +232,7 @@ def no_weights_are_read(monkeypatch):
         (("--seed", "0", "--set", "seed=1"), "--set seed=…: it is not a field"),
     ],
 )
-def test_what_is_refused_is_refused_before_weights_are_read(
-    options, message, dry_run, dense, tmp_path, monkeypatch, capsys
-):
+def test_requests_are_refused_before_weights_are_read(options, message, dry_run, dense, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").touch()

@@ -1,4 +1,4 @@
-"""upcycling.py: its tasks, what it counts and compares, and, with tiny sizes, the form of what it reports."""
+"""upcycling.py: its tasks, counts and comparisons, and the form of its report, with tiny sizes."""
 
 import importlib.util
 import math
@@ -52,7 +52,7 @@ def collator(tasks, knowledge, relations):
 def _load(folder, name):
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look their module up
+    sys.modules[name] = module  # dataclasses and pickle look up their module
     try:
         spec.loader.exec_module(module)
     finally:
@@ -179,7 +179,7 @@ def _points(benchmark, accuracies, flops=1.0, seconds=1.0):
     ]
 
 
-def test_runs_are_compared_at_what_the_cheaper_one_spent(benchmark):
+def test_runs_are_compared_at_the_costs_of_the_cheaper_one(benchmark):
     def run(last, flops, seconds):
         return SimpleNamespace(points=_points(benchmark, [(0, 10.0), (8, last)], flops, seconds))
 

@@ -25,7 +25,7 @@ def bin_folder(tmp_path_factory) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "outputs", ".*", "tests", "docs")
     shutil.copytree(ROOT, source, ignore=ignored)
     pip = [sys.executable, "-m", "pip"]
-    # With PYTHONPATH pip would take a clone's metadata for an installed package.
+    # With PYTHONPATH, pip would treat the metadata of a clone as an installed package.
     without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [*pip, "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir", folder, source],
@@ -62,7 +62,7 @@ def command(bin_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_help_is_there_at_once(command):
+def test_help_is_fast(command):
     for arguments in ([], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)):
         result = command(*arguments, PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0, result.stderr

@@ -69,7 +69,7 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code on a page; `reason` says why it is not run."""
+    """A block of code on a page. `reason` says why it is not run."""
 
     language: str
     code: str
@@ -77,7 +77,7 @@ class Block:
 
 
 def blocks_of(text: str) -> list[Block]:
-    """All fenced blocks of a page."""
+    """Returns all fenced blocks of a page."""
     return [Block(found["language"], found["code"], found["reason"]) for found in FENCE.finditer(text)]
 
 
@@ -112,7 +112,7 @@ def run_python(code: str, names: dict) -> None:
 
 
 def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
-    """What a statement prints according to the comment behind it, or to the lines below it."""
+    """Returns what a statement prints according to the comment behind it, or to the lines below it."""
     if (below := shown_output(lines[1:])) is not None:
         return below
     is_print = isinstance(statement, ast.Expr) and ast.unparse(statement).startswith("print(")
@@ -121,7 +121,7 @@ def expected_output(statement: ast.stmt, lines: list[str]) -> str | None:
 
 
 def shown_output(lines: list[str]) -> str | None:
-    """What lines such as `# > 1` show. Ruff writes a space behind the `#`."""
+    """Returns the output that lines such as `# > 1` show. Ruff writes a space behind the `#`."""
     shown = [found[1] for line in lines if (found := re.match(r"# ?> ?(.*)", line))]
     return "\n".join(shown) if shown else None
 

@@ -61,7 +61,7 @@ def make_speaking_model(**text_config) -> SparseMoeVlmForConditionalGeneration:
 
 
 def speak_printably(model):
-    """The model, which from now on generates to the end, and printable text only."""
+    """Makes the model generate up to the maximum length, and only printable text. Returns it."""
     tokenizer = make_tokenizer()
     texts = [tokenizer.decode([token]) for token in range(VOCAB_SIZE)]
     model.generation_config.suppress_tokens = [

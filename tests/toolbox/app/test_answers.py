@@ -1,4 +1,4 @@
-"""An answer, put together from what the model did for its tokens."""
+"""Answers, which are assembled from the recorded attention and routing of their tokens."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ GRIDS = [TokenGrid(np.array([[0, 1]])), TokenGrid(np.array([[3, 4], [5, 6]]))]
 
 
 def make_generation() -> Generation:
-    """A prompt of 7 tokens and 4 new ones, of which the second has no text; two layers, the last with a window of 7."""
+    """Returns a record of 7 prompt tokens and 4 new ones, the second without text. Layer 3 has a window of 7."""
     rows = torch.arange(7.0)
     attention = [
         {0: torch.cat([step + rows, torch.zeros(step)]), 3: torch.cat([rows[step:], torch.zeros(step)])}
@@ -30,7 +30,7 @@ def test_figures():
     assert (answer.text, answer.words) == ("a cat", ["a", "cat"])
     assert answer.alpha == pytest.approx([0.1, 0.3])
     assert answer.count_free_alpha == pytest.approx([0.3, 0.6])
-    # By position, mean of the steps 0, 2 and 3: layer 0 gives step + position, layer 3 the position within its window.
+    # The mean of steps 0, 2 and 3 by position: step + position in layer 0, the position in the window in layer 3.
     first = [5 / 3 + position for position in range(7)]
     last = [0, 1 / 3, 4 / 3, 3, 4, 5, 6]
     mean = (np.array(first) + last) / 2

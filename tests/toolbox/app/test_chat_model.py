@@ -1,4 +1,4 @@
-"""A model that chats: what it reads, what it answers, and what it shows for every answer."""
+"""`ChatModel`: its prompts, its answers, and the figures of every answer."""
 
 import threading
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def make_language_chat(template: str | None = TEMPLATE) -> ChatModel:
 
 
 class LlavaChat(ChatModel):
-    """With our processor, whose modality ids LLaVA does not take."""
+    """A LLaVA with our processor, whose modality ids it does not accept."""
 
     def _inputs(self, messages, images):
         inputs = super()._inputs(messages, images)
@@ -66,7 +66,7 @@ def chat() -> ChatModel:
 
 
 def test_as_explained():
-    """The figures of `explain`, which asks for all attention matrices in one more pass."""
+    """The figures equal those of `explain`, which requests all attention matrices in another forward pass."""
     chat = make_chat()
     ours = chat.answer(QUESTION, Settings(max_new_tokens=32))
     theirs = explain(chat.model, chat.processor, make_image(), "Where is the cat?")
@@ -95,7 +95,7 @@ def test_alpha_of_a_word_is_the_mean_of_its_tokens():
 
 
 def test_several_images_in_several_turns(chat):
-    """Each image has its tokens and experts, and all images together have all the heat."""
+    """Each image has its own tokens and experts, and the heat of all images sums to 1."""
     first, second, third = (make_image(seed) for seed in range(3))
     messages = [user(first, second, "Which is larger?"), assistant("the cat"), user("and this?", third)]
     answer = chat.answer(messages, Settings(max_new_tokens=6))
@@ -132,7 +132,7 @@ def test_without_images(chat):
 
 
 def test_a_model_of_another_type(chat):
-    """Pixels have the type of the model."""
+    """Pixel values have the dtype of the model."""
     model = make_chat().model.to(torch.bfloat16)
     assert ChatModel(model, chat.processor).answer(QUESTION, Settings(max_new_tokens=2)).heat
 
@@ -153,7 +153,7 @@ def test_an_empty_answer():
 
 
 def test_matrices_that_are_not_known():
-    """Without eager attention; our own models compute them on request."""
+    """They are not known without eager attention. Our own models compute them on request."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
@@ -185,7 +185,7 @@ def test_tokens_that_do_not_form_a_grid(chat, monkeypatch):
 
 
 class Parts(ChatModel):
-    """Takes apart prompts that are given."""
+    """Splits image tokens of given prompts into grids."""
 
     def __init__(self, prompts, **processor):
         self.model = SimpleNamespace(config=SimpleNamespace(model_type="a", image_token_id=3, get_text_config=dict))
@@ -199,7 +199,7 @@ class Parts(ChatModel):
 
 
 def test_shapes_of_the_image_processor():
-    """Rows and columns of patches, of which Qwen-VL merges squares into tokens."""
+    """They are rows and columns of patches. Qwen-VL merges squares of patches into tokens."""
     chat = Parts({}, image_processor=SimpleNamespace(merge_size=2))
     inputs = {
         "input_ids": torch.tensor([[3] * 6 + [1] + [3] * 2]),
@@ -212,7 +212,7 @@ def test_shapes_of_the_image_processor():
 
 @pytest.mark.parametrize("name", ["image_seq_length", "image_seq_len"])
 def test_images_with_different_numbers_of_tiles(name):
-    """The tokens of each image are counted in a prompt of its own."""
+    """The tokens of each image are counted in a separate prompt."""
     chat = Parts({(2, 1): [1, 3, 3, 3], (1, 1): [1, 3, 3]}, **{name: 1})
     inputs = {"input_ids": torch.tensor([[1, 3, 3, 3, 3, 3]])}
     first, second = chat._grids(inputs, [Image.new("RGB", (2, 1)), Image.new("RGB", (1, 1))])
@@ -273,7 +273,7 @@ def test_too_long():
     message = f"it has {length} tokens, and with up to {41 - length} new ones it exceeds the 40 tokens"
     with pytest.raises(ValueError, match=message):
         chat.answer(QUESTION, Settings(max_new_tokens=41 - length))
-    assert chat.answer([user("the cat")], Settings(max_new_tokens=2)).text, "it goes on"
+    assert chat.answer([user("the cat")], Settings(max_new_tokens=2)).text, "it still answers"
 
 
 def test_text_that_cannot_be_encoded(chat):
@@ -282,7 +282,7 @@ def test_text_that_cannot_be_encoded(chat):
 
 
 def test_one_answer_at_a_time(chat):
-    """A second thread waits for the first."""
+    """A second thread waits for the first one."""
     running, most = [], []
 
     def on_text(piece: str) -> None:
@@ -306,7 +306,7 @@ def test_one_answer_at_a_time(chat):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model, an adapter of its experts and one of its attention, in folders."""
+    """Folders with a model, an adapter of its experts and an adapter of its attention."""
     folder = tmp_path_factory.mktemp("saved")
     chat = make_chat()
     chat.model.save_pretrained(folder / "model")

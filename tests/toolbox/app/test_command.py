@@ -12,14 +12,14 @@ from modeling_sparse_moe_vlm.toolbox.commands.main import main
 
 @pytest.fixture
 def with_gradio(monkeypatch):
-    """As if gradio were installed."""
+    """Simulates an installed gradio."""
     monkeypatch.setattr(extras, "find_spec", lambda package: package == "gradio")
     monkeypatch.setattr(space, "version", lambda name: "6.0.0")
 
 
 @pytest.fixture
 def served(with_gradio, monkeypatch) -> list:
-    """What the command has loaded and served."""
+    """Records what the command loads and serves."""
     calls: list = []
     monkeypatch.setattr(ChatModel, "load", classmethod(lambda cls, *arguments: calls.append(arguments) or "chat"))
     page = ModuleType("page")

@@ -1,4 +1,4 @@
-"""A conversation as the model reads it, and as the page shows it."""
+"""Conversations in the forms for the model and for the page."""
 
 import numpy as np
 import pytest

@@ -50,7 +50,7 @@ def test_fit():
 
 
 def test_heat():
-    """The brightest cell is nearly in the brightest colour, the darkest shows more of the image."""
+    """The largest value has almost the brightest colour. The smallest one shows more of the image."""
     drawing = draw_heat(WHITE, np.array([[0.0, 0.3]]), side=200)
     assert drawing.size == (200, 136)
     pixels = np.array(drawing).astype(int)
@@ -75,7 +75,7 @@ def test_no_heat():
 
 
 def test_experts():
-    """Two layers beside each other, whose cells have the colours of their experts over the image."""
+    """Two layers are drawn beside each other. Their cells have the colours of their experts, over the image."""
     experts = np.array([[[0, 1]], [[2, 3]]])
     groups = [[("joint", 3)], [("joint", 2), ("image", 1)]]
     drawing = draw_experts(WHITE, experts, [0, 2], groups, side=100)
@@ -92,7 +92,7 @@ def test_experts():
     assert_is(pixels[22 + 5, 55], expert_colour(0, 1, 3))
     assert_is(pixels[22 + 5, 108 + 5], expert_colour(1, 0, 1))
     assert pixels[22 + 5, 108 + 55].tolist() == [255, 255, 255], "the sentinel stands for no expert"
-    # The legend: the colours of both groups, with as many experts as the layer with the most has.
+    # The legend has the colours of both groups, with the largest number of experts of any layer.
     assert pixels[80 + 2, 71].tolist() == list(expert_colour(0, 0, 3))
     assert pixels[80 + 2, 71 + 48].tolist() == list(expert_colour(0, 2, 3))
     assert pixels[80 + 26 + 2, 71].tolist() == list(expert_colour(1, 0, 1))

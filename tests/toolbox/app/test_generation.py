@@ -1,4 +1,4 @@
-"""One call of `generate`: the same tokens as without recording, with the attention and the routing of the model."""
+"""Recorded calls of `generate`: the same tokens as without recording, and the attention and routing of the model."""
 
 import threading
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ TOKENIZER = make_tokenizer()
 
 
 def first_row(inputs: dict) -> dict:
-    """The inputs of the first of two rows, which is not padded."""
+    """Returns the inputs of the first of two rows, which is not padded."""
     return {name: value[: len(value) // 2] for name, value in inputs.items()}
 
 
@@ -42,7 +42,7 @@ def generate(model, inputs, settings=SETTINGS, has_images=True, **options):
 
 @torch.no_grad()
 def attention_of_whole(model, tokens, inputs, **steering) -> torch.Tensor:
-    """The attention `(layers, heads, T, T)` of one pass over the whole text."""
+    """Returns the attention `(layers, heads, T, T)` of one forward pass over the whole text."""
     whole = inputs | {"input_ids": torch.cat([inputs["input_ids"], tokens[None, :-1]], dim=1)}
     for name in {"attention_mask", "token_type_ids", "mm_token_type_ids"} & set(inputs):
         value = 1 if name == "attention_mask" else 0
@@ -86,7 +86,7 @@ def test_count_free_alpha_of_our_models():
 @pytest.mark.parametrize("settings", [SETTINGS, STEERED], ids=["plain", "steered"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_transformers(name, settings):
-    """Also past the window of sliding layers, which lose the first tokens of the prompt."""
+    """Also beyond the window of sliding layers, in which the first tokens of the prompt are no longer visible."""
     model, inputs = in_tree_models.make_model(name), first_row(in_tree_models.make_inputs(name))
     read_attention_matrices(model)
     steering = {"modality_priors": {"image": 3.0}, "modality_guidance": 0.5} if settings is STEERED else {}
@@ -146,7 +146,7 @@ def test_without_images():
     assert ours.alpha_note == "There is no image in the conversation: all attention is on the text."
 
 
-def test_a_model_that_cannot_be_read_answers_all_the_same():
+def test_a_model_whose_attention_cannot_be_read_still_answers():
     torch.manual_seed(0)
     model = prepare(make_mllama())
     inputs = {
@@ -161,14 +161,14 @@ def test_a_model_that_cannot_be_read_answers_all_the_same():
     ours = generate(model, inputs, STEERED, on_text=pieces.append)
     assert torch.equal(ours.tokens, expected)
     assert ours.alpha == []
-    assert len(ours.recording.attention) == len(ours.tokens), "nothing is left of the pass that failed"
+    assert len(ours.recording.attention) == len(ours.tokens), "the failed pass is not recorded"
     assert ours.alpha_note.startswith("The attention of this model can be neither read nor steered: layer 1")
     assert "".join(pieces) == TOKENIZER.decode(ours.tokens, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("sequences", [[5, 6], [*range(7, 21), 5, 6]], ids=["without the prompt", "with the prompt"])
 def test_passes_that_are_not_those_of_the_tokens(sequences, monkeypatch):
-    """As in models that generate by other means than forward passes of theirs, one for each token."""
+    """Some models generate in another way than with one forward pass for each token."""
     model, inputs = in_tree_models.make_model("llava"), first_row(in_tree_models.make_inputs("llava"))
     inputs["input_ids"] = torch.arange(7, 21)[None]
     output = SimpleNamespace(sequences=torch.tensor([sequences]))
@@ -216,7 +216,7 @@ def test_text_arrives_piece_by_piece_and_can_be_stopped():
     assert len(ours.alpha) == len(ours.tokens)
 
 
-def test_the_model_is_as_before():
+def test_the_model_is_not_changed():
     model, inputs = make_ours()
     read_attention_matrices(model)
     model.train()
@@ -225,7 +225,7 @@ def test_the_model_is_as_before():
     def num_hooks() -> int:
         return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
-    generate(model, inputs)  # the library installs its own hooks once
+    generate(model, inputs)  # Transformers installs its own hooks once
     before = num_hooks()
     generate(model, inputs)
     assert num_hooks() == before

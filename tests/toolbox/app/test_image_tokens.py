@@ -1,4 +1,4 @@
-"""The tokens of each image in the grid that covers it."""
+"""The grid of tokens that covers each image."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from modeling_sparse_moe_vlm.toolbox.app.image_tokens import TokenGrid, tile_lay
 
 
 def is_image(*runs: tuple[int, int], length: int = 40) -> np.ndarray:
-    """A prompt with image tokens in some runs, each from its first position and of its length."""
+    """Returns a mask of image tokens with the given runs, by first position and length."""
     mask = np.zeros(length, dtype=bool)
     for first, number in runs:
         mask[first : first + number] = True
@@ -33,7 +33,7 @@ def test_shapes_of_the_processor():
 
 
 def test_tiles_line_by_line_and_an_overview():
-    """Two tiles beside each other with two tokens of text between them, and an overview at the end."""
+    """Two tiles are beside each other, with two text tokens between them. An overview follows."""
     (grid,) = token_grids(is_image((0, 4), (6, 4), (12, 4)), [12], [(200, 100)], tile_length=4)
     assert grid.positions.tolist() == [[0, 1, 6, 7], [2, 3, 8, 9]]
     assert grid.overview is not None
@@ -80,7 +80,7 @@ def test_tile_layout(num_tiles, size, layout):
         ([6, 0], {"shapes": [(2, 3), (0, 1)]}, None),
     ],
 )
-def test_what_is_not_a_grid(lengths, options, message):
+def test_tokens_that_form_no_grid(lengths, options, message):
     def grids():
         return token_grids(is_image((0, 6)), lengths, [(9, 9)] * len(lengths), **options)
 
@@ -102,7 +102,7 @@ def test_spread():
 
 
 def test_spread_of_an_overview():
-    """Each of its tokens covers 2 of the 8 cells, and gives half of its share to each."""
+    """Each token of the overview covers 2 of the 8 cells, and half of its share goes to each."""
     grid = TokenGrid(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), np.array([[8, 9], [10, 11]]))
     values = np.array([0, 1, 2, 3, 4, 5, 6, 7, 20, 40, 60, 80.0])
     assert grid.spread(values).tolist() == [[10, 11, 22, 23], [34, 35, 46, 47]]

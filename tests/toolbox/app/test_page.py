@@ -1,4 +1,4 @@
-"""The web page, without a browser: what its events show."""
+"""The events of the web page and their outputs, without a browser."""
 
 import socket
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ REQUEST = SimpleNamespace(session_hash="session")
 
 
 class Chat:
-    """Answers in two pieces, or fails."""
+    """Answers in two pieces, or raises an error."""
 
     reads_images = True
     adapters = ("none", "other")
@@ -89,7 +89,7 @@ def test_ask_again_replaces_the_last_answer(image):
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_mistakes_are_shown_and_the_page_goes_on(error, line, image, capsys):
+def test_mistakes_are_shown_and_the_page_still_works(error, line, image, capsys):
     page = Page(Chat(error), "a model")
     before = [Turn("One?", [], Answer("one"))]
     message = {"text": "Two?", "files": [image]}

@@ -15,7 +15,7 @@ IMAGES = [Image.new("RGB", (20, 10), "white"), Image.new("RGB", (10, 10), "red")
 
 
 def drawn(code: str) -> list[np.ndarray]:
-    """The drawings in some HTML."""
+    """Returns the drawings in the HTML."""
     found = re.findall(r'src="data:image/png;base64,([^"]+)"', code)
     return [np.array(Image.open(BytesIO(base64.b64decode(data)))) for data in found]
 
@@ -42,7 +42,7 @@ def test_panels():
         assert re.findall("<figcaption>(.*?)</figcaption>", code) == ["image 1", "image 2"]
 
 
-def test_notes_in_the_place_of_panels():
+def test_notes_instead_of_panels():
     answer = Answer("", alpha_note="no α", heat_note="no <heat>", experts_note="no experts")
     assert panels(answer, IMAGES) == (note("no α"), note("no <heat>"), note("no experts"))
     assert note("no <heat>") == '<p class="note">no &lt;heat&gt;</p>'

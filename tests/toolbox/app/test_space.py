@@ -14,7 +14,7 @@ from modeling_sparse_moe_vlm.toolbox.app.space import page_name, write_space
 
 @pytest.fixture(autouse=True)
 def _gradio(monkeypatch):
-    """Gradio need not be installed to write a folder in tests."""
+    """Tests that write a folder do not need an installed gradio."""
     monkeypatch.setattr(space, "version", lambda name: {"gradio": "6.1.2"}[name])
 
 
@@ -60,7 +60,7 @@ def test_models_in_folders_are_copied(tmp_path, monkeypatch):
     assert front_matter(folder)["title"] == "mine"
     for name in ("README.md", "app.py", "requirements.txt"):
         text = (folder / name).read_text()
-        assert str(tmp_path) not in text, "nothing of this machine"
+        assert str(tmp_path) not in text, "no path of this machine"
         assert sys.prefix not in text
 
 

@@ -1,4 +1,4 @@
-"""Tokens of an answer as words."""
+"""The words that the tokens of an answer form."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.support.processors import make_tokenizer
 
 
 def split(pieces: list[str]) -> list[tuple[str, list[int]]]:
-    """The words of tokens that stand for pieces of text."""
+    """Returns the words of tokens for these pieces of text."""
     return words_of(list(range(len(pieces))), lambda ids: "".join(pieces[i] for i in ids))
 
 

@@ -130,7 +130,7 @@ def test_a_wrong_number_of_images_is_named_with_its_row(processor, wrong, counts
         VisionLanguageCollator(processor)([row(PLACEHOLDER, images=[make_image()]), wrong])
 
 
-def test_rows_are_left_as_they_are(processor):
+def test_rows_are_not_changed(processor):
     given = row(PLACEHOLDER, images=[make_image()])
     before = copy.deepcopy(given["messages"])
     assert with_images(given, 0)[0]["content"][0] == {"type": "image", "image": given["images"][0]}
@@ -222,7 +222,7 @@ def test_an_empty_batch(processor):
         VisionLanguageCollator(processor)([])
 
 
-def test_rows_that_teach_nothing_are_named(processor):
+def test_errors_name_rows_without_targets(processor):
     silent = {"messages": [{"role": "user", "content": "a cat?"}]}
     with pytest.raises(ValueError, match=r"^rows \[1, 2\] of the batch have no assistant turn"):
         VisionLanguageCollator(processor)([row(), silent, silent])

@@ -28,4 +28,4 @@ def test_rows_become_conversations_when_they_are_read():
         (image,) = read[number]["images"]
         assert image.tobytes() == expected["images"][0].tobytes()
     assert read[3:5]["messages"] == [to_messages(rows[3])["messages"], to_messages(rows[4])["messages"]]
-    assert rows[0]["question"], "the rows themselves stay as they are"
+    assert rows[0]["question"], "the rows themselves are not changed"

@@ -38,7 +38,7 @@ def test_any_answer_can_be_drawn(tmp_path, answer):
 
 
 @pytest.mark.filterwarnings("error")
-def test_experts_that_are_not_there_are_blank(tmp_path):
+def test_missing_experts_are_blank(tmp_path):
     nan = torch.nan
     draw_expert_load({"text": torch.tensor([[0.5, 0.5, 0.0]])}, tmp_path / "idle.png")
     draw_expert_load({"text": torch.tensor([[0.5, 0.5, nan]])}, tmp_path / "gap.png")
@@ -66,12 +66,12 @@ def test_nothing_to_draw_is_an_error(tmp_path):
         draw_expert_load({}, tmp_path / "load.png")
 
 
-# ------------------------------------------------------------------------------------------ what the figures hold
+# ------------------------------------------------------------------------------------------ contents of the figures
 
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The figures that are drawn, with where they would be written."""
+    """The figures that are drawn, with the paths that they would be saved to."""
     figures: list = []
     monkeypatch.setattr(drawings, "save_figure", lambda figure, path: figures.append((figure, path)))
     return figures
@@ -131,7 +131,7 @@ def test_failures_are_shown_beside_successes(num_right, num_wrong, number, expec
     assert len(chosen) < 12 or chosen != some_of_each(flags, number, seed=1)
 
 
-def test_four_images_stand_in_a_line(drawn, tmp_path):
+def test_four_images_are_in_a_line(drawn, tmp_path):
     draw_answers([row("cat")] * 4, ["cat"] * 4, tmp_path / "a.png")
     draw_answers([row("cat")] * 5, ["cat"] * 5, tmp_path / "a.png")
     assert [figure.axes[0].get_subplotspec().get_geometry()[:2] for figure, _ in drawn] == [(1, 4), (2, 4)]

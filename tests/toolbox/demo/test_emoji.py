@@ -133,7 +133,7 @@ def test_every_keyword_is_as_often_right_as_wrong(splits):
         assert all(count["yes"] == count["no"] for count in answers.values())
 
 
-def test_seed_decides_alone(splits):
+def test_only_the_seed_determines_the_rows(splits):
     assert digest(emoji_questions("test")) == digest(splits["test"]) != digest(emoji_questions("test", seed=1))
     program = (
         "import hashlib; from datasets import Image; from modeling_sparse_moe_vlm.toolbox.demo.emoji import *;"
@@ -157,7 +157,7 @@ def test_half_transparent_pixels_are_blended_with_white():
     assert draw_on_white(encode_png(drawing), 4).getcolors() == [(16, (255, 255, 255))]
 
 
-def test_png_loses_nothing():
+def test_png_is_lossless():
     image = draw_on_white(raw_drawings("noto")["cat"], 24)
     again = PILImage.open(io.BytesIO(encode_png(image)))
     assert again.format == "PNG"

@@ -233,7 +233,7 @@ def test_style_is_held_out():
     assert set(scenes("train", 44, held_out_style=None, **SMALL)["style"]) == {"twemoji", "noto"}
 
 
-def test_seed_decides_alone():
+def test_only_the_seed_determines_the_scenes():
     assert digest(scenes("test", 50)) != digest(scenes("test", 50, seed=1))
     expected = digest(scenes("test", 50, jitter=3, held_out_style=None))
     program = (
@@ -250,7 +250,7 @@ def test_smaller_split_is_the_beginning_of_a_larger_one():
     assert digest(scenes("test", 20)) == digest(scenes("test", 50).select(range(20)))
 
 
-def test_vocabulary_is_whatever_the_table_holds():
+def test_vocabulary_is_that_of_the_table():
     vocabulary = ["1F1EF-1F1F5", "1F415", "2693", "1F600"]
     rows = texts(scenes("train", 200, vocabulary=vocabulary, **SMALL))
     assert {name for row in rows for name in row["scene"]} == {"", "flag: Japan", "dog", "anchor", "grinning face"}

@@ -29,12 +29,12 @@ def test_special_tokens(tokenizer):
 
 def test_merges_what_is_frequent(tokenizer):
     assert len(tokenizer) == 270
-    assert len(train_tokenizer(["ab"], vocab_size=1000)) == 4 + 256 + 1, "there is only so much to merge"
+    assert len(train_tokenizer(["ab"], vocab_size=1000)) == 4 + 256 + 1, "there are no more pairs to merge"
     assert train_tokenizer(["ab"] * 2, vocab_size=261).tokenize("abab") == ["ab", "ab"]
 
 
 @pytest.mark.parametrize("text", ["a cat", " a  cat .", "it 's , n't !", "größer 猫 🐈\n\ttab", "\x00\x7f", ""])
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_is_decoded_as_it_was(tokenizer, text):
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert all(4 <= token < 270 for token in ids)

@@ -1,4 +1,4 @@
-"""Scores by kind of question, and the tables of them."""
+"""Scores by kind of question, and tables of these scores."""
 
 import pytest
 from datasets import Dataset

@@ -64,7 +64,7 @@ def test_it_is_computed_again_when_something_changed(maker, change):
     assert maker.ask(1, settings=(2.0,) if change == "settings" else (1.0,)) == 2
 
 
-def test_of_inference_tensors_nothing_is_kept(maker):
+def test_nothing_is_kept_for_inference_tensors(maker):
     """Inference tensors have no version counter."""
     with torch.inference_mode():
         maker.weight = torch.zeros(2)

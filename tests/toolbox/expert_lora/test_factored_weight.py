@@ -124,7 +124,7 @@ def test_dropout_is_only_for_the_updates():
     close(inputs @ weight[0], inputs @ weight.base[0])
 
 
-def test_what_it_does_not_know_is_refused():
+def test_unsupported_operations_are_refused():
     weight, _, inputs = make()
     with pytest.raises(NotImplementedError, match="calls `einsum`, which factored adapters do not know"):
         torch.einsum("ti,eio->teo", inputs, weight)

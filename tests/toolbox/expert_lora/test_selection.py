@@ -322,7 +322,7 @@ def test_the_busiest_experts_of_an_in_tree_model():
         ("llama", {}, "LlamaForCausalLM has no experts that run through Transformers' experts interface"),
     ],
 )
-def test_what_is_not_there_is_refused(name, selection, message):
+def test_unknown_selections_are_refused(name, selection, message):
     ours = {"dense": {"mlp_only_layers": [0]}, "pool": {"expert_pool": [0, 0]}, "hybrid": {}}
     if name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**TEXT))
@@ -332,7 +332,7 @@ def test_what_is_not_there_is_refused(name, selection, message):
         expert_lora_config(model, **selection)
 
 
-def test_busy_experts_that_are_not_there_are_refused():
+def test_unknown_selections_of_busy_experts_are_refused():
     model = make_model("isolated")
     counts = {"text": torch.ones(2, 8)}
     with pytest.raises(ValueError, match=r"no tokens of modality 'image', but of \['text'\]"):

@@ -1,4 +1,4 @@
-"""The model card says what the configuration, the scores and the recipe say."""
+"""The model card agrees with the configuration, the scores and the recipe."""
 
 import yaml
 from huggingface_hub import ModelCard
@@ -75,7 +75,7 @@ def test_groups(tmp_path):
     assert "| expert groups | both (4 × 24), words (1 × 8, always on) |" in text.splitlines()
 
 
-def test_what_was_not_measured_is_not_claimed(tmp_path):
+def test_only_measured_results_are_in_the_card(tmp_path):
     card = write_model_card(tmp_path, config=make_config(), metrics={"training_seconds": 3})
     assert card.data.eval_results is None
     assert card.data.metrics is None
@@ -88,7 +88,7 @@ def test_what_was_not_measured_is_not_claimed(tmp_path):
     assert [result.dataset_split for result in card.data.eval_results] == ["test_style"]
 
 
-def test_a_template_of_ones_own(tmp_path):
+def test_a_custom_template(tmp_path):
     (tmp_path / "template.md").write_text("---\n{{ card_data }}\n---\n\n{{ model_name }}: {{ num_parameters }}")
     config = make_config()
     card = write_model_card(tmp_path, config=config, template=tmp_path / "template.md")
