@@ -130,7 +130,8 @@ for name in MODELS:
             adapted = get_peft_model(spread, expert_lora_config(spread, r=2))
             if "fsdp_size" in sizes:
                 fails(lambda: expert_lora_config(spread, routers=True), "cannot train it in full")
-            fails(lambda: expert_lora_config(spread, attention=True, use_dora=True), "cannot adapt its linear layers with `use_dora`")
+            dora = "cannot adapt its linear layers with `use_dora`"
+            fails(lambda: expert_lora_config(spread, attention=True, use_dora=True), dora)
             fails(adapted.merge_adapter, "merge it in one process")
             if sizes != {"fsdp_size": 2}:
                 fails(lambda: adapted(**whole_batch), "call `factor_expert_lora(model)`")

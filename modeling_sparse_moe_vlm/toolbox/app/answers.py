@@ -1,4 +1,4 @@
-"""An answer, with what the model did for every word of it and for every image."""
+"""Answers, with the attention and the routing behind them, by word and by image."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .image_tokens import TokenGrid
 from .recording import Recording
 
 NO_IMAGE = "There is no image in the conversation."
-NO_ATTENTION = "This model does not return its attention matrices, so it is not known where attention fell."
+NO_ATTENTION = "This model does not return its attention matrices, so its attention to the image is not known."
 NO_EXPERTS = "This model has no experts of this package. `sparse-moe-vlm upcycle` makes a model that has them."
 
 
 @dataclass
 class Answer:
     """
-    An answer. What is not known is empty, and a note says why.
+    An answer of the model. Fields that are not known are empty, and the note beside them says why.
 
     Args:
         text (`str`):
@@ -32,7 +32,7 @@ class Answer:
             Why there is no α.
         heat (`list[np.ndarray]`):
             For every image, the share of the attention to images that each cell received, `(rows, columns)`, averaged
-            over words, layers and heads. All images together sum to 1.
+            over words, layers and heads. The sum over all images is 1.
         heat_note (`str`):
             Why there is no heat.
         experts (`list[np.ndarray]`):
@@ -66,7 +66,7 @@ def explained(
     length: int,
 ) -> Answer:
     """
-    Puts an answer together.
+    Creates an answer from the recording of a generation.
 
     Args:
         text (`str`):
@@ -74,14 +74,14 @@ def explained(
         words (`Sequence[tuple[str, Sequence[int]]]`):
             Its words, with the numbers of their tokens.
         generation ([`~generation.Generation`]):
-            What the model did for every token.
+            The recording of the generation.
         grids (`Sequence[TokenGrid]` or `str`):
             The tokens of every image, or why they are not known.
         length (`int`):
             Length of the prompt.
 
     Returns:
-        [`Answer`]
+        [`Answer`]: The answer.
     """
     answer = Answer(text, [word for word, _ in words], alpha_note=generation.alpha_note)
     if not words:
@@ -106,7 +106,7 @@ def explained(
 
 def image_heat(attention: np.ndarray, grids: Sequence[TokenGrid]) -> list[np.ndarray]:
     """
-    How the attention to images spreads over them.
+    Computes how the attention to images is distributed over their cells.
 
     Args:
         attention (`np.ndarray` of shape `(prompt length,)`):
@@ -115,7 +115,7 @@ def image_heat(attention: np.ndarray, grids: Sequence[TokenGrid]) -> list[np.nda
             The tokens of every image.
 
     Returns:
-        `list[np.ndarray]`: one array `(rows, columns)` for each image. All together sum to 1.
+        `list[np.ndarray]`: One array `(rows, columns)` for each image. The sum over all images is 1.
     """
     heat = [grid.spread(attention) for grid in grids]
     total = sum(float(cells.sum()) for cells in heat)

@@ -1,4 +1,4 @@
-"""A model that chats, with its adapters, and what it did for each answer."""
+"""A model for chatting, with its adapters, that records attention and routing for each answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .words import words_of
 
 class ChatModel:
     """
-    A model that chats. Several threads may ask it; it answers one after the other.
+    A model for chatting. Several threads can call it; the calls run one after the other.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -77,14 +77,14 @@ class ChatModel:
             messages (`Sequence[Mapping]`):
                 Chat messages, whose content is a list of parts of type `"text"` and `"image"`, with a PIL image.
             settings ([`~settings.Settings`], *optional*):
-                How to decode and to steer.
+                Settings of decoding and steering.
             on_text (`Callable[[str], None]`, *optional*):
                 Called with every new piece of the answer.
             stop (`threading.Event`, *optional*):
                 Ends the answer once it is set.
 
         Returns:
-            [`Answer`]
+            [`Answer`]: The answer.
 
         Raises:
             ValueError: If the model cannot read a message, or the conversation is too long.
@@ -101,8 +101,8 @@ class ChatModel:
             check(
                 limit is None or length + settings.max_new_tokens <= limit,
                 f"The conversation is too long: it has {length} tokens, and with up to {settings.max_new_tokens} new "
-                f"ones it exceeds the {limit} tokens that the model can read. Start a new one, or ask for fewer new "
-                "tokens.",
+                f"tokens it exceeds the {limit} tokens that the model can read. Start a new conversation, or reduce "
+                "the maximum number of new tokens.",
             )
             generation = generate_recorded(
                 self.model, self.tokenizer, inputs, settings, has_images=bool(images), on_text=on_text, stop=stop
@@ -122,7 +122,7 @@ class ChatModel:
             yield
 
     def _inputs(self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> dict[str, Any]:
-        """Inputs of a conversation, on the model's device and in its type."""
+        """Returns the model inputs of a conversation, on the device and in the dtype of the model."""
         if getattr(self.processor, "chat_template", None):
             chat = [dict(message) for message in messages]
             if not self.reads_images:  # templates of language models take strings
@@ -156,7 +156,7 @@ class ChatModel:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _grids(self, inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> list[TokenGrid]:
-        """The tokens of every image of a prompt."""
+        """Returns the tokens of every image of a prompt."""
         shapes, is_image = None, self._is_image(inputs)
         if "image_grid_thw" in inputs:
             merge = self.processor.image_processor.merge_size
@@ -170,7 +170,7 @@ class ChatModel:
         return token_grids(is_image, lengths, [image.size for image in images], tile_length=tile_length, shapes=shapes)
 
     def _is_image(self, inputs: Mapping[str, Any]) -> np.ndarray:
-        """Which tokens of a prompt stand for images, `(T,)` of type bool."""
+        """Returns which tokens of a prompt are image tokens, `(T,)` of type bool."""
         placeholders = placeholders_of(base_model_of(self.model).config)
         of_images = [token for token, modality in placeholders.items() if modality == IMAGE_ID]
         return np.isin(inputs["input_ids"][0].cpu().numpy(), of_images)
@@ -178,14 +178,14 @@ class ChatModel:
 
 def read_image(path: str) -> Image.Image:
     """
-    Reads an image from a file, as it looks to a person.
+    Reads an image from a file, the way an image viewer shows it.
 
     Args:
         path (`str`):
             Path to the file.
 
     Returns:
-        `PIL.Image.Image`: an upright RGB image.
+        `PIL.Image.Image`: An upright RGB image.
 
     Raises:
         ValueError: If the file cannot be read as an image; the message names it, without its folder.

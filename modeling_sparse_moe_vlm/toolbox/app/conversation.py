@@ -1,4 +1,4 @@
-"""A conversation: as the model reads it, and as the page shows it."""
+"""Converts a conversation to the messages of the model and to the messages of the page."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class Turn:
 
 
 def image_paths(turns: Sequence[Turn]) -> list[str]:
-    """The paths of all images of a conversation, in order."""
+    """Returns the paths of all images of a conversation, in order."""
     return [path for turn in turns for path in turn.images]
 
 
 def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     """
-    The chat messages of a conversation, with its images as PIL images.
+    Converts a conversation to chat messages, with its images as PIL images.
 
     Args:
         turns (`Sequence[Turn]`):
             The conversation.
 
     Returns:
-        `list[dict]`: two messages for each turn, or one where the answer is missing.
+        `list[dict]`: Two messages per turn, or one if the answer is missing.
 
     Raises:
         ValueError: If an image cannot be read; the message names its file.
@@ -61,16 +61,16 @@ def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 def to_bubbles(turns: Sequence[Turn], answer_so_far: str = "") -> list[dict[str, Any]]:
     """
-    The messages of gradio's `Chatbot`.
+    Converts a conversation to the messages of gradio's `Chatbot`.
 
     Args:
         turns (`Sequence[Turn]`):
             The conversation.
         answer_so_far (`str`, *optional*):
-            Beginning of the answer that is missing.
+            Beginning of an answer that is not yet complete.
 
     Returns:
-        `list[dict]`: for each turn its images, its question and its answer.
+        `list[dict]`: For each turn, its images, its question and its answer.
     """
     bubbles: list[dict[str, Any]] = []
     for turn in turns:
@@ -83,7 +83,7 @@ def to_bubbles(turns: Sequence[Turn], answer_so_far: str = "") -> list[dict[str,
 
 
 def turn_of_bubble(turns: Sequence[Turn], index: int) -> int:
-    """The number of the turn that a message of [`to_bubbles`] belongs to."""
+    """Returns the number of the turn that a message of [`to_bubbles`] belongs to."""
     ends = 0
     for number, turn in enumerate(turns):
         ends += len(turn.images) + bool(turn.question) + 1

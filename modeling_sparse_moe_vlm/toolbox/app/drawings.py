@@ -1,6 +1,6 @@
-"""Drawings of the web page: the heat over an image, the experts of its tokens, and the weights of words.
+"""Drawings of the web page: attention heat maps, the experts of image tokens, and α by word.
 
-Small functions of arrays and Pillow images, which draw with Pillow only.
+The functions only need NumPy and Pillow.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _MARGIN = 8
 
 def magma(values: np.ndarray) -> np.ndarray:
     """
-    Colours of numbers.
+    Returns the colours of numbers.
 
     Args:
         values (`np.ndarray`):
-            Numbers from 0 (dark) to 1 (bright); others count as the nearest of these.
+            Numbers from 0 (dark) to 1 (bright). Other numbers are clipped.
 
     Returns:
         `np.ndarray` of shape `(*values.shape, 3)`, of type uint8.
@@ -60,7 +60,7 @@ def expert_colour(group: int, number: int, size: int) -> tuple[int, int, int]:
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:
-    """The image with its longer side scaled to `side` pixels. Small images keep their hard edges."""
+    """Scales an image so that its longer side has `side` pixels. Small images keep their hard edges."""
     scale = side / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
@@ -68,7 +68,7 @@ def fit(image: Image.Image, side: int) -> Image.Image:
 
 def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None, side: int = 320) -> Image.Image:
     """
-    Draws the attention that the tokens of an image received over the image, above a scale.
+    Draws the attention that the tokens of an image received as a heat map over the image, with a scale below.
 
     Args:
         image (`PIL.Image.Image`):
@@ -87,7 +87,7 @@ def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None
     shown = fit(image, side)
     relative = heat / highest
     colours = Image.fromarray(magma(relative)).resize(shown.size, Image.Resampling.NEAREST)
-    # Faint where there was little attention, so that the image shows.
+    # Almost transparent where there was little attention, so that the image is visible.
     strength = Image.fromarray((90 + 115 * np.clip(relative, 0, 1)).round().astype(np.uint8))
     grey = Image.blend(shown, shown.convert("L").convert("RGB"), 0.5)
     over = Image.composite(colours, grey, strength.resize(shown.size, Image.Resampling.NEAREST))
@@ -103,7 +103,7 @@ def draw_heat(image: Image.Image, heat: np.ndarray, highest: float | None = None
 
 
 def percent(share: float) -> str:
-    """A share as a percentage with three digits, such as `4.07 %`."""
+    """Formats a share as a percentage with three digits, such as `4.07 %`."""
     return f"{100 * share:.3g} %"
 
 
@@ -116,13 +116,13 @@ def draw_experts(
     columns: int = 4,
 ) -> Image.Image:
     """
-    Draws the first expert of every image token, in one grid for each layer, above a legend of the groups.
+    Draws the first expert of every image token, in one grid per layer, with a legend of the groups below.
 
     Args:
         image (`PIL.Image.Image`):
             The image.
         experts (`np.ndarray` of shape `(layers, rows, columns)`):
-            Number of the expert, counted through all routed groups of the layer; larger numbers stand for none.
+            Number of the expert across all routed groups of the layer. Larger numbers mean that there is none.
         layers (`Sequence[int]`):
             Numbers of the layers.
         groups (`Sequence[Sequence[tuple[str, int]]]`):
@@ -162,7 +162,7 @@ def draw_experts(
 def _expert_grid(
     shown: Image.Image, experts: np.ndarray, colours: Sequence[tuple[tuple[int, int, int], str]]
 ) -> Image.Image:
-    """One layer: the image below translucent cells in the colours of the experts, with their numbers where they fit."""
+    """Draws one layer: translucent cells in the colours of the experts over the image, with numbers where they fit."""
     rows, columns = experts.shape
     x = [round(shown.width * column / columns) for column in range(columns + 1)]
     y = [round(shown.height * row / rows) for row in range(rows + 1)]
@@ -188,7 +188,7 @@ def _expert_grid(
 def _draw_legend(
     pen: ImageDraw.ImageDraw, corner: tuple[int, int], width: int, group: int, name: str, size: int
 ) -> None:
-    """A line with the name of a group and the colours of its experts; as many as fit."""
+    """Draws a line with the name of a group and the colours of as many of its experts as fit."""
     left, top = corner
     font = ImageFont.load_default(14)
     pen.text((left + 1, top + 4), name, _INK, font)
@@ -207,7 +207,7 @@ def _draw_legend(
 
 def alpha_html(words: Sequence[str], alpha: Sequence[float], count_free_alpha: Sequence[float]) -> str:
     """
-    HTML of an answer, with α below every word and in the strength of its colour, and a scale.
+    Returns the HTML of an answer, with α below every word and as the strength of its colour, and a scale.
 
     Args:
         words (`Sequence[str]`):

@@ -1,4 +1,4 @@
-"""One call of `generate`, with α, attention and routing recorded."""
+"""Runs `generate` and records α, the attention and the routing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGE_ID = MODALITIES.index("image")
 @dataclass
 class Generation:
     """
-    The new tokens of one row, and what the model did for each.
+    The new tokens of one row, with their α, attention and routing.
 
     Args:
         tokens (`torch.Tensor` of shape `(new tokens,)`):
@@ -62,7 +62,8 @@ def generate_recorded(
     stop: threading.Event | None = None,
 ) -> Generation:
     """
-    Continues a prompt and records how. A model whose attention cannot be read out generates too, but is not steered.
+    Continues a prompt and records α, the attention and the routing. If the attention of a model cannot be read out, the
+    model generates without being steered.
 
     Args:
         model (`PreTrainedModel`):
@@ -72,7 +73,7 @@ def generate_recorded(
         inputs (`Mapping[str, Any]`):
             Inputs of one row.
         settings ([`~settings.Settings`]):
-            How to decode and to steer.
+            Settings of decoding and steering.
         has_images (`bool`):
             Whether the prompt has images.
         on_text (`Callable[[str], None]`, *optional*):
@@ -81,7 +82,7 @@ def generate_recorded(
             Ends the generation once it is set.
 
     Returns:
-        [`Generation`]
+        [`Generation`]: The new tokens and the recording.
     """
     base = base_model_of(model)
     stopping = StoppingCriteriaList([_Stopped(stop or threading.Event())])
@@ -104,14 +105,14 @@ def generate_recorded(
     tokens = _new_tokens(output, inputs["input_ids"])
     if any(len(steps) != len(tokens) for steps in weights):
         record.attention.clear()
-        passes = f"{len(tokens)} new tokens, but {len(weights[0])} forward passes that could be read"
+        passes = f"{len(tokens)} new tokens, but {len(weights[0])} forward passes with weights"
         return Generation(tokens, record, alpha_note=f"α of the words is not known: there were {passes}.")
     alpha, count_free = ([_mean_alpha(layers) for layers in steps] for steps in weights)
     return Generation(tokens, record, alpha, count_free)
 
 
 def _new_tokens(output: Any, prompt: torch.Tensor) -> torch.Tensor:
-    """The new tokens `(T,)` of what `generate` returned: some models return the prompt before them, others do not."""
+    """Returns the new tokens `(T,)` in the output of `generate`. In some models, the prompt precedes them."""
     tokens, first = getattr(output, "sequences", output)[0], prompt[0]
     if torch.equal(tokens[: len(first)], first.to(tokens.device)):
         tokens = tokens[len(first) :]
@@ -121,9 +122,9 @@ def _new_tokens(output: Any, prompt: torch.Tensor) -> torch.Tensor:
 def _generate_with_weights(
     model: PreTrainedModel, generate: Callable[..., Any], settings: Settings
 ) -> tuple[Any, tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]]:
-    """What `generate` returned, and by forward pass and layer the weights of modalities, as they are and count-free."""
+    """Returns the output of `generate`, and the modality weights and count-free weights by forward pass and layer."""
     if model.config.model_type == SparseMoeVlmConfig.model_type:
-        # Without `output_attentions`, the model may take a shorter way that never computes the matrices.
+        # Without `output_attentions`, the model may use a faster implementation that does not compute the matrices.
         output = generate(
             output_modality_weights=True, output_attentions=True, return_dict_in_generate=True, **settings.steering
         )
@@ -137,12 +138,12 @@ def _generate_with_weights(
 
 
 def _mean_alpha(layers: Sequence[torch.Tensor]) -> float:
-    """The weight of images for the last token, from the weights `(B, heads, T, modalities)` of every layer."""
+    """Returns the weight of images for the last token, averaged over layers `(B, heads, T, modalities)` and heads."""
     return float(torch.stack([weights[0, :, -1, IMAGE_ID] for weights in layers]).mean())
 
 
 class _Pieces(TextStreamer):
-    """Passes new text on, word by word."""
+    """Streamer that passes new text to a function, word by word."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -153,7 +154,7 @@ class _Pieces(TextStreamer):
 
 
 class _Stopped(StoppingCriteria):
-    """Stops once an event is set."""
+    """Stopping criterion that stops once an event is set."""
 
     def __init__(self, event: threading.Event):
         self.event = event

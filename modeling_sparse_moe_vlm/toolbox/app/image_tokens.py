@@ -1,4 +1,4 @@
-"""The tokens of each image of a prompt, in the grid in which they cover the image."""
+"""Finds the tokens of each image of a prompt, and arranges them in the grid in which they cover the image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...checks import check
 @dataclass(frozen=True)
 class TokenGrid:
     """
-    The tokens of one image.
+    The tokens of one image, as a grid.
 
     Args:
         positions (`np.ndarray` of shape `(rows, columns)`):
@@ -28,11 +28,11 @@ class TokenGrid:
 
     def spread(self, values: np.ndarray) -> np.ndarray:
         """
-        Sums the shares of the tokens over the image. A token of the overview spreads evenly over the cells below it.
+        Returns the shares of the cells. The share of an overview token is divided evenly among its cells.
 
         Args:
             values (`np.ndarray` of shape `(prompt length,)`):
-                A share of every token of the prompt.
+                Share of every token of the prompt.
 
         Returns:
             `np.ndarray` of shape `(rows, columns)`.
@@ -60,7 +60,7 @@ def token_grids(
 
     Args:
         is_image (`np.ndarray` of shape `(prompt length,)`):
-            Which tokens of the prompt stand for images.
+            Which tokens of the prompt are image tokens.
         lengths (`Sequence[int]`):
             Number of tokens of every image, in the order of the prompt.
         sizes (`Sequence[tuple[int, int]]`):
@@ -71,7 +71,7 @@ def token_grids(
             Rows and columns of every image, where the processor returns them. By default the tokens form a square.
 
     Returns:
-        `list[TokenGrid]`: one for each image.
+        `list[TokenGrid]`: One grid per image.
 
     Raises:
         ValueError: If the numbers of tokens do not add up, or the tokens of an image do not form a grid.
@@ -79,7 +79,7 @@ def token_grids(
     positions = np.flatnonzero(is_image)
     check(
         len(positions) == sum(lengths),
-        f"the prompt has {len(positions)} image tokens, but its images have {list(lengths)} by themselves.",
+        f"the prompt has {len(positions)} image tokens, but its images have {list(lengths)} if processed separately.",
     )
     ends = np.cumsum(lengths)
     grids = []
@@ -97,7 +97,7 @@ def token_grids(
 
 
 def tile_layout(num_tiles: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The rows and columns of tiles that come closest to the shape of an image of some width and height."""
+    """Returns the numbers of rows and columns of tiles whose aspect ratio is closest to that of the image."""
     width, height = size
     layouts = [(rows, num_tiles // rows) for rows in range(1, num_tiles + 1) if num_tiles % rows == 0]
     return min(layouts, key=lambda layout: abs(math.log(layout[1] * height / (layout[0] * width))))
@@ -110,7 +110,7 @@ def _square(positions: np.ndarray) -> np.ndarray:
 
 
 def _tiled(tiles: np.ndarray, size: tuple[int, int]) -> TokenGrid:
-    """Tiles line by line, the overview last."""
+    """Arranges the tokens of tiles, which are in row-major order and followed by the overview."""
     *own, overview = (_square(tile) for tile in tiles)
     rows, columns = tile_layout(len(own), size)
     return TokenGrid(np.block([own[row * columns : (row + 1) * columns] for row in range(rows)]), overview)

@@ -1,4 +1,4 @@
-"""The model of the web page, its processor and its adapters, from folders or the Hub."""
+"""Loads the model of the web page, its processor and its adapters from folders or from the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .settings import NO_ADAPTER
 
 def load_model(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """
-    A model that chats, on the accelerator if there is one, with eager attention, whose matrices can be read.
+    Loads a model on the accelerator, if there is one, with eager attention, which returns its attention matrices.
 
     Args:
         path (`str`):
@@ -56,8 +56,8 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
 
 def read_attention_matrices(model: PreTrainedModel) -> None:
     """
-    Switches the decoder to eager attention, if it can be switched. The vision tower keeps its own, which needs less
-    memory.
+    Switches the decoder to eager attention, if it supports this. The vision tower keeps its implementation, which needs
+    less memory.
     """
     decoder = decoder_of(model)
     if isinstance(decoder, PreTrainedModel):
@@ -72,10 +72,10 @@ def load_adapters(model: PreTrainedModel, paths: Mapping[str, str]) -> Any:
         model (`PreTrainedModel`):
             The model.
         paths (`Mapping[str, str]`):
-            Folder, or name on the Hub, by name of the adapter.
+            Path to a folder, or name on the Hub, by the name of the adapter.
 
     Returns:
-        `PreTrainedModel` or `PeftModel`: the model with the adapters.
+        `PreTrainedModel` or `PeftModel`: The model with the adapters.
 
     Raises:
         OSError: If a file of an adapter is missing or damaged; the message names it.
@@ -88,7 +88,7 @@ def load_adapters(model: PreTrainedModel, paths: Mapping[str, str]) -> Any:
 
 
 def _is_of_experts(path: str) -> bool:
-    """Whether an adapter names `target_parameters`, as those of experts do."""
+    """Returns whether an adapter names `target_parameters`, as adapters of experts do."""
     try:
         return bool(getattr(PeftConfig.from_pretrained(path), "target_parameters", None))
     except (ValueError, TypeError):
@@ -97,14 +97,14 @@ def _is_of_experts(path: str) -> bool:
 
 def parse_adapters(options: Sequence[str]) -> dict[str, str]:
     """
-    The values of `--adapter NAME=PATH`.
+    Parses the values of `--adapter NAME=PATH`.
 
     Args:
         options (`Sequence[str]`):
             The values.
 
     Returns:
-        `dict[str, str]`: paths by name.
+        `dict[str, str]`: Paths by name.
 
     Raises:
         ValueError: If a value is not of that form, a name has other characters than letters, digits, `_` and `-`, or
@@ -124,6 +124,6 @@ def parse_adapters(options: Sequence[str]) -> dict[str, str]:
 
 
 def max_length(model: Any) -> int | None:
-    """Number of tokens that a model can read, where its configuration says so."""
+    """Returns the maximum number of tokens of a model, or `None` if its configuration does not contain it."""
     length = getattr(base_model_of(model).config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None

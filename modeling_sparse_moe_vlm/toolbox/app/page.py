@@ -1,4 +1,4 @@
-"""The web page: a chat, its settings, and panels that show how the model made an answer."""
+"""The web page: a chat, its settings, and panels that show how the model generated an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .conversation import Turn, image_paths, to_bubbles, to_messages, turn_of_bu
 from .panels import WAITING, panels, problem
 from .settings import NO_ADAPTER, Settings
 
-GREETING = "Attach an image and ask about it. A click on an answer shows how it was made."
+GREETING = "Attach an image and ask about it. Click on an answer to see how the model generated it."
 ODDS = "<small>modality_priors = {{'image': {}}}</small>"
 HOUR = 3600  # seconds
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "Arial", "sans-serif"]
@@ -64,12 +64,12 @@ class Page:
 
     def __init__(self, chat: ChatModel, name: str):
         self.chat = chat
-        self.stops: dict[str | None, threading.Event] = {}  # by session, while it has an answer under way
+        self.stops: dict[str | None, threading.Event] = {}  # by session, while an answer is being generated
         with gr.Blocks(
             title=f"{name} – sparse-moe-vlm",
             analytics_enabled=False,
             fill_width=True,
-            delete_cache=(HOUR, 24 * HOUR),  # images of visitors are deleted after a day
+            delete_cache=(HOUR, 24 * HOUR),  # uploaded images are deleted after a day
         ) as self.blocks:
             gr.Markdown(f"## {name}")
             turns = gr.State([])
@@ -93,7 +93,7 @@ class Page:
                 with gr.Column(scale=6, min_width=380):
                     gr.Markdown("### α by word\nShare of attention that went to the images when each word was chosen")
                     alpha = gr.HTML(WAITING, elem_id="alpha", padding=False)
-                    gr.Markdown("### Where attention fell\nShare of the attention to the images, by image token")
+                    gr.Markdown("### Attention to the images\nShare of the attention to the images, by image token")
                     heat = gr.HTML(WAITING, elem_id="heat", padding=False)
                     gr.Markdown("### Experts of the image tokens\nThe routed expert with the largest weight, by layer")
                     experts = gr.HTML(WAITING, elem_id="experts", padding=False)
@@ -106,7 +106,7 @@ class Page:
             chatbot.select(self.show, [turns], shown, queue=False)
 
     def _controls(self) -> list[Any]:
-        """The controls of [`Settings`], in the order of its fields."""
+        """Creates the controls for [`Settings`], in the order of its fields."""
         reads_images = self.chat.reads_images
         with gr.Accordion("Settings", open=True):
             adapter = gr.Dropdown(
@@ -123,7 +123,7 @@ class Page:
                 )  # fmt: skip
                 guidance = gr.Slider(
                     0, 4, value=0, step=0.1, label="Image guidance", elem_id="guidance",
-                    info="Moves the output of attention away from that of the text by itself",
+                    info="Moves the attention output away from that of the text tokens",
                 )  # fmt: skip
             factor = gr.HTML(ODDS.format(1), elem_id="factor", padding=False, visible=reads_images)
             odds.change(None, odds, factor, js="(x) => `" + ODDS.format("${(2 ** x).toFixed(2)}") + "`")
@@ -140,7 +140,7 @@ class Page:
         yield from self._respond([*turns, turn], turns, message, controls, request)
 
     def ask_again(self, turns: list[Turn], request: gr.Request, *controls: Any) -> Iterator[tuple]:
-        """Answers the last question again, with the settings as they are now."""
+        """Answers the last question again, with the current settings."""
         again = [*turns[:-1], replace(turns[-1], answer=None)] if turns else []
         yield from self._respond(again, turns, None, controls, request)
 
@@ -148,13 +148,13 @@ class Page:
         self, turns: list[Turn], before: list[Turn], message: Any, controls: tuple[Any, ...], request: gr.Request
     ) -> Iterator[tuple]:
         """
-        Shows the last answer of a conversation word by word, and then its panels. After a mistake, the conversation is
-        as it was before, and the message can be corrected.
+        Shows the answer to the last question word by word, and then its panels. After an error, the conversation is
+        restored, so that the user can correct the message.
         """
         stop = self.stops[request.session_hash] = threading.Event()
         unchanged = gr.skip()
         try:
-            check(bool(turns), "There is no question yet: ask one.")
+            check(bool(turns), "There is no question yet: type one first.")
             check(bool(turns[-1].question or turns[-1].images), "The message is empty: type a question.")
             messages = to_messages(turns)
             sent = unchanged if message is None else {"text": "", "files": []}
@@ -165,7 +165,7 @@ class Page:
             turns[-1].answer = words.answer()
             yield to_bubbles(turns), turns, unchanged, "", *panels_of(turns, len(turns) - 1)
         except Exception as error:
-            if not isinstance(error, ValueError | OSError):  # a fault of the code, or too little memory
+            if not isinstance(error, ValueError | OSError):  # a bug, or too little memory
                 traceback.print_exc()
             line = problem(str(error) or type(error).__name__)
             back = unchanged if message is None else message
@@ -175,7 +175,7 @@ class Page:
             self.stops.pop(request.session_hash, None)
 
     def stop(self, request: gr.Request) -> None:
-        """Ends the answer under way in this session; what there is of it stays."""
+        """Stops generating the answer of this session. The text so far is kept."""
         if request.session_hash in self.stops:
             self.stops[request.session_hash].set()
 
@@ -184,12 +184,12 @@ class Page:
         return [], [], {"text": "", "files": []}, "", WAITING, WAITING, WAITING
 
     def show(self, turns: list[Turn], event: gr.SelectData) -> tuple:
-        """Shows the panels of the answer that was clicked on."""
+        """Shows the panels of the answer that the user has clicked on."""
         return panels_of(turns, turn_of_bubble(turns, int(event.index)))
 
 
 class _Words:
-    """An answer under way, in a thread: iterates over the text so far."""
+    """Generates an answer in a thread. Iterating over it yields the text so far."""
 
     def __init__(self, chat: ChatModel, messages: list[dict[str, Any]], settings: Settings, stop: threading.Event):
         self.pieces: queue.Queue[str | None] = queue.Queue()
@@ -213,7 +213,7 @@ class _Words:
                 yield text
 
     def answer(self) -> Answer:
-        """The complete answer, after the last word; raises what the model has raised."""
+        """Returns the complete answer after the last word, or raises the error of the model."""
         assert self.result is not None
         if isinstance(self.result, BaseException):
             raise self.result
@@ -221,12 +221,12 @@ class _Words:
 
 
 def as_settings(adapter: str, log_odds: float, guidance: float, max_new_tokens: float, temperature: float) -> Settings:
-    """The settings that the controls stand for, of which the odds of images are a power of two."""
+    """Converts the values of the controls to settings. The control of the image odds is a power of two."""
     return Settings(adapter, 2.0**log_odds, float(guidance), int(max_new_tokens), float(temperature))
 
 
 def panels_of(turns: list[Turn], number: int) -> tuple[str, str, str]:
-    """The panels of the answer of a turn."""
+    """Returns the panels of the answer of a turn."""
     answer = turns[number].answer if turns else None
     if answer is None:
         return WAITING, WAITING, WAITING
@@ -237,7 +237,7 @@ def serve(
     chat: ChatModel, name: str, host: str | None = None, port: int | None = None, share: bool = False, **options: Any
 ) -> tuple[Any, str, str | None]:
     """
-    Starts the web page. Nothing is sent to others, and fonts are those of the reader's computer.
+    Starts the web page. It sends no data to third parties, and uses the fonts of the visitor's computer.
 
     Args:
         chat ([`~chat_model.ChatModel`]):
@@ -245,17 +245,17 @@ def serve(
         name (`str`):
             Name of the model, for the title.
         host (`str`, *optional*):
-            Address to listen at; by default that of `GRADIO_SERVER_NAME`, or 127.0.0.1.
+            Address to listen on; by default that of `GRADIO_SERVER_NAME`, or 127.0.0.1.
         port (`int`, *optional*):
-            Port to listen at, 0 for a free one; by default that of `GRADIO_SERVER_PORT`, or the first free one from
+            Port to listen on, 0 for a free port; by default that of `GRADIO_SERVER_PORT`, or the first free one from
             7860 on.
         share (`bool`, defaults to `False`):
             Whether to make the page public through gradio's servers, for a week.
         options:
-            Further arguments of `gradio.Blocks.launch`.
+            Further arguments for `gradio.Blocks.launch`.
 
     Returns:
-        `tuple`: what `gradio.Blocks.launch` returns, the local address second.
+        `tuple`: The return value of `gradio.Blocks.launch`, whose second element is the local address.
     """
     page = Page(chat, name).blocks.queue(default_concurrency_limit=1, api_open=False)
     return page.launch(

@@ -1,4 +1,4 @@
-"""The panels beside the answers, as HTML."""
+"""HTML of the panels beside the chat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAITING = '<p class="note">Ask something, and this panel shows how the answer wa
 
 def panels(answer: Answer, images: Sequence[Image.Image]) -> tuple[str, str, str]:
     """
-    The panels of an answer.
+    Returns the panels of an answer.
 
     Args:
         answer ([`~answers.Answer`]):
@@ -26,10 +26,10 @@ def panels(answer: Answer, images: Sequence[Image.Image]) -> tuple[str, str, str
             All images of the conversation.
 
     Returns:
-        `tuple[str, str, str]`: HTML of α by word, of the heat over the images and of the experts of their tokens.
+        `tuple[str, str, str]`: HTML of α by word, of the attention heat maps, and of the experts of the image tokens.
     """
     alpha = alpha_html(answer.words, answer.alpha, answer.count_free_alpha) if answer.alpha else note(answer.alpha_note)
-    # One scale for all images, so that they can be compared.
+    # All images have the same scale, so that they can be compared.
     highest = max((float(cells.max()) for cells in answer.heat), default=0.0)
     heat = [draw_heat(image, cells, highest) for image, cells in zip(images, answer.heat)]
     experts = [draw_experts(image, cells, answer.layers, answer.groups) for image, cells in zip(images, answer.experts)]
@@ -41,18 +41,18 @@ def panels(answer: Answer, images: Sequence[Image.Image]) -> tuple[str, str, str
 
 
 def note(text: str) -> str:
-    """A line that says why a panel is empty."""
+    """Returns a line that says why a panel is empty."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def problem(text: str) -> str:
-    """A line that says what went wrong."""
+    """Returns a line with an error message."""
     return f'<p class="problem">{html.escape(" ".join(text.split()))}</p>'
 
 
 def figures(drawings: Sequence[Image.Image], description: str) -> str:
     """
-    Drawings side by side, numbered where there are several.
+    Returns drawings side by side, numbered if there are several.
 
     Args:
         drawings (`Sequence[PIL.Image.Image]`):
@@ -72,7 +72,7 @@ def figures(drawings: Sequence[Image.Image], description: str) -> str:
 
 
 def data_uri(drawing: Image.Image) -> str:
-    """A drawing as a PNG within the page."""
+    """Returns a drawing as a PNG data URI."""
     buffer = BytesIO()
     drawing.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Attention and routing of one call of `generate`, recorded step by step."""
+"""Records the attention and the routing of a call of `generate`, step by step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..routing.watch import watch_routing
 @dataclass
 class Recording:
     """
-    What the last token of every forward pass attended to, and which experts the tokens of the prompt were routed to.
+    The attention of the last token of every forward pass, and the experts that the tokens of the prompt were routed to.
 
     Args:
         attention (`list[dict[int, torch.Tensor]]`):
@@ -43,7 +43,7 @@ class Recording:
 
     def attention_to_prompt(self, steps: Sequence[int], length: int) -> np.ndarray | None:
         """
-        The attention of some forward passes to the tokens of the prompt, averaged over layers.
+        Returns the attention of some forward passes to the tokens of the prompt, averaged over layers.
 
         Args:
             steps (`Sequence[int]`):
@@ -52,22 +52,22 @@ class Recording:
                 Length of the prompt.
 
         Returns:
-            `np.ndarray` of shape `(steps, length)`, in float64: 0 for tokens that a layer's window has left behind.
-            `None` if the attention of a step is not known.
+            `np.ndarray` of shape `(steps, length)`, in float64. 0 for tokens outside the window of a layer. `None`
+            if the attention of a step is not known.
         """
         rows = []
         for step in steps:
             layers = self.attention[step] if step < len(self.attention) else {}
             if not layers:
                 return None
-            # A layer with a sliding window has lost its first keys.
+            # The cache of a layer with a sliding window no longer contains the first keys.
             ends = [nn.functional.pad(keys, (length + step - len(keys), 0))[:length] for keys in layers.values()]
             rows.append(torch.stack(ends).double().mean(dim=0).numpy())
         return np.stack(rows)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder of a model, or the model itself if the library does not know its decoder."""
+    """Returns the decoder of a model, or the model itself if Transformers does not know its decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return model if decoder is None else decoder
 
@@ -75,15 +75,15 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 @contextmanager
 def recording(model: nn.Module) -> Iterator[Recording]:
     """
-    Records the attention and the routing of a model with one row per batch, in this context. Attention is known with
-    eager attention only, routing of experts of this package only.
+    Context manager that records the attention and the routing of a model with one row per batch. It records attention
+    only with the eager implementation, and routing only for the experts of this package.
 
     Args:
         model (`nn.Module`):
             The model, with or without adapters.
 
     Yields:
-        [`Recording`]
+        [`Recording`]: The recording, which is filled while the model runs.
     """
     record = Recording()
     decoder = decoder_of(base_model_of(model))

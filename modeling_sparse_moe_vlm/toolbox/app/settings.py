@@ -1,4 +1,4 @@
-"""Settings of an answer."""
+"""Settings for an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_ADAPTER = "none"
 @dataclass(frozen=True)
 class Settings:
     """
-    Settings of one answer.
+    Settings for one answer.
 
     Args:
         adapter (`str`, defaults to `"none"`):
@@ -34,12 +34,12 @@ class Settings:
 
     @property
     def steering(self) -> dict[str, Any]:
-        """Arguments that steer attention; empty for the model's own attention."""
+        """Arguments that steer the attention. Empty if the attention is not steered."""
         priors = {} if self.image_prior == 1.0 else {"modality_priors": {"image": self.image_prior}}
         return priors | ({"modality_guidance": self.guidance} if self.guidance else {})
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """Arguments of `generate` that choose the tokens."""
+        """Arguments of `generate` for decoding."""
         sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         return {"max_new_tokens": self.max_new_tokens} | sampling

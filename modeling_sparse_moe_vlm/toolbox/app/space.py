@@ -1,4 +1,4 @@
-"""A folder that runs as a Space of the Hugging Face Hub."""
+"""Writes a folder that runs as a Space of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ Made with `sparse-moe-vlm app --space`.
 
 def write_space(folder: str | Path, model: str, adapters: Mapping[str, str], trust_remote_code: bool = False) -> Path:
     """
-    Writes a folder that runs as a Space: `app.py`, `requirements.txt` and `README.md`. Models and adapters are loaded
-    from the Hub by name; those in folders are copied.
+    Writes a folder that runs as a Space: `app.py`, `requirements.txt` and `README.md`. Models and adapters on the
+    Hub are loaded by name. Those in local folders are copied.
 
     Args:
         folder (`str` or `Path`):
@@ -95,12 +95,12 @@ def write_space(folder: str | Path, model: str, adapters: Mapping[str, str], tru
 
 
 def page_name(model: str) -> str:
-    """The name of a model for the title: that of its folder, or its name on the Hub."""
+    """Returns the name of a model for the title: the name of its folder, or its name on the Hub."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _reference(folder: Path, path: str, copy: str) -> str:
-    """Python code of the path to a model or adapter, which is copied into the Space where it is a folder."""
+    """Returns Python code for the path to a model or adapter. A local folder is copied into the Space."""
     if not Path(path).is_dir():
         return repr(path)
     shutil.copytree(path, folder / copy, ignore=shutil.ignore_patterns(".*", "checkpoint-*"))

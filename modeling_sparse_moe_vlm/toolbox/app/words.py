@@ -1,12 +1,12 @@
-"""The words of an answer, from its tokens."""
+"""Splits an answer into words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-# What a decoder writes for the bytes of an incomplete character.
+# What tokenizers decode the bytes of an incomplete character to.
 _INCOMPLETE = "�"
-# From here on are scripts that have no spaces between words, such as Chinese and Japanese.
+# From this character on, scripts have no spaces between words, such as Chinese and Japanese.
 _FIRST_WITHOUT_SPACES = "⺀"
 
 
@@ -21,7 +21,7 @@ def words_of(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -
             Decodes tokens to text, without special tokens.
 
     Returns:
-        `list[tuple[str, list[int]]]`: every word with the numbers of its tokens. Tokens without text are left out.
+        `list[tuple[str, list[int]]]`: Every word with the numbers of its tokens. Tokens without text are left out.
     """
     words: list[tuple[str, list[int]]] = []
     text, waiting = "", []

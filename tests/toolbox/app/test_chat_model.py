@@ -270,7 +270,7 @@ def test_too_long():
     chat = make_chat(max_position_embeddings=40)
     length = chat._inputs(QUESTION, [])["input_ids"].shape[1]
     chat.answer(QUESTION, Settings(max_new_tokens=40 - length))
-    message = f"it has {length} tokens, and with up to {41 - length} new ones it exceeds the 40 tokens"
+    message = f"it has {length} tokens, and with up to {41 - length} new tokens it exceeds the 40 tokens"
     with pytest.raises(ValueError, match=message):
         chat.answer(QUESTION, Settings(max_new_tokens=41 - length))
     assert chat.answer([user("the cat")], Settings(max_new_tokens=2)).text, "it still answers"

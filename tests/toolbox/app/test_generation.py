@@ -176,7 +176,7 @@ def test_passes_that_are_not_those_of_the_tokens(sequences, monkeypatch):
     ours = generate(model, inputs)
     assert ours.tokens.tolist() == [5, 6]
     assert ours.alpha == ours.recording.attention == []
-    message = "α of the words is not known: there were 2 new tokens, but 0 forward passes that could be read."
+    message = "α of the words is not known: there were 2 new tokens, but 0 forward passes with weights."
     assert ours.alpha_note == message
 
 

@@ -73,7 +73,7 @@ def test_tile_layout(num_tiles, size, layout):
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ([4], {}, r"the prompt has 6 image tokens, but its images have \[4\] by themselves"),
+        ([4], {}, r"the prompt has 6 image tokens, but its images have \[4\] if processed"),
         ([6], {}, "6 image tokens do not form a square"),
         ([6], {"shapes": [(2, 2)]}, "6 image tokens do not form a grid of 2 × 2"),
         ([6], {"tile_length": 3}, "3 image tokens do not form a square"),

@@ -114,7 +114,7 @@ def test_mistakes_in_messages(tmp_path):
         assert shown[0] == shown[1] == []
         assert shown[2] == message
     (shown,) = page.ask_again([], REQUEST, *CONTROLS)
-    assert "There is no question yet: ask one." in shown[3]
+    assert "There is no question yet: type one first." in shown[3]
     assert is_skip(shown[2])
 
 
