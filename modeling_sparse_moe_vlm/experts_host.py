@@ -182,7 +182,7 @@ class ExpertsHost(PreTrainedModel):
 
     @property
     def _weight_conversions(self):
-        """Conversions that Transformers reverts when saving: those used to load the model, or else the model's own."""
+        """Conversions that Transformers reverts when saving: those used to load the model; otherwise, its own."""
         loaded_with = self.__dict__.get("_conversions_at_loading")
         return saving_conversions(self) if loaded_with is None else loaded_with
 

@@ -93,7 +93,7 @@ def prepare_plans(model: PreTrainedModel, sizes: Any) -> None:
         for group in experts.expert_groups:
             check(
                 group["always_on"] or group["num_experts"] % sizes.ep_size == 0,
-                f"the {group['num_experts']} experts of the group {group['name']!r} cannot be shared out evenly among "
+                f"the {group['num_experts']} experts of the group {group['name']!r} cannot be divided evenly among "
                 f"{sizes.ep_size} processes: choose an `ep_size` that divides the number of experts of every group.",
             )
 
@@ -111,7 +111,7 @@ def _check_tensor_parallelism(config: PreTrainedConfig, sizes: Any) -> None:
     for name, number in numbers.items():
         check(
             number % sizes.tp_size == 0,
-            f"`{name}` ({number}) cannot be shared out evenly among {sizes.tp_size} processes: choose a `tp_size` that "
+            f"`{name}` ({number}) cannot be divided evenly among {sizes.tp_size} processes: choose a `tp_size` that "
             "divides it, or use another kind of parallelism (`fsdp_size`, `ep_size`).",
         )
 

@@ -273,7 +273,7 @@ def read_result(printed: str) -> dict[str, Any]:
         if missing := [key for key in ROW_KEYS if key not in row]:
             raise Failure(f"the row {row} has no {', '.join(missing)}")
     if result["holds"] != all(row["holds"] for row in result["rows"]):
-        raise Failure("`holds` must be true exactly if all rows hold")
+        raise Failure("`holds` must be true if and only if it is true in all rows")
     return result
 
 

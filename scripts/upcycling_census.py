@@ -18,8 +18,8 @@ from tests.support.upcycling_census import KINDS, census, table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("types", nargs="*", help="Model types. Default: all.")
-    parser.add_argument("--output", type=Path, help="File for the table. Default: it is printed.")
+    parser.add_argument("types", nargs="*", help="model types (default: all)")
+    parser.add_argument("--output", type=Path, help="file for the table (default: stdout)")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

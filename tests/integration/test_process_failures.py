@@ -86,8 +86,8 @@ def test_models_that_cannot_be_split_and_incomplete_checkpoints(tmp_path):
     assert "File too large" in result.stderr  # the error of the system about the limit
     assert not list((tmp_path / "saved").glob("*.safetensors*"))
     for message in (
-        "odd group: the 3 experts of the group 'image' cannot be shared out evenly among 2 processes",
-        "odd heads: `num_attention_heads` (3) cannot be shared out evenly among 2 processes",
+        "odd group: the 3 experts of the group 'image' cannot be divided evenly among 2 processes",
+        "odd heads: `num_attention_heads` (3) cannot be divided evenly among 2 processes",
         f"cut off: {weights} is incomplete",
     ):
         assert result.stdout.count(message) == 2, result.stdout + result.stderr[-4000:]

@@ -278,7 +278,8 @@ def test_native_models_of_upcycled_ones_take_no_options_of_upcycling(option, den
     run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
     with pytest.raises(SystemExit):
         main(["upcycle", str(tmp_path / "sparse"), "--native", "--output", str(tmp_path / "twin"), *option])
-    assert f"sparse is upcycled already, and --native saves it as the library's own class: leave out {option[0]}." in (
-        capsys.readouterr().err
+    assert (
+        f"sparse is upcycled already, and --native only exports it to a class of Transformers: leave out {option[0]}."
+        in (capsys.readouterr().err)
     )
     assert not (tmp_path / "twin").exists()

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     with mistakes_in_one_line():
         if (arguments.image is None) != (arguments.question is None):
-            raise ValueError("--image and --question go together.")
+            raise ValueError("--image and --question must be given together: pass both or neither.")
         if arguments.scene < 0:
             raise ValueError(f"--scene must be at least 0, got {arguments.scene}.")
         model, processor = from_our_checkpoint(trained_model(arguments.model))

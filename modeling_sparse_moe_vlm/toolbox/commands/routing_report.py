@@ -114,7 +114,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _collator(processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any]:
-    """Makes batches for measuring routing. Chat templates that do not mark the assistant's turns will do."""
+    """Makes batches for measuring routing. Chat templates need not mark the turns of the assistant."""
     from ..data import VisionLanguageCollator
     from ..data.rows import apply_chat_template, with_images
 

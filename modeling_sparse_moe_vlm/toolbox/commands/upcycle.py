@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     experts.add_argument(
         "--granularity", type=int, metavar="G", help="number of parts of a split block, with --start split"
     )
-    experts.add_argument("--drop-ratio", type=float, help="share of neurons to draw again, with --start drop")
+    experts.add_argument("--drop-ratio", type=float, help="share of neurons to reinitialise, with --start drop")
     experts.add_argument("--layers", help="layers to make sparse, such as 0-11,20 (default: all)")
     experts.add_argument(
         "--router-init", default="random", help="random, or data: from the inputs of --data (default: random)"
@@ -133,7 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
-    """Raises `ValueError` where options do not go together."""
+    """Raises `ValueError` if options cannot be combined."""
     parts = [name for name in ("text", "vision") if getattr(arguments, name) is not None]
     if (arguments.source is None) != bool(parts):
         raise ValueError("give either a source, or --text (and --vision) instead of it.")
@@ -150,20 +150,20 @@ def _check_usage(arguments: argparse.Namespace) -> None:
 
 
 def _check_export(arguments: argparse.Namespace) -> None:
-    """Raises `ValueError` for options that say how to upcycle, where a model is upcycled already."""
+    """Raises `ValueError` for options of upcycling if the source is already an upcycled model."""
     usual = {"expert_groups": "hybrid", "num_experts_per_tok": 2, "router_init": "random", "seed": 0, "set": []}
     of_upcycling = ("num_experts", "start", "granularity", "drop_ratio", "layers", "data", "parity_bound")
     usual |= dict.fromkeys(of_upcycling) | {"no_comparison": False}
     for name, value in usual.items():
         if getattr(arguments, name) != value:
             raise ValueError(
-                f"{arguments.source} is upcycled already, and --native saves it as the library's own class: leave out "
-                f"--{name.replace('_', '-')}."
+                f"{arguments.source} is upcycled already, and --native only exports it to a class of Transformers: "
+                f"leave out --{name.replace('_', '-')}."
             )
 
 
 def _request(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `upcycle` is asked for."""
+    """Returns the arguments of `upcycle`."""
     fields = dict(_field(text) for text in arguments.set)
     named = {
         "expert_groups": _expert_groups(arguments.expert_groups),

@@ -110,7 +110,7 @@ def plan_expert_placement(
             f"`max_memory` is too small by {readable_size(missing_bytes(parts, budgets))} on each of "
             f"{fast_devices(budgets)}: the weights take {readable_size(needed)} of {readable_size(offered)}, but parts "
             f"cannot be split (the largest, {largest.name!r}, takes {readable_size(largest.bytes)}). Raise it, or "
-            "cut the experts into more shards (`num_expert_shards`, if the model supports it)."
+            "split the experts into more shards (`num_expert_shards`, if the model supports it)."
         )
     return device_map_of(parts, devices)
 

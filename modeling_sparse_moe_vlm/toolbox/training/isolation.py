@@ -46,7 +46,7 @@ def freeze_text(model: PreTrainedModel) -> RemovableHandle:
     if config.router_bias_update_rate:
         raise ValueError(
             f"`router_bias_update_rate` is {config.router_bias_update_rate}, so the choice of experts for text would "
-            "change in training: set it to 0 to keep the biases as they are, and balance by `router_aux_loss_coef`."
+            "change in training: set it to 0 to keep the biases, and use `router_aux_loss_coef` for load balancing."
         )
 
     without_text = {group["name"] for group in config.expert_groups if "text" not in group["modalities"]}

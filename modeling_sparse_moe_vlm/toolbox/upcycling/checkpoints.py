@@ -77,7 +77,7 @@ def plan_checkpoint(
             See [`upcycle_checkpoint`].
 
     Returns:
-        [`UpcycledCheckpoint`]
+        [`UpcycledCheckpoint`]: The result, in figures.
 
     Raises:
         OSError, ValueError: Under the same conditions as [`upcycle_checkpoint`].
@@ -144,7 +144,7 @@ def upcycle_checkpoint(
             configuration, ….
 
     Returns:
-        [`UpcycledCheckpoint`]
+        [`UpcycledCheckpoint`]: The result, in figures.
 
     Raises:
         OSError: If the source cannot be read, or the output cannot be written.

@@ -54,7 +54,7 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
             number = int((~weight.detach().isfinite()).sum())
             raise UpcyclingError(
                 f"`{name}` has {number} values of {weight.numel()} that are NaN or infinite: the dense model is "
-                "damaged, or its training diverged. Take another checkpoint of it."
+                "damaged, or its training diverged. Use another checkpoint."
             )
 
 

@@ -2,4 +2,4 @@
 
 
 class UpcyclingError(ValueError):
-    """A model, or what was asked for it, cannot be upcycled; the message says why and what to do."""
+    """Raised if a model cannot be upcycled as requested. The message says why, and what to do."""

@@ -316,7 +316,7 @@ def _twin_class(base_class: type, base_config: type, twin_config: type) -> type[
         mapping = auto_class._model_mapping
         if base_config in mapping and twin_config in mapping and mapping[base_config] is base_class:
             return mapping[twin_config]
-    raise UpcyclingError(f"it has no class for what {base_class.__name__} does")
+    raise UpcyclingError(f"it has no class that corresponds to {base_class.__name__}")
 
 
 def _twin_config(base: PreTrainedConfig, twin: Twin, layers: SparseLayers) -> PreTrainedConfig:

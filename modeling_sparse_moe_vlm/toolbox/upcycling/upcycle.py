@@ -177,7 +177,7 @@ def check_base(model: Any) -> None:
 
 
 def _advice_on_wrapper(model: Any) -> str:
-    """What to do about an object that has a model of Transformers inside."""
+    """Returns advice for an object that wraps a model of Transformers."""
     if hasattr(model, "merge_and_unload"):
         return " Merge its adapters first: `model.merge_and_unload()`."
     if hasattr(model, "_orig_mod"):
