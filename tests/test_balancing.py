@@ -94,7 +94,7 @@ def test_balancing_recovers(router, method):
 
 
 @pytest.mark.parametrize("router", ["softmax", "top_p", "sigmoid"])
-@pytest.mark.parametrize("coefficients", [{}, {"router_z_loss_coef": 0.01}], ids=["nothing", "z-loss alone"])
+@pytest.mark.parametrize("coefficients", [{}, {"router_z_loss_coef": 0.01}], ids=["nothing", "z-loss only"])
 def test_without_balancing_it_stays_collapsed(router, coefficients):
     """The z-loss only keeps logits small. It is a router loss, but it does not balance."""
     model = start_collapsed(router, **coefficients)

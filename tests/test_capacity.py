@@ -180,7 +180,7 @@ def test_a_sufficient_capacity_changes_nothing():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("arrangement", ["hybrid", "joint", "isolated"])
-def test_padding_takes_no_capacity(arrangement, side):
+def test_padding_uses_no_capacity(arrangement, side):
     model = make_model(expert_groups=arrangement, expert_capacity_factor=0.75)
     inputs = make_inputs()
     pads = (9, 0) if side == "left" else (0, 9)

@@ -324,7 +324,7 @@ def test_whole_stacks_are_left_to_the_library(tmp_path):
 # -------------------------------------------------------------------------------------------- contracts of Transformers
 
 
-def test_transformers_reverts_what_a_model_was_loaded_with():
+def test_transformers_reverts_the_conversions_of_loading():
     """`_weight_conversions` is not documented. The conversions of a model are read from it."""
     model = make_model()
     names = revert_weight_conversion(model, model.state_dict()).keys()

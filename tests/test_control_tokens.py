@@ -466,7 +466,7 @@ def test_lone_surrogates_are_named(text):
         ([{"content": [{"type": None}]}], r"conversation\[0\]\['content'\]\[0\] lacks `type`"),
     ],
 )
-def test_what_is_not_a_conversation_is_named(conversation, message):
+def test_errors_name_invalid_messages(conversation, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         make_processor().apply_chat_template(conversation, **CHAT)
 

@@ -23,8 +23,8 @@ LAYOUTS = {
     "image first": [1] * 9 + [0] * 6,
     "image last": [0] * 4 + [1] * 11,
     "three modalities": [0] * 5 + [2] * 4 + [1] * 6 + [2] * 3 + [0] * 7,
-    "text alone": [0] * 13,
-    "image alone": [1] * 8,
+    "text only": [0] * 13,
+    "image only": [1] * 8,
     "single tokens": [0, 1, 0, 2, 1, 0],
 }
 FORMS = ["runs", "eager", "sdpa"]

@@ -408,7 +408,7 @@ def test_batches_of_images_in_one_array(processor):
         (object(), "is not an image"),
     ],
 )
-def test_what_is_not_an_image_is_named(processor, image, message):
+def test_errors_name_inputs_that_are_not_images(processor, image, message):
     with pytest.raises(ValueError, match=rf"^images\[1\]\[2\] .*{message}"):
         processor(text=["a", "<image>" * 3], images=[[], [COLOURS, make_image(), image]])
     if not isinstance(image, list):
@@ -513,7 +513,7 @@ def test_still_images_and_photos_of_phones_give_no_warning(warnings_of_the_reade
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def test_none_is_no_image(processor):
+def test_none_means_no_image(processor):
     a, b = make_image(0), make_image(1)
     texts = ["<image>", "none", "<image>!"]
     expected = processor(text=texts, images=[a, b], padding=True, return_tensors="pt")

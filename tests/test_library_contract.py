@@ -139,7 +139,7 @@ def test_image_hidden_states_are_those_of_all_layers_in_later_releases(monkeypat
 
 
 @torch.no_grad()
-def test_tuples_hold_the_vision_towers_output_as_a_tuple():
+def test_tuples_contain_the_output_of_the_vision_tower_as_a_tuple():
     model, inputs = make_model(), make_inputs()
     output = model(**inputs)
     as_tuple = model(**inputs, return_dict=False)

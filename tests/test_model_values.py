@@ -69,7 +69,7 @@ def test_image_features_are_in_the_order_of_the_images_row_by_row(encoded):
     torch.testing.assert_close(embeddings, expected)
 
 
-def test_image_features_take_the_type_of_the_tokens():
+def test_image_features_get_the_dtype_of_the_tokens():
     model = make_model()
     inputs = make_inputs()
     features = model.get_image_features(inputs.pop("pixel_values"))

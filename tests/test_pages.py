@@ -50,7 +50,7 @@ def test_blocks_and_reasons():
         page(shell("exit 0"), "<!-- not run: it fails -->\n" + shell("exit 1")),
     ],
 )
-def test_what_runs(text, tmp_path, monkeypatch):
+def test_blocks_that_run(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(text, tmp_path)
 
@@ -78,7 +78,7 @@ def test_what_runs(text, tmp_path, monkeypatch):
         (page(shell("touch a"), python("raise SystemExit(0)")), "SystemExit"),
     ],
 )
-def test_what_fails(text, message, tmp_path, monkeypatch):
+def test_blocks_that_fail(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AssertionError, match=message.replace("$", r"\$")):
         run_page(text, tmp_path)

@@ -67,7 +67,7 @@ def test_route_is_the_literal_formula(k, router, normalised, top_p):
 def test_number_of_experts_may_differ_by_token_and_others_are_never_chosen(router, normalised, top_p):
     logits = random_logits()
     logits[1::3, [0, 4]] = -torch.inf  # tokens that experts 0 and 4 do not serve …
-    logits[2::3, 1:] = -torch.inf  # … and some that expert 0 alone serves
+    logits[2::3, 1:] = -torch.inf  # … and some that only expert 0 serves
     k = [(4, 3, 1)[token % 3] for token in range(64)]
     slots = torch.tensor(k)[:, None]
     weights, index = route(logits, top_k=4, router=router, norm_topk_prob=normalised, top_p=top_p, num_slots=slots)

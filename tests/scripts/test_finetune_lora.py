@@ -99,7 +99,7 @@ def test_two_processes_resume_and_save_one_adapter(run_here, tmp_path, model_fol
     assert any(bool(parameter.any()) for key, parameter in model.named_parameters() if "lora_B" in key)
 
 
-def test_without_a_trained_model_it_says_how_to_get_one(run_here, tmp_path):
+def test_the_error_without_a_trained_model_says_how_to_get_one(run_here, tmp_path):
     recipe = tmp_path / "experts.yaml"
     recipe.write_text((RECIPES / "experts.yaml").read_text())
     with pytest.raises(SystemExit, match=r"no trained model 'outputs/none/model' yet: `make demo`"):

@@ -73,7 +73,7 @@ def test_one_failure_does_not_stop_the_others(gpu, tmp_path, capsys):
     assert "**silent failed**" in table
 
 
-def test_a_bar_that_does_not_hold_is_not_a_failure(gpu, tmp_path):
+def test_a_missed_bar_is_not_a_failure(gpu, tmp_path):
     assert _run(gpu, tmp_path / "results", "slow_bar") == 0
 
 

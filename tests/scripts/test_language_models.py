@@ -107,7 +107,7 @@ def test_info(folder, run_verb):
         (("routing-report", "--rows", "rows.jsonl"), "row 0 has a part of type 'image', but the model only reads text"),
     ],
 )
-def test_what_needs_images_is_refused(arguments, message, folder, tmp_path, monkeypatch, capsys):
+def test_images_are_refused(arguments, message, folder, tmp_path, monkeypatch, capsys):
     save(folder, make_speaking("llama"), MARKED)
     monkeypatch.chdir(tmp_path)
     part = {"type": "image", "path": "a.png"}

@@ -88,7 +88,7 @@ def test_of_rows_of_a_file_and_as_input_of_a_plan(model_folder, run_verb, tmp_pa
     assert set(first["load"]) == {"text", "image"}
 
 
-def test_what_is_not_a_number_is_null(model_folder, run_verb, tmp_path):
+def test_nan_is_written_as_null(model_folder, run_verb, tmp_path):
     messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "yes"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
 

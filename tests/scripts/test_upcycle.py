@@ -274,7 +274,7 @@ def test_a_dry_run_of_native_models(dense, tmp_path, capsys):
 @pytest.mark.parametrize(
     "option", [("--num-experts", "4"), ("--seed", "1"), ("--no-comparison",), ("--set", "router=x")]
 )
-def test_native_models_of_upcycled_ones_take_no_options_of_upcycling(option, dense, tmp_path, capsys, run_verb):
+def test_native_models_of_upcycled_ones_accept_no_options_of_upcycling(option, dense, tmp_path, capsys, run_verb):
     run_verb("upcycle", dense, "--output", tmp_path / "sparse", "--json", "--expert-groups", "joint")
     with pytest.raises(SystemExit):
         main(["upcycle", str(tmp_path / "sparse"), "--native", "--output", str(tmp_path / "twin"), *option])

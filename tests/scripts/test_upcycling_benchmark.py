@@ -65,7 +65,7 @@ def _same(first, second):
     return all(a[1:] == b[1:] and torch.equal(a.image, b.image) for a, b in zip(first, second, strict=True))
 
 
-def test_kinds_of_knowledge_take_turns_and_drawings_differ(knowledge):
+def test_kinds_of_knowledge_alternate_and_drawings_differ(knowledge):
     examples = knowledge.sample(400, random.Random(0))
     kinds = [example.kind for example in examples]
     assert [kinds.count(kind) for kind in ("name", "group", "keyword")] == [200, 100, 100]
@@ -79,7 +79,7 @@ def test_kinds_of_knowledge_take_turns_and_drawings_differ(knowledge):
         assert all(drawing.shape == (3, 32, 32) and drawing.dtype == torch.uint8 for drawing in drawings)
 
 
-def test_held_out_knowledge_holds_each_kind_once_and_stays_the_same(knowledge):
+def test_held_out_knowledge_contains_each_kind_once_and_stays_the_same(knowledge):
     examples = knowledge.held_out(9)
     assert [example.kind for example in examples] == ["name"] * 3 + ["group"] * 3 + ["keyword"] * 3
     assert len({example.answer for example in examples[:3]}) == 3
@@ -103,7 +103,7 @@ def test_relations_are_held_out_by_arrangement(tasks, relations):
     assert {example.image.shape for example in examples + held_out} == {(3, 32, 32)}
 
 
-def test_a_batch_holds_every_task_and_is_the_same_for_the_same_seed(tasks, knowledge, relations, collator):
+def test_a_batch_contains_every_task_and_is_the_same_for_the_same_seed(tasks, knowledge, relations, collator):
     def draw(seed):
         return list(tasks.batches({knowledge: 4, relations: 2}, collator, 2, seed))
 
@@ -208,7 +208,7 @@ def test_interval(benchmark):
     assert benchmark.interval([1.0]) == (None, None)
 
 
-def test_a_start_that_differs_does_not_hold(benchmark):
+def test_a_start_with_other_outputs_misses_the_bar(benchmark):
     rows = benchmark.start_rows({"copy isolated": [(1e-6, 1.0), (3e-5, 2.0)], "residual hybrid": [(0.0, 1.0)]})
     assert [(row["ours"], row["peer"], row["ratio"], row["holds"]) for row in rows] == [
         (3e-5, 2.0, 1.5e-5, False),

@@ -77,7 +77,7 @@ def drawn(monkeypatch) -> list:
     return figures
 
 
-def test_answers_stand_over_their_images(drawn, tmp_path):
+def test_answers_are_above_their_images(drawn, tmp_path):
     shades = (10, 20, 30)
     rows = [
         {"image": Image.new("RGB", (4, 4), (shade,) * 3), "question": f"Question {shade}?", "answer": f"answer {shade}"}

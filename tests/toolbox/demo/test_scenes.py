@@ -124,7 +124,7 @@ def test_every_answer_follows_from_the_scene(grid):
         assert {row["kind"] for row in rows} == ALL_KINDS - impossible
 
 
-def test_captions_tell_scenes_apart(train):
+def test_captions_distinguish_scenes(train):
     captions = {row["answer"]: tuple(row["scene"]) for row in texts(train) if row["kind"] == "caption"}
     assert len(captions) == len(set(captions.values())) == 1000
 
@@ -213,7 +213,7 @@ def test_counts_go_up_to_three_where_there_is_room():
     assert {row["answer"] for row in rows if row["kind"] == "count"} == {"0", "1", "2", "3"}
 
 
-def test_questions_alone_do_not_give_answers_away(train, test):
+def test_questions_do_not_reveal_their_answers(train, test):
     figures = blind_baseline(train, test)
     assert set(figures) == {"overall", *ALL_KINDS}
     for kind, chance in CLOSED_CHANCE.items():

@@ -25,7 +25,7 @@ from modeling_sparse_moe_vlm.toolbox.evaluation.metrics.exact_match.exact_match 
         ("", "cat", False),
     ],
 )
-def test_what_is_right(answer, reference, expected):
+def test_right_answers(answer, reference, expected):
     assert is_right(answer, reference) is expected
     assert is_right(reference, answer) is expected
     assert exact_match([answer], [reference]) == (100.0 if expected else 0.0)

@@ -317,7 +317,7 @@ def experts_name(model, layer) -> str:
     return f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{layer.parameter_name}"
 
 
-def test_dora_holds_the_norm_constant_in_backward():
+def test_dora_treats_the_norm_as_a_constant_in_backward():
     """The gradients equal those of the literal formula with a detached norm."""
     model = make_model("qwen3_moe", num_hidden_layers=1)
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True)))
@@ -360,7 +360,7 @@ def test_dora_of_paged_and_of_compiled_experts(name, implementation):
         assert_equal(compiled(*call), layer(*call))
 
 
-def test_dora_is_active_alone():
+def test_dora_must_be_the_only_active_adapter():
     model = make_model("qwen3_moe")
     adapted = randomise(get_peft_model(model, expert_config(model, use_dora=True)))
     adapted.add_adapter("other", expert_config(model))

@@ -23,7 +23,7 @@ def folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def test_what_is_read(folder):
+def test_files_that_are_read(folder):
     config, weights = read_adapter_files(folder)
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 6, "LORA")
     expected = load_file(folder / "adapter_model.safetensors")

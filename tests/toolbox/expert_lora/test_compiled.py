@@ -28,7 +28,7 @@ def make_adapted(implementation: str):
     [("eager", "blocks", False), ("eager", "blocks", True), ("grouped_mm", "experts", False)],
 )
 @torch.no_grad()
-def test_what_is_compiled_has_its_adapter(implementation, compiled, paged):
+def test_compiled_modules_have_their_adapter(implementation, compiled, paged):
     """Also if there is a graph break within the experts, as in their readable forward."""
     adapted = make_adapted(implementation)
     inputs = make_inputs(images_per_row=0)

@@ -94,7 +94,7 @@ def test_logits_and_gradients_are_pefts(name, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", ["qwen3_moe", "aria", "gpt_oss", "isolated"])
-def test_sizes_that_do_not_tell_inputs_from_outputs(name, sizes, implementation):
+def test_sizes_that_do_not_distinguish_inputs_from_outputs(name, sizes, implementation):
     """Square matrices, as many experts as the rank, and sizes that are not powers of two."""
     model = make_model(name, **sizes)
     model.set_experts_implementation(implementation)

@@ -231,7 +231,7 @@ def test_transposed_stacks_never_changed(tmp_path):
     assert_equal(logits_of(load_expert_lora(make_model("aria"), tmp_path), inputs), expected)
 
 
-def test_what_does_not_fit(tmp_path):
+def test_adapters_that_do_not_fit(tmp_path):
     adapt(make_model("qwen3_moe")).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     tensors = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}

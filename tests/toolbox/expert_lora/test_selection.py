@@ -149,7 +149,7 @@ def test_experts_and_ranks_by_module():
 
 
 @pytest.mark.parametrize(("name", "rows"), [("qwen3_moe", slice(0, 24)), ("gpt_oss", slice(0, None, 2))])
-def test_gates_alone(name, rows):
+def test_gates_only(name, rows):
     changed = changes(make_model(name), projections=["gate"])
     assert len(changed) == 2
     for stack, of_stack in changed.items():
@@ -180,7 +180,7 @@ def test_experts_without_gates():
     ("name", "projections"),
     [("joint", "qkvo"), ("qwen3_vl_moe", "qkvo"), ("gpt_oss", "qkvo"), ("ernie4_5_vl_moe", "qkvo")],
 )
-def test_attention_of_the_decoder_alone(name, projections):
+def test_attention_of_the_decoder_only(name, projections):
     model = make_model(name)
     config = expert_lora_config(model, experts=[], attention=True, layers=[1])
     prefix = next(name for name, module in model.named_modules() if module is model.get_decoder())
