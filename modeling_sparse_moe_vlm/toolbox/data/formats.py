@@ -1,0 +1,330 @@
+"""Formats of data: recognises the format of rows by their fields, and turns a row into messages and images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...checks import shown
+from .bad_rows import MISSING_FIELD, UNKNOWN_ROLE, WRONG_TYPE, RowFault
+
+CAPTION_PROMPT = "Describe the image."
+# LLaVA marks the places of images in texts with it.
+LLAVA_IMAGE_TOKEN = "<image>"
+IMAGE_FIELDS = ("images", "image", "file_names", "file_name")
+CAPTION_FIELDS = ("caption", "text")
+ANSWER_FIELDS = ("answer", "multiple_choice_answer", "answers")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_PART_IMAGE_KEYS = ("image", "path", "url", "image_url")
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class DataFormat:
+    """
+    A format of data.
+
+    Args:
+        name (`str`):
+            Its name.
+        fields (`str`):
+            The fields of its rows, in words.
+        fits (`Callable[[Collection[str]], bool]`):
+            Returns whether rows with these fields have the format.
+        convert (`Callable[[Mapping], tuple[list, list]]`):
+            Returns the messages and the images of a row. The content of each message is a list of parts, in which
+            `{"type": "image"}` is the place of the next image.
+    """
+
+    name: str
+    fields: str
+    fits: Callable[[Collection[str]], bool]
+    convert: Callable[[Mapping[str, Any]], tuple[Messages, list[Any]]]
+
+
+def recognise_format(fields: Collection[str], name: str) -> DataFormat:
+    """
+    Recognises the format of rows.
+
+    Args:
+        fields (`Collection[str]`):
+            The fields of the rows.
+        name (`str`):
+            Name of the data in error messages.
+
+    Returns:
+        `DataFormat`: The format.
+
+    Raises:
+        ValueError: If the fields fit no format, or several.
+    """
+    fitting = [format for format in FORMATS.values() if format.fits(fields)]
+    # A question can come with a field `text`, such as its context.
+    if len(fitting) > 1:
+        fitting = [format for format in fitting if format.name != "captions"]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise ValueError(
+            f"the format of {name} is ambiguous: its fields {sorted(fields)} fit "
+            f"{' and '.join(format.name for format in fitting)}. Name one of them as the format."
+        )
+    known = "; ".join(f"{format.name} ({format.fields})" for format in FORMATS.values())
+    raise ValueError(
+        f"the format of {name} is not recognised: its fields are {sorted(fields)}. Known formats: {known}."
+    )
+
+
+def find_format(name: str) -> DataFormat:
+    """Returns the format with a name. Raises `ValueError` if there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}, but got {name!r}.")
+    return FORMATS[name]
+
+
+def most_frequent_answer(answers: Sequence[str]) -> str:
+    """Returns the answer that occurs most often. Among equally frequent answers, returns the first."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+# ---------------------------------------------------------------------------------------------------- the formats
+
+
+def _from_messages(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    messages, inside = _read_messages(_field(row, "messages"), "messages")
+    return _with_column_images(messages, inside, row)
+
+
+def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    messages: Messages = []
+    inside: list[Any] = []
+    for field, role in (("prompt", "user"), ("completion", "assistant")):
+        value = _field(row, field)
+        if isinstance(value, str):
+            messages.append({"role": role, "content": [_text(value)]})
+        else:
+            read, images = _read_messages(value, field)
+            messages += read
+            inside += images
+    return _with_column_images(messages, inside, row)
+
+
+def _from_conversations(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    messages: Messages = []
+    for i, turn in enumerate(_list_field(row, "conversations")):
+        name = f"conversations[{i}]"
+        if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+            raise RowFault(WRONG_TYPE, f"{name} must be a dict with `from` and `value`, but got {shown(turn)}.")
+        role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
+        if role is None:
+            known = ", ".join(map(repr, _SHAREGPT_ROLES))
+            raise RowFault(UNKNOWN_ROLE, f"{name} has the unknown role {turn['from']!r}: use one of {known}.")
+        value = _string(turn["value"], f"{name}.value")
+        messages.append({"role": role, "content": _split_at_images(value) if role == "user" else [_text(value)]})
+    return messages, _column_images(row)
+
+
+def _from_texts(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    messages: Messages = []
+    for i, turn in enumerate(_list_field(row, "texts")):
+        name = f"texts[{i}]"
+        if not isinstance(turn, Mapping) or "user" not in turn or "assistant" not in turn:
+            raise RowFault(WRONG_TYPE, f"{name} must be a dict with `user` and `assistant`, but got {shown(turn)}.")
+        if turn.get("system") is not None:
+            messages.append({"role": "system", "content": [_text(_string(turn["system"], f"{name}.system"))]})
+        messages += [
+            {"role": role, "content": [_text(_string(turn[role], f"{name}.{role}"))]} for role in ("user", "assistant")
+        ]
+    return _images_first(messages, _column_images(row))
+
+
+def _from_vqa(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    question = _string(_field(row, "question"), "question")
+    return _images_first([_user(question), _assistant(_answer(row))], _column_images(row))
+
+
+def _from_captions(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    field = next((field for field in CAPTION_FIELDS if row.get(field) is not None), CAPTION_FIELDS[0])
+    caption = _string(_field(row, field), field)
+    return _images_first([_user(CAPTION_PROMPT), _assistant(caption)], _column_images(row))
+
+
+FORMATS = {
+    format.name: format
+    for format in (
+        DataFormat(
+            "messages",
+            "`messages`, with images inside or in `images`",
+            lambda fields: "messages" in fields,
+            _from_messages,
+        ),
+        DataFormat(
+            "prompt-completion",
+            "`prompt` and `completion`",
+            lambda fields: {"prompt", "completion"} <= set(fields),
+            _from_prompt_completion,
+        ),
+        DataFormat(
+            "llava", "`conversations` and `image`", lambda fields: "conversations" in fields, _from_conversations
+        ),
+        DataFormat("texts", "`texts` and `images`", lambda fields: "texts" in fields, _from_texts),
+        DataFormat(
+            "vqa",
+            "`image`, `question`, and `answer` or `answers`",
+            lambda fields: "question" in fields and any(field in fields for field in ANSWER_FIELDS),
+            _from_vqa,
+        ),
+        DataFormat(
+            "captions",
+            "`image` or `file_name`, and `caption` or `text`",
+            lambda fields: any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in CAPTION_FIELDS),
+            _from_captions,
+        ),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------------- parts of rows
+
+
+def _field(row: Mapping[str, Any], field: str) -> Any:
+    if row.get(field) is None:
+        raise RowFault(MISSING_FIELD, f"the row lacks `{field}`: its fields are {list(row)}.")
+    return row[field]
+
+
+def _list_field(row: Mapping[str, Any], field: str) -> list[Any]:
+    value = _field(row, field)
+    if not isinstance(value, list | tuple):
+        raise RowFault(WRONG_TYPE, f"`{field}` must be a list, but got {shown(value)}.")
+    return list(value)
+
+
+def _string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowFault(WRONG_TYPE, f"`{name}` must be a string, but got {shown(value)}.")
+    return value
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": [_text(text)]}
+
+
+def _assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": [_text(text)]}
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """Returns the answer of a question: the most frequent one if there are several."""
+    field = next((field for field in ANSWER_FIELDS if row.get(field) is not None), ANSWER_FIELDS[0])
+    value = _field(row, field)
+    if isinstance(value, int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    if not isinstance(value, list | tuple):
+        return _string(value, field)
+    # VQAv2 gives each answer as a dict with the annotator.
+    answers = [
+        _string(item.get("answer") if isinstance(item, Mapping) else item, f"{field}[{i}]")
+        for i, item in enumerate(value)
+    ]
+    return most_frequent_answer(answers) if answers else ""
+
+
+def _column_images(row: Mapping[str, Any]) -> list[Any]:
+    """Returns the images in the columns of a row. An image that is `None` is not there."""
+    given = [field for field in IMAGE_FIELDS if row.get(field) is not None]
+    if len(given) > 1:
+        raise RowFault(WRONG_TYPE, f"the row has images in {given[0]!r} and in {given[1]!r}: use one of these fields.")
+    if not given:
+        return []
+    value = row[given[0]]
+    return [image for image in value if image is not None] if isinstance(value, list | tuple) else [value]
+
+
+def _images_first(messages: Messages, images: list[Any]) -> tuple[Messages, list[Any]]:
+    """Puts the places of all images before the text of the first user turn, as TRL does."""
+    places = [{"type": "image"} for _ in images]
+    for i, message in enumerate(messages):
+        if message["role"] == "user":
+            changed = message | {"content": [*places, *message["content"]]}
+            return [*messages[:i], changed, *messages[i + 1 :]], images
+    return messages, images
+
+
+def _with_column_images(messages: Messages, inside: list[Any], row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+    """
+    Returns messages with all images of a row, in order: each place without an image gets the next image of the column.
+
+    `inside` has the images of the parts of type `"image"`, with `None` for those that contain none.
+    """
+    images = _column_images(row)
+    given = row["messages"] if "messages" in row else row["prompt"]
+    # TRL only adds the places of images if the contents are strings.
+    if isinstance(given, str) or all(isinstance(message["content"], str) for message in given):
+        return _images_first(messages, images)
+    if inside.count(None) != len(images):  # the number of images is wrong, which the validation reports
+        return messages, [image for image in inside if image is not None] + images
+    remaining = iter(images)
+    return messages, [next(remaining) if image is None else image for image in inside]
+
+
+def _read_messages(value: Any, name: str) -> tuple[Messages, list[Any]]:
+    """Returns messages with contents as lists of parts, and the images inside of them (`None` for a place only)."""
+    if not isinstance(value, list | tuple):
+        raise RowFault(WRONG_TYPE, f"`{name}` must be a list of messages, but got {shown(value)}.")
+    messages, images = [], []
+    for i, message in enumerate(value):
+        where = f"{name}[{i}]"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise RowFault(WRONG_TYPE, f"{where} must be a dict with `role` and `content`, but got {shown(message)}.")
+        if further := [key for key, item in message.items() if key not in ("role", "content") and item is not None]:
+            raise RowFault(
+                WRONG_TYPE,
+                f"{where} has the field {further[0]!r}, which would be lost: only `role` and `content` are read.",
+            )
+        content = message["content"]
+        if not isinstance(content, str | list | tuple):
+            raise RowFault(
+                WRONG_TYPE, f"{where}.content must be a string or a list of parts, but got {shown(content)}."
+            )
+        parts = []
+        for j, part in enumerate([_text(content)] if isinstance(content, str) else content):
+            part, image = _read_part(part, f"{where}.content[{j}]")
+            parts.append(part)
+            if part["type"] == "image":
+                images.append(image)
+        messages.append({"role": message["role"], "content": parts})
+    return messages, images
+
+
+def _read_part(part: Any, name: str) -> tuple[dict[str, Any], Any]:
+    """Returns a part of a content, and the image that it contains, if any."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text":
+        return _text(_string(part.get("text"), f"{name}.text")), None
+    if kind in ("image", "image_url"):
+        image = next((part[key] for key in _PART_IMAGE_KEYS if part.get(key) is not None), None)
+        if isinstance(image, Mapping) and "url" in image:  # as in OpenAI's API
+            image = image["url"]
+        return {"type": "image"}, image
+    raise RowFault(
+        WRONG_TYPE, f"{name} must be a dict of type 'text' or 'image', such as {_text('…')}, but got {shown(part)}."
+    )
+
+
+def _split_at_images(text: str) -> list[dict[str, Any]]:
+    """Returns the parts of a text of LLaVA: texts, and the places of images between them."""
+    parts: list[dict[str, Any]] = []
+    for i, piece in enumerate(text.split(LLAVA_IMAGE_TOKEN)):
+        if i > 0:
+            parts.append({"type": "image"})
+        if piece := piece.strip("\n"):
+            parts.append(_text(piece))
+    return parts

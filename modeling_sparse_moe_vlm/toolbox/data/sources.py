@@ -1,0 +1,212 @@
+"""Sources of data: local files and folders, datasets of the Hub, and datasets in memory or streamed."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
+from datasets.data_files import DataFilesDict, get_data_patterns
+
+from .bad_rows import NOT_JSON, RowFault
+from .formats import IMAGE_FIELDS
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A part of the data that is read in order by one process: a file, or a shard of a dataset.
+
+    Args:
+        name (`str`):
+            The path of the file, or the name of the dataset.
+        dataset (`Dataset` or `IterableDataset`, *optional*):
+            The dataset, if it is not a file.
+        image_root (`str`, *optional*):
+            Folder to which paths of images are relative.
+    """
+
+    name: str
+    dataset: Dataset | IterableDataset | None = None
+    image_root: str | None = None
+
+    def rows(self) -> Iterator[Any]:
+        """
+        Yields the rows, with images as dicts with `bytes` or `path`. A `RowFault` instead of a row says that the row
+        cannot be read.
+        """
+        if self.dataset is not None:
+            yield from _without_decoding(self.dataset)
+            return
+        try:
+            yield from _READERS[Path(self.name).suffix.lower()](self.name)
+        except Exception as error:  # each library raises its own types
+            raise ValueError(f"{self.name} cannot be read: {error}") from error
+
+
+def find_parts(
+    data: Any,
+    split: str = "train",
+    subset: str | None = None,
+    image_root: str | Path | None = None,
+    streaming: bool = False,
+) -> list[Part]:
+    """
+    Finds the parts of the data.
+
+    Args:
+        data (`str`, `Path`, `Dataset`, `IterableDataset` or a dict of them):
+            A file (JSONL, JSON, parquet or CSV), a folder of such files or of images with `metadata.jsonl`,
+            `metadata.csv` or `metadata.parquet`, the id of a dataset on the Hub, or a dataset.
+        split (`str`, *optional*, defaults to `"train"`):
+            Split of a folder or of a dataset of the Hub.
+        subset (`str`, *optional*):
+            Subset (configuration) of a dataset of the Hub.
+        image_root (`str` or `Path`, *optional*):
+            Folder to which paths of images are relative. By default, the folder of the file that names them.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Whether to stream a dataset of the Hub instead of downloading it.
+
+    Returns:
+        `list[Part]`: The parts, in order.
+
+    Raises:
+        ValueError: If there is no such split, or if a file or folder has no data that can be read.
+        FileNotFoundError: If there is no such file, folder or dataset.
+    """
+    root = None if image_root is None else os.fspath(image_root)
+    if root is not None and not os.path.isdir(root):
+        raise FileNotFoundError(f"`image_root` {root!r} is not a folder.")
+    if isinstance(data, DatasetDict | IterableDatasetDict):
+        if split not in data:
+            raise ValueError(f"the data has no split {split!r}: its splits are {', '.join(data)}.")
+        data = data[split]
+    if isinstance(data, Dataset | IterableDataset):
+        return _shards(data, "the dataset", root)
+    if not isinstance(data, str | os.PathLike):
+        raise ValueError(
+            f"the data must be a path, the id of a dataset on the Hub, or a dataset, but got {type(data)}."
+        )
+    name = os.fspath(data)
+    if os.path.isfile(name):
+        if Path(name).suffix.lower() not in _READERS:
+            raise ValueError(f"{name} cannot be read as data: its name must end with one of {', '.join(_READERS)}.")
+        files = [name]
+    elif os.path.isdir(name):
+        files = _files_of(name, split)
+    elif Path(name).suffix.lower() in _READERS or name.count("/") > 1 or name.startswith((".", "/")):
+        raise FileNotFoundError(f"there is no file or folder {name!r}.")
+    else:
+        return _shards(load_dataset(name, subset, split=split, streaming=streaming), f"{name} ({split})", root)
+    return [Part(file, image_root=root or os.path.dirname(os.path.abspath(file))) for file in files]
+
+
+def _files_of(folder: str, split: str) -> list[str]:
+    """Returns the data files of a split of a folder. Files of metadata describe images and go before other files."""
+    nothing = f"{folder} has no data: it needs files that end with {', '.join(_READERS)}."
+    try:
+        base = glob.escape(os.path.abspath(folder))
+        by_split = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    except FileNotFoundError as error:  # EmptyDatasetError is one
+        raise ValueError(nothing) from error
+    if split not in by_split:
+        raise ValueError(f"{folder} has no split {split!r}: its splits are {', '.join(map(str, by_split))}.")
+    files = sorted(file for file in by_split[split] if Path(file).suffix.lower() in _READERS)
+    files = [file for file in files if Path(file).stem == "metadata"] or files
+    if not files:
+        raise ValueError(nothing)
+    return files
+
+
+def _shards(dataset: Dataset | IterableDataset, name: str, image_root: str | None) -> list[Part]:
+    """Returns the shards of a streamed dataset as parts, so that several workers can read them."""
+    number = dataset.num_shards if isinstance(dataset, IterableDataset) else 1
+    if number <= 1:
+        return [Part(name, dataset, image_root)]
+    return [
+        Part(f"{name}, shard {i} of {number}", dataset.shard(num_shards=number, index=i), image_root)
+        for i in range(number)
+    ]
+
+
+def _without_decoding(dataset: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a dataset with images as dicts with `bytes` and `path`."""
+    if isinstance(dataset, Dataset):
+        if dataset.format["type"] == "custom":  # a transform, which makes its own rows
+            yield from dataset
+            return
+        dataset = dataset.with_format(None).to_iterable_dataset()
+    yield from dataset.decode(False) if dataset.features is not None else dataset
+
+
+# `datasets` infers the types of JSON columns from the first megabytes of a file. A field that first occurs later, or
+# with another type, is an error for the whole file. Here, each row has its own types, and errors name the row.
+
+
+def _read_json_lines(path: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for line in file:
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield RowFault(NOT_JSON, f"the line is not valid JSON: {error}.")
+
+
+def _read_json(path: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8-sig") as file:
+        text = file.read()
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if not text.lstrip().startswith("{"):
+            raise ValueError(f"it is not valid JSON: {error}.") from error
+        yield from _read_json_lines(path)  # JSON lines are often called .json
+        return
+    del text
+    if isinstance(rows, dict) and len(rows) == 1 and isinstance(next(iter(rows.values())), list):
+        (rows,) = rows.values()  # such as {"data": […]}
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise ValueError(f"it must contain a list of rows, but got {type(rows)}.")
+    yield from rows
+
+
+def _read_csv(path: str) -> Iterator[dict[str, Any]]:
+    import pandas as pd
+
+    try:
+        columns = list(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns)
+    except pd.errors.EmptyDataError:
+        return
+    # Texts stay as they are: "7.0" is not a number, and "none" is not a missing value.
+    features = Features({column: Value("string") for column in columns})
+    files = load_dataset(
+        "csv",
+        data_files=glob.escape(os.path.abspath(path)),
+        split="train",
+        streaming=True,
+        features=features,
+        keep_default_na=False,
+    )
+    for row in files:
+        # An empty cell of an image column is a row without an image.
+        yield {key: None if value == "" and key in IMAGE_FIELDS else value for key, value in row.items()}
+
+
+def _read_parquet(path: str) -> Iterator[dict[str, Any]]:
+    if os.path.getsize(path) > 0:
+        yield from _without_decoding(
+            load_dataset("parquet", data_files=glob.escape(os.path.abspath(path)), split="train", streaming=True)
+        )
+
+
+_READERS = {".jsonl": _read_json_lines, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}

@@ -1,0 +1,300 @@
+"""Formats of data: recognition by fields, and conversion to messages and images."""
+
+import re
+
+import pytest
+
+from modeling_sparse_moe_vlm.toolbox.data.bad_rows import RowFault
+from modeling_sparse_moe_vlm.toolbox.data.formats import (
+    FORMATS,
+    find_format,
+    most_frequent_answer,
+    recognise_format,
+)
+from tests.toolbox.data.data_files import text, turn
+
+HI = {"role": "user", "content": "hi"}
+YO = {"role": "assistant", "content": "yo"}
+CASES = {
+    "messages, plain": ("messages", {"messages": [HI, YO]}, [turn("user", "hi"), turn("assistant", "yo")], []),
+    "messages, plain with images": (
+        "messages",
+        {"messages": [{"role": "system", "content": "be kind"}, HI, YO, HI, YO], "images": ["a", None, "b"]},
+        [
+            turn("system", "be kind"),
+            turn("user", None, None, "hi"),
+            turn("assistant", "yo"),
+            turn("user", "hi"),
+            turn("assistant", "yo"),
+        ],
+        ["a", "b"],
+    ),
+    "messages, parts": (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [text("x"), {"type": "image"}, text("y"), {"type": "image", "text": None}]},
+                YO,
+            ],
+            "images": ["a", "b"],
+        },
+        [turn("user", "x", None, "y", None), turn("assistant", "yo")],
+        ["a", "b"],
+    ),
+    "messages, images inside": (
+        "messages",
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": "a"},
+                        {"type": "image", "path": "b"},
+                        {"type": "image"},
+                        {"type": "image", "url": "c"},
+                        {"type": "image_url", "image_url": {"url": "d"}},
+                    ],
+                },
+                YO,
+            ],
+            "images": ["column"],
+        },
+        [turn("user", None, None, None, None, None), turn("assistant", "yo")],
+        ["a", "b", "column", "c", "d"],
+    ),
+    "prompt-completion, texts": (
+        "prompt-completion",
+        {"prompt": "hi", "completion": "yo", "images": ["a"]},
+        [turn("user", None, "hi"), turn("assistant", "yo")],
+        ["a"],
+    ),
+    "prompt-completion, messages": (
+        "prompt-completion",
+        {"prompt": [{"role": "user", "content": [{"type": "image"}, text("hi")]}], "completion": [YO], "image": "a"},
+        [turn("user", None, "hi"), turn("assistant", "yo")],
+        ["a"],
+    ),
+    "llava": (
+        "llava",
+        {
+            "id": 1,
+            "image": ["a", "b"],
+            "conversations": [
+                {"from": "system", "value": "be kind"},
+                {"from": "human", "value": "<image>\nhi\n<image>"},
+                {"from": "gpt", "value": "yo\n"},
+                {"from": "user", "value": "one\ntwo"},
+                {"from": "assistant", "value": "three"},
+            ],
+        },
+        [
+            turn("system", "be kind"),
+            turn("user", None, "hi", None),
+            turn("assistant", "yo\n"),
+            turn("user", "one\ntwo"),
+            turn("assistant", "three"),
+        ],
+        ["a", "b"],
+    ),
+    "texts": (
+        "texts",
+        {
+            "images": ["a", "b"],
+            "texts": [{"user": "1", "assistant": "2", "source": "s"}, {"user": "3", "assistant": "4", "system": "5"}],
+        },
+        [
+            turn("user", None, None, "1"),
+            turn("assistant", "2"),
+            turn("system", "5"),
+            turn("user", "3"),
+            turn("assistant", "4"),
+        ],
+        ["a", "b"],
+    ),
+    "vqa, one answer": (
+        "vqa",
+        {"image": "a", "question": "q", "answer": "no", "answers": ["yes"]},
+        [turn("user", None, "q"), turn("assistant", "no")],
+        ["a"],
+    ),
+    "vqa, a number": (
+        "vqa",
+        {"image": None, "question": "q", "answer": 7},
+        [turn("user", "q"), turn("assistant", "7")],
+        [],
+    ),
+    "vqa, a boolean": ("vqa", {"question": "q", "answer": True}, [turn("user", "q"), turn("assistant", "true")], []),
+    "vqa, ten answers": (
+        "vqa",
+        {"image": "a", "question": "q", "answers": ["a", "b", "c", "b", "c", "a", "d", "c", "b", "e"]},
+        [turn("user", None, "q"), turn("assistant", "b")],
+        ["a"],
+    ),
+    "vqa, answers of annotators": (
+        "vqa",
+        {"image": "a", "question": "q", "answers": [{"answer": "a"}, {"answer": "b"}, {"answer": "b"}]},
+        [turn("user", None, "q"), turn("assistant", "b")],
+        ["a"],
+    ),
+    "vqa, the answer of VQAv2": (
+        "vqa",
+        {"image": "a", "question": "q", "answers": [{"answer": "a"}], "multiple_choice_answer": "b"},
+        [turn("user", None, "q"), turn("assistant", "b")],
+        ["a"],
+    ),
+    "captions": (
+        "captions",
+        {"image": "a", "caption": "c"},
+        [turn("user", None, "Describe the image."), turn("assistant", "c")],
+        ["a"],
+    ),
+    "captions, image folder": (
+        "captions",
+        {"file_name": "a", "text": "c"},
+        [turn("user", None, "Describe the image."), turn("assistant", "c")],
+        ["a"],
+    ),
+    "captions, several images": (
+        "captions",
+        {"file_names": ["a", "b"], "text": "c"},
+        [turn("user", None, None, "Describe the image."), turn("assistant", "c")],
+        ["a", "b"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_format_is_recognised_and_converted(case):
+    name, row, messages, images = CASES[case]
+    assert recognise_format(list(row), "data").name == name
+    assert find_format(name).convert(row) == (messages, images)
+
+
+def test_names():
+    assert list(FORMATS) == ["messages", "prompt-completion", "llava", "texts", "vqa", "captions"]
+    with pytest.raises(ValueError, match=r"`format` must be one of messages, .*captions, but got 'vqaa'\."):
+        find_format("vqaa")
+
+
+@pytest.mark.parametrize(
+    "fields", [["question"], ["prompt"], ["completion"], ["answer"], ["image"], ["caption"], ["image", "label"], []]
+)
+def test_unknown_fields(fields):
+    message = f"the format of my.csv is not recognised: its fields are {sorted(fields)}. Known formats: messages ("
+    with pytest.raises(ValueError, match=re.escape(message)):
+        recognise_format(fields, "my.csv")
+
+
+def test_ambiguous_fields():
+    with pytest.raises(ValueError, match=r"my.csv is ambiguous: .* fit messages and llava\. Name one"):
+        recognise_format(["messages", "conversations"], "my.csv")
+    assert recognise_format(["question", "answer", "image", "text"], "").name == "vqa"  # the text is its context
+
+
+@pytest.mark.parametrize(("answers", "expected"), [("ab", "a"), ("abb", "b"), ("bccb", "b"), ("c", "c")])
+def test_most_frequent_answer(answers, expected):
+    assert most_frequent_answer(list(answers)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "kind", "reason"),
+    [
+        ("messages", {"a": 1}, "missing field", "the row lacks `messages`: its fields are ['a']."),
+        ("messages", {"messages": "hi"}, "wrong type", "`messages` must be a list of messages, but got 'hi'."),
+        (
+            "messages",
+            {"messages": [{"role": "user"}]},
+            "wrong type",
+            "messages[0] must be a dict with `role` and `content`, but got {'role': 'user'}.",
+        ),
+        (
+            "messages",
+            {"messages": [HI, YO | {"tool_calls": [1]}]},
+            "wrong type",
+            "messages[1] has the field 'tool_calls', which would be lost: only `role` and `content` are read.",
+        ),
+        (
+            "messages",
+            {"messages": [HI | {"content": 5}]},
+            "wrong type",
+            "messages[0].content must be a string or a list of parts, but got 5.",
+        ),
+        (
+            "messages",
+            {"messages": [HI | {"content": [text("x"), {"type": "video"}]}]},
+            "wrong type",
+            "messages[0].content[1] must be a dict of type 'text' or 'image', such as {'type': 'text', 'text': '…'}, "
+            "but got {'type': 'video'}.",
+        ),
+        (
+            "messages",
+            {"messages": [HI | {"content": [{"type": "text", "text": 5}]}]},
+            "wrong type",
+            "`messages[0].content[0].text` must be a string, but got 5.",
+        ),
+        (
+            "messages",
+            {"messages": [HI, YO], "image": "a", "images": ["b"]},
+            "wrong type",
+            "the row has images in 'images' and in 'image': use one of these fields.",
+        ),
+        (
+            "prompt-completion",
+            {"prompt": "a"},
+            "missing field",
+            "the row lacks `completion`: its fields are ['prompt'].",
+        ),
+        (
+            "prompt-completion",
+            {"prompt": 5, "completion": "a"},
+            "wrong type",
+            "`prompt` must be a list of messages, but got 5.",
+        ),
+        ("llava", {"conversations": "a"}, "wrong type", "`conversations` must be a list, but got 'a'."),
+        (
+            "llava",
+            {"conversations": [{"from": "human"}]},
+            "wrong type",
+            "conversations[0] must be a dict with `from` and `value`, but got {'from': 'human'}.",
+        ),
+        (
+            "llava",
+            {"conversations": [{"from": "bard", "value": "x"}]},
+            "unknown role",
+            "conversations[0] has the unknown role 'bard': use one of 'human', 'user', 'gpt', 'assistant', 'system'.",
+        ),
+        (
+            "llava",
+            {"conversations": [{"from": "human", "value": None}]},
+            "wrong type",
+            "`conversations[0].value` must be a string, but got None.",
+        ),
+        (
+            "texts",
+            {"texts": [{"user": "a"}]},
+            "wrong type",
+            "texts[0] must be a dict with `user` and `assistant`, but got {'user': 'a'}.",
+        ),
+        (
+            "texts",
+            {"texts": [{"user": "a", "assistant": 5}]},
+            "wrong type",
+            "`texts[0].assistant` must be a string, but got 5.",
+        ),
+        ("vqa", {"question": 5, "answer": "a"}, "wrong type", "`question` must be a string, but got 5."),
+        ("vqa", {"question": "a"}, "missing field", "the row lacks `answer`: its fields are ['question']."),
+        ("vqa", {"question": "a", "answer": {}}, "wrong type", "`answer` must be a string, but got {}."),
+        (
+            "vqa",
+            {"question": "a", "answers": ["a", 5]},
+            "wrong type",
+            "`answers[1]` must be a string, but got 5.",
+        ),
+        ("captions", {"image": "a"}, "missing field", "the row lacks `caption`: its fields are ['image']."),
+        ("captions", {"image": "a", "text": ["b"]}, "wrong type", "`text` must be a string, but got ['b']."),
+    ],
+)
+def test_rows_that_do_not_have_the_format(name, row, kind, reason):
+    with pytest.raises(RowFault) as raised:
+        find_format(name).convert(row)
+    assert (raised.value.kind, raised.value.reason) == (kind, reason)
