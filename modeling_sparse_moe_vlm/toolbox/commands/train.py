@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
             bad_rows_file=arguments.bad_rows,
             progress=True,
         )
-    print(json.dumps(report.as_dict(), ensure_ascii=False) if arguments.json else report)
+    print(json.dumps(report.as_dict()) if arguments.json else report)
     if report.bad_rows and arguments.on_bad_row != "skip":
         sys.exit(2)
     if report.bad_rows.total() == report.rows:

@@ -94,10 +94,12 @@ class SkippedRows:
             return
         self._listed.add((error.source, error.row))
         entry = {"source": error.source, "row": error.row, "kind": error.kind, "reason": error.reason}
+        # A name that is not Unicode contains surrogates, which "backslashreplace" writes as JSON does.
+        line = f"{json.dumps(entry, ensure_ascii=False)}\n"
         # One write in append mode, so that the lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            os.write(descriptor, f"{json.dumps(entry, ensure_ascii=False)}\n".encode())
+            os.write(descriptor, line.encode("utf-8", "backslashreplace"))
         finally:
             os.close(descriptor)
 

@@ -205,7 +205,7 @@ def test_datasets(load, tmp_path):
         assert [colors(row) for row in rows] == [[], [GREEN], [GREEN]]
     with pytest.raises(ValueError, match="the data has no split 'dev': its splits are train"):
         load(DatasetDict({"train": data}), split="dev")
-    with pytest.raises(BadRowError, match="^the dataset, row 1: the row lacks `answer`"):
+    with pytest.raises(BadRowError, match=r"^the dataset, row 1: the row lacks `answer`"):
         load(Dataset.from_list([vqa(0), vqa(1) | {"answer": None}]))
 
 
@@ -214,7 +214,7 @@ def test_shards_of_a_streamed_dataset():
     rows = load_rows(data.to_iterable_dataset(num_shards=3), streaming=True, on_bad_row="skip")
     assert rows.num_shards == 3
     assert questions(rows) == ["q0", "q1", "q2", "q3", "q4"]
-    with pytest.raises(BadRowError, match="^the dataset, shard 2 of 3, row 1: the answer in messages"):
+    with pytest.raises(BadRowError, match=r"^the dataset, shard 2 of 3, row 1: the answer in messages"):
         list(load_rows(data.to_iterable_dataset(num_shards=3), streaming=True))
 
 
@@ -286,7 +286,7 @@ def test_empty_folders_and_wrong_paths(load, tmp_path):
     with pytest.raises(ValueError, match="images has no data: it needs files"):
         load(tmp_path / "images")
     for name in ("gone.jsonl", tmp_path / "gone", "./gone"):
-        with pytest.raises(FileNotFoundError, match="there is no file or folder '.*gone"):
+        with pytest.raises(FileNotFoundError, match=r"there is no file or folder '.*gone"):
             load(name)
     with pytest.raises(ValueError, match=r"a\.png cannot be read as data: its name must end with one of \.jsonl"):
         load(tmp_path / "images/a.png")

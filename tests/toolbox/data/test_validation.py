@@ -39,7 +39,7 @@ BAD_ROWS = {
     "large image": (
         messages(images=["large.png"]),
         "absurdly large image",
-        "images[0] ({folder}/large.png) is absurdly large: Image size (5000 pixels) exceeds limit of 1000 pixels, …",
+        "images[0] ({folder}/large.png) is absurdly large: Image size (5000 pixels) exceeds limit of 2000 pixels, …",
     ),
     "too few images": (
         messages([PLACE, PLACE], images=["a.png"]),
@@ -80,8 +80,8 @@ BAD_ROWS = {
     "typed image token": (
         messages("what is <image>?"),
         "typed image token",
-        "a text of messages[0] contains the image token '<image>': remove it, or use a content part {{'type': 'image'}} "
-        "for an image.",
+        "a text of messages[0] contains the image token '<image>': remove it, or use a content part "
+        "{{'type': 'image'}} for an image.",
     ),
     "typed image token in the answer": (
         messages(answer="<|image_pad|>"),
@@ -102,7 +102,8 @@ BAD_ROWS = {
     "lone surrogate": (
         messages("\ud800"),
         "wrong type",
-        "messages[0] holds a lone surrogate (at character 0), which is not text: decode its source as UTF-8, or drop it.",
+        "messages[0] holds a lone surrogate (at character 0), which is not text: decode its source as UTF-8, or drop "
+        "it.",
     ),
     "not a dict": (5, "wrong type", "the row must be a dict, but got 5."),
     "image of another type": (
@@ -196,6 +197,14 @@ def test_without_bad_rows_there_is_no_warning_and_no_file(folder):
     skipped = SkippedRows()
     skipped.add(BadRowError("a", 3, "wrong type", "b"))
     assert skipped.summary() == "Skipped bad rows: 1 (1 × wrong type)."
+
+
+def test_names_of_files_that_are_not_unicode_can_be_listed(folder):
+    for _ in range(2):
+        SkippedRows(folder / "skipped.jsonl").add(BadRowError("ä\udc80", 3, "wrong type", "b"))
+    (line,) = (folder / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "ä" in line
+    assert json.loads(line)["source"] == "ä\udc80"
 
 
 def test_policy(folder):
