@@ -102,8 +102,8 @@ BAD_ROWS = {
     "lone surrogate": (
         messages("\ud800"),
         "wrong type",
-        "messages[0] holds a lone surrogate (at character 0), which is not text: decode its source as UTF-8, or drop "
-        "it.",
+        "messages[0] contains a lone surrogate (at character 0), which is not text: decode its source as UTF-8, "
+        "or remove it.",
     ),
     "not a dict": (5, "wrong type", "the row must be a dict, but got 5."),
     "image of another type": (
