@@ -1,5 +1,5 @@
 """
-Writes which types of models can be upcycled, from a clone::
+Writes a table of the model types that can be upcycled. Run it in a clone::
 
     python scripts/upcycling_census.py --output docs/upcycling_types.md
     python scripts/upcycling_census.py llava qwen3

@@ -1,20 +1,22 @@
 """
-Does upcycling help? A dense vision-language model trained on, against the same model upcycled and trained on.
+Compares continued training of a dense vision-language model with continued training after upcycling.
 
     python scripts/benchmarks/upcycling.py --json
 
-A small LLaVA is trained from scratch on the built-in data, then continued three ways on the same further batches with
-the same learning rates: as it is; upcycled into `isolated` experts that start as copies; upcycled into a `hybrid` of
-always-on experts, which are the dense blocks, and routed experts that start at zero (`residual`). The data contains two
-tasks: `knowledge` (names, groups and keywords of almost 1,900 emoji; two thirds of a batch) and `relations` (what is
-where in scenes of 24 emoji). Held out are drawings and arrangements; see upcycling_tasks.py.
+A small LLaVA is trained from scratch on the built-in data. Training then continues with three models, on the same
+batches and with the same learning rates: the dense model; the model upcycled with `isolated` experts that start as
+copies; and the model upcycled with `hybrid` experts, where the always-on experts are the dense blocks and the routed
+experts start at zero (`residual`). The data contains two tasks: `knowledge` (names, groups and keywords of almost 1,900
+emoji; two thirds of a batch) and `relations` (positions of objects in scenes of 24 emoji). Drawings and arrangements
+are held out: see upcycling_tasks.py.
 
-An answer is right if each of its tokens, the end included, is the most likely one after the right tokens before it:
-exactly then greedy decoding gives that answer. The learning rate stays constant after its warm-up, so that every point
-of a run stands for a run of that length. A comparison is at an equal budget: what the cheaper of the two runs spent in
-all, in tokens, in FLOPs of matrix products (counted, forward and backward) or in seconds of training on one core. The
-other run's figure at that budget is interpolated between two evaluations. `ours` is upcycled and `peer` dense, means
-over the seeds; `low` and `high` bound their difference in a 95 % interval of Student's t, each seed a pair.
+An answer is correct if each of its tokens, including the end token, is the most likely one given the correct tokens
+before it, that is, if greedy decoding generates exactly this answer. The learning rate is constant after the warm-up,
+so every point of a run has the same result as a run of that length. Runs are compared at an equal budget: the total
+that the cheaper of the two runs has spent in tokens, in FLOPs of matrix products (counted, forward and backward) or in
+seconds of training on one core. The value of the other run at this budget is interpolated between two evaluations.
+`ours` is the upcycled model and `peer` the dense model, averaged over the seeds. `low` and `high` are the bounds of the
+95 % confidence interval of their difference (paired Student's t, one pair per seed).
 """
 
 from __future__ import annotations
@@ -48,10 +50,11 @@ DECODER = {
     "num_hidden_layers": 3,
     "num_attention_heads": 3,
     "num_key_value_heads": 3,
-    "initializer_range": 0.1,  # the usual 0.02 is for wider models, and slows so small a one
+    "initializer_range": 0.1,  # the usual 0.02 is for wider models; a small model learns slowly with it
 }
 DENSE = "dense"
-# A token takes the FLOPs of two dense feed-forward blocks: two experts of its width, or one and two of half the width.
+# A token needs the FLOPs of two dense feed-forward blocks: two experts of the dense width, or one expert of this width
+# and two of half the width.
 ARMS: dict[str, dict[str, Any]] = {
     "copy isolated": {"start": "copy", "expert_groups": "isolated"},
     "residual hybrid": {
@@ -64,20 +67,20 @@ ROUTING = {"num_experts": 8, "num_experts_per_tok": 2, "output_router_logits": T
 WARMUP_STEPS = 40
 EVALUATION_BATCH = 256
 MAX_START_DIFFERENCE = 1e-5
-# What the report compares: tasks, and one kind of question by itself.
+# The report compares the tasks and, separately, one kind of question.
 PARTS = ("knowledge", "knowledge: name", "relations")
 BUDGETS = ("tokens", "flops", "seconds")
 METRICS = {"accuracy": "held-out accuracy, percent", "cross_entropy": "held-out cross-entropy, nats per token"}
-# 97.5th percentiles of Student's t, for 2 seeds and more.
+# 97.5th percentiles of Student's t distribution, starting with 2 seeds.
 T_PERCENTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-# By task and kind of question, batches.
+# Batches by task and kind of question.
 HeldOut = Mapping[str, Mapping[str, Sequence[dict[str, torch.Tensor]]]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and measured."""
+    """Sizes of the training and of the evaluation."""
 
     seeds: int
     pretraining_steps: int
@@ -119,7 +122,7 @@ QUICK = Sizes(
 
 
 class Counts(NamedTuple):
-    """What answers are scored by."""
+    """The counts from which the scores of answers are computed."""
 
     answers: int
     right: int
@@ -140,7 +143,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Point:
-    """What a run has cost up to a step, and how well its model does then, by task and kind of question."""
+    """The costs of a run up to a step, and the scores of its model at this step, by task and kind of question."""
 
     step: int
     tokens: float
@@ -150,7 +153,7 @@ class Point:
 
 
 class Run:
-    """A model in training, and what it has cost."""
+    """A training run of a model, and its costs."""
 
     def __init__(self, model: Any, batch: dict[str, torch.Tensor]):
         self.model = model
@@ -183,7 +186,7 @@ class Run:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: of the processor, on which there is one thread and other programs count little, or of a GPU's work."""
+    """Returns a time in seconds: the CPU time of this process, or the clock once the work of a GPU has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize(device)
@@ -259,13 +262,15 @@ def train(
     evaluations: int = 0,
 ) -> dict[str, Run]:
     """
-    Trains models on the same batches. They take turns, so that a drift of the machine meets all alike.
+    Trains models on the same batches. The models take turns, so that changes in the speed of the machine affect all of
+    them equally.
 
     Args:
-        models (`Mapping[str, PreTrainedModel]`): By name; changed in place.
+        models (`Mapping[str, PreTrainedModel]`): The models by name. They are changed in place.
         data (`Iterable[dict[str, torch.Tensor]]`): One batch for each of the `steps`.
-        learning_rate (`float`): The rate after a warm-up.
-        held_out (`HeldOut`, *optional*): Evaluated before the first step and then `evaluations` times, evenly.
+        learning_rate (`float`): The learning rate after the warm-up.
+        held_out (`HeldOut`, *optional*): Data for evaluations: one before the first step, and `evaluations` at equal
+            intervals.
     """
     due = {steps * number // evaluations for number in range(1, evaluations + 1)} if evaluations else set()
     runs: dict[str, Run] = {}
@@ -282,8 +287,8 @@ def train(
 
 
 def flops_per_token(model: Any, batch: dict[str, torch.Tensor]) -> float:
-    """FLOPs of the matrix products of a training step, per token that is not padding."""
-    # In plain matrix products: the counter knows no fused ones of the CPU.
+    """Returns the FLOPs of the matrix products of a training step, per token that is not padding."""
+    # The eager implementations, because the counter does not support the fused operations of the CPU.
     counted = copy.deepcopy(model).train()
     counted.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
     counted.set_experts_implementation("eager")
@@ -293,7 +298,7 @@ def flops_per_token(model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def held_out_batches(task: Task, number: int, collator: Collator) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """About `number` questions of a task, by kind."""
+    """Returns batches of about `number` held-out questions of a task, by kind."""
     examples: dict[str, list[Example]] = {}
     for example in task.held_out(number):
         examples.setdefault(example.kind, []).append(example)
@@ -315,14 +320,14 @@ def count(model: Any, batch: dict[str, torch.Tensor]) -> Counts:
 
 @torch.no_grad()
 def start_difference(model: Any, dense: Any, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Norms of the difference of the logits, and of the dense model's logits."""
+    """Returns the norm of the difference of the logits, and the norm of the logits of the dense model."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     ours, peer = (each.eval()(**inputs).logits[batch["attention_mask"].bool()] for each in (model, dense))
     return (ours - peer).norm().item(), peer.norm().item()
 
 
 def at_budget(points: Sequence[Point], budget: str, spent: float, part: str, metric: str) -> float:
-    """A metric where a run had spent that much, between two evaluations on the line through them."""
+    """Returns a metric at the point where a run had spent a budget, interpolated linearly between two evaluations."""
 
     def value(point: Point) -> float:
         return getattr(point.scores[part], metric)
@@ -335,7 +340,7 @@ def at_budget(points: Sequence[Point], budget: str, spent: float, part: str, met
 
 
 def start_rows(starts: Mapping[str, Sequence[tuple[float, float]]]) -> list[dict[str, Any]]:
-    """How far the logits are from the dense model's before anything is trained, in the worst seed."""
+    """Returns rows with the difference from the logits of the dense model before training, for the worst seed."""
     rows = []
     for arm, norms in starts.items():
         difference, norm = max(norms, key=lambda pair: pair[0] / pair[1])
@@ -344,7 +349,7 @@ def start_rows(starts: Mapping[str, Sequence[tuple[float, float]]]) -> list[dict
 
 
 def cost_rows(by_seed: Sequence[Mapping[str, Run]]) -> list[dict[str, Any]]:
-    """Parameters, and FLOPs per token and seconds per step of training."""
+    """Returns rows with the numbers of parameters, the FLOPs per token and the seconds per training step."""
     rows = []
     for arm in ARMS:
         for metric in ("parameters", "flops_per_token", "seconds_per_step"):
@@ -362,13 +367,13 @@ def cost(run: Run) -> dict[str, float]:
 
 
 def compare(by_seed: Sequence[Mapping[str, Run]], arm: str, part: str, metric: str) -> list[dict[str, Any]]:
-    """An upcycled model and the dense one, at the start and at equal budgets."""
+    """Compares an upcycled model with the dense model, at the start and at equal budgets."""
     rows = []
     for budget in (None, *BUDGETS):
         ours, peer = [], []
         for runs in by_seed:
             pair = runs[arm].points, runs[DENSE].points
-            # At the start nothing has been spent.
+            # At the start, no budget has been spent.
             spent = 0.0 if budget is None else min(getattr(points[-1], budget) for points in pair)
             for values, points in zip((ours, peer), pair, strict=True):
                 values.append(at_budget(points, budget or "tokens", spent, part, metric))
@@ -381,7 +386,7 @@ def compare(by_seed: Sequence[Mapping[str, Run]], arm: str, part: str, metric: s
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 % interval of the mean; none of a single value."""
+    """Returns the bounds of the 95 % confidence interval of the mean, or `None` for a single value."""
     if len(values) < 2:
         return None, None
     mean = statistics.mean(values)
@@ -396,7 +401,7 @@ def row(case: str, metric: str, ours: float, peer: float, bar: float | None = No
 
 
 def curves(by_seed: Sequence[Mapping[str, Run]]) -> list[dict[str, Any]]:
-    """Every evaluation of every run."""
+    """Returns all evaluations of all runs."""
     return [
         {"seed": seed, "arm": arm} | asdict(point)
         for seed, runs in enumerate(by_seed)
@@ -407,8 +412,8 @@ def curves(by_seed: Sequence[Mapping[str, Run]]) -> list[dict[str, Any]]:
 
 def show(rows: Sequence[dict[str, Any]], by_seed: Sequence[Mapping[str, Run]], sizes: Sizes, num_emoji: int) -> None:
     print(
-        f"\n{sizes.seeds} seeds; {sizes.pretraining_steps} steps of pretraining, {sizes.steps} further ones; "
-        f"a batch asks {sizes.num_knowledge} questions about {num_emoji} emoji, {sizes.num_relations} about scenes"
+        f"\n{sizes.seeds} seeds; {sizes.pretraining_steps} pretraining steps, {sizes.steps} further steps; "
+        f"{sizes.num_knowledge} questions about {num_emoji} emoji and {sizes.num_relations} about scenes per batch"
     )
     print(f"\n{'model':<18}{'parameters':>12}{'MFLOP per token':>18}{'ms per step':>14}")
     for name in (DENSE, *ARMS):

@@ -1,4 +1,4 @@
-"""The two tasks of upcycling.py, made of the built-in data: one is limited by knowledge, one by relations."""
+"""The two tasks of upcycling.py, from the built-in data: knowledge (facts) and relations (positions)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modeling_sparse_moe_vlm.toolbox.demo import emoji_questions, scenes
 IMAGE_SIZE = 32
 TRAINING_SIZES = (28, 29, 31, 32)  # pixels
 HELD_OUT_SIZE = 30
-KNOWLEDGE = ("name", "group", "name", "keyword")  # names are the most to learn
+KNOWLEDGE = ("name", "group", "name", "keyword")  # names twice, because they take longest to learn
 RELATIONS = ("left_of", "right_of", "above", "below", "position")
 HELD_OUT_SEED = 1_000_003
 IGNORED = -100
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 
 class Task(Protocol):
-    """Questions of several kinds, which take turns."""
+    """A task with several kinds of questions, which are drawn in turn."""
 
     kinds: tuple[str, ...]
 
@@ -41,13 +41,13 @@ class Task(Protocol):
         """Draws training examples."""
 
     def held_out(self, count: int) -> list[Example]:
-        """Examples that training does not show, the same ones each time."""
+        """Returns examples that do not occur in training. They are the same in every call."""
 
 
 class Knowledge:
     """
-    What emoji are called, to which group they belong and whether a word goes with them: thousands of facts to learn by
-    heart. An emoji is drawn in one of several sizes, anywhere in the image; held out is a size, not facts.
+    Questions about the names of emoji, their groups and their keywords: thousands of facts to memorise. An emoji is
+    drawn in one of several sizes at any position in the image. One size is held out, but no facts are.
     """
 
     kinds = KNOWLEDGE
@@ -95,8 +95,8 @@ class Knowledge:
 
 class Relations:
     """
-    What is next to what in scenes of a few well-known objects, and where: little to know, much to relate. Held out are
-    arrangements of objects.
+    Questions about the positions of objects in scenes of a few frequent objects, which need few facts. Arrangements of
+    objects are held out.
     """
 
     kinds = RELATIONS
@@ -114,21 +114,22 @@ class Relations:
 
     def held_out(self, count: int) -> list[Example]:
         share = -(-count // len(self.kinds))
-        by_kind = _scenes("test", 3 * count, 0)  # not half of the scenes' questions are about something else
+        by_kind = _scenes("test", 3 * count, 0)  # less than half of the questions about scenes are of other kinds
         return [example for examples in by_kind.values() for example in examples[:share]]
 
 
 class Collator:
     """
-    Makes batches: image tokens, question, answer, padded on the right; the targets are the answer and its end.
+    Makes batches of image tokens, question and answer, padded on the right. The targets are the answer and the end
+    token.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
-            With `<image>`, `<|im_start|>` (which stands before an answer) and `<|im_end|>`.
+            A tokenizer with `<image>`, `<|im_start|>` (which precedes an answer) and `<|im_end|>`.
         image_seq_length (`int`):
             Number of tokens of an image.
         device (`str`, defaults to `"cpu"`):
-            Where the batches go.
+            Device of the batches.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, image_seq_length: int, device: str = "cpu"):
@@ -163,14 +164,14 @@ class Collator:
 
 
 def batches(shares: Mapping[Task, int], collator: Collator, steps: int, seed: str) -> Iterator[dict[str, torch.Tensor]]:
-    """Training batches with that many questions of each task; the same ones for the same `seed`."""
+    """Yields training batches with `shares` questions of each task. They only depend on the `seed`."""
     rng = random.Random(seed)
     for _ in range(steps):
         yield collator([example for task, share in shares.items() for example in task.sample(share, rng)])
 
 
 def _in_turn(kinds: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """Kinds of question for `count` examples, in turn, from a random one on."""
+    """Returns the kinds of `count` questions: all kinds in turn, starting with a random one."""
     first = rng.randrange(len(kinds))
     return [kinds[(first + number) % len(kinds)] for number in range(count)]
 
@@ -183,7 +184,7 @@ def _in_all_sizes(drawing: Image.Image) -> dict[int, torch.Tensor]:
 
 
 def _scenes(split: str, count: int, seed: int) -> dict[str, list[Example]]:
-    """Questions about scenes by kind, those about relations only."""
+    """Returns the questions about relations in scenes, by kind."""
     rows = scenes(split, count, seed, cell_size=IMAGE_SIZE // 2)
     rows = rows.select([row for row, kind in enumerate(rows["kind"]) if kind in RELATIONS])
     examples: dict[str, list[Example]] = {kind: [] for kind in RELATIONS}

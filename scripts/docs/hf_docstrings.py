@@ -7,8 +7,8 @@ Griffe parses docstrings in Google's form. Transformers' form differs in three w
 - return values: `` `torch.Tensor`: logits … `` becomes the type `torch.Tensor`;
 - cross references: ``[`Name`]``, ``[`~package.Name`]`` (shown as `Name`) and ``[`.module.name`]`` become links to the
   object. A name is looked up in the class and the module of the docstring and in the packages around it. If it is not
-  there, it is the only object of that name in the whole package. Other names become links to themselves, which MkDocs
-  reports as leading nowhere.
+  there, the package must have exactly one object of that name. Other names become links to themselves, which MkDocs
+  reports as broken links.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import griffe
 ARGUMENT = re.compile(r"^(?P<indent> *)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*) \((?P<spec>\[?`.*)\):(?P<rest> .*)?$")
 RESULT = re.compile(r"^( *)((?:\[?`[^`]+`\]?(?:, |,? or | of shape )?)+?)(, \*optional\*)?:(?= )")
 REFERENCE = re.compile(r"\[`(?P<name>~?[\w.]+)`\](?![\[(])")
-# Where the documentation of Transformers describes what docstrings refer to.
+# Pages of the Transformers documentation that docstrings refer to.
 TRANSFORMERS = "https://huggingface.co/docs/transformers/"
 TRANSFORMERS_PAGES = {
     "transformers.ContinuousMixin": "main/continuous_batching",
@@ -37,7 +37,7 @@ TRANSFORMERS_PAGES = {
 
 @dataclass(frozen=True)
 class Argument:
-    """What a line such as ``name (`int` or `str`, *optional*, defaults to 8):`` says."""
+    """What a line such as ``name (`int` or `str`, *optional*, defaults to 8):``, parsed."""
 
     type: str
     default: str | None
@@ -59,7 +59,7 @@ class Argument:
 
 
 def _type(text: str) -> str:
-    """The type that a docstring names: `A | B` of `` `A`, `B` or `C` ``, and text with other words as it is."""
+    """Returns the type in a docstring: `A | B` of `` `A`, `B` or `C` ``, and other texts unchanged."""
     text = re.sub(r"\[`~?(?:[\w.]+\.)?(\w+)`\]", r"`\1`", text)
     parts = re.split(r"(?:, or |, | or )(?=`)", text)
     if all(re.fullmatch(r"`[^`]+`", part) for part in parts):
@@ -68,7 +68,7 @@ def _type(text: str) -> str:
 
 
 def to_google(text: str) -> tuple[str, dict[str, str]]:
-    """The docstring in Google's form, and the default values that it names, by argument."""
+    """Converts a docstring to Google's form, and returns it with the default values in it, by argument."""
     lines, defaults, in_code = [], {}, False
     for line in text.split("\n"):
         if line.lstrip().startswith("```"):
@@ -116,7 +116,7 @@ def _translate(documented: griffe.Object, package: griffe.Module, paths: dict[st
     docstring = documented.docstring
     text, defaults = to_google(docstring.value)
     docstring.value = link_references(text, lambda name: find(name, documented, package, paths))
-    for section in docstring.parsed:  # kept by Griffe, so that changes last
+    for section in docstring.parsed:  # cached by Griffe, so the changes are kept
         if section.kind is griffe.DocstringSectionKind.parameters:
             for parameter in section.value:
                 parameter.value = defaults.get(parameter.name, parameter.value)
@@ -130,7 +130,7 @@ def _objects(parent: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def find(name: str, documented: griffe.Object, package: griffe.Module, paths: dict[str, set[str]]) -> str:
-    """The path of the object that a docstring calls `name`, or its address where it is an object of Transformers."""
+    """Returns the path of the object that a docstring calls `name`, or the URL of an object of Transformers."""
     for prefix, page in TRANSFORMERS_PAGES.items():
         if name == prefix or name.startswith(f"{prefix}."):
             return f"{TRANSFORMERS}{page}#{name}"
@@ -148,10 +148,10 @@ def find(name: str, documented: griffe.Object, package: griffe.Module, paths: di
 
 
 def _member(scope: griffe.Object, name: str) -> str | None:
-    """Path of the object that has this name in a scope, where it may be imported."""
+    """Returns the path of the object that has this name in a scope, also if it is imported there."""
     try:
         found = scope[name]
-        # `from .upcycle import upcycle`: the function is meant, not its module of the same name.
+        # With `from .upcycle import upcycle`, the name means the function, not the module of the same name.
         if found.is_module and found.name in found.members:
             found = found.members[found.name]
         return found.canonical_path

@@ -1,7 +1,7 @@
 """
-A hook of MkDocs: links of a page to files outside `docs/`, such as `../configuration/lora/experts.yaml`, lead to the
-repository on the site. On a checkout and in the repository's browser they work as they are. A file that does not exist
-is a warning, which is an error in strict mode.
+An MkDocs hook that replaces links to files outside `docs/`, such as `../configuration/lora/experts.yaml`, with links to
+the repository. In a clone and on GitHub, the original links work. If a file does not exist, the hook logs a warning,
+which is an error in strict mode.
 """
 
 from __future__ import annotations
