@@ -81,14 +81,19 @@ class ExpertStack:
     @property
     def place(self) -> str:
         """The name within the layer or decoder. Stacks with the same place have the same experts and shards."""
-        # The part after the number of the layer. A number can also belong to the block (`layers.0.ffn.1.experts`).
-        layer = r"(?!expert_pools\.)\w+\.\d+\.(?!experts(?:\.|$))"
-        return re.split(rf"(?<![^.])(?:{layer}|(?=expert_pools\.))", self.name)[-1]
+        return _place(self.name)
 
     def names_on_disk(self, parameter: str) -> list[str]:
         """Returns the names of the matrices of a stacked parameter in checkpoints."""
         experts = range(sum(self.sizes))
         return [f"{self.name}.{expert}.{matrix}.weight" for expert in experts for matrix in MATRICES[parameter]]
+
+
+def _place(name: str) -> str:
+    """Returns the name of a block, a stack or a pool within its layer or decoder."""
+    # The part after the number of the layer. A number can also belong to the block (`layers.0.ffn.1.experts`).
+    layer = r"(?!expert_pools\.)\w+\.\d+\.(?!experts(?:\.|$))"
+    return re.split(rf"(?<![^.])(?:{layer}|(?=expert_pools\.))", name)[-1]
 
 
 def expert_stacks(model: nn.Module) -> list[ExpertStack]:
@@ -116,6 +121,45 @@ def expert_stacks(model: nn.Module) -> list[ExpertStack]:
                     continue
                 stacks.append(ExpertStack(f"{name}.{place}{group}".removeprefix("."), sizes))
     return stacks
+
+
+def own_names(model: nn.Module) -> dict[str, frozenset[str]]:
+    """
+    Returns the names of all tensors of the sparse blocks and expert pools, and of experts of the base model that are
+    saved in the format of this package, in memory and in checkpoints. Each name is split into the name of the layer or decoder and the name within it.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+
+    Returns:
+        `dict[str, frozenset[str]]`: The names within the layer or decoder (`"mlp.experts.0.up_proj.weight"`), by the
+        name of the layer or decoder (`"model.layers.0."`, with the dot).
+    """
+    names: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseMoeVlmSparseMoeBlock):
+            place = _place(name)
+        elif name.rpartition(".")[2] == "expert_pools":
+            place = "expert_pools"
+        else:
+            continue
+        tensors = names.setdefault(name.removesuffix(place), set())
+        tensors |= {f"{place}.{tensor}" for tensor in module.state_dict()}
+    stacks = expert_stacks(model)
+    # The conversions of a stack also apply to experts of the base model with the same place in other layers.
+    for place in {stack.place for stack in stacks}:
+        for name, parameter in model.named_parameters():
+            if name.endswith(f".{place}.gate_up_proj") and name.removesuffix(f"{place}.gate_up_proj") not in names:
+                stacks.append(ExpertStack(name.removesuffix(".gate_up_proj"), (parameter.shape[0],)))
+    for stack in stacks:
+        tensors = names.setdefault(stack.name.removesuffix(stack.place), set())
+        # Up to 5.20, Transformers applies renamings to names that have a star instead of the number of the expert.
+        experts = ["*", *range(sum(stack.sizes))]
+        for parameter, matrices in MATRICES.items():
+            tensors.add(f"{stack.place}.{parameter}")
+            tensors |= {f"{stack.place}.{expert}.{matrix}.weight" for expert in experts for matrix in matrices}
+    return {start: frozenset(tensors) for start, tensors in names.items()}
 
 
 # ------------------------------------------------------------------------------------------------ with Transformers

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .fused_head import takes_fused_head  # noqa: F401
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
     from .input_checks import check_shapes  # noqa: F401
+    from .kept_names import keep_names  # noqa: F401
     from .language_head import SparseMoeVlmLanguageHead  # noqa: F401
     from .lora_targets import AdapterConfigs  # noqa: F401
     from .losses import router_losses  # noqa: F401

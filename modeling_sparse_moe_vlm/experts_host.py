@@ -26,6 +26,7 @@ from .checkpoint_conversion import (
     check_experts,
     convert_from_disk,
     loading_conversions,
+    own_names,
     saving_conversions,
 )
 from .checkpoint_integrity import check_names, check_weights, named_damage
@@ -33,6 +34,7 @@ from .checks import check
 from .code_revisions import warn_of_other_code
 from .experts import init_expert_weights
 from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
+from .kept_names import check_names_on_disk, keep_names, signature
 from .lora_targets import AdapterConfigs
 from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
 from .quantization import warn_of_unquantised_experts
@@ -169,7 +171,9 @@ class ExpertsHost(PreTrainedModel):
 
     def library_conversions(self, found: list[WeightTransform] | None = None) -> list[WeightTransform]:
         """
-        Returns the weight conversions that Transformers has for checkpoints of this model.
+        Returns the weight conversions that Transformers has for checkpoints of this model. They do not change the
+        names of experts and routers within a layer, which Transformers does not know. Renamings that the user passes to
+        `from_pretrained` apply to all names.
 
         Args:
             found (`list[WeightTransform]`, *optional*):
@@ -178,7 +182,11 @@ class ExpertsHost(PreTrainedModel):
         Returns:
             `list[WeightTransform]`: The conversions.
         """
-        return get_model_conversion_mapping(self, add_legacy=False) if found is None else found
+        known = get_model_conversion_mapping(self, add_legacy=found is not None)
+        of_library = {signature(step) for step in known}
+        steps = known if found is None else [step for step in found if signature(step) in of_library]
+        asked_for = [step for step in found or [] if signature(step) not in of_library]
+        return [*asked_for, *keep_names(steps, own_names(self), self.base_model_prefix)]
 
     @property
     def _weight_conversions(self):
@@ -253,6 +261,9 @@ class ExpertsHost(PreTrainedModel):
                 Other arguments of [`~transformers.PreTrainedModel.save_pretrained`].
             kwargs (`Any`):
                 Other keyword arguments of [`~transformers.PreTrainedModel.save_pretrained`].
+
+        Raises:
+            ValueError: If two tensors would be saved under the same name. The message names them.
         """
         # Transformers copies the code from the file of the class. FSDP2 replaces the class with a subclass from torch.
         cls = type(self)
@@ -261,6 +272,7 @@ class ExpertsHost(PreTrainedModel):
         cls.__module__, cls.__name__ = own.__module__, own.__name__
         try:
             given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
+            self._check_names_on_disk(given)
             if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
                 super().save_pretrained(save_directory, *args, **kwargs)
                 return
@@ -270,6 +282,15 @@ class ExpertsHost(PreTrainedModel):
                     custom_object_save(self, stage)  # again, because the configuration may have copied its own code
         finally:
             cls.__module__, cls.__name__ = names
+
+    def _check_names_on_disk(self, arguments: dict[str, Any]) -> None:
+        """Checks the names of the tensors that `save_pretrained` with these arguments would write."""
+        if not arguments.get("save_original_format", True) or getattr(self, "_hf_peft_config_loaded", False):
+            return  # these names are those in memory
+        state_dict = arguments.get("state_dict")
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        ignored = {*(self._keys_to_ignore_on_save or ()), *self.all_tied_weights_keys}
+        check_names_on_disk(self, {name: tensor for name, tensor in state_dict.items() if name not in ignored})
 
 
 def _with_fields(config: PreTrainedConfig, arguments: dict[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:

@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .cache_name import is_paged
+from .checkpoint_conversion import own_names
 from .configuration_upcycled import (
     OTHER_CONFIG,
     PREFIX,
@@ -36,6 +37,7 @@ from .experts import make_experts
 from .experts_config import SparseMoeVlmExpertsConfig
 from .experts_host import ExpertsHost
 from .fused_head import takes_fused_head, with_own_router_losses
+from .kept_names import keep_names, signature
 from .losses import add_router_losses
 from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
 from .token_modalities import TokenModalities, find_modalities, ids_of_step, listed_ids
@@ -119,16 +121,17 @@ class UpcycledMixin(ExpertsHost):
     def library_conversions(self, found=None):
         """
         Returns the weight conversions that Transformers has for the base model, which has the same names except for
-        the sparse blocks: see [`ExpertsHost.library_conversions`].
+        the sparse blocks. They do not apply to the sparse blocks: see [`ExpertsHost.library_conversions`].
         """
         with torch.device("meta"), no_init_weights():
             base = _base_of(type(self))(_dense_config(self.config))
         of_base = get_model_conversion_mapping(base, add_legacy=False)
-        own = {_signature(step) for step in get_model_conversion_mapping(self, add_legacy=False)}
-        legacy = {_signature(step) for step in get_model_conversion_mapping(base, add_legacy=True)[len(of_base) :]}
-        others = [step for step in found or [] if _signature(step) not in own]
-        asked_for = [step for step in others if _signature(step) not in legacy]
-        return [*asked_for, *of_base, *(step for step in others if _signature(step) in legacy)]
+        own = {signature(step) for step in get_model_conversion_mapping(self, add_legacy=False)}
+        legacy = {signature(step) for step in get_model_conversion_mapping(base, add_legacy=True)[len(of_base) :]}
+        others = [step for step in found or [] if signature(step) not in own]
+        asked_for = [step for step in others if signature(step) not in legacy]
+        of_library = [*of_base, *(step for step in others if signature(step) in legacy)]
+        return [*asked_for, *keep_names(of_library, own_names(self), self.base_model_prefix)]
 
     def init_parallel_plans(self) -> None:
         """Same as in Transformers, but adds plans for the experts."""
@@ -289,12 +292,6 @@ def _ids_of_call(ids: torch.Tensor, num_tokens: int, cache: Any) -> torch.Tensor
     start = int(cache.get_seq_length())
     missing = max(start + num_tokens - ids.shape[1], 0)
     return nn.functional.pad(ids, (0, missing))[:, start : start + num_tokens]
-
-
-def _signature(step: Any) -> tuple:
-    """Returns the properties that identify a weight conversion."""
-    patterns = (tuple(step.source_patterns), tuple(step.target_patterns))
-    return type(step).__name__, *patterns, getattr(step, "scope_prefix", None)
 
 
 # ------------------------------------------------------------------------------------------------ sparse blocks

@@ -30,8 +30,6 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
 NOTES = {
     "shieldgemma2": "Compared in memory only: Transformers saves this type, dense or upcycled, under names of weights "
     "that it does not find again.",
-    "hy_v4": "With Transformers 5.20, `save_pretrained` drops the layers from the names of the experts' weights, so "
-    "the upcycled model does not load: use a later release.",
 }
 EXACT, ON_REQUEST, REFUSED, FAILED, NOT_BUILT = "exact", "exact, on request", "no", "failed", "not examined"
 

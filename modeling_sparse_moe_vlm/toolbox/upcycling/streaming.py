@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ...checkpoint_conversion import saving_conversions
 from ...experts import make_experts
 from ...experts_config import experts_config_of
+from ...kept_names import check_names_on_disk
 from .arrangement import Start
 from .block_parity import block_error
 from .blocks import DenseBlocks
@@ -68,6 +69,7 @@ def write_sparse_weights(
     Raises:
         UpcyclingError: If a weight of the dense model is NaN or infinite, or if the dense checkpoint lacks tensors of
             the sparse model.
+        ValueError: If two tensors of the sparse model would be written under the same name.
     """
     return _Run(checkpoint, sparse, dense_blocks, start, folder, seed, inputs or {}, max_shard_size).write()
 
@@ -96,6 +98,7 @@ class _Run:
         sparse._weight_conversions = saving_conversions(sparse)
         sparse.tie_weights()
         self.state = remove_tied_weights_from_state_dict(self._planned_state(), sparse)
+        check_names_on_disk(sparse, self.state)
         on_disk = revert_weight_conversion(sparse, dict(self.state))
         self.files = ShardFiles(folder, on_disk, sparse.num_parameters(), max_shard_size)
 
