@@ -126,7 +126,8 @@ def expert_stacks(model: nn.Module) -> list[ExpertStack]:
 def own_names(model: nn.Module) -> dict[str, frozenset[str]]:
     """
     Returns the names of all tensors of the sparse blocks and expert pools, and of experts of the base model that are
-    saved in the format of this package, in memory and in checkpoints. Each name is split into the name of the layer or decoder and the name within it.
+    saved in the format of this package, in memory and in checkpoints. Each name is split into the name of the layer or
+    decoder and the name within it.
 
     Args:
         model (`nn.Module`):
