@@ -150,9 +150,9 @@ def own_names(model: nn.Module) -> dict[str, frozenset[str]]:
     stacks = expert_stacks(model)
     # The conversions of a stack also apply to experts of the base model with the same place in other layers.
     for place in {stack.place for stack in stacks}:
-        for name, parameter in model.named_parameters():
+        for name, experts_of_base in model.named_parameters():
             if name.endswith(f".{place}.gate_up_proj") and name.removesuffix(f"{place}.gate_up_proj") not in names:
-                stacks.append(ExpertStack(name.removesuffix(".gate_up_proj"), (parameter.shape[0],)))
+                stacks.append(ExpertStack(name.removesuffix(".gate_up_proj"), (experts_of_base.shape[0],)))
     for stack in stacks:
         tensors = names.setdefault(stack.name.removesuffix(stack.place), set())
         # Up to 5.20, Transformers applies renamings to names that have a star instead of the number of the expert.

@@ -53,8 +53,6 @@ class KeepingRenaming(WeightRenaming):
             The names of which only the start is renamed.
     """
 
-    __slots__ = ("names", "step")
-
     def __init__(self, step: WeightRenaming, names: KeptNames) -> None:
         super().__init__(list(step._original_source_patterns), list(step._original_target_patterns))
         self.scope_prefix, self.base_model_prefix = step.scope_prefix, step.base_model_prefix
@@ -87,8 +85,6 @@ class KeepingConverter(WeightConverter):
         names ([`KeptNames`]):
             Names of the tensors that are not converted.
     """
-
-    __slots__ = ("names", "step")
 
     def __init__(self, step: WeightConverter, names: KeptNames) -> None:
         sources, targets = list(step._original_source_patterns), list(step._original_target_patterns)
