@@ -13,6 +13,7 @@ from modeling_sparse_moe_vlm.fused_head import takes_fused_head
 from modeling_sparse_moe_vlm.routing import RoutingRecord, router_biases
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, measure_routing, update_router_bias
 from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
+from modeling_sparse_moe_vlm.toolbox.training import model_parts, train_parts
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 trl = pytest.importorskip("trl")
@@ -85,6 +86,27 @@ def test_sft_adds_the_router_losses(arrangement, tmp_path):
         logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
     assert logs[1]["aux_loss"] > 0
     assert logs[1]["loss"] - logs[0]["loss"] == pytest.approx(logs[1]["aux_loss"], rel=1e-3)
+
+
+def test_sft_trains_parts(tmp_path):
+    model = make_speaking_model()
+    arguments = trl.SFTConfig(output_dir=str(tmp_path), **ARGUMENTS | {"max_steps": 1})
+    parts = {"connector": 1e-3, "routers": 1e-2, "rest": "freeze"}
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows_with_images(),
+        processing_class=make_processor(),
+        optimizer_cls_and_kwargs=train_parts(model, parts, arguments),
+    )
+    before = snapshot(model)
+    trainer.train()
+    own = model_parts(model)
+    assert changed_parameters(model, before) == {*own["connector"], *own["routers"]}
+    rates = {
+        parameter: group["initial_lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
+    assert rates == {p: parts[part] for part in ("connector", "routers") for p in own[part].values()}
 
 
 def test_dpo(tmp_path):

@@ -23,9 +23,11 @@ from transformers import (
 from modeling_sparse_moe_vlm.processing_sparse_moe_vlm import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.toolbox import report
 from modeling_sparse_moe_vlm.toolbox.demo import scenes, train_tokenizer
-from modeling_sparse_moe_vlm.toolbox.training import recipe_run
+from modeling_sparse_moe_vlm.toolbox.shipped_files import find_preset
+from modeling_sparse_moe_vlm.toolbox.training import model_parts, recipe_run
+from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
-from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
+from tests.scripts.conftest import SMALL_RUN, run_in_two_processes, run_train, train_arguments
 
 
 def history(output_dir, step: int) -> list[dict]:
@@ -49,6 +51,38 @@ def test_a_run_writes_model_metrics_card_and_figures(trained):
     assert [result.dataset_split for result in card.data.eval_results] == ["test", "test_style"]
     shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert shown["training"]["max_steps"] == 2, "the card shows the recipe without what was changed"
+
+
+def test_a_run_prints_what_trains_and_saves_the_resolved_recipe(trained):
+    output_dir, printed = trained
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["part", "parameters", "train", "learning", "rate"] in lines
+    (total,) = (line for line in lines if line[:1] == ["all"])
+    assert total[1] == total[2], "nothing is frozen"
+    overrides = [f"{key}={value}" for key, value in SMALL_RUN.items()]
+    assert load_recipe(output_dir / "recipe.yaml") == load_recipe(find_preset("demo", "training"), overrides)
+
+
+def test_parts_of_a_recipe_train(trained, tmp_path, run_here, monkeypatch):
+    monkeypatch.setattr(recipe_run.TrainingRun, "evaluate", lambda run: {})
+    monkeypatch.setattr(recipe_run.TrainingRun, "draw", lambda run: None)
+    start, output_dir = trained[0] / "model", tmp_path / "output"
+    parts = {"rest": "freeze", "connector": 1e-3, "experts.image": "train"}
+    changes = [f"--set=model={start}", *(f"--set=parts.{part}={value}" for part, value in parts.items())]
+    printed = run_here("train.py", *train_arguments(output_dir), *changes)
+    settings = {line.split()[0]: line.split()[-1] for line in printed.splitlines() if len(line.split()) == 4}
+    assert settings["connector"] == "0.001"
+    assert settings["experts.image"] == "0.002"
+    assert settings["attention"] == "frozen"
+    assert load_recipe(output_dir / "recipe.yaml").parts == {
+        "rest": "freeze",
+        "connector": 0.001,
+        "experts": {"image": "train"},
+    }
+    before, after = (AutoModelForImageTextToText.from_pretrained(path) for path in (start, output_dir / "model"))
+    changed = {name for name, own in after.named_parameters() if not torch.equal(own, before.get_parameter(name))}
+    by_part = model_parts(after)
+    assert changed == {*by_part["connector"], *by_part["experts.image"]}
 
 
 def test_the_printed_question_is_about_the_printed_image(trained):
@@ -92,6 +126,7 @@ def test_two_processes_with_half_a_model_each_save_one_model(tmp_path):
     assert {path.name for path in output_dir.iterdir()} == {
         "checkpoints",
         "model",
+        "recipe.yaml",
         "metrics.json",
         "scene.png",
         "answers.png",

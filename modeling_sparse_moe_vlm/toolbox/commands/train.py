@@ -4,6 +4,7 @@ Trains a model from a recipe, saves it, evaluates it and draws its answers.
     sparse-moe-vlm train                                        # the demo: a tiny model of scenes of emoji
     sparse-moe-vlm train --recipe quickstart                    # fewer emoji and steps: about two minutes
     sparse-moe-vlm train --set training.max_steps=200           # change a value of the recipe
+    sparse-moe-vlm train --set parts.vision_encoder=freeze      # freeze a part, or give it a learning rate
     sparse-moe-vlm train --resume                               # resume an interrupted run
     sparse-moe-vlm train --check data.jsonl                     # read and validate your own data, without a model
 
@@ -12,8 +13,9 @@ The demo takes a few minutes on two CPU cores. To use several processes (the sec
     torchrun --nproc-per-node 8 --no-python sparse-moe-vlm train
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/train.py
 
-The command writes to the output folder: the model with its model card (folder `model`), `metrics.json`, `scene.png`,
-`answers.png` and `expert_load.png`. Models without experts of this package get no `expert_load.png`.
+The command writes to the output folder: the recipe with all overrides (`recipe.yaml`), the model with its model card
+(folder `model`), `metrics.json`, `scene.png`, `answers.png` and `expert_load.png`. Models without experts of this
+package get no `expert_load.png`.
 
 `--check` reads all data once and prints the format, the number of rows, images and turns, the sizes of the images, and
 the bad rows with file, row number (from 0) and reason. The exit code is 2 if there are bad rows, unless `--on-bad-row

@@ -2,13 +2,18 @@
 
 from ..demo.conversations import conversations
 from .isolation import freeze_text
+from .model_parts import model_parts
 from .models import from_checkpoint, from_scratch
+from .parts import describe_parts, train_parts
 from .trainer import SparseMoeTrainer
 
 __all__ = [
     "SparseMoeTrainer",
     "conversations",
+    "describe_parts",
     "freeze_text",
     "from_checkpoint",
     "from_scratch",
+    "model_parts",
+    "train_parts",
 ]

@@ -20,6 +20,7 @@ from ..hub import write_model_card
 from ..model_size import describe_size
 from ..routing import expert_load
 from .models import from_checkpoint, from_scratch
+from .parts import describe_parts, train_parts
 from .processes import save_and_part, start_run
 from .recipes import Recipe, find_model
 from .trainer import SparseMoeTrainer
@@ -58,6 +59,7 @@ class TrainingRun:
         else:
             self.model, self.processor = from_checkpoint(model_path)
             compute_router_losses(self.model)
+        self.optimizer = train_parts(self.model, recipe.parts, self.arguments)
         experts = our_experts_config(self.model.config)
         self.is_upcycled = bool(getattr(experts, "start", None))  # the configuration then names the base model
         self.base_model = None if Path(model_path).exists() else model_path
@@ -72,19 +74,22 @@ class TrainingRun:
         return self.output_dir / "model"
 
     def print_model(self) -> None:
-        """Prints the size of the model and, if it resizes the images, their new size."""
+        """Prints the size of the model, what trains and, if the model resizes the images, their new size."""
         if self.arguments.process_index == 0:
             print(describe_size(self.model))
+            print(describe_parts(self.model, self.recipe.parts, self.arguments.learning_rate))
             if note := resizing_note(self.model, self.data["train"][0]["image"].size):
                 print(note)
 
     def train(self) -> bool:
         """
-        Trains the model and saves it.
+        Trains the model and saves it. Writes the recipe, with all overrides, to `recipe.yaml` before that.
 
         Returns:
             `bool`: Whether this process does the remaining steps. Only the first process does.
         """
+        if self.arguments.process_index == 0:
+            (self.output_dir / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         start = time.time()
         trainer = SparseMoeTrainer(
             model=self.model,
@@ -92,6 +97,7 @@ class TrainingRun:
             data_collator=self.collator,
             train_dataset=conversations(self.data["train"]),
             processing_class=self.processor,
+            optimizer_cls_and_kwargs=self.optimizer,
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics["training_seconds"] = round(time.time() - start, 1)

@@ -16,9 +16,12 @@ from ...checks import check
 from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
+from .model_parts import PARTS
+from .parts import check_parts
 
 # Arguments that a run sets itself.
 SET_BY_RUN = {"output_dir", "remove_unused_columns"}
+MANY_KEYS = 12  # more are not listed in error messages
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
 
@@ -36,12 +39,15 @@ class Recipe:
             Arguments of [`~transformers.TrainingArguments`], except `output_dir` and `remove_unused_columns`.
         tokenizer (`dict`):
             Arguments of [`~toolbox.demo.train_tokenizer`], for a model from scratch.
+        parts (`dict`):
+            Parts of the model to freeze, or their learning rates, as in [`~toolbox.training.train_parts`].
     """
 
     model: str
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
@@ -63,12 +69,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ValueError: If the file is not YAML, if the file or an override has an unknown key, if a value has the wrong
-            type, if an override has no value, or if the tokenizer cannot have this `vocab_size`. The message names the
-            file and the key.
+            type, if an override has no value, if a value of `parts` is invalid, or if the tokenizer cannot have this
+            `vocab_size`. The message names the file and the key.
         OSError: If the file cannot be read.
     """
-    sections = {"data": data_arguments(), "training": training_arguments(), "tokenizer": tokenizer_arguments()}
+    sections = {
+        "data": data_arguments(),
+        "training": training_arguments(),
+        "tokenizer": tokenizer_arguments(),
+        "parts": dict.fromkeys(PARTS, Any),
+    }
     recipe = Recipe(**read_recipe(path, overrides, sections))
+    try:
+        recipe.parts = check_parts(recipe.parts)
+    except ValueError as error:
+        raise ValueError(f"{error} (in the recipe {path})") from error
     # Check this now: the run generates the data first, which may take minutes.
     if "vocab_size" in recipe.tokenizer:
         check_vocab_size(recipe.tokenizer["vocab_size"])
@@ -116,7 +131,8 @@ def read_recipe(
         unknown = [key for key in values if key not in types]
         check(
             not unknown,
-            f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them.",
+            f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them."
+            + (f" It can have {', '.join(types)}." if len(types) <= MANY_KEYS else ""),
         )
         content[section] = {
             key: _of_type(value, types[key], f"`{section}.{key}`", f"in the recipe {path}")

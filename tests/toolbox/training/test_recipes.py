@@ -68,6 +68,45 @@ def test_a_recipe_reads_what_it_writes(tmp_path):
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
 
 
+def test_parts_of_a_recipe_and_their_overrides(tmp_path):
+    path = write(tmp_path, "model: m\nparts: {vision_encoder: freeze, connector: 1e-3, experts: {image: 1e-4}}\n")
+    recipe = load_recipe(path, ["parts.routers=freeze", "parts.experts.text=2e-4", "parts.connector=5.0e-4"])
+    assert recipe.parts == {
+        "vision_encoder": "freeze",
+        "connector": 0.0005,
+        "experts": {"image": 0.0001, "text": 0.0002},
+        "routers": "freeze",
+    }
+    assert type(recipe.parts["experts"]["text"]) is float
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert load_recipe(write(tmp_path, "model: m")).parts == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "parts.router=freeze",
+            r"`parts` of the recipe .*recipe.yaml has keys \['router'\].* It can have vision_encoder, .*rest",
+        ),
+        (
+            "parts.routers=stop",
+            r"`parts.routers` must be 'freeze', 'train' or a learning rate above 0, but got 'stop'.*recipe.yaml",
+        ),
+        ("parts.experts.image=0", r"`parts.experts.image` must be .* but got 0\. \(in the recipe .*recipe.yaml\)"),
+        ("parts=freeze", "`parts` of the recipe .*recipe.yaml must be a mapping, got 'freeze'"),
+    ],
+)
+def test_wrong_parts_name_the_recipe(tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(write(tmp_path, "model: m"), [override])
+
+
+def test_long_lists_of_keys_are_not_shown(tmp_path):
+    with pytest.raises(ValueError, match=r"`training` of the recipe .* correct or remove them\.$"):
+        load_recipe(write(tmp_path, "model: m"), ["training.max_step=1"])
+
+
 def test_keys_that_a_recipe_can_set():
     assert {"max_steps", "learning_rate", "seed"} <= training_arguments().keys()
     assert not {"output_dir", "remove_unused_columns"} & training_arguments().keys()
