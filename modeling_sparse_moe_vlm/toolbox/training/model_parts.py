@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -92,8 +93,8 @@ def _rules(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
 
 def _rules_of_vision(
-    encoder: PreTrainedModel,
-    text_encoder: nn.Module | None,
+    encoder: Any,
+    text_encoder: Any,
     modules: dict[str, nn.Module],
     names: dict[nn.Module, str],
 ) -> Iterator[tuple[str, str]]:

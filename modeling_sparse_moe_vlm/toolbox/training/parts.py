@@ -230,7 +230,7 @@ def _settings(
     for name, value in parts.items():
         if name == OTHERS:
             continue
-        wanted = {}  # the parts of each entry
+        wanted: dict[str, tuple[list[str], Setting]] = {}  # parts and value of each entry
         if isinstance(value, Mapping):
             wanted = {
                 f"{name}.{key}": ([f"experts.{group}" for group in _groups(model, key)], value[key]) for key in value
