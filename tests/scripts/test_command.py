@@ -144,6 +144,11 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         (["explain", "--scene", "-1"], "--scene must be at least 0, got -1."),
         (["routing-report", "--model", "outputs/none/model"], "no trained model 'outputs/none/model' yet"),
         (["generate", "--question", "Why?", "--model", "outputs/none/model"], "no trained model"),
+        (["generate", "--question", "Why?", "--model", "clip", "--image", "a.png"], "--image: there is no file a.png."),
+        (
+            ["generate", "--question", "Why?", "--model", "clip", "--max-new-tokens", "0"],
+            "--max-new-tokens must be at least 1, but got 0.",
+        ),
         (["info", "tiny", "nope.json"], "there is no model "),
         (["place", "nope.json", "--max-memory", "0=1GB"], "there is no model "),
         (
@@ -152,12 +157,14 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         ),
         (["place", "tiny", "--max-memory", "0=80"], "`max_memory[0]` is '80'"),
         (["place", "tiny", "--max-memory", "0=1GB", "--routing", "file"], "--routing: file is not a JSON file: "),
+        (["place", "tiny", "--max-memory", "0=1GB", "--routing", "binary"], "--routing: binary is not a JSON file: "),
         (["place", "clip", "--max-memory", "0=1GB", "--num-expert-shards", "2"], "'clip_vision_model' have none."),
     ],
 )
 def test_mistakes_are_reported_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
+    (tmp_path / "binary").write_bytes(b"\x89PNG")
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/config.json").write_text('{"model_type": "clip_vision_model"}')
     (tmp_path / "wrong").mkdir()

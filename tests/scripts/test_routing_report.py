@@ -129,3 +129,9 @@ def test_a_model_without_routed_experts_has_no_routing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["routing-report", "--model", str(tmp_path), "--rows", str(tmp_path / "rows.jsonl")])
     assert "has no routed experts" in capsys.readouterr().err
+
+
+def test_rows_that_are_not_text(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is not a JSONL file: "):
+        routing_report.read_rows(tmp_path / "rows.jsonl")

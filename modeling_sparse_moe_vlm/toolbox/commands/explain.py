@@ -63,4 +63,5 @@ def run(arguments: argparse.Namespace) -> None:
         }
         print(json.dumps({"question": question, "answer": answer, **figures, "output": arguments.output}))
     else:
-        print(f"{question} {answer}\nalpha by word: {alpha}\n{arguments.output}")
+        by_word = ", ".join(f"{word.strip()} {share:.2f}" for word, share in zip(explanation.words, alpha, strict=True))
+        print(f"{question} {answer}\nalpha by word: {by_word}\n{arguments.output}")

@@ -9,6 +9,7 @@ The model and the image of the example are written by `sparse-moe-vlm train`.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .mistakes import mistakes_in_one_line
 from .options import trained_model
@@ -33,6 +34,12 @@ def run(arguments: argparse.Namespace) -> None:
     content = [{"type": "image"} for _ in arguments.image] + [{"type": "text", "text": arguments.question}]
     row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
     with mistakes_in_one_line():
+        # Before the model is loaded, which may take minutes.
+        for image in arguments.image:
+            if "://" not in image and not image.startswith("data:") and not Path(image).is_file():
+                raise ValueError(f"--image: there is no file {image}.")
+        if arguments.max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens must be at least 1, but got {arguments.max_new_tokens}.")
         model, processor = from_checkpoint(
             trained_model(arguments.model), trust_remote_code=arguments.trust_remote_code, language_models=True
         )

@@ -84,7 +84,7 @@ def _budget(text: str) -> tuple[int | str, str]:
 def _read_routing(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"--routing: {path} is not a JSON file: {error}.") from error
 
 

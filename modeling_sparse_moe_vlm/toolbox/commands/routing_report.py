@@ -93,12 +93,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         `list[dict]`: Rows in the form that [`~toolbox.data.VisionLanguageCollator`] takes.
 
     Raises:
-        ValueError: If a line is not a JSON object with `messages` (the message names the line), or if the file contains
-            no conversations.
+        ValueError: If the file is not text or contains no conversations, or if a line is not a JSON object with
+            `messages`. The message names the line.
         OSError: If the file cannot be read.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a JSONL file: {error}.") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
