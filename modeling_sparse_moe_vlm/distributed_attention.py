@@ -169,7 +169,7 @@ def attend_by_channels(
         bias = query.new_zeros(*query.shape[:3], channels)
         if log_priors is not None:
             # Clamped to stay finite in float16: an infinite channel times 0, at keys of other parts, would be NaN.
-            limit = torch.finfo(query.dtype).max / 4
+            limit = min(torch.finfo(query.dtype).max, torch.finfo(torch.float32).max) / 4
             relative = ((log_priors[:, 1:] - log_priors[:, :1]).float() / kwargs["scaling"]).clamp(-limit, limit)
             bias = F.pad(relative, (0, channels - relative.shape[1])).to(query.dtype)[None, :, None].expand_as(bias)
         return attention_function(

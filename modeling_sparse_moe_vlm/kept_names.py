@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import (
+    PrefixChange,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -133,6 +134,9 @@ def keep_names(
     names = KeptNames(every)
     kept: list[WeightTransform] = []
     for step in steps:
+        if isinstance(step, PrefixChange):  # changes only the start, and Transformers must recognise it
+            kept.append(step)
+            continue
         kinds: Any = KeepingRenaming if isinstance(step, WeightRenaming) else KeepingConverter
         kept.append(kinds(step, names))
     return kept

@@ -228,7 +228,15 @@ def test_every_script_is_a_verb():
 
 @pytest.mark.parametrize("as_script", [False, True])
 def test_ctrl_c(as_script, monkeypatch, capsys):
-    monkeypatch.setattr(VERBS["info"], "run", lambda arguments: signal.raise_signal(signal.SIGINT))
+    def interrupt(arguments):
+        # Programs that a shell starts in the background ignore interrupts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    monkeypatch.setattr(VERBS["info"], "run", interrupt)
     monkeypatch.setattr(sys, "argv", ["count_parameters.py", "tiny"])
     with pytest.raises(SystemExit) as stopped:
         run_script("info") if as_script else main(["info", "tiny"])

@@ -188,7 +188,7 @@ def test_adapters_of_older_peft(name, width, tmp_path):
         upgrade_expert_adapter(tmp_path / "new", tmp_path / "newer", model)
     with pytest.raises(ValueError, match="another folder"):
         upgrade_expert_adapter(tmp_path / "old", tmp_path / "old", model)
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="belongs to another model"):
         upgrade_expert_adapter(tmp_path / "old", tmp_path / "newer", make_model(name, width=40))
 
 
