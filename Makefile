@@ -4,8 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The whole suite runs in several workers. A plain `pytest tests/…` does not.
-IN_PARALLEL := -n auto --maxprocesses 4 --dist loadgroup
+# The whole suite runs in several workers; a plain `pytest tests/…` does not. Some tests wait for other processes, so there
+# is one worker more than processors.
+WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
+IN_PARALLEL = -n $(WORKERS) --dist loadgroup
 INSTALLED := $(VENV)/.installed
 
 # Options of scripts/gpu.py: GPU='--only tests moe_layer', say.

@@ -19,6 +19,8 @@ from modeling_sparse_moe_vlm.code_revisions import warn_of_other_code
 from tests.support.models import make_inputs, make_model
 from tests.support.processors import make_processor, make_speaking_model
 
+pytestmark = pytest.mark.newest
+
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 # Files that only the processor needs. They are saved with it.
 OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}

@@ -19,6 +19,8 @@ from tests.support.models import make_config, make_inputs, make_model
 from tests.support.oracles import MANY_GROUPS
 from tests.test_loading import tensors_on_disk
 
+pytestmark = pytest.mark.newest
+
 KINDS = {
     "hybrid": {"num_experts": 6},
     "isolated": {"expert_groups": "isolated", "num_experts": 8},

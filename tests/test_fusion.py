@@ -15,6 +15,8 @@ from transformers.masking_utils import sdpa_mask
 from modeling_sparse_moe_vlm import SparseMoeFusion
 from modeling_sparse_moe_vlm import fusion as fusion_module
 
+pytestmark = pytest.mark.newest
+
 B, M_TOKENS, N_TOKENS, VISUAL_DIM, LANG_DIM, HEADS = 2, 7, 5, 12, 16, 2
 
 

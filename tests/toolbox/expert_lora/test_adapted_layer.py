@@ -29,6 +29,8 @@ from tests.support.in_tree_moe import (
     randomise,
 )
 
+pytestmark = pytest.mark.newest
+
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 STACKS = ["gate_up_proj", "down_proj"]
 

@@ -12,6 +12,8 @@ from tests.support import in_tree_moe, models
 from tests.support.in_tree_moe import assert_equal, randomise
 from tests.support.models import make_inputs
 
+pytestmark = pytest.mark.newest
+
 NAMES = ["b", "__base__", "a", "b"]
 # Always-on experts, attention and routed experts, in groups, pools and shards.
 MODELS = {

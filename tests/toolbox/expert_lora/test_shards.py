@@ -20,6 +20,8 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import (
 from tests.support.in_tree_moe import randomise
 from tests.support.models import make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 KINDS = {
     "joint": ({"num_experts": 5}, ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
     "one group": (
