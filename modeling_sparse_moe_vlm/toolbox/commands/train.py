@@ -2,7 +2,7 @@
 Trains a model from a recipe, saves it, evaluates it and draws its answers.
 
     sparse-moe-vlm train                                        # the demo: a tiny model of scenes of emoji
-    sparse-moe-vlm train --recipe quickstart                    # fewer emoji and steps: about two minutes
+    sparse-moe-vlm train --recipe quickstart                    # fewer emoji and steps: two to three minutes
     sparse-moe-vlm train --set training.max_steps=200           # change a value of the recipe
     sparse-moe-vlm train --set parts.vision_encoder=freeze      # freeze a part, or give it a learning rate
     sparse-moe-vlm train --resume                               # resume an interrupted run
