@@ -202,6 +202,21 @@ class ExpertsHost(PreTrainedModel):
     def _weight_conversions(self):
         self.__dict__.pop("_conversions_at_loading", None)
 
+    @contextmanager
+    def _conversions_looked_up_once(self) -> Iterator[None]:
+        """
+        Context manager that keeps the weight conversions of a model that was not loaded from a checkpoint. They are
+        needed for every stack of experts, and looking them up builds the base model on the meta device.
+        """
+        if "_conversions_at_loading" in self.__dict__:
+            yield
+            return
+        self._weight_conversions = saving_conversions(self)
+        try:
+            yield
+        finally:
+            del self._weight_conversions
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -272,14 +287,15 @@ class ExpertsHost(PreTrainedModel):
         cls.__module__, cls.__name__ = own.__module__, own.__name__
         try:
             given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
-            self._check_names_on_disk(given)
-            if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
-                super().save_pretrained(save_directory, *args, **kwargs)
-                return
-            with staged_folder(save_directory, exchange=not is_one_of_several_processes()) as stage:
-                super().save_pretrained(stage, *args, **kwargs)
-                if list(stage.glob("*.py")):
-                    custom_object_save(self, stage)  # again, because the configuration may have copied its own code
+            with self._conversions_looked_up_once():
+                self._check_names_on_disk(given)
+                if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
+                    super().save_pretrained(save_directory, *args, **kwargs)
+                    return
+                with staged_folder(save_directory, exchange=not is_one_of_several_processes()) as stage:
+                    super().save_pretrained(stage, *args, **kwargs)
+                    if list(stage.glob("*.py")):
+                        custom_object_save(self, stage)  # again, because the configuration may have copied its code
         finally:
             cls.__module__, cls.__name__ = names
 

@@ -431,6 +431,21 @@ def test_checkpoints_keep_the_names_of_the_base_and_contain_experts_one_by_one(n
     torch.testing.assert_close(tensors_in(tmp_path / "again"), saved, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_saving_looks_up_the_conversions_once(is_loaded, tmp_path, monkeypatch):
+    model = make_few_experts("llava", "joint")
+    if is_loaded:
+        model.save_pretrained(tmp_path / "before")
+        model = type(model).from_pretrained(tmp_path / "before")
+    calls = []
+    look_up = type(model).library_conversions
+    monkeypatch.setattr(type(model), "library_conversions", lambda self: calls.append(self) or look_up(self))
+    before = dict(model.__dict__)
+    model.save_pretrained(tmp_path / "saved")
+    assert len(calls) == (not is_loaded)
+    assert model.__dict__ == before
+
+
 def test_parts_load_from_the_whole_model_and_back(tmp_path):
     model, inputs = make_few_experts(), make_dense_inputs()
     model.save_pretrained(tmp_path)
