@@ -8,20 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from ...checks import check
 from ..expert_lora import load_adapter, load_expert_lora
 from ..expert_modules import base_model_of
-from ..installed_code import use_installed_code
+from ..training.models import from_checkpoint
 from .recording import decoder_of
 from .settings import NO_ADAPTER
 
@@ -40,17 +32,9 @@ def load_model(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
         `tuple[PreTrainedModel, ProcessorMixin or PreTrainedTokenizerBase]`: the processor of a vision-language model,
         or the tokenizer of a language model.
     """
-    use_installed_code(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or AutoModelForImageTextToText.__name__ in (
-        getattr(config, "auto_map", None) or {}
-    )
-    auto_class = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-    model = auto_class.from_pretrained(path, trust_remote_code=trust_remote_code).eval()
-    read_attention_matrices(model)
+    model, processor = from_checkpoint(path, trust_remote_code, language_models=True)
+    read_attention_matrices(model.eval())
     device = torch.accelerator.current_accelerator()
-    processor_class = AutoProcessor if reads_images else AutoTokenizer
-    processor = processor_class.from_pretrained(path, trust_remote_code=trust_remote_code)
     return model if device is None else model.to(device), processor
 
 
