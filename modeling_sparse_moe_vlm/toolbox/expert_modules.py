@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,16 +211,25 @@ def layers_of_modules(model: PreTrainedModel) -> dict[str, int]:
     return layers
 
 
+def ends_of(model: PreTrainedModel) -> list[str]:
+    """Returns the names (without adapters) of the token embedding and the head, as far as the class knows them."""
+    base = base_model_of(model)
+    ends = []
+    for find in (base.get_input_embeddings, base.get_output_embeddings):
+        with suppress(NotImplementedError):
+            ends.append(find())
+    return [name for name, module in modules_of(model) if any(module is end for end in ends)]
+
+
 def names_for_text(model: PreTrainedModel) -> tuple[str, ...]:
     """
     Returns prefixes of the names (without adapters) of the modules that text passes through: the decoder, the
     embeddings and the head. If the model itself is the decoder, the only prefix is empty and matches every name.
     """
-    base, decoder = base_model_of(model), decoder_name(model)
+    decoder = decoder_name(model)
     if not decoder:
         return ("",)
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    names = [decoder, *(name for name, module in modules_of(model) if any(module is end for end in ends))]
+    names = [decoder, *ends_of(model)]
     starts = []
     for name in names:
         # A head may have several parts: use the outermost module that does not contain the decoder.

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..expert_modules import (
     base_model_of,
+    ends_of,
     expert_banks,
     is_pool,
     modules_of,
@@ -76,11 +77,11 @@ def _rules(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
     of_text = (*names_for_text(base), *([] if text_encoder is None else [f"{names[text_encoder]}."]))
     yield from _rules_of_experts(model, modules)
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    ends = ends_of(model)
     in_text = {name: module for name, module in modules.items() if f"{name}.".startswith(of_text)}
     yield from ((f"{name}.", "attention") for name, module in in_text.items() if is_attention(name, module))
     for name, module in modules.items():
-        if any(module is end for end in ends) or (name in in_text and isinstance(module, nn.Embedding)):
+        if name in ends or (name in in_text and isinstance(module, nn.Embedding)):
             yield f"{name}.", "embeddings"
 
     yield from ((prefix, OTHERS) for prefix in of_text)

@@ -209,3 +209,17 @@ def test_tied_embeddings_are_one_parameter():
     model = make_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert names_of(model)["embeddings"] == {"model.language_model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("method", ["get_input_embeddings", "get_output_embeddings"])
+def test_a_class_that_does_not_name_its_embeddings_has_parts(method, monkeypatch):
+    def unknown(self):
+        raise NotImplementedError
+
+    model = make_dense("llava")
+    expected = model_parts(model)
+    monkeypatch.setattr(type(model), method, unknown)
+    parts = model_parts(model)
+    # The embedding of tokens is still found by its class, but the head is not.
+    assert set(parts["embeddings"]) == EMBEDDINGS - ({"lm_head.weight"} if method == "get_output_embeddings" else set())
+    assert sum(map(len, parts.values())) == sum(map(len, expected.values()))
