@@ -13,19 +13,9 @@ from filelock import FileLock
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support.processes import ROOT, launch
+from tests.support.small_run import SMALL_RUN
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-# A run of a few seconds: few images, and no worker processes.
-SMALL_RUN = {
-    "data.num_train": 44,
-    "data.num_heldout": 11,
-    "training.max_steps": 2,
-    "training.per_device_train_batch_size": 4,
-    "training.logging_steps": 1,
-    "training.save_steps": 2,
-    "training.dataloader_num_workers": 0,
-    "training.dataloader_persistent_workers": "false",
-}
 
 # Accelerate shards models on the CPU only if it is made to treat the CPU as a GPU.
 IN_TWO_PROCESSES = """

@@ -3,7 +3,7 @@
 import json
 
 from modeling_sparse_moe_vlm.toolbox.evaluation.by_kind import score_table
-from tests.scripts.conftest import SMALL_RUN
+from tests.support.small_run import SMALL_RUN
 
 DATA = [f"--set={key}={value}" for key, value in SMALL_RUN.items() if key.startswith("data.")]
 

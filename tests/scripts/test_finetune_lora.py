@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
-from tests.scripts.conftest import SMALL_RUN, run_in_two_processes
+from tests.scripts.conftest import run_in_two_processes
+from tests.support.small_run import SMALL_RUN
 
 RECIPES = Path("configuration/lora")
 TARGETS = {

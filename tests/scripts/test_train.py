@@ -27,7 +27,8 @@ from modeling_sparse_moe_vlm.toolbox.shipped_files import find_preset
 from modeling_sparse_moe_vlm.toolbox.training import model_parts, recipe_run
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
-from tests.scripts.conftest import SMALL_RUN, run_in_two_processes, run_train, train_arguments
+from tests.scripts.conftest import run_in_two_processes, run_train, train_arguments
+from tests.support.small_run import SMALL_RUN
 
 
 def history(output_dir, step: int) -> list[dict]:

@@ -166,6 +166,17 @@ MODELS = {
 }
 
 
+def make_mllama_inputs() -> dict[str, torch.Tensor]:
+    """Returns one row with an image."""
+    return {
+        "input_ids": torch.tensor([[1, IMAGE, 9, 8]]),
+        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[1]]),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 4, 1, 1, dtype=torch.long),
+    }
+
+
 def prepare(model):
     """Makes a model generate up to the maximum length, without dropout."""
     model.generation_config.eos_token_id = None

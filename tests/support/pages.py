@@ -31,25 +31,14 @@ from pathlib import Path
 
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from tests.support.processes import ROOT
+from tests.support.small_run import SMALL_RUN
 
 FENCE = re.compile(
     r"(?:^<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
 )
 RUN = ("python", "bash")
-# Data and training of seconds, for verbs that take a recipe.
-SMALL_RECIPE = {
-    "data.num_train": 44,
-    "data.num_heldout": 11,
-    "training.max_steps": 2,
-    "training.per_device_train_batch_size": 4,
-    "training.logging_steps": 1,
-    "training.save_steps": 2,
-    "training.dataloader_num_workers": 0,
-    "training.dataloader_persistent_workers": "false",
-}
 WITH_RECIPE = ("train", "evaluate", "lora")
 DEFAULT = {"train": "demo", "lora": "experts"}  # recipes
-OUTPUT_DIRS = {"train": "outputs/demo", "lora": "outputs/lora/experts"}
 # Sends its arguments to the process of the tests, and prints what comes back.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
@@ -206,7 +195,7 @@ def with_small_recipe(arguments: list[str]) -> list[str]:
     working directory, where a clone's own `outputs` would be overwritten.
     """
     if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
-        changes = {key: value for key, value in SMALL_RECIPE.items() if arguments[0] != "evaluate" or "data" in key}
+        changes = {key: value for key, value in SMALL_RUN.items() if arguments[0] != "evaluate" or "data" in key}
         arguments = [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
         if arguments[0] != "evaluate" and not any(argument.startswith("--output-dir") for argument in arguments):
             recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else DEFAULT[arguments[0]]

@@ -13,7 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.app.settings import Settings
 from modeling_sparse_moe_vlm.toolbox.modality_weights import modality_weights
 from modeling_sparse_moe_vlm.toolbox.routing import watch
 from tests.support import in_tree_models
-from tests.support.in_tree_models import IMAGE, MODELS, make_mllama, prepare
+from tests.support.in_tree_models import IMAGE, MODELS, make_mllama, make_mllama_inputs, prepare
 from tests.support.models import make_inputs as make_our_inputs
 from tests.support.models import make_model as make_our_model
 from tests.support.processors import make_tokenizer
@@ -149,13 +149,7 @@ def test_without_images():
 def test_a_model_whose_attention_cannot_be_read_still_answers():
     torch.manual_seed(0)
     model = prepare(make_mllama())
-    inputs = {
-        "input_ids": torch.tensor([[1, IMAGE, 9, 8]]),
-        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16),
-        "aspect_ratio_ids": torch.tensor([[1]]),
-        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
-        "cross_attention_mask": torch.ones(1, 4, 1, 1, dtype=torch.long),
-    }
+    inputs = make_mllama_inputs()
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, 4:]
     pieces: list[str] = []
     ours = generate(model, inputs, STEERED, on_text=pieces.append)

@@ -25,6 +25,7 @@ from tests.support.in_tree_models import (
     make_inputs,
     make_llava,
     make_mllama,
+    make_mllama_inputs,
     make_model,
     prepare,
 )
@@ -534,13 +535,7 @@ def test_errors_of_a_pass():
 @torch.no_grad()
 def test_cross_attention_is_refused_by_the_name_of_its_layer():
     model = prepare(make_mllama())
-    inputs = {
-        "input_ids": torch.tensor([[1, IMAGE, 9, 8]]),
-        "pixel_values": torch.randn(1, 1, 1, 3, 16, 16),
-        "aspect_ratio_ids": torch.tensor([[1]]),
-        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
-        "cross_attention_mask": torch.ones(1, 4, 1, 1, dtype=torch.long),
-    }
+    inputs = make_mllama_inputs()
     with modality_weights(model), pytest.raises(ValueError, match=r"layer 1 \(MllamaTextCrossAttention\)"):
         model(**inputs)
 
