@@ -1,5 +1,6 @@
 """Adapters of experts in two processes: outputs, gradients and files equal those of one process."""
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -7,6 +8,8 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config, fact
 from tests.support import in_tree_moe
 from tests.support.models import make_model
 from tests.support.processes import run_in_processes
+
+pytestmark = pytest.mark.newest
 
 MODELS = {
     "hybrid": {},

@@ -26,26 +26,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import AutoConfig, PreTrainedTokenizerBase
 
     from ..evaluation import generate_answers
-    from ..training.models import from_checkpoint
+    from ..installed_code import use_installed_code
+    from ..training.models import from_checkpoint, is_language_model
 
     content = [{"type": "image"} for _ in arguments.image] + [{"type": "text", "text": arguments.question}]
     row = {"messages": [{"role": "user", "content": content}], "images": arguments.image}
     with mistakes_in_one_line():
-        # Before the model is loaded, which may take minutes.
+        path = trained_model(arguments.model)
+        # Mistakes are found before the weights are loaded, which may take minutes.
+        use_installed_code(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=arguments.trust_remote_code)
+        if arguments.image and is_language_model(config):
+            raise ValueError(f"{arguments.model} is a language model, which reads no images: leave --image out.")
         for image in arguments.image:
             if "://" not in image and not image.startswith("data:") and not Path(image).is_file():
                 raise ValueError(f"--image: there is no file {image}.")
         if arguments.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, but got {arguments.max_new_tokens}.")
-        model, processor = from_checkpoint(
-            trained_model(arguments.model), trust_remote_code=arguments.trust_remote_code, language_models=True
-        )
+        model, processor = from_checkpoint(path, trust_remote_code=arguments.trust_remote_code, language_models=True)
         if isinstance(processor, PreTrainedTokenizerBase):
-            if arguments.image:
-                raise ValueError(f"{arguments.model} is a language model, which reads no images: leave --image out.")
             # A model that was not trained on conversations continues the question.
             processor.chat_template = processor.chat_template or PLAIN_TEMPLATE
         print(generate_answers(model, processor, [row], max_new_tokens=arguments.max_new_tokens)[0])

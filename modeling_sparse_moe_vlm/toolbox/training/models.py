@@ -119,7 +119,7 @@ def from_checkpoint(
     """
     use_installed_code(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if not _is_language_model(config):
+    if not is_language_model(config):
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
         return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     check(
@@ -134,8 +134,17 @@ def from_checkpoint(
     return model, tokenizer
 
 
-def _is_language_model(config: PreTrainedConfig) -> bool:
-    """Whether a model is loaded by `AutoModelForCausalLM`, but not by `AutoModelForImageTextToText`."""
+def is_language_model(config: PreTrainedConfig) -> bool:
+    """
+    Whether a model is loaded by `AutoModelForCausalLM`, but not by `AutoModelForImageTextToText`.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the model.
+
+    Returns:
+        `bool`: `True` for a language model, `False` for all others.
+    """
     of_code = getattr(config, "auto_map", None) or {}
     for auto_class in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if auto_class.__name__ in of_code or type(config) in auto_class._model_mapping:
