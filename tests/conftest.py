@@ -15,11 +15,11 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests marked `numeric` run: cpu (default), cuda, cuda:1, …")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(wrapper=True)  # a wrapper comes before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     """
-    Marks tests that take the device from `--device` as `numeric`. With `--dist loadgroup`, one worker runs all tests
-    that start several processes, so that no two of them run at the same time.
+    Marks tests that take the device from `--device` as `numeric`. With `--dist loadgroup`, one worker runs all slow tests
+    of a file, and all integration tests of a file, because they share programs that run once per worker.
     """
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}
@@ -28,7 +28,8 @@ def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             if item.path.parent.name == "integration" or item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.xdist_group("processes"))
+                item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    return (yield)
 
 
 @pytest.fixture(autouse=True)

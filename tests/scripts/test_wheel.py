@@ -73,44 +73,29 @@ def test_help_is_fast(command):
 
 
 @pytest.mark.slow
-def test_the_quickstart(command, tmp_path):
-    """The shell lines of the README's quickstart, with fewer steps."""
+def test_trains_and_uses_a_model(command, tmp_path):
+    """The shell lines of the README's quickstart, with fewer steps, and other verbs with the same model."""
     lines = re.findall(r"^sparse-moe-vlm (?:train|generate) .+$", (ROOT / "README.md").read_text(), re.MULTILINE)
     training, *asking = (shlex.split(line)[1:] for line in lines)
     assert training == ["train", "--recipe", "quickstart"]
     assert asking
-    fewer = [
-        "training.max_steps=2",
-        "training.per_device_train_batch_size=4",
-        "data.num_train=44",
-        "data.num_heldout=44",
-    ]
-    result = command(*training, *(f"--set={override}" for override in fewer))
-    assert result.returncode == 0, result.stderr
-    for arguments in asking:
-        result = command(*arguments)
-        assert result.returncode == 0, result.stderr
-    assert (tmp_path / "outputs/quickstart/answers.png").exists()
-
-
-@pytest.mark.slow
-def test_trains_and_uses_a_model(command, tmp_path):
     arguments = [argument for argument in train_arguments(tmp_path, max_steps=1) if argument.startswith("--set")]
-    result = command("train", *arguments, "--json")
+    result = command(*training, *arguments, "--json")
     assert result.returncode == 0, result.stderr
     assert set(json.loads(result.stdout)) == {"training_seconds", "test", "test_style"}
     assert "active per image token" in result.stderr
-    model = tmp_path / "outputs/demo/model"
+    for line in asking:
+        result = command(*line)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "outputs/quickstart/answers.png").exists()
+    model = tmp_path / "outputs/quickstart/model"
     assert (model / "README.md").read_text().count("expert groups") == 1
-
-    asked = ["--question", "Can you see the cat?", "--max-new-tokens", "2"]
-    result = command("generate", "--model", "outputs/demo/model", *asked)
-    assert result.returncode == 0, result.stderr
     sizes = json.loads(command("info", "tiny", str(model), "--json").stdout)
     assert [size["model"] for size in sizes] == ["tiny", str(model)]
     assert sizes[0]["total"] > 1e6
 
-    result = command("lora", *arguments, "--recipe", "attention", "--set=training.save_steps=1")
+    options = ["--model", "outputs/quickstart/model", "--recipe", "attention", "--set=training.save_steps=1"]
+    result = command("lora", *arguments, *options)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "outputs/lora/attention/adapter/adapter_config.json").exists()
 
