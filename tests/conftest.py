@@ -18,8 +18,8 @@ def pytest_addoption(parser):
 @pytest.hookimpl(wrapper=True)  # a wrapper comes before pytest-xdist, which reads the groups in the same hook
 def pytest_collection_modifyitems(config, items):
     """
-    Marks tests that take the device from `--device` as `numeric`. With `--dist loadgroup`, one worker runs all slow tests
-    of a file, and all integration tests of a file, because they share programs that run once per worker.
+    Marks tests that take the device from `--device` as `numeric`. With `--dist loadgroup`, one worker runs all slow
+    tests of a file, and all integration tests of a file, because they share programs that run once per worker.
     """
     for item in items:
         values = item.callspec.params if hasattr(item, "callspec") else {}

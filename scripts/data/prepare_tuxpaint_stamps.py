@@ -22,7 +22,7 @@ INSTALLED = Path("/usr/share/tuxpaint/stamps")
 
 
 def find_stamps(folder: Path) -> dict[Path, str]:
-    """Returns the English caption of every PNG file, in the order of their paths. It is the first line of a text file."""
+    """Returns the English caption of every PNG file by path: the first line of its text file."""
     stamps = {}
     for path in sorted(folder.rglob("*.png")):
         text = path.with_suffix(".txt")
