@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, List, Value
+from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
-from .bad_rows import ON_BAD_ROW, BadRowError, RowFault, SkippedRows
+from .bad_rows import ON_BAD_ROW, BadRowError, SkippedRows, process_number
 from .formats import DataFormat, find_format, recognise_format
+from .reading import FEATURES, RawRow, RowReader, Rows, raw_rows
 from .sources import Part, find_parts
-from .validation import validated_row
+from .stream import RowStream, is_text_file
 
 logger = logging.get_logger(__name__)
-
-# Images are decoded when a row is read.
-FEATURES = Features(
-    {
-        "messages": List(
-            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
-        ),
-        "images": List(Image()),
-    }
-)
 
 
 def load_rows(
@@ -83,28 +75,47 @@ def load_rows(
     parts = find_parts(data, split, subset, image_root, streaming)
     found = format_of(parts, format)
     logger.info(f"The format of the data is {found.name}.")
-    if skipped_file is not None:
-        Path(skipped_file).unlink(missing_ok=True)
+    reader = RowReader(found.name, on_bad_row, _skipped_rows(skipped_file))
     # `datasets` distributes the items of lists among workers and processes.
-    arguments = {
-        "parts": parts,
-        "format_name": found.name,
-        "on_bad_row": on_bad_row,
-        "skipped_file": None if skipped_file is None else str(skipped_file),
-    }
+    arguments = {"parts": parts, "reader": reader}
     if streaming:
-        return IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+        rows = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
+        raw = IterableDataset.from_generator(_generate_raw, gen_kwargs={"parts": parts})
+        atexit.register(reader.skipped.warn_of_new)  # rows that workers skipped
+        return RowStream(rows, raw, reader, is_text=all(is_text_file(part.name) for part in parts))
     # The rows are written to a file that is mapped into memory. It is not reused: files can change between runs.
-    folder = tempfile.mkdtemp(prefix="sparse-moe-vlm-rows-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _temporary_folder()
     try:
-        return Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
+        rows = Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
     except Exception as error:
         # `datasets` wraps the errors of generators.
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, BadRowError):
             cause = cause.__cause__
         raise (cause or error) from None
+    reader.skipped.warn()
+    atexit.register(reader.skipped.warn_of_new)  # rows whose images broke later
+    return Rows.of(rows, reader)
+
+
+def _skipped_rows(file: str | Path | None) -> SkippedRows:
+    """Returns an empty list of skipped rows in a file. Workers need a file: they do not share memory."""
+    if file is None:
+        return SkippedRows(Path(_temporary_folder()) / "skipped.jsonl", is_temporary=True)
+    if process_number() == 0:
+        Path(file).unlink(missing_ok=True)
+    return SkippedRows(file)
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="sparse-moe-vlm-rows-")
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: str, process: int) -> None:
+    if os.getpid() == process:  # not in a process that was forked from the one that made the folder
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def format_of(parts: list[Part], format: str | None) -> DataFormat:
@@ -132,25 +143,19 @@ def format_of(parts: list[Part], format: str | None) -> DataFormat:
 
 def iterate_rows(parts: list[Part], format: DataFormat) -> Iterator[tuple[dict[str, Any], list] | BadRowError]:
     """Yields each row with the sizes of its images, or the error of a bad row."""
-    for part in parts:
-        for number, row in enumerate(part.rows()):
-            try:
-                if isinstance(row, RowFault):
-                    raise row
-                yield validated_row(row, format, part.image_root)
-            except RowFault as fault:
-                yield BadRowError(part.name, number, fault.kind, fault.reason)
+    for raw in raw_rows(parts):
+        try:
+            yield raw.validated(format)
+        except BadRowError as error:
+            yield error
 
 
-def _generate(
-    parts: list[Part], format_name: str, on_bad_row: str, skipped_file: str | None
-) -> Iterator[dict[str, Any]]:
-    skipped = SkippedRows(skipped_file)
-    for item in iterate_rows(parts, find_format(format_name)):
-        if not isinstance(item, BadRowError):
-            yield item[0]
-        elif on_bad_row == "skip":
-            skipped.add(item)
-        else:
-            raise item
-    skipped.warn()
+def _generate(parts: list[Part], reader: RowReader) -> Iterator[dict[str, Any]]:
+    for raw in raw_rows(parts):
+        if (row := reader.validate(raw)) is not None:
+            yield row
+
+
+def _generate_raw(parts: list[Part]) -> Iterator[dict[str, RawRow]]:
+    for raw in raw_rows(parts):
+        yield {"raw": raw}

@@ -16,6 +16,8 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 from .bad_rows import NOT_JSON, RowFault
 from .formats import IMAGE_FIELDS
 
+NUM_ROWS_AT_ONCE = 16  # few, because rows can contain images
+
 
 @dataclass(frozen=True)
 class Part:
@@ -141,7 +143,15 @@ def _without_decoding(dataset: Dataset | IterableDataset) -> Iterator[dict[str, 
             yield from dataset
             return
         dataset = dataset.with_format(None).to_iterable_dataset()
-    yield from dataset.decode(False) if dataset.features is not None else dataset
+    yield from _all_rows(dataset.decode(False) if dataset.features is not None else dataset)
+
+
+def _all_rows(dataset: IterableDataset) -> Iterator[dict[str, Any]]:
+    """Yields all rows. In a worker of a `DataLoader`, iterating over the dataset itself would yield a part of them."""
+    size = 1 if dataset.features is None else NUM_ROWS_AT_ONCE  # without features, rows can have different fields
+    for batch in dataset.iter(batch_size=size):
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
 
 
 # `datasets` infers the types of JSON columns from the first megabytes of a file. A field that first occurs later, or
@@ -197,7 +207,7 @@ def _read_csv(path: str) -> Iterator[dict[str, Any]]:
         features=features,
         keep_default_na=False,
     )
-    for row in files:
+    for row in _all_rows(files):
         # An empty cell of an image column is a row without an image.
         yield {key: None if value == "" and key in IMAGE_FIELDS else value for key, value in row.items()}
 

@@ -76,7 +76,7 @@ def validated_row(
             "placeholder.",
         )
     sources = [_image_source(image, i, image_root) for i, image in enumerate(images)]
-    sizes = [_size(source, i) for i, source in enumerate(sources)]
+    sizes = [check_image(source, i) for i, source in enumerate(sources)]
     return {"messages": messages, "images": sources}, sizes
 
 
@@ -127,8 +127,6 @@ def _image_source(image: Any, number: int, root: str | Path | None) -> Any:
     if "://" in path and not path.startswith("file://"):
         return {"bytes": _remote_bytes(path, number), "path": None}
     full = path.removeprefix("file://") if root is None else os.path.join(root, path.removeprefix("file://"))
-    if not os.path.isfile(full):
-        raise RowFault(MISSING_FILE, f"images[{number}]: there is no file {full!r}.")
     return {"bytes": None, "path": full}
 
 
@@ -141,13 +139,15 @@ def _remote_bytes(path: str, number: int) -> bytes:
         raise RowFault(MISSING_FILE, f"images[{number}]: there is no file {path!r}.") from error
 
 
-def _size(source: Any, number: int) -> tuple[int, int]:
-    """Decodes an image and returns its width and height."""
+def check_image(source: Any, number: int) -> tuple[int, int]:
+    """Decodes an image of a row and returns its width and height. Raises `RowFault` if it cannot be read."""
+    path = source.get("path") if isinstance(source, dict) else None
+    if path is not None and not os.path.isfile(path):
+        raise RowFault(MISSING_FILE, f"images[{number}]: there is no file {path!r}.")
     try:
         (image,) = read_images([source])
     except ValueError as error:
         kind = LARGE_IMAGE if "absurdly large" in str(error) else BROKEN_IMAGE
-        path = source.get("path") if isinstance(source, dict) else None
         where = "" if path is None else f" ({path})"
         raise RowFault(kind, f"{str(error).replace('images[0]', f'images[{number}]{where}', 1)}") from error
     return image.size
