@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm.cached_modalities import remember_modality_ids
 from tests.support.models import make_inputs, make_model
 from tests.test_modeling import make_mixed_inputs, shift_left
 
+pytestmark = pytest.mark.newest
+
 READ = {"output_modality_weights": True}
 UNEQUAL = {"alpha_init": 0.8, "beta_init": 0.3}
 

@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm.routing import RoutingPlanner, RoutingRule, real_to
 from tests.support.models import make_config, make_inputs, make_model
 from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, make_block
 
+pytestmark = pytest.mark.newest
+
 TOKENS, EXPERTS = 48, 6
 DEVICE = torch.device("cpu")
 

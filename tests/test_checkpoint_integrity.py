@@ -12,6 +12,8 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, Sparse
 from modeling_sparse_moe_vlm.checkpoint_integrity import check_names, check_weights, read_header
 from tests.support.models import make_config, make_model
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_file_that_was_cut_off_is_named(tmp_path, kept):

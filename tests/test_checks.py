@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm.checks import (
     check_sequence,
 )
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize(
     ("check", "right", "wrong", "message"),

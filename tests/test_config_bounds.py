@@ -7,6 +7,8 @@ from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from modeling_sparse_moe_vlm.checks import shown
 from tests.support.models import TEXT_CONFIG, VISION_CONFIG, make_config
 
+pytestmark = pytest.mark.newest
+
 HUGE = 10**9
 
 

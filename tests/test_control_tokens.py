@@ -25,6 +25,8 @@ from tests.support.processors import (
     user,
 )
 
+pytestmark = pytest.mark.newest
+
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 START, END, IMAGE = 1, 2, 3
 # As in `test_processing`: tokenizers that normalise text in different ways before they split it.

@@ -16,6 +16,8 @@ from modeling_sparse_moe_vlm.distributed_attention import (
 )
 from modeling_sparse_moe_vlm.visible_keys import visible_counts
 
+pytestmark = pytest.mark.newest
+
 B, H, H_KV, D, M = 2, 4, 2, 16, 3
 SCALING = 0.3
 LAYOUTS = {

@@ -6,6 +6,8 @@ import pytest
 
 from modeling_sparse_moe_vlm.expert_groups import ARRANGEMENTS, ExpertGroup, resolve_groups
 
+pytestmark = pytest.mark.newest
+
 TWO = ["text", "image"]
 THREE = ["text", "image", "video"]
 

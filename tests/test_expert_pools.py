@@ -13,6 +13,8 @@ from modeling_sparse_moe_vlm.parallel_plans import plan_by_group
 from tests.support.models import make_config, make_inputs, make_model
 from tests.support.oracles import MANY_GROUPS
 
+pytestmark = pytest.mark.newest
+
 POOLS = {"num_hidden_layers": 4, "expert_pool": [0, 1, 0, None]}
 KINDS = {
     "hybrid": POOLS,

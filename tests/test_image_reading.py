@@ -17,6 +17,8 @@ from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.image_reading import read_images
 from tests.support.processors import make_image, make_processor, user
 
+pytestmark = pytest.mark.newest
+
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
 COLOURS = np.random.RandomState(0).randint(0, 256, (6, 7, 3), dtype=np.uint8)
 GREY = COLOURS[..., 0]

@@ -10,6 +10,8 @@ from modeling_sparse_moe_vlm.cache_name import CACHE_NAME
 from modeling_sparse_moe_vlm.input_checks import keep_positions
 from tests.support.models import make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 B, T = 2, 14
 
 

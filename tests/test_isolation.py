@@ -13,6 +13,8 @@ from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_config, make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 # Groups for text, groups for images, and always-on groups. One of them is only in one layer.
 OWN_GROUPS = [
     {"name": "words", "num_experts": 3, "modalities": ["text"]},

@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config, load
 from tests.support import in_tree_moe
 from tests.support.models import make_model
 
+pytestmark = pytest.mark.newest
+
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 USUAL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 WARNING = r"no routed expert gets an adapter: the adapter 'default' is for linear layers.*`expert_lora_config\(model"

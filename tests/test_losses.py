@@ -19,6 +19,8 @@ from modeling_sparse_moe_vlm.routing import RoutingPlanner, groups_key, router_b
 from tests.support.models import make_config, make_inputs, make_model
 from tests.support.oracles import ARRANGEMENTS, route_token
 
+pytestmark = pytest.mark.newest
+
 IDS = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 DEVICE = torch.device("cpu")

@@ -4,6 +4,8 @@ import pytest
 
 from tests.support.pages import Block, blocks_of, run_page
 
+pytestmark = pytest.mark.newest
+
 
 def page(*blocks: str) -> str:
     return "\n\nText.\n\n".join(blocks)

@@ -9,6 +9,8 @@ from transformers import AutoConfig, TrainingArguments
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 
+pytestmark = pytest.mark.newest
+
 CONFIGURATION = Path(__file__).parent.parent / "configuration"
 MODELS = sorted((CONFIGURATION / "models").glob("*.json"))
 RECIPES = sorted((CONFIGURATION / "training").glob("*.yaml"))

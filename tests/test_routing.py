@@ -8,6 +8,8 @@ from modeling_sparse_moe_vlm.routing import RoutingPlanner, SparseMoeVlmTopKRout
 from tests.support.models import IMAGE_TOKEN_ID, make_config, make_inputs, make_model
 from tests.support.oracles import ARRANGEMENTS, MANY_GROUPS, route_token
 
+pytestmark = pytest.mark.newest
+
 DEVICE = torch.device("cpu")
 EXPERTS = 6
 SETTINGS = [

@@ -17,6 +17,8 @@ from modeling_sparse_moe_vlm.toolbox.modality_weights import modality_weights
 from tests.support import in_tree_models
 from tests.support.models import make_config, make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 NOT_A_GUIDANCE = [1e30, math.inf, math.nan, -0.1, True, "1", None, 10**400, MAX_GUIDANCE + 1]
 
 

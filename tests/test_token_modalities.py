@@ -13,6 +13,8 @@ from modeling_sparse_moe_vlm.routing import RoutingPlanner
 from modeling_sparse_moe_vlm.token_modalities import TokenModalities
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 NAMES = ["text", "image"]
 
 

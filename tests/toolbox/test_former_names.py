@@ -8,6 +8,8 @@ import pytest
 
 from modeling_sparse_moe_vlm.toolbox.former_names import FORMER_NAMES
 
+pytestmark = pytest.mark.newest
+
 TOOLBOX = "modeling_sparse_moe_vlm.toolbox"
 # Public names, by their former import path.
 PUBLIC = {

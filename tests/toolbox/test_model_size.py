@@ -20,6 +20,8 @@ from modeling_sparse_moe_vlm.toolbox.meta_model import model_on_meta_device
 from modeling_sparse_moe_vlm.toolbox.model_size import ModelSize, describe_size, model_size, short
 from tests.support.models import make_config, make_model
 
+pytestmark = pytest.mark.newest
+
 DECODER = {
     "vocab_size": 50,
     "hidden_size": 16,

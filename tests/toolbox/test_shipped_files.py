@@ -8,6 +8,8 @@ from modeling_sparse_moe_vlm.toolbox import shipped_files
 from modeling_sparse_moe_vlm.toolbox.shipped_files import find_preset, shipped_presets, shipped_root, working_root
 from tests.support.processes import ROOT
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):

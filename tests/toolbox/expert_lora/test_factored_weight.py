@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora.factored_weight import GROUPED, FactoredWeight, LowRankUpdate
 
+pytestmark = pytest.mark.newest
+
 E, IN, OUT, ROWS = 4, 8, 12, 10
 
 

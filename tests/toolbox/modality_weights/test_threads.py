@@ -14,6 +14,8 @@ from modeling_sparse_moe_vlm.toolbox.modality_weights.compiler_stance import Sta
 from tests.support.in_tree_models import GREEDY, make_inputs, make_model
 from tests.support.threads import TIMEOUT, in_step, run_at_once
 
+pytestmark = pytest.mark.newest
+
 PRIORS = {"modality_priors": {"image": 30.0}}
 GUIDANCE = {"modality_guidance": 3.0}
 

@@ -12,6 +12,8 @@ from modeling_sparse_moe_vlm.toolbox.paging.saved_stacks import save_experts_for
 from modeling_sparse_moe_vlm.toolbox.paging.slots import ExpertSlots, MappedSlots
 from modeling_sparse_moe_vlm.toolbox.paging.sources import FileSource, MemorySource
 
+pytestmark = pytest.mark.newest
+
 NUM_EXPERTS = 6
 CPU = torch.device("cpu")
 

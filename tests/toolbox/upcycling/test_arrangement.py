@@ -9,6 +9,8 @@ from modeling_sparse_moe_vlm.experts_config import SparseMoeVlmExpertsConfig
 from modeling_sparse_moe_vlm.toolbox.upcycling.arrangement import Start, dense_carriers, experts_fields
 from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 
+pytestmark = pytest.mark.newest
+
 BASE = {
     "widths": {0: 48, 1: 48, 3: 48},
     "num_hidden_layers": 4,

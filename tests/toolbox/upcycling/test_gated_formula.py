@@ -17,6 +17,8 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.gated_formula import (
     read_formula,
 )
 
+pytestmark = pytest.mark.newest
+
 D, INNER = 8, 12
 
 

@@ -8,6 +8,8 @@ import pytest
 from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 from modeling_sparse_moe_vlm.toolbox.upcycling.output_folder import check_dtype, check_output, whole_folder
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("file", ["config.json", "a.safetensors", "model.safetensors.index.json", "m.bin", "m.gguf"])
 def test_a_model_is_replaced_only_on_request(file, tmp_path):

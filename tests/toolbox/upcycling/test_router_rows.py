@@ -20,6 +20,8 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.router_rows import (
 from tests.support.dense_blocks import HIDDEN_SIZE, arrange, dense_weights, upcycled_block
 from tests.support.in_tree_models import make_llava
 
+pytestmark = pytest.mark.newest
+
 OVERLAPPING = [
     {"name": "text", "num_experts": 3, "modalities": ["text"]},
     {"name": "joint", "num_experts": 2},

@@ -25,6 +25,8 @@ from tests.support.dense_blocks import (
     upcycled_pool,
 )
 
+pytestmark = pytest.mark.newest
+
 # Routed experts of both kinds with one router.
 OVERLAPPING = [
     {"name": "text", "num_experts": 2, "modalities": ["text"]},

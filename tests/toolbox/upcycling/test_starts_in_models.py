@@ -11,6 +11,8 @@ from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
 from tests.support.in_tree_models import IMAGE, make_inputs, make_model
 from tests.support.models import TINY_DECODER
 
+pytestmark = pytest.mark.newest
+
 BY_LAYER = [
     {"name": "text", "num_experts": 2, "modalities": ["text"], "layers": [0]},
     {"name": "image", "num_experts": 4, "modalities": ["image"], "layers": [0]},
