@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
-from .rows import apply_chat_template, with_images
+from .row_sizes import SizedBatch, check_batch, check_limits, find_excess, sizes_of
+from .rows import apply_chat_template, has_origin, row_name, with_images
 
 IGNORE_INDEX = -100
 
@@ -27,12 +28,25 @@ class VisionLanguageCollator:
             Processor of the model.
         max_length (`int`, *optional*):
             Largest number of tokens in a row. Longer rows are an error: rows are never truncated.
+        max_image_tokens (`int`, *optional*):
+            Largest number of image tokens in a row. Rows with more are an error: image tokens are never cut.
+        max_image_tokens_per_batch (`int`, *optional*):
+            Largest number of image tokens in a batch. Batches with more are an error, before the model receives them.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
+    max_image_tokens: int | None = None
+    max_image_tokens_per_batch: int | None = None
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> BatchFeature:
+    def __post_init__(self) -> None:
+        check_limits(
+            max_length=self.max_length,
+            max_image_tokens=self.max_image_tokens,
+            max_image_tokens_per_batch=self.max_image_tokens_per_batch,
+        )
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> SizedBatch:
         """
         Makes a batch of rows.
 
@@ -44,34 +58,47 @@ class VisionLanguageCollator:
                 if there are no placeholders.
 
         Returns:
-            `BatchFeature`: The inputs of the model, as the processor returns them, padded on the right, and the
-            `labels`, an int64 tensor of shape `(batch_size, sequence_length)`.
+            [`~toolbox.data.row_sizes.SizedBatch`]: The inputs of the model, as the processor returns them, padded on
+            the right, and the `labels`, an int64 tensor of shape `(batch_size, sequence_length)`. Its attribute
+            `row_sizes` has the name and the size of each row, which errors about memory name.
 
         Raises:
-            ValueError: If there are no rows, or if a row is malformed (see [`~toolbox.data.rows.with_images`]), cannot
-                be processed, is longer than `max_length` or has no assistant turn. The message names the row by its
-                position in the batch.
+            ValueError: If there are no rows, if a row is malformed (see [`~toolbox.data.rows.with_images`]), cannot be
+                processed, exceeds a limit or has no assistant turn, or if the batch exceeds its limit. The message
+                names the row by its `source` and `row` if it has these fields, otherwise by its position in the batch.
         """
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
+        conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
         batch = apply_chat_template(
             self.processor,
-            {number: with_images(row, number) for number, row in enumerate(rows)},
+            conversations,
             padding_side="right",
+            names={number: row_name(row, number) for number, row in enumerate(rows)},
             return_assistant_tokens_mask=True,
         )
         is_target = torch.as_tensor(batch.pop("assistant_masks")).bool()
         without_target = (~is_target.any(dim=1)).nonzero().flatten().tolist()
         if without_target:
             raise ValueError(
-                f"rows {without_target} of the batch have no assistant turn, so there is nothing to learn from them: "
-                "drop them, or mark what the assistant says with `{% generation %}` in the chat template."
+                f"{_names_in_batch(rows, without_target)} have no assistant turn, so there is nothing to learn from "
+                "them: drop them, or mark what the assistant says with `{% generation %}` in the chat template."
             )
-        lengths = batch["attention_mask"].sum(dim=1)
-        if self.max_length is not None and int(lengths.max()) > self.max_length:
-            raise ValueError(
-                f"row {int(lengths.argmax())} of the batch has {int(lengths.max())} tokens, more than `max_length` "
-                f"({self.max_length}): increase `max_length`, or drop or shorten the row."
-            )
+        names = [_name_in_batch(row, number) for number, row in enumerate(rows)]
+        sizes = sizes_of(self.processor, batch, list(conversations.values()), names)
+        for size in sizes:
+            if fault := find_excess(size, self.max_length, self.max_image_tokens):
+                raise ValueError(f"{size.name} {fault.reason}")
+        check_batch(sizes, self.max_image_tokens_per_batch)
         batch["labels"] = batch["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
-        return batch
+        return SizedBatch(batch.data, row_sizes=sizes)
+
+
+def _name_in_batch(row: Mapping[str, Any], number: int) -> str:
+    return row_name(row, number) if has_origin(row) else f"row {number} of the batch"
+
+
+def _names_in_batch(rows: Sequence[Mapping[str, Any]], numbers: list[int]) -> str:
+    if any(has_origin(rows[number]) for number in numbers):
+        return "; ".join(_name_in_batch(rows[number], number) for number in numbers)
+    return f"rows {numbers} of the batch"

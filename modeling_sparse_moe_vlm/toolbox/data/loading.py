@@ -8,15 +8,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from .bad_rows import ON_BAD_ROW, BadRowError, SkippedRows, process_number
 from .formats import DataFormat, find_format, recognise_format
 from .reading import FEATURES, RawRow, RowReader, Rows, raw_rows
+from .row_sizes import check_limits, check_size
 from .sources import Part, find_parts
 from .stream import RowStream, is_text_file
 
@@ -33,9 +36,13 @@ def load_rows(
     streaming: bool = False,
     on_bad_row: str = "error",
     skipped_file: str | Path | None = None,
+    processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+    max_length: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Loads data of any supported format as rows with `messages` and `images`.
+    Loads data of any supported format as rows with `messages` and `images`. The fields `source` and `row` name the file
+    and the number of the row in it.
 
     Every row is validated, and its images are decoded once to find broken ones. With `streaming=False`, this happens
     now; otherwise, it happens when the rows are read. The returned rows contain the paths or bytes of their images,
@@ -60,6 +67,13 @@ def load_rows(
             `"error"` or `"skip"`. Skipped rows are counted in a warning after the last row.
         skipped_file (`str` or `Path`, *optional*):
             JSONL file that lists the skipped rows with `source`, `row`, `kind` and `reason`. Overwritten.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*):
+            Processor of the model. It processes every row in the validation, so that rows which it cannot process are
+            bad rows. Needed for the limits.
+        max_length (`int`, *optional*):
+            Largest number of tokens in a row, image tokens included. Longer rows are bad rows; nothing is truncated.
+        max_image_tokens (`int`, *optional*):
+            Largest number of image tokens in a row. Rows with more are bad rows.
 
     Returns:
         `Dataset` or `IterableDataset`: The rows, in order.
@@ -72,10 +86,16 @@ def load_rows(
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"`on_bad_row` must be one of {', '.join(ON_BAD_ROW)}, but got {on_bad_row!r}.")
+    check_limits(max_length=max_length, max_image_tokens=max_image_tokens)
+    if processor is None and (max_length is not None or max_image_tokens is not None):
+        raise ValueError("`max_length` and `max_image_tokens` need the `processor` of the model, which counts tokens.")
     parts = find_parts(data, split, subset, image_root, streaming)
     found = format_of(parts, format)
     logger.info(f"The format of the data is {found.name}.")
-    reader = RowReader(found.name, on_bad_row, _skipped_rows(skipped_file))
+    check = None
+    if processor is not None:
+        check = partial(check_size, processor=processor, max_length=max_length, max_image_tokens=max_image_tokens)
+    reader = RowReader(found.name, on_bad_row, _skipped_rows(skipped_file), check)
     # `datasets` distributes the items of lists among workers and processes.
     arguments = {"parts": parts, "reader": reader}
     if streaming:

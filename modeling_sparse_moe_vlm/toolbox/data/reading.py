@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,19 +78,27 @@ class RowReader:
             `"error"` or `"skip"`.
         skipped (`SkippedRows`):
             Where skipped rows are counted and listed.
+        check (`Callable[[dict], None]`, *optional*):
+            Further validation of a row with undecoded images, which raises `RowFault`.
     """
 
     format: str
     on_bad_row: str
     skipped: SkippedRows
+    check: Callable[[dict[str, Any]], None] | None = None
 
     def validate(self, raw: RawRow) -> dict[str, Any] | None:
         """Returns a row with undecoded images, or `None` if it is skipped. Raises `BadRowError`."""
         try:
-            return raw.validated(find_format(self.format))[0]
+            row = raw.validated(find_format(self.format))[0]
+            if self.check is not None:
+                self.check(row)
+            return row
         except BadRowError as error:
             self.refuse(error)
-            return None
+        except RowFault as fault:
+            self.refuse(BadRowError(raw.source, raw.row, fault.kind, fault.reason))
+        return None
 
     def read(self, raw: RawRow) -> dict[str, Any] | None:
         """Returns a row with decoded images, or `None` if it is skipped. Raises `BadRowError`."""

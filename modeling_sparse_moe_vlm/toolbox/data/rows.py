@@ -17,6 +17,29 @@ from ...control_tokens import check_encodable
 IMAGE_KEYS = ("image", "url", "path", "base64")
 
 
+def row_name(row: Any, number: int) -> str:
+    """
+    Names a row in error messages.
+
+    Args:
+        row (`Any`):
+            The row. Rows of [`~toolbox.data.load_rows`] know their `source` and their number in it, `row`.
+        number (`int`):
+            Position of the row, which names rows without these fields.
+
+    Returns:
+        `str`: Such as `"train.jsonl, row 12"` or `"row 3"`.
+    """
+    if has_origin(row):
+        return f"{row['source']}, row {row['row']}"
+    return f"row {number}"
+
+
+def has_origin(row: Any) -> bool:
+    """Whether a row knows its `source` and its number in it."""
+    return isinstance(row, Mapping) and isinstance(row.get("source"), str) and isinstance(row.get("row"), int)
+
+
 def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     """
     Returns the messages of a row, with every image at its placeholder.
@@ -25,7 +48,7 @@ def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         row (`Mapping`):
             Row in the form that [`~toolbox.data.VisionLanguageCollator`] takes.
         number (`int`):
-            Number of the row in error messages.
+            Position of the row, for error messages about rows that do not know their source.
 
     Returns:
         `list[dict]`: Chat messages. A content part of type `"image"` that contains an image keeps it.
@@ -34,14 +57,15 @@ def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
         ValueError: If a field is missing or has a wrong type, if a text cannot be encoded as UTF-8, or if the number of
             images differs from the number of placeholders. The message names the row and the field.
     """
+    name = row_name(row, number)
     if not isinstance(row, Mapping):
-        raise ValueError(f"row {number} must be a dict with `messages` and `images`, got {type(row)}.")
-    messages = _messages(row, number)
-    images = _images(row.get("images"), number)
+        raise ValueError(f"{name} must be a dict with `messages` and `images`, got {type(row)}.")
+    messages = _messages(row, name)
+    images = _images(row.get("images"), name)
     num_placeholders = sum(_is_placeholder(part) for message in messages for part in _parts(message))
     if num_placeholders != len(images):
         raise ValueError(
-            f"row {number} has {len(images)} images in `images`, but {num_placeholders} placeholders in `messages` "
+            f"{name} has {len(images)} images in `images`, but {num_placeholders} placeholders in `messages` "
             "(content parts of type 'image' that do not contain an image): give one image for each placeholder."
         )
     remaining = iter(images)
@@ -55,6 +79,7 @@ def apply_chat_template(
     processor: ProcessorMixin | PreTrainedTokenizerBase,
     conversations: dict[int, list[dict[str, Any]]],
     padding_side: str,
+    names: Mapping[int, str] | None = None,
     **kwargs: Any,
 ) -> BatchFeature:
     """
@@ -67,6 +92,8 @@ def apply_chat_template(
             Messages of each conversation, by the number of its row.
         padding_side (`str`):
             `"left"` or `"right"`.
+        names (`Mapping[int, str]`, *optional*):
+            Name of each row in error messages. By default, its number.
         kwargs:
             Additional arguments of `processor.apply_chat_template`.
 
@@ -76,9 +103,10 @@ def apply_chat_template(
     Raises:
         ValueError: If a conversation cannot be processed. The message names its row.
     """
+    names = {number: f"row {number}" for number in conversations} if names is None else names
     kwargs |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     if isinstance(processor, PreTrainedTokenizerBase):
-        conversations = {number: _as_text(messages, number) for number, messages in conversations.items()}
+        conversations = {number: _as_text(messages, names[number]) for number, messages in conversations.items()}
         kwargs |= {"padding": True, "tokenizer_kwargs": {"padding_side": padding_side}}
     else:
         kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
@@ -90,31 +118,31 @@ def apply_chat_template(
             try:
                 processor.apply_chat_template([conversation], **kwargs)
             except Exception as error:
-                raise ValueError(f"row {number} cannot be processed: {error}") from error
+                raise ValueError(f"{names[number]} cannot be processed: {error}") from error
         raise
 
 
-def _as_text(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+def _as_text(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Returns messages with the texts of their content parts joined, as the templates of language models take them."""
     joined = []
     for message in messages:
         parts = _parts(message)
         if wrong := [part["type"] for part in parts if part["type"] != "text"]:
-            raise ValueError(f"row {number} has a part of type {wrong[0]!r}, but the model only reads text.")
+            raise ValueError(f"{name} has a part of type {wrong[0]!r}, but the model only reads text.")
         joined.append(message | {"content": "".join(part["text"] for part in parts)} if parts else message)
     return joined
 
 
-def _messages(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     if row.get("messages") is None:
-        raise ValueError(f"row {number} lacks `messages`: its fields are {list(row)}.")
+        raise ValueError(f"{name} lacks `messages`: its fields are {list(row)}.")
     messages = row["messages"]
     if not isinstance(messages, list | tuple):
-        raise ValueError(f"row {number}: `messages` must be a list of messages, got {type(messages)}.")
+        raise ValueError(f"{name}: `messages` must be a list of messages, got {type(messages)}.")
     if not messages:
-        raise ValueError(f"row {number}: `messages` is empty: give at least one message, or drop the row.")
+        raise ValueError(f"{name}: `messages` is empty: give at least one message, or drop the row.")
     for i, message in enumerate(messages):
-        _check_message(message, f"row {number}: messages[{i}]")
+        _check_message(message, f"{name}: messages[{i}]")
     return list(messages)
 
 
@@ -145,12 +173,12 @@ def _check_part(part: Any, name: str) -> None:
         check_encodable(part["text"], f"{name}.text")
 
 
-def _images(images: Any, number: int) -> list[Any]:
+def _images(images: Any, name: str) -> list[Any]:
     """Returns the images of a row without entries that are `None`."""
     is_batch = getattr(images, "ndim", 0) == 4
     if images is not None and not isinstance(images, list | tuple) and not is_batch:
         raise ValueError(
-            f"row {number}: `images` must be a list of images, got {type(images)}: put a single image in a list."
+            f"{name}: `images` must be a list of images, got {type(images)}: put a single image in a list."
         )
     return [image for image in ([] if images is None else images) if image is not None]
 

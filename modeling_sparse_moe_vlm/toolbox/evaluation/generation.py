@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from ..data.rows import apply_chat_template, with_images
+from ..data.rows import apply_chat_template, row_name, with_images
 from ..evaluation_mode import evaluating
 
 
@@ -57,8 +57,9 @@ def generate_answers(
             batch = range(start, min(start + batch_size, len(rows)))
             inputs = apply_chat_template(
                 processor,
-                {i: _questions(with_images(rows[i], i), i) for i in batch},
+                {i: _questions(with_images(rows[i], i), row_name(rows[i], i)) for i in batch},
                 padding_side="left",
+                names={i: row_name(rows[i], i) for i in batch},
                 add_generation_prompt=True,
             ).to(model.device, dtype=model.dtype)
             output = model.generate(**inputs, **generate_kwargs)
@@ -66,10 +67,10 @@ def generate_answers(
     return answers
 
 
-def _questions(messages: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+def _questions(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     questions = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not questions:
         raise ValueError(
-            f"row {number} has nothing to answer: its only message is from the assistant. Add a message of the user."
+            f"{name} has nothing to answer: its only message is from the assistant. Add a message of the user."
         )
     return questions

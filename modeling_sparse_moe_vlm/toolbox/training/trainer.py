@@ -15,6 +15,7 @@ from ...experts_config import experts_config_of
 from ...losses import share_of_batch
 from ..routing.monitor import RoutingMonitor
 from .checkpoints import last_whole_checkpoint
+from .memory_errors import MemoryErrorsNameRows
 from .training_settings import no_training_settings
 
 
@@ -38,7 +39,7 @@ def _with_router_loss(function: Callable) -> Callable:
     return loss_with_router_loss
 
 
-class SparseMoeTrainer(Trainer):
+class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
     """
     A `Trainer` that also monitors the routers of our models. It takes the same arguments as `Trainer`. In addition, it
     logs the following figures, over the steps since the last log:
@@ -54,6 +55,8 @@ class SparseMoeTrainer(Trainer):
 
     `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
     newer, incomplete ones.
+
+    An error about missing memory names the rows of the batch, with their sizes.
 
     With `config.router_bias_update_rate`, the biases of the routers are updated after every step. All of these require
     that the model returns its router logits (`config.output_router_logits`). Saved models do not keep this setting.
