@@ -114,6 +114,7 @@ class SkippedRows:
         self.path = None if path is None else Path(path)
         self.is_temporary = is_temporary
         self._entries: dict[tuple[str, int], dict[str, Any]] = {}
+        self._file: int | None = None  # the inode of the file that was read
         self._size = 0  # number of bytes of the file that were read
         self._warned = 0  # number of rows in the last warning
 
@@ -176,8 +177,10 @@ class SkippedRows:
     def _read(self, file: BinaryIO) -> None:
         """Reads the complete lines that were added to the file since the last time."""
         file.seek(0, os.SEEK_END)
-        if file.tell() < self._size:  # the file was replaced
+        inode = os.fstat(file.fileno()).st_ino
+        if self._file not in (None, inode) or file.tell() < self._size:  # the file was replaced
             self._entries, self._size = {}, 0
+        self._file = inode
         file.seek(self._size)
         for line in file:
             if line.endswith(b"\n"):
