@@ -74,9 +74,7 @@ class RetrievalConfigMixin:
             check_integer("matryoshka_dims", size, below=self.full_embedding_size + 1)
         check_distinct("matryoshka_dims", self.matryoshka_dims)
         self.matryoshka_dims = list(self.matryoshka_dims)
-        if self.logit_scale_init_value is None:
-            self.logit_scale_init_value = _INITIAL_SCALES[self.contrastive_loss]
-        check_number("logit_scale_init_value", self.logit_scale_init_value, at_most=math.log(100.0))
+        check_number("logit_scale_init_value", self.initial_logit_scale, at_most=math.log(100.0))
         check(
             isinstance(self.logit_bias_init_value, int | float) and math.isfinite(self.logit_bias_init_value),
             f"`logit_bias_init_value` must be a number, got {self.logit_bias_init_value!r}.",
@@ -84,6 +82,13 @@ class RetrievalConfigMixin:
         if self.image_prompt_ids is not None:
             check_sequence("image_prompt_ids", self.image_prompt_ids, int, at_most=1_000_000)
             self.image_prompt_ids = list(self.image_prompt_ids)
+
+    @property
+    def initial_logit_scale(self) -> float:
+        """Initial value of the logarithm of the factor of the similarities."""
+        # Not filled in by `check_head`, because `from_pretrained` can change the loss afterwards.
+        given = self.logit_scale_init_value
+        return _INITIAL_SCALES[self.contrastive_loss] if given is None else given
 
     @property
     def full_embedding_size(self) -> int:
@@ -155,6 +160,11 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
             f"`image_prompt_ids` has {num_places} placeholders (id {self.image_token_id}), but an image has "
             f"{self.image_seq_length} tokens.",
         )
+
+    def validate_architecture(self) -> None:
+        """Checks the fields again when a model is created: see [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
+        super().validate_architecture()
+        self.check_head()
 
 
 RETRIEVAL_AUTO_MAP = {

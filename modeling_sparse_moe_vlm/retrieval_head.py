@@ -45,7 +45,7 @@ class ImageTextRetrievalMixin:
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if module is self:
-            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+            init.constant_(self.logit_scale, self.config.initial_logit_scale)
             if self.logit_bias is not None:
                 init.constant_(self.logit_bias, self.config.logit_bias_init_value)
 
@@ -239,7 +239,7 @@ class ImageTextRetrievalMixin:
                 f"`{name}` must have one value for each of the {len(embeddings)} rows, but has the shape "
                 f"{None if values is None else tuple(values.shape)}.",
             )
-        of_sides = self._compare(embeddings, is_document)
+        of_sides: dict[str, Any] = self._compare(embeddings, is_document)
         loss = None
         if return_loss:
             check(is_document is not None, "the loss needs `is_document`, unless there are `input_ids`.")
@@ -250,7 +250,8 @@ class ImageTextRetrievalMixin:
         wants_losses = bool(output_router_logits)
         # As in the models with a language head, router losses are only computed for training and on request.
         if routing.get("router_logits") and (wants_losses or loss is not None or self.training):  # type: ignore[attr-defined]
-            assert record is not None and record.tokens is not None
+            assert record is not None
+            assert record.tokens is not None
             loss, losses = add_router_losses(
                 experts_config_of(self.config),
                 routing["router_logits"],
@@ -271,9 +272,7 @@ class ImageTextRetrievalMixin:
             **losses,
         )
 
-    def _embed(
-        self, embedding_size: int | None, **inputs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    def _embed(self, embedding_size: int | None, **inputs: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
         """Returns the hidden states, the embeddings, and other outputs with the routing record."""
         experts_config = experts_config_of(self.config)
         returns_routing = inputs.pop("output_router_logits", None)
@@ -352,7 +351,8 @@ class ImageTextRetrievalMixin:
             "the number of tokens of an image depends on its size, so `pixel_values` are not enough: pass all inputs "
             "that `retrieval_inputs` from `modeling_sparse_moe_vlm.toolbox.retrieval` returns, `input_ids` included.",
         )
-        return torch.tensor(prompt, device=self.get_input_embeddings().weight.device).repeat(len(pixel_values), 1)
+        device: Any = self.get_input_embeddings().weight.device
+        return torch.tensor(prompt, device=device).repeat(len(pixel_values), 1)
 
     def _join(
         self,
