@@ -15,11 +15,9 @@ if TYPE_CHECKING or not _IS_COMMAND:
         SparseMoeVlmConfig,
         SparseMoeVlmForCausalLM,
         SparseMoeVlmForConditionalGeneration,
-        SparseMoeVlmForImageTextRetrieval,
         SparseMoeVlmModel,
         SparseMoeVlmPreTrainedModel,
         SparseMoeVlmProcessor,
-        SparseMoeVlmRetrievalConfig,
         SparseMoeVlmTextConfig,
         SparseMoeVlmTextModel,
     )
@@ -31,11 +29,9 @@ __all__ = [
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
-    "SparseMoeVlmForImageTextRetrieval",
     "SparseMoeVlmModel",
     "SparseMoeVlmPreTrainedModel",
     "SparseMoeVlmProcessor",
-    "SparseMoeVlmRetrievalConfig",
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]

@@ -31,11 +31,9 @@ NAMES = [
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
-    "SparseMoeVlmForImageTextRetrieval",
     "SparseMoeVlmModel",
     "SparseMoeVlmPreTrainedModel",
     "SparseMoeVlmProcessor",
-    "SparseMoeVlmRetrievalConfig",
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_sparse_moe_vlm.toolbox.commands import routing_report
@@ -10,7 +11,8 @@ from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.demo import conversations, scenes
 from modeling_sparse_moe_vlm.toolbox.routing import measure_routing, routing_statistics
-from tests.support.processors import make_image, make_processor, make_speaking_model
+from tests.support.in_tree_moe import make_mixtral
+from tests.support.processors import VOCAB_SIZE, make_image, make_processor, make_speaking_model, make_tokenizer
 from tests.support.upcycled import make_speaking
 
 
@@ -129,6 +131,90 @@ def test_a_model_without_routed_experts_has_no_routing(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["routing-report", "--model", str(tmp_path), "--rows", str(tmp_path / "rows.jsonl")])
     assert "has no routed experts" in capsys.readouterr().err
+
+
+def make_captions(folder, number):
+    """Writes a folder of images with captions, of which the second names a file that does not exist."""
+    folder.mkdir()
+    rows = [{"file_name": f"{i}.png", "text": f"the cat {i}"} for i in range(number)]
+    for i in range(number):
+        if i != 1:
+            make_image(i).save(folder / f"{i}.png")
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_a_page_about_data_of_another_format(model_folder, run_verb, tmp_path):
+    folder, page = make_captions(tmp_path / "images", 5), tmp_path / "report.html"
+    arguments = ["routing-report", model_folder, folder, "--on-bad-row", "skip", "--bad-rows", tmp_path / "bad.jsonl"]
+    printed = run_verb(*arguments, "--output", page, "--num-drawn", 2, "--batch-size", 2, "--max-rows", 3)
+    lines = printed.splitlines()
+    assert lines[0].split()[:3] == ["place", "group", "modality"]
+    assert lines[-1] == str(page)
+    source = page.read_text()
+    assert f"{folder}, 3 rows" in source
+    assert source.count("model’s answer") == 2
+    assert "the cat 2" in source
+    assert "the cat 4" not in source
+    (bad,) = (tmp_path / "bad.jsonl").read_text().splitlines()
+    assert json.loads(bad)["row"] == 1
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["routing-report", str(model_folder), str(folder), "--output", str(tmp_path / "other.html")])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_the_default_page(model_folder, run_verb, tmp_path, monkeypatch):
+    """It is written if the model is an argument, unless only JSON is wanted."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--num-examples", 4, "--num-drawn", 0]
+    as_json = run_verb("routing-report", model_folder, *arguments, "--json")
+    assert len(json.loads(as_json)["rows"]) > 0
+    with_option = run_verb("routing-report", "--model", model_folder, *arguments)
+    assert list(tmp_path.iterdir()) == []
+    assert run_verb("routing-report", model_folder, *arguments) == f"{with_option}routing-report.html\n"
+    assert "held-out scenes of the demo, 4 rows" in (tmp_path / "routing-report.html").read_text()
+
+
+def test_of_a_mixture_of_experts_of_transformers(run_verb, tmp_path):
+    torch.manual_seed(0)
+    make_mixtral(vocab_size=VOCAB_SIZE, num_experts=4).save_pretrained(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "Why?", "completion": "yes"}))
+    arguments = ["routing-report", tmp_path / "model", tmp_path / "rows.jsonl"]
+    rows = json.loads(run_verb(*arguments, "--json"))["rows"]
+    assert [(row["place"], row["group"], row["modality"], len(row["wanted"])) for row in rows] == [
+        ("layer_0", "experts", "text", 4),
+        ("layer_1", "experts", "text", 4),
+    ]
+    assert {row["experts_per_token"] for row in rows} == {2}
+    run_verb(*arguments, "--output", tmp_path / "load.png")
+    assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
+    run_verb(*arguments, "--output", tmp_path / "report.html")
+    assert f"{tmp_path / 'rows.jsonl'}, 1 row<" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m", "--model", "n"], "the model is given twice: as an argument, and as `--model`."),
+        (["m", "a.jsonl", "--rows", "b.jsonl"], "the data is given twice: as an argument, and as `--rows`."),
+        (["m", "--format", "vqa"], "`--format` only has an effect if the data is an argument."),
+        (["m", "--max-rows", "3"], "`--max-rows` only has an effect if the data is an argument."),
+        (["m", "a.jsonl", "--max-rows", "0"], "`--max-rows` must be at least 1, but got 0."),
+        (["m", "a.jsonl", "--batch-size", "0"], "`--batch-size` must be at least 1, but got 0."),
+        (["m", "--num-examples", "0"], "`--num-examples` must be at least 1, but got 0."),
+        (["m", "--num-drawn", "-1"], "`--num-drawn` must be at least 0, but got -1."),
+    ],
+)
+def test_arguments_that_contradict_each_other(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["routing-report", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_that_are_not_text(tmp_path):

@@ -153,16 +153,29 @@ def draw_experts(
             for name, size in of_layer
             for expert in range(size)
         ]
-        drawing.paste(_expert_grid(shown, experts[number], colours), (left, top + 22))
+        drawing.paste(expert_grid(shown, experts[number], colours), (left, top + 22))
     for line, (name, size) in enumerate(legend.items()):
         _draw_legend(pen, (0, lines * height + 26 * line), drawing.width, names.index(name), name, size)
     return drawing
 
 
-def _expert_grid(
+def expert_grid(
     shown: Image.Image, experts: np.ndarray, colours: Sequence[tuple[tuple[int, int, int], str]]
 ) -> Image.Image:
-    """Draws one layer: translucent cells in the colours of the experts over the image, with numbers where they fit."""
+    """
+    Draws the experts of one layer: translucent cells in their colours over the image, with labels where they fit.
+
+    Args:
+        shown (`PIL.Image.Image`):
+            The image, in the size of the drawing.
+        experts (`np.ndarray` of shape `(rows, columns)`):
+            Number of the expert of every cell. Larger numbers than those of the experts mean that there is none.
+        colours (`Sequence[tuple[tuple[int, int, int], str]]`):
+            Colour and label of every expert.
+
+    Returns:
+        `PIL.Image.Image`: Of the size of the image.
+    """
     rows, columns = experts.shape
     x = [round(shown.width * column / columns) for column in range(columns + 1)]
     y = [round(shown.height * row / rows) for row in range(rows + 1)]

@@ -1,17 +1,22 @@
 """
-Runs a model on examples and prints how their tokens are distributed over its experts.
+Reports how a model distributes the tokens of a dataset over its experts, as a table and as an HTML page.
 
-    sparse-moe-vlm routing-report --model outputs/demo/model --output expert_load.png
-    sparse-moe-vlm routing-report --model outputs/demo/model --json > routing.json      # for `place --routing`
+    sparse-moe-vlm routing-report outputs/demo/model                                # held-out scenes of the demo
+    sparse-moe-vlm routing-report outputs/demo/model data.jsonl --output report.html
+    sparse-moe-vlm routing-report Qwen/Qwen3-VL-30B-A3B-Instruct images/ --max-rows 500
+    sparse-moe-vlm routing-report outputs/demo/model --output expert_load.png       # only the load of the experts
+    sparse-moe-vlm routing-report outputs/demo/model --json > routing.json          # for `place --routing`
 
-The model of the examples is written by `sparse-moe-vlm train`. The report has one row for each layer, group of experts
-and modality. To use conversations of your own, write one to each line of a JSONL file:
+The model is any mixture of experts: a model of this package (`sparse-moe-vlm train` writes the one of the examples), an
+upcycled model, or one of Transformers. The data is a file, a folder or a dataset of the Hub in any format that
+`sparse-moe-vlm train --check` reads.
 
-    echo '{"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "yes"}]}' > rows.jsonl
-    sparse-moe-vlm routing-report --model outputs/demo/model --rows rows.jsonl
+The page is a single file. It shows the load of the experts by layer and modality, the entropy of the routers, which
+experts are chosen together, the experts of the tokens of some images, the attention to these images, and the rows whose
+routing differs most. The table has one row for each layer, group of experts and modality.
 
-A conversation with images has one content part `{"type": "image"}` in its messages for each image, and a field
-`"images": ["a.png"]`. Every conversation needs a turn of the assistant.
+`--model` and `--rows` are older forms of the two arguments; `--rows` takes a JSONL file with one conversation per line.
+With them, the command writes a page only if `--output` names one.
 """
 
 from __future__ import annotations
@@ -25,60 +30,171 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .mistakes import mistakes_in_one_line
-from .options import add_json_option, add_model_option, trained_model
+from .options import DEMO_MODEL, add_json_option, trained_model
 
 if TYPE_CHECKING:
-    from ..routing import GroupRouting
+    from ..routing import GroupRouting, RoutingCounts
+    from ..routing.report import RoutingReport
 
 CELL_SIZE = 16
-BATCH_SIZE = 64
+BATCH_SIZE = 16
+PAGE = "routing-report.html"
+PAGE_SUFFIXES = (".html", ".htm")
+# The names of `toolbox.data.formats`, which takes seconds to import.
+FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
+OPTIONS_OF_DATA = ("format", "image_root", "split", "subset", "max_rows", "on_bad_row", "bad_rows")
+SCENES = "held-out scenes of the demo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_option(parser)
-    parser.add_argument("--rows", help="JSONL file of conversations (default: held-out scenes of the demo)")
+    parser.add_argument(
+        "model_name", nargs="?", metavar="model", help=f"folder or name on the Hub (default: {DEMO_MODEL})"
+    )
+    parser.add_argument("data", nargs="?", help=f"file, folder or dataset of the Hub (default: {SCENES})")
+    parser.add_argument("--model", help="the model, instead of the first argument")
+    parser.add_argument("--rows", help="JSONL file of conversations, instead of the data")
     parser.add_argument("--num-examples", type=int, default=256, help="number of held-out scenes (default: 256)")
-    parser.add_argument("--output", help="PNG file to draw the load of the experts to")
+    parser.add_argument(
+        "--output", help=f"HTML page to write (default: {PAGE}), or PNG file to draw the load of the experts to"
+    )
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"rows at a time (default: {BATCH_SIZE})")
+    parser.add_argument("--num-drawn", type=int, default=4, help="rows with images to draw on the page (default: 4)")
     add_json_option(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--format", help=f"format of the data: {', '.join(FORMAT_NAMES)} (default: recognised)")
+    data.add_argument("--image-root", help="folder of the images (default: the folder of the file that names them)")
+    data.add_argument("--split", help="split of a folder or of a dataset of the Hub (default: train)")
+    data.add_argument("--subset", help="subset of a dataset of the Hub")
+    data.add_argument("--max-rows", type=int, help="read only so many rows (default: all)")
+    data.add_argument("--on-bad-row", choices=("error", "skip"), help="whether bad rows are an error (default: error)")
+    data.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which skipped rows are written")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from torch.utils.data import DataLoader
-
-    from ...experts_config import experts_config_of
-    from ..demo import conversations, scenes
     from ..extras import check_installed
-    from ..routing import measure_routing, routing_statistics
-    from ..routing.statistics import load_of_counts
-    from ..training.models import from_checkpoint_with_experts
+    from ..training.models import from_checkpoint
 
     with mistakes_in_one_line():
-        if arguments.output:
+        _check(arguments)
+        output = _output(arguments)
+        is_page = output is not None and Path(output).suffix.lower() in PAGE_SUFFIXES
+        if output is not None and not is_page:
             check_installed("matplotlib", "report", "--output")
+        name = arguments.model_name or arguments.model or DEMO_MODEL
+        has_data = arguments.data is not None or arguments.rows is not None
         # The held-out scenes are images.
-        model, processor = from_checkpoint_with_experts(
-            trained_model(arguments.model), language_models=arguments.rows is not None
+        model, processor = from_checkpoint(trained_model(name), language_models=has_data)
+        rows, data_name = _rows(arguments)
+        report = _measure(
+            model, processor, rows, name, data_name, arguments.batch_size, arguments.num_drawn, with_page=is_page
         )
-        if arguments.rows is None:
-            rows = conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE))
-        else:
-            rows = read_rows(Path(arguments.rows))
-        batches = DataLoader(rows, batch_size=BATCH_SIZE, collate_fn=_collator(processor))
-        counts = measure_routing(model, batches)
-        if counts is None:
-            raise ValueError(f"{arguments.model} has no routed experts, so there is no routing to report.")
-    config = experts_config_of(model.config)
-    statistics = routing_statistics(config, counts)
+        if output is not None:
+            _write(report, output, is_page)
+    statistics = _statistics(model, report)
     alarms = list(statistics.alarms().values())
-    if arguments.output:
-        from ..demo import drawings
-
-        with mistakes_in_one_line():
-            drawings.draw_expert_load(load_of_counts(config, counts), arguments.output)
     if arguments.json:
         print(json.dumps({"rows": [_as_json(row) for row in statistics.rows], "alarms": alarms}))
     else:
         print("\n".join([str(statistics), *alarms]))
+        if is_page:
+            print(output)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises an error if arguments contradict each other or are out of range."""
+    for positional, option, given in (("model_name", "model", "the model is"), ("data", "rows", "the data is")):
+        if getattr(arguments, positional) is not None and getattr(arguments, option) is not None:
+            raise ValueError(f"{given} given twice: as an argument, and as `--{option}`.")
+    if arguments.data is None:
+        for option in OPTIONS_OF_DATA:
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"`--{option.replace('_', '-')}` only has an effect if the data is an argument.")
+    for option in ("num_examples", "batch_size", "max_rows"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{option.replace('_', '-')}` must be at least 1, but got {value}.")
+    if arguments.num_drawn < 0:
+        raise ValueError(f"`--num-drawn` must be at least 0, but got {arguments.num_drawn}.")
+
+
+def _output(arguments: argparse.Namespace) -> str | None:
+    """Returns the file to write. By default, it is a page if the model is an argument."""
+    if arguments.output or arguments.model_name is None or arguments.json:
+        return arguments.output
+    return PAGE
+
+
+def _rows(arguments: argparse.Namespace) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """Returns the rows and the name of the data."""
+    from ..data import load_rows
+    from ..demo import conversations, scenes
+
+    if arguments.rows is not None:
+        return read_rows(Path(arguments.rows)), arguments.rows
+    if arguments.data is None:
+        return conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE)), SCENES
+    rows = load_rows(
+        arguments.data,
+        arguments.format,
+        split=arguments.split or "train",
+        subset=arguments.subset,
+        image_root=arguments.image_root,
+        on_bad_row=arguments.on_bad_row or "error",
+        skipped_file=arguments.bad_rows,
+        max_rows=arguments.max_rows,
+    )
+    return rows, arguments.data  # type: ignore[return-value]  # not a stream
+
+
+def _measure(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    data_name: str,
+    batch_size: int,
+    num_drawn: int,
+    with_page: bool,
+) -> RoutingReport:
+    import torch
+
+    from ..routing.report import routing_report
+
+    device = torch.accelerator.current_accelerator()
+    return routing_report(
+        model if device is None else model.to(device),
+        processor,
+        rows,
+        model_name=name,
+        data_name=data_name,
+        collate=_collator(processor),
+        batch_size=batch_size,
+        num_examples=num_drawn if with_page else 0,
+        num_unusual=3 if with_page else 0,
+    )
+
+
+def _write(report: RoutingReport, output: str, is_page: bool) -> None:
+    """Writes the page, or draws the load of the experts."""
+    if is_page:
+        Path(output).write_text(report.to_html(), encoding="utf-8")
+        return
+    from ..demo import drawings
+    from ..routing.layout import load_by_modality
+
+    drawings.draw_expert_load(load_by_modality(report.layout, report.counts), output)
+
+
+def _statistics(model: Any, report: RoutingReport) -> Any:
+    """Returns the statistics by place: layers that share experts are one place."""
+    from ...experts_config import experts_config_of
+    from ..expert_modules import our_experts_config
+    from ..routing import routing_statistics
+
+    counts: RoutingCounts = report.counts
+    if our_experts_config(model.config) is None:
+        return report.statistics
+    return routing_statistics(experts_config_of(model.config), counts)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -117,16 +233,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _collator(processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any]:
-    """Makes batches for measuring routing. Chat templates need not mark the turns of the assistant."""
+def _collator(processor: Any) -> Callable[[Sequence[Mapping[str, Any]]], Any] | None:
+    """
+    Returns what makes batches for measuring routing. Chat templates need not mark the turns of the assistant; those
+    that do are checked for answers.
+    """
     from ..data import VisionLanguageCollator
-    from ..data.rows import apply_chat_template, with_images
 
     if "{% generation" in str(processor.chat_template).replace("{%-", "{%"):
         return VisionLanguageCollator(processor)
-    return lambda rows: apply_chat_template(
-        processor, {number: with_images(row, number) for number, row in enumerate(rows)}, padding_side="right"
-    )
+    return None
 
 
 def _as_json(row: GroupRouting) -> dict[str, Any]:

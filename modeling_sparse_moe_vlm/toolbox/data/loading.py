@@ -39,6 +39,7 @@ def load_rows(
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     max_image_tokens: int | None = None,
+    max_rows: int | None = None,
 ) -> Dataset | IterableDataset:
     """
     Loads data of any supported format as rows with `messages` and `images`. The fields `source` and `row` name the file
@@ -74,6 +75,8 @@ def load_rows(
             Largest number of tokens in a row, image tokens included. Longer rows are bad rows; nothing is truncated.
         max_image_tokens (`int`, *optional*):
             Largest number of image tokens in a row. Rows with more are bad rows.
+        max_rows (`int`, *optional*):
+            Number of good rows after which to stop reading. By default, all rows are read. Use `take` for streams.
 
     Returns:
         `Dataset` or `IterableDataset`: The rows, in order.
@@ -97,8 +100,10 @@ def load_rows(
         check = partial(check_size, processor=processor, max_length=max_length, max_image_tokens=max_image_tokens)
     reader = RowReader(found.name, on_bad_row, _skipped_rows(skipped_file), check)
     # `datasets` distributes the items of lists among workers and processes.
-    arguments = {"parts": parts, "reader": reader}
+    arguments: dict[str, Any] = {"parts": parts, "reader": reader}
     if streaming:
+        if max_rows is not None:
+            raise ValueError("`max_rows` cannot be combined with `streaming=True`: call `take` of the stream.")
         rows = IterableDataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments)
         raw = IterableDataset.from_generator(_generate_raw, gen_kwargs={"parts": parts})
         atexit.register(reader.skipped.warn_of_new)  # rows that workers skipped
@@ -106,6 +111,7 @@ def load_rows(
     # The rows are written to a file that is mapped into memory. It is not reused: files can change between runs.
     folder = _temporary_folder()
     try:
+        arguments["max_rows"] = max_rows
         rows = Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
     except Exception as error:
         # `datasets` wraps the errors of generators.
@@ -170,10 +176,9 @@ def iterate_rows(parts: list[Part], format: DataFormat) -> Iterator[tuple[dict[s
             yield error
 
 
-def _generate(parts: list[Part], reader: RowReader) -> Iterator[dict[str, Any]]:
-    for raw in raw_rows(parts):
-        if (row := reader.validate(raw)) is not None:
-            yield row
+def _generate(parts: list[Part], reader: RowReader, max_rows: int | None = None) -> Iterator[dict[str, Any]]:
+    good = (row for raw in raw_rows(parts) if (row := reader.validate(raw)) is not None)
+    yield from itertools.islice(good, max_rows)
 
 
 def _generate_raw(parts: list[Part]) -> Iterator[dict[str, RawRow]]:
