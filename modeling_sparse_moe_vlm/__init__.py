@@ -15,9 +15,11 @@ if TYPE_CHECKING or not _IS_COMMAND:
         SparseMoeVlmConfig,
         SparseMoeVlmForCausalLM,
         SparseMoeVlmForConditionalGeneration,
+        SparseMoeVlmForImageTextRetrieval,
         SparseMoeVlmModel,
         SparseMoeVlmPreTrainedModel,
         SparseMoeVlmProcessor,
+        SparseMoeVlmRetrievalConfig,
         SparseMoeVlmTextConfig,
         SparseMoeVlmTextModel,
     )
@@ -29,9 +31,11 @@ __all__ = [
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmForImageTextRetrieval",
     "SparseMoeVlmModel",
     "SparseMoeVlmPreTrainedModel",
     "SparseMoeVlmProcessor",
+    "SparseMoeVlmRetrievalConfig",
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]

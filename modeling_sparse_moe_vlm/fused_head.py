@@ -58,28 +58,38 @@ def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
         record = RoutingRecord()
         outputs = function(self, *args, fused_lm_head=True, output_router_logits=False, routing_record=record, **kwargs)
         if is_wanted:
-            aux_loss = _divided_total(config, record, outputs.loss)
-            outputs.aux_loss = aux_loss
-            outputs.loss = outputs.loss + config.router_aux_loss_coef * aux_loss
+            losses = _router_losses(config, record)
+            outputs.aux_loss = _divided_total(config, losses, outputs.loss)
+            outputs.loss = outputs.loss + config.router_aux_loss_coef * outputs.aux_loss
+            # For logs. An attribute and not a field, so it does not become part of what the model returns.
+            outputs.router_losses = losses
         return outputs
 
     return MethodType(forward_with_router_losses, model)
 
 
-def _divided_total(config: SparseMoeVlmExpertsConfig, record: RoutingRecord, loss: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of the router losses, divided by `router_aux_loss_coef`. 0 for models without sparse layers."""
+def _router_losses(config: SparseMoeVlmExpertsConfig, record: RoutingRecord) -> dict[str, torch.Tensor]:
+    """Returns the router losses of a forward pass as model outputs. Empty for models without sparse layers."""
     layers, tokens = record.layers(), record.tokens
     if not layers or tokens is None:
-        return loss.new_zeros(())
-    losses = router_losses(
+        return {}
+    return router_losses(
         config,
         [layer.logits for layer in layers],
         tokens.ids,
         tokens.is_real,
         router_indices=[layer.chosen for layer in layers],
-    )
+    ).outputs(config)
+
+
+def _divided_total(
+    config: SparseMoeVlmExpertsConfig, losses: dict[str, torch.Tensor], loss: torch.Tensor
+) -> torch.Tensor:
+    """Returns the sum of the router losses, divided by `router_aux_loss_coef`. 0 for models without sparse layers."""
+    if not losses:
+        return loss.new_zeros(())
     coefficient = config.router_aux_loss_coef
-    return (losses.total(config) / coefficient if coefficient else losses.aux_loss).to(loss.device)
+    return (losses["router_loss"] / coefficient if coefficient else losses["aux_loss"]).to(loss.device)
 
 
 def _check_coefficients(config: SparseMoeVlmExpertsConfig) -> None:

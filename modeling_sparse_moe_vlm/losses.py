@@ -62,6 +62,24 @@ class RouterLosses(NamedTuple):
         total = config.router_aux_loss_coef * self.aux_loss + config.router_z_loss_coef * self.z_loss
         return total if self.entropy_loss is None else total + self.entropy_loss
 
+    def outputs(self, config: SparseMoeVlmExpertsConfig) -> dict[str, torch.Tensor]:
+        """
+        Returns the losses as model outputs.
+
+        Args:
+            config (`SparseMoeVlmExpertsConfig`):
+                Configuration of the experts.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `aux_loss`, `z_loss`, `aux_loss_by_modality` and `router_loss` (see `total`).
+        """
+        return {
+            "aux_loss": self.aux_loss,
+            "z_loss": self.z_loss,
+            "aux_loss_by_modality": self.aux_loss_by_modality,
+            "router_loss": self.total(config),
+        }
+
 
 def load_balancing_loss(
     *, router_probs: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor, num_serving: int
@@ -292,17 +310,12 @@ def add_router_losses(
         `aux_loss_by_modality` and `router_loss` (the sum that was added to the loss) by name.
     """
     losses = router_losses(config, router_logits, tokens.ids, tokens.is_real, router_indices=router_indices)
-    total = losses.total(config)
+    outputs = losses.outputs(config)
     if labels is not None and loss is not None:
-        loss = loss + share_of_batch(labels, num_items_in_batch) * total.to(loss.device)
+        loss = loss + share_of_batch(labels, num_items_in_batch) * outputs["router_loss"].to(loss.device)
     elif not is_asked_for and torch.is_grad_enabled() and not is_tracing(router_logits[0]):
         logger.warning_once(_LOSSES_LEFT_OUT)
-    return loss, {
-        "aux_loss": losses.aux_loss,
-        "z_loss": losses.z_loss,
-        "aux_loss_by_modality": losses.aux_loss_by_modality,
-        "router_loss": total,
-    }
+    return loss, outputs
 
 
 def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:

@@ -127,7 +127,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         tokens = kwargs.pop("token_modalities", None)  # passed by the enclosing model, if there is one
         if tokens is None:
             tokens = TokenModalities.of(
-                inputs_embeds.shape[:2], mm_token_type_ids, attention_mask, self.config.modalities
+                inputs_embeds.shape[:2], mm_token_type_ids, attention_mask, self.config.modalities, position_ids
             )
         # Older releases pass the cache of continuous batching under another name.
         cache = past_key_values if past_key_values is not None else kwargs.get("cache")
@@ -292,12 +292,13 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         has_features: bool,
+        position_ids: torch.Tensor | None = None,
     ) -> TokenModalities:
         """Returns the modalities and the padding of the tokens. The outermost model calls it once per forward pass."""
         if input_ids is None and mm_token_type_ids is None and not has_features:
             warn_of_unknown_modalities(self.config.text_config, self.language_model.routing_planner)
         ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, mm_token_type_ids)
-        return TokenModalities.of(ids.shape, ids, attention_mask, self.config.text_config.modalities)
+        return TokenModalities.of(ids.shape, ids, attention_mask, self.config.text_config.modalities, position_ids)
 
     @takes_cache_by_name
     @can_return_tuple
@@ -326,7 +327,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         if tokens is None:
             has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
             tokens = self.get_token_modalities(
-                input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features
+                input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features, position_ids
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -421,7 +422,7 @@ class SparseMoeVlmForCausalLM(SparseMoeVlmLanguageHead, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         shape = check_tokens(input_ids, inputs_embeds).shape[:2]
-        tokens = TokenModalities.of(shape, mm_token_type_ids, attention_mask, self.config.modalities)
+        tokens = TokenModalities.of(shape, mm_token_type_ids, attention_mask, self.config.modalities, position_ids)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -515,7 +516,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
                 0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Positions of the tokens. If they restart within a row and no mask is given, the row contains several
-                sequences, which do not attend to each other.
+                sequences, which do not attend to each other. Tokens with negative positions are padding then.
             past_key_values (`Cache`, *optional*): Cached keys and values.
             inputs_embeds (`torch.FloatTensor` of shape `(B, T, D)`, *optional*): Embeddings of the tokens.
             mm_token_type_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -557,7 +558,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         check_tokens(input_ids, inputs_embeds)
         has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
         tokens = self.model.get_token_modalities(
-            input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features
+            input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features, position_ids
         )
         outputs = self.model(
             input_ids=input_ids,

@@ -197,14 +197,15 @@ class UpcycledMixin(ExpertsHost):
         modalities = self.experts_config.modalities
         if not planner.depends_on_modality and record is None:
             return TokenModalities(None, None)
+        padding = (arguments.get("attention_mask"), modalities, arguments.get("position_ids"))
         if ids is None and self._is_continued(arguments, tokens):
-            return TokenModalities.of(shape, None, arguments.get("attention_mask"), modalities)
+            return TokenModalities.of(shape, None, *padding)
         if ids is not None:
             ids = _ids_of_call(ids, shape[1], _cache(arguments))
         elif input_ids is None and not self._has_features(arguments) and planner.depends_on_modality:
             _warn_of_unknown_modalities()
         ids = self.get_mm_token_type_ids(input_ids, inputs_embeds, ids)
-        return TokenModalities.of(shape, ids, arguments.get("attention_mask"), modalities)
+        return TokenModalities.of(shape, ids, *padding)
 
     def get_mm_token_type_ids(
         self,

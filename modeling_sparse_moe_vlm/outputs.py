@@ -154,3 +154,62 @@ class SparseMoeVlmCausalLMOutputWithPast(MoeCausalLMOutputWithPast, _ImageOutput
     modality_weights: tuple[torch.Tensor, ...] | None = None
     count_free_modality_weights: tuple[torch.Tensor, ...] | None = None
     router_loss: torch.Tensor | None = None
+
+
+@dataclass
+class SparseMoeVlmRetrievalOutput(ModelOutput):
+    """
+    Output of [`SparseMoeVlmForImageTextRetrieval`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*, returned with `labels`):
+            Contrastive loss, with the router losses added if they are computed. A scalar.
+        logits_per_image (`torch.FloatTensor` of shape `(num_documents, num_queries)`, *optional*):
+            Scores of the documents (images) for the queries (texts) of this process: cosine similarities, multiplied by
+            the learned scale, plus the learned bias of the sigmoid loss. Returned if the batch has both.
+        logits_per_text (`torch.FloatTensor` of shape `(num_queries, num_documents)`, *optional*):
+            The same scores, transposed.
+        text_embeds (`torch.FloatTensor` of shape `(num_queries, embedding_size)`, *optional*):
+            Embeddings of the queries.
+        image_embeds (`torch.FloatTensor` of shape `(num_documents, embedding_size)`, *optional*):
+            Embeddings of the documents.
+        embeddings (`torch.FloatTensor` of shape `(B, embedding_size)`):
+            Embeddings of all rows, in float32, with the length 1.
+        last_hidden_state (`torch.FloatTensor` of shape `(B, T, D)`):
+            Hidden states of the tokens.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, returned with `output_hidden_states=True`):
+            Hidden states `(B, T, D)` of the embedding and of every layer.
+        attentions (`tuple[torch.Tensor]`, *optional*, returned with `output_attentions=True`):
+            Attention weights `(B, heads, T, T)` of every layer.
+        aux_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Load balancing loss, a scalar.
+        z_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Router z-loss, a scalar.
+        aux_loss_by_modality (`torch.Tensor` of shape `(num_modalities,)`, *optional*, returned with the router losses):
+            Load balancing loss of each modality, detached. NaN for modalities without tokens in the batch.
+        router_loss (`torch.Tensor`, *optional*, returned with the router losses):
+            Sum of all router losses, multiplied by their coefficients, which is added to the loss. A scalar.
+        router_logits (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            See [`SparseMoeVlmTextModelOutputWithPast`].
+        router_indices (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            See [`SparseMoeVlmTextModelOutputWithPast`].
+        router_dropped (`tuple[torch.Tensor]`, *optional*, returned with `output_router_logits=True`):
+            See [`SparseMoeVlmTextModelOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    aux_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    aux_loss_by_modality: torch.Tensor | None = None
+    router_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+    router_dropped: tuple[torch.Tensor, ...] | None = None

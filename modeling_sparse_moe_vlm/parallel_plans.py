@@ -131,8 +131,8 @@ def mend_parallelism(model: nn.Module, sizes: Any, num_experts: dict[nn.Module, 
     # Imported here, because not every build of torch has it and only several processes need it.
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    for method in ("generate", "get_image_features"):
-        # Both methods run the vision tower outside of `forward`. FSDP2 only gathers the weights for registered methods.
+    for method in ("generate", "get_image_features", "get_text_features"):
+        # These methods run submodules outside of `forward`. FSDP2 only gathers the weights for registered methods.
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
     forget_plans_of_stacks(model)

@@ -34,6 +34,7 @@ class TokenModalities(NamedTuple):
         mm_token_type_ids: torch.Tensor | None,
         attention_mask: Any,
         modalities: Sequence[str],
+        position_ids: torch.Tensor | None = None,
     ) -> TokenModalities:
         """
         Creates the object from the arguments of a forward pass.
@@ -47,6 +48,8 @@ class TokenModalities(NamedTuple):
                 See [`real_tokens`].
             modalities (`Sequence[str]`):
                 The `modalities` of the configuration. The position of a modality is its id.
+            position_ids (`torch.Tensor`, *optional*):
+                See [`padding_mask`].
 
         Returns:
             [`TokenModalities`]: The object.
@@ -62,6 +65,7 @@ class TokenModalities(NamedTuple):
             if is_cheap and not is_tracing(mm_token_type_ids):
                 check_range(mm_token_type_ids, modalities)
         is_real = None
+        attention_mask = padding_mask(attention_mask, position_ids, shape)
         if torch.is_tensor(attention_mask) and attention_mask.dim() == 2:
             rows, length = attention_mask.shape
             # The decoder raises an error for a mask that does not match the tokens.
@@ -246,6 +250,31 @@ def _unshifted(
     # If image features are merged into the embeddings, there are no placeholders to compare with.
     is_shifted = is_placeholder.sum(dim=1, keepdim=True) == is_image.sum(dim=1, keepdim=True)
     return torch.where(is_shifted, ids.masked_fill(is_image, 0).masked_fill(is_placeholder, image), ids)
+
+
+def padding_mask(attention_mask: Any, position_ids: torch.Tensor | None, shape: Sequence[int]) -> Any:
+    """
+    Returns a mask of the padding, also for packed sequences. Packed sequences have no attention mask: positions that
+    restart separate them. Their padding has negative positions.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*):
+            Attention mask of the call, which is returned if there is one.
+        position_ids (`torch.Tensor` of shape `(B or 1, T)` or `(number of axes, B, T)`, *optional*):
+            Positions of the tokens. With several axes, the first one is used.
+        shape (`Sequence[int]`):
+            Shape `(B, T)` of the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, *optional*: `False` for padding, of type bool. `None` if there is neither a
+        mask nor a position for each of several tokens.
+    """
+    if attention_mask is not None or position_ids is None or shape[1] == 1:
+        return attention_mask
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+    if positions.dim() != 2 or positions.shape[0] not in (1, shape[0]) or positions.shape[1] != shape[1]:
+        return None  # the decoder raises an error
+    return (positions >= 0).expand(shape[0], -1)
 
 
 def real_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:

@@ -26,6 +26,14 @@ PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
 # Files that only upcycled models need.
 OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
+# Files that only retrieval models need.
+OF_RETRIEVAL = {
+    "configuration_retrieval",
+    "contrastive",
+    "modeling_retrieval",
+    "retrieval_head",
+    "sentence_transformers_files",
+}
 
 # Loads the checkpoints in the given order, then uses and saves each. `factors.json` contains the factor by which the
 # code of each checkpoint multiplies the logits.
@@ -218,7 +226,9 @@ def test_configurations_are_saved_with_all_files_of_the_model(start):
     entry = PACKAGE / f"{start}_sparse_moe_vlm.py"
     files = {Path(path).stem for path in get_relative_import_files(entry)}
     others = {"__init__", "fusion", *OF_THE_PROCESSOR, *OF_UPCYCLED}
-    assert files == {path.stem for path in PACKAGE.glob("*.py")} - others
+    assert files == {path.stem for path in PACKAGE.glob("*.py")} - others - OF_RETRIEVAL
+    of_retrieval = {Path(path).stem for path in get_relative_import_files(PACKAGE / f"{start}_retrieval.py")}
+    assert of_retrieval == {path.stem for path in PACKAGE.glob("*.py")} - others
 
 
 def test_upcycled_models_are_saved_without_our_architecture():

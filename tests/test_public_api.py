@@ -31,9 +31,11 @@ NAMES = [
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmForImageTextRetrieval",
     "SparseMoeVlmModel",
     "SparseMoeVlmPreTrainedModel",
     "SparseMoeVlmProcessor",
+    "SparseMoeVlmRetrievalConfig",
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]

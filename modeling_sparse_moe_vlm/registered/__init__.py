@@ -9,8 +9,10 @@ from transformers import (
     AutoProcessor,
 )
 
+from ..configuration_retrieval import SparseMoeVlmRetrievalConfig
 from ..configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from ..fusion import SparseMoeFusion
+from ..modeling_retrieval import SparseMoeVlmForImageTextRetrieval
 from ..modeling_sparse_moe_vlm import (
     SparseMoeVlmForCausalLM,
     SparseMoeVlmForConditionalGeneration,
@@ -23,23 +25,27 @@ from ..processing_sparse_moe_vlm import SparseMoeVlmProcessor
 # The classes are registered only in this file, because it is not copied into checkpoints. Once the package is imported,
 # the auto classes use its code for every checkpoint of these model types. In processes that do not import the package,
 # they use the code in the checkpoint.
-for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig):
+for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig, SparseMoeVlmRetrievalConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
 AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
 AutoModel.register(SparseMoeVlmConfig, SparseMoeVlmModel, exist_ok=True)
+AutoModel.register(SparseMoeVlmRetrievalConfig, SparseMoeVlmForImageTextRetrieval, exist_ok=True)
 AutoModelForCausalLM.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(SparseMoeVlmConfig, SparseMoeVlmProcessor, exist_ok=True)
+for _config in (SparseMoeVlmConfig, SparseMoeVlmRetrievalConfig):
+    AutoProcessor.register(_config, SparseMoeVlmProcessor, exist_ok=True)
 
 __all__ = [
     "SparseMoeFusion",
     "SparseMoeVlmConfig",
     "SparseMoeVlmForCausalLM",
     "SparseMoeVlmForConditionalGeneration",
+    "SparseMoeVlmForImageTextRetrieval",
     "SparseMoeVlmModel",
     "SparseMoeVlmPreTrainedModel",
     "SparseMoeVlmProcessor",
+    "SparseMoeVlmRetrievalConfig",
     "SparseMoeVlmTextConfig",
     "SparseMoeVlmTextModel",
 ]

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
 from modeling_sparse_moe_vlm.fused_head import takes_fused_head
@@ -186,6 +187,28 @@ def test_sft_trains_with_the_models_own_router_losses(coefficients, groups, tmp_
     assert abs(log["loss"] - plain) > 0.01
     coefficient = model.config.text_config.router_aux_loss_coef
     assert coefficient * log["aux_loss"] == pytest.approx(own.loss.item() - plain, rel=1e-3)
+
+
+def test_the_monitor_logs_the_same_router_losses_in_sft(tmp_path):
+    """Each by itself, instead of TRL's `aux_loss`, which is the sum of all divided by a coefficient."""
+    model, monitor = make_speaking_model(**COEFFICIENTS["z-loss"]), RoutingMonitor(by_layer=True)
+    arguments = {"eval_strategy": "steps", "eval_steps": 1, "report_to": ["tensorboard"]}
+    trainer, log, batch = train_sft(
+        model, tmp_path, callbacks=[monitor], arguments=arguments, eval_dataset=rows_with_images()
+    )
+    own = own_outputs(model, batch)
+    expected = {name: own[name].item() for name in ("aux_loss", "z_loss", "router_loss")}
+    expected |= {f"aux_loss_{name}": own.aux_loss_by_modality[i].item() for i, name in enumerate(("text", "image"))}
+    evaluation = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    for name, value in expected.items():
+        assert log[name] == pytest.approx(value, abs=6e-5), name
+        assert evaluation[f"eval_{name}"] == pytest.approx(value, abs=6e-5), name  # the same rows
+        for split in ("train", "eval"):
+            assert events.Scalars(f"{split}/{name}")[0].value == pytest.approx(value, abs=6e-5)
+    assert events.Scalars("train/routing/layer_1/joint/image/entropy")
+    assert log["tokens_per_second"] > log["tokens_per_second_image"] > 0
 
 
 def test_sft_gives_the_routers_the_gradient_of_the_models_own_loss(tmp_path):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from transformers import ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
 
-from .row_sizes import SizedBatch, check_batch, check_limits, find_excess, sizes_of
+from .packing import IGNORE_INDEX, RowPacker
+from .packing_check import make_packer
+from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, find_excess, sizes_of
 from .rows import apply_chat_template, has_origin, row_name, with_images
-
-IGNORE_INDEX = -100
 
 
 @dataclass
@@ -32,19 +32,35 @@ class VisionLanguageCollator:
             Largest number of image tokens in a row. Rows with more are an error: image tokens are never cut.
         max_image_tokens_per_batch (`int`, *optional*):
             Largest number of image tokens in a batch. Batches with more are an error, before the model receives them.
+        packing (`bool`, *optional*, defaults to `False`):
+            Whether to pack the rows of a batch into fewer sequences with less padding. The logits, the losses and the
+            gradients are those of the padded batch.
+        model (`PreTrainedModel`, *optional*):
+            The model, which packing needs: it runs a few short rows to check that the model separates packed rows (see
+            [`~toolbox.data.check_packing`]). The collator does not keep the model.
+
+    Raises:
+        ValueError: With `packing=True`, if there is no model or if the model does not support packed rows.
     """
 
     processor: ProcessorMixin
     max_length: int | None = None
     max_image_tokens: int | None = None
     max_image_tokens_per_batch: int | None = None
+    packing: bool = False
+    model: InitVar[PreTrainedModel | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model: PreTrainedModel | None) -> None:
         check_limits(
             max_length=self.max_length,
             max_image_tokens=self.max_image_tokens,
             max_image_tokens_per_batch=self.max_image_tokens_per_batch,
         )
+        self._packer: RowPacker | None = None
+        if self.packing:
+            if model is None:
+                raise ValueError("`packing=True` needs `model`, to check that it separates packed rows.")
+            self._packer = make_packer(model, self.processor)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> SizedBatch:
         """
@@ -59,8 +75,9 @@ class VisionLanguageCollator:
 
         Returns:
             [`~toolbox.data.row_sizes.SizedBatch`]: The inputs of the model, as the processor returns them, padded on
-            the right, and the `labels`, an int64 tensor of shape `(batch_size, sequence_length)`. Its attribute
-            `row_sizes` has the name and the size of each row, which errors about memory name.
+            the right, and the `labels`, an int64 tensor of shape `(batch_size, sequence_length)`. With packing,
+            `position_ids` replace `attention_mask`: they restart in each row and are -1 for padding, and `use_cache` is
+            `False`. The attribute `row_sizes` has the name and the size of each row, which errors about memory name.
 
         Raises:
             ValueError: If there are no rows, if a row is malformed (see [`~toolbox.data.rows.with_images`]), cannot be
@@ -70,28 +87,45 @@ class VisionLanguageCollator:
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
         conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
-        batch = apply_chat_template(
-            self.processor,
-            conversations,
-            padding_side="right",
-            names={number: row_name(row, number) for number, row in enumerate(rows)},
-            return_assistant_tokens_mask=True,
-        )
-        is_target = torch.as_tensor(batch.pop("assistant_masks")).bool()
-        without_target = (~is_target.any(dim=1)).nonzero().flatten().tolist()
+        # Packing needs each row on its own, because padding and the images of other rows cannot be told apart later.
+        calls = [list(conversations)] if self._packer is None else [[number] for number in conversations]
+        batches, targets, sizes = [], [], []
+        for call in calls:
+            batch, has_target, its_sizes = self._process(rows, {number: conversations[number] for number in call})
+            batches.append(batch)
+            targets += has_target
+            sizes += its_sizes
+        without_target = [number for number, has_target in enumerate(targets) if not has_target]
         if without_target:
             raise ValueError(
                 f"{_names_in_batch(rows, without_target)} have no assistant turn, so there is nothing to learn from "
                 "them: drop them, or mark what the assistant says with `{% generation %}` in the chat template."
             )
-        names = [_name_in_batch(row, number) for number, row in enumerate(rows)]
-        sizes = sizes_of(self.processor, batch, list(conversations.values()), names)
         for size in sizes:
             if fault := find_excess(size, self.max_length, self.max_image_tokens):
                 raise ValueError(f"{size.name} {fault.reason}")
         check_batch(sizes, self.max_image_tokens_per_batch)
+        if self._packer is None:
+            return SizedBatch(batches[0], row_sizes=sizes)
+        sequences = self._packer.assign([size.tokens for size in sizes])
+        return SizedBatch(self._packer.pack(batches, sequences), row_sizes=sizes)
+
+    def _process(
+        self, rows: Sequence[Mapping[str, Any]], conversations: dict[int, list[dict[str, Any]]]
+    ) -> tuple[dict[str, Any], list[bool], list[RowSize]]:
+        """Returns padded inputs of some rows, with labels, and which rows have a target, and the sizes of the rows."""
+        batch = apply_chat_template(
+            self.processor,
+            conversations,
+            padding_side="right",
+            names={number: row_name(rows[number], number) for number in conversations},
+            return_assistant_tokens_mask=True,
+        )
+        is_target = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_target, IGNORE_INDEX)
-        return SizedBatch(batch.data, row_sizes=sizes)
+        names = [_name_in_batch(rows[number], number) for number in conversations]
+        sizes = sizes_of(self.processor, batch, list(conversations.values()), names)
+        return batch.data, is_target.any(dim=1).tolist(), sizes
 
 
 def _name_in_batch(row: Mapping[str, Any], number: int) -> str:

@@ -2,11 +2,14 @@
 
 from .baseline import BlindBaseline, blind_baseline
 from .generation import generate_answers
+from .retrieval import embed, evaluate_retrieval
 from .scores import exact_match
 
 __all__ = [
     "BlindBaseline",
     "blind_baseline",
+    "embed",
+    "evaluate_retrieval",
     "exact_match",
     "generate_answers",
 ]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import LayerRouting, RoutingRule, chosen_experts, router_biases
-from ...token_modalities import TokenModalities, flat_tokens
+from ...token_modalities import TokenModalities, flat_tokens, padding_mask
 from .watch import watch_routing
 
 
@@ -237,11 +237,13 @@ def count_batch(
         readers = [module for module in model.modules() if hasattr(module, "get_mm_token_type_ids")]
         if readers:
             ids = readers[-1].get_mm_token_type_ids(inputs.get("input_ids"), inputs.get("inputs_embeds"), ids)
+    tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    shape = (1, router_logits[0].shape[0]) if tokens is None else tokens.shape[:2]
     return count_routing(
         config,
         router_logits,
         ids,
-        inputs.get("attention_mask"),
+        padding_mask(inputs.get("attention_mask"), inputs.get("position_ids"), shape),
         router_biases(model),
         router_indices=router_indices,
         router_dropped=router_dropped,

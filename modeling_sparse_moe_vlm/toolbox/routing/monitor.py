@@ -1,4 +1,4 @@
-"""A trainer callback that counts, balances and reports routing, and warns if it collapses."""
+"""A trainer callback that counts, balances and reports routing, and logs router losses, speed and memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ...parallel_plans import is_one_of_several_processes
 from ...routing import LayerRouting
 from ...token_modalities import TokenModalities
+from ..throughput import Throughput, largest_peak_memory
+from ..trainer_figures import FiguresCallback
 from .counts import RoutingCounts, count_batch, count_layers
+from .loss_watch import mean_losses, watch_losses
 from .router_bias import update_router_bias
 from .statistics import RoutingStatistics, routing_statistics
 from .watch import decoders, watch_routing
@@ -22,16 +26,35 @@ from .watch import decoders, watch_routing
 logger = logging.get_logger(__name__)
 
 
-class RoutingMonitor(TrainerCallback):
+class RoutingMonitor(FiguresCallback):
     """
-    A callback that monitors routing in any trainer: `Trainer`, the trainers of TRL, or
+    A callback that monitors a training in any trainer: `Trainer`, the trainers of TRL, or
     [`~toolbox.training.SparseMoeTrainer`], which already includes it. It counts the routing of micro-batches on their
-    device, updates the biases of the routers once per training step, and reports how the experts were used whenever the
-    trainer logs the loss. It warns if the routing of a modality has collapsed. Models without our experts are ignored.
+    device, updates the biases of the routers once per training step, and warns if the routing of a modality has
+    collapsed.
 
-    The report is added to the trainer's `state.log_history` as `routing/<group>/<modality>/<figure>` (see
-    [`~toolbox.routing.RoutingStatistics`]). It requires that the model returns its router logits
-    (`config.output_router_logits`) or that `config.router_bias_update_rate` is set.
+    Whenever the trainer logs the loss, the callback adds the following figures over the steps since the last log. All
+    other callbacks receive them, such as those of TensorBoard and W&B:
+
+    - Means of the router losses that the model computed: `aux_loss`, `aux_loss_<modality>`, `z_loss` and `router_loss`
+      (the sum of all, with their coefficients). The trainers of TRL log their own `aux_loss`, which this replaces.
+    - `routing/<group>/<modality>/<figure>`: routing over all layers (see [`~toolbox.routing.RoutingStatistics`]).
+    - `routing/<place>/<group>/<modality>/<figure>` and `…/load/<expert>`: routing of each layer, if `by_layer`. These
+      are neither printed nor stored in the history.
+    - `tokens_per_second`, `tokens_per_second_<modality>` (over all processes, without the time of evaluations), and
+      `peak_memory_gib`.
+
+    During training, an evaluation with labels gets the same router losses and `routing/<group>/<modality>/<figure>`
+    as metrics, such as `eval_aux_loss`, so `metric_for_best_model` can name them.
+
+    The model computes router losses if `config.output_router_logits` is set. Routing is counted if this or
+    `config.router_bias_update_rate` is set. Models without our experts get `tokens_per_second`, `peak_memory_gib` and,
+    if they return one, `aux_loss`.
+
+    Args:
+        by_layer (`bool`, *optional*):
+            Whether to log the routing of each layer. By default, it is logged if `report_to` of the training arguments
+            names an integration.
 
     Attributes:
         statistics ([`~toolbox.routing.RoutingStatistics`], *optional*): Statistics of the last report.
@@ -46,33 +69,77 @@ class RoutingMonitor(TrainerCallback):
     ```
     """
 
-    def __init__(self) -> None:
+    def __init__(self, by_layer: bool | None = None) -> None:
+        super().__init__()
+        self.by_layer = by_layer
         self.statistics: RoutingStatistics | None = None
         self._config: SparseMoeVlmExpertsConfig | None = None
         self._step: list[RoutingCounts] = []  # replicas of `DataParallel` append to it from their threads
         self._since_report: RoutingCounts | None = None
+        self._losses: list[dict[str, torch.Tensor]] = []
+        self._has_news = False  # whether the last log has new statistics
+        self._has_labels = False  # whether the present forward pass has labels
+        self._evaluated: list[RoutingCounts] = []
+        self._evaluated_losses: list[dict[str, torch.Tensor]] = []
         self._alarmed: set[tuple[str, str, str]] = set()
+        self._throughput = Throughput()
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Called by `Trainer`. From now on, the routing of every forward pass in training is counted."""
+        """Called by `Trainer`. From now on, every forward pass in training is counted."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
         self._remove_hooks()  # hooks of an interrupted training
-        self._step, self._since_report = [], None
-        self._hooks = watch_routing(model, self._count, when=_is_counted)
+        self._step, self._since_report, self._losses = [], None, []
+        self._evaluated, self._evaluated_losses = [], []
+        self._hooks = [
+            *self._watch_labels(model),
+            *watch_routing(model, self._count, when=self._is_counted),
+            *watch_losses(model, self._add_losses),
+        ]
+        self._throughput.start(model)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Called by `Trainer`. Stops counting."""
         self._remove_hooks()
+        self._throughput.stop()
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
 
+    def _watch_labels(self, model: nn.Module) -> list[RemovableHandle]:
+        """Evaluations pass labels. Generation and passes of a reference model do not."""
+
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._has_labels = kwargs.get("labels") is not None
+
+        own = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        return [module.register_forward_pre_hook(before, with_kwargs=True) for module in own[:1]]
+
+    def _is_evaluation(self, module: nn.Module) -> bool:
+        return self._has_labels and not module.training and not torch.is_grad_enabled()
+
+    def _is_counted(self, decoder: Any) -> bool:
+        config = experts_config_of(decoder.config)
+        is_watched = bool(config.output_router_logits or config.router_bias_update_rate)
+        return is_watched and (_is_training(decoder) or self._is_evaluation(decoder))
+
+    def _add_losses(self, model: nn.Module, inputs: Mapping[str, Any], losses: dict[str, torch.Tensor]) -> None:
+        if _is_training(model):
+            self._losses.append(losses)
+        elif self._is_evaluation(model):
+            self._evaluated_losses.append(losses)
+
     def _count(
         self, config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
     ) -> None:
-        self._add(config, count_layers(config, tokens, layers))
+        counts = count_layers(config, tokens, layers)
+        if torch.is_grad_enabled():
+            self._add(config, counts)
+        else:
+            self._config = config
+            self._evaluated.append(counts)
 
     def _add(self, config: SparseMoeVlmExpertsConfig, counts: RoutingCounts) -> None:
         self._config = config
@@ -109,21 +176,51 @@ class RoutingMonitor(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """Called by `Trainer` after the optimizer's step. Updates the biases of the routers."""
+        self._throughput.add_time()
         if not self._step or self._config is None:
             return
-        first, *others = self._step
+        counts = _sum(self._step)
         self._step = []
-        counts = sum(others, first)
         if self._config.router_bias_update_rate:
             update_router_bias(model, counts)
         self._since_report = counts if self._since_report is None else self._since_report + counts
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Called by `Trainer` in all processes, after it has appended the log to the history. Adds the report to it."""
-        if logs is not None and "loss" in logs:
-            figures = {f"routing/{name}": round(value, 4) for name, value in self.report().items()}
-            if figures:
-                state.log_history[-1].update(figures)
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        """Called by `Trainer` after every evaluation."""
+        super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+        self._throughput.resume()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Called by `Trainer` after it has saved a checkpoint."""
+        self._throughput.resume()
+
+    def training_figures(self, args, model):
+        """See [`FiguresCallback.training_figures`]."""
+        self._throughput.add_time()  # the trainer has just waited for the device
+        report = self.report()
+        self._has_news = bool(report)
+        figures = mean_losses(self._losses) | _named(report)
+        self._losses = []
+        figures |= self._throughput.figures()
+        peak = largest_peak_memory(args.device)
+        figures |= {} if peak is None else {"peak_memory_gib": peak}
+        return {name: round(value, 4) for name, value in figures.items()}
+
+    def training_details(self, args):
+        """See [`FiguresCallback.training_details`]."""
+        is_wanted = bool(args.report_to) if self.by_layer is None else self.by_layer
+        if not is_wanted or self.statistics is None or not self._has_news:
+            return {}
+        return _named(self.statistics.metrics() | self.statistics.loads())
+
+    def evaluation_figures(self, args, state, model, processing_class, prefix):
+        """See [`FiguresCallback.evaluation_figures`]."""
+        counts, losses = self._evaluated, self._evaluated_losses
+        self._evaluated, self._evaluated_losses = [], []
+        figures = mean_losses(losses)
+        if counts and self._config is not None:
+            figures |= _named(routing_statistics(self._config, _sum(counts).over_processes()).summary())
+        return {f"{prefix}_{name}": round(value, 4) for name, value in figures.items()}
 
     def report(self) -> dict[str, float]:
         """
@@ -148,8 +245,14 @@ class RoutingMonitor(TrainerCallback):
         return self.statistics.summary()
 
 
-def _is_counted(decoder: Any) -> bool:
-    """Whether the next forward pass is part of training, not of evaluation, generation or a reference model."""
-    is_training = decoder.training and torch.is_grad_enabled()
-    config = experts_config_of(decoder.config)
-    return is_training and bool(config.output_router_logits or config.router_bias_update_rate)
+def _is_training(module: nn.Module) -> bool:
+    """Whether the next forward pass of a module is part of training, not of generation or a reference model."""
+    return module.training and torch.is_grad_enabled()
+
+
+def _sum(counts: list[RoutingCounts]) -> RoutingCounts:
+    return sum(counts[1:], counts[0])
+
+
+def _named(figures: Mapping[str, float]) -> dict[str, float]:
+    return {f"routing/{name}": value for name, value in figures.items()}

@@ -124,6 +124,20 @@ class RoutingStatistics:
             if row.num_tokens and not math.isnan(value)
         }
 
+    def loads(self) -> dict[str, float]:
+        """
+        Returns the load of every expert in every row. Modalities without tokens are left out.
+
+        Returns:
+            `dict[str, float]`: Shares by `"<place>/<group>/<modality>/load/<number of the expert in the group>"`.
+        """
+        return {
+            f"{row.place}/{row.group}/{row.modality}/load/{number}": load
+            for row in self.rows
+            if row.num_tokens
+            for number, load in enumerate(row.load)
+        }
+
     def summary(self) -> dict[str, float]:
         """
         Summarises the figures over all places: the maximum of `max_violation`, the minimum of `effective_experts`, the

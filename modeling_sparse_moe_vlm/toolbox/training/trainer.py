@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
 from ...experts_config import experts_config_of
 from ...losses import share_of_batch
+from ..expert_modules import our_experts_config
 from ..routing.monitor import RoutingMonitor
 from .checkpoints import last_whole_checkpoint
 from .memory_errors import MemoryErrorsNameRows
@@ -41,25 +40,17 @@ def _with_router_loss(function: Callable) -> Callable:
 
 class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
     """
-    A `Trainer` that also monitors the routers of our models. It takes the same arguments as `Trainer`. In addition, it
-    logs the following figures, over the steps since the last log:
+    A `Trainer` for models with experts. It takes the same arguments as `Trainer`. In addition:
 
-    - The means of the router losses: `aux_loss`, `z_loss`, and the load balancing loss of each modality
-      (`aux_loss_text` and so on).
-    - How the tokens of each modality are distributed over each expert group: `routing/<group>/<modality>/<figure>`,
-      over all layers (see [`~toolbox.routing.RoutingStatistics`]). `trainer.routing.statistics` has the figures of
-      each layer. A warning is logged if the routing of a modality has collapsed.
-
-    If the loss is computed outside of the model (`compute_loss_func`, `label_smoothing_factor`), the router losses are
-    added to it. Label smoothing compares every logit with the label of the next position.
-
-    `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
-    newer, incomplete ones.
-
-    An error about missing memory names the rows of the batch, with their sizes.
-
-    With `config.router_bias_update_rate`, the biases of the routers are updated after every step. All of these require
-    that the model returns its router logits (`config.output_router_logits`). Saved models do not keep this setting.
+    - It has a [`~toolbox.routing.RoutingMonitor`], `trainer.routing`, which logs router losses, routing, speed and
+      memory, and updates the biases of the routers after every step (`config.router_bias_update_rate`). To set its
+      options, pass one among the `callbacks`.
+    - If the loss is computed outside of the model (`compute_loss_func`, `label_smoothing_factor`), the router losses
+      are added to it. Label smoothing compares every logit with the label of the next position.
+    - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
+      newer, incomplete ones.
+    - An error about missing memory names the rows of the batch, with their sizes.
+    - Saved models do not keep `config.output_router_logits`, which router losses require in training.
 
     Raises:
         ValueError: In training, if `router_bias_update_rate` is set but the model does not return its router logits.
@@ -74,9 +65,10 @@ class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
             self.label_smoother = _with_router_loss(_NextTokenSmoother(epsilon=self.args.label_smoothing_factor))
         if self.compute_loss_func is not None:
             self.compute_loss_func = _with_router_loss(self.compute_loss_func)
-        self._router_losses: dict[str, list[torch.Tensor]] = {}
-        self.routing = RoutingMonitor()
-        self.add_callback(self.routing)
+        given = [one for one in self.callback_handler.callbacks if isinstance(one, RoutingMonitor)]
+        self.routing = given[0] if given else RoutingMonitor()
+        if not given:
+            self.add_callback(self.routing)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """
@@ -92,47 +84,28 @@ class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
             `TrainOutput`: The result of `Trainer.train`.
 
         Raises:
-            ValueError: If there is no complete checkpoint to resume from.
+            ValueError: If there is no complete checkpoint to resume from, or if `router_bias_update_rate` is set but
+                the model does not return its router logits.
         """
+        config = our_experts_config(self.accelerator.unwrap_model(self.model).config)
+        check(
+            not (config and config.router_bias_update_rate and config.layers_by_experts) or config.output_router_logits,
+            "`router_bias_update_rate` is set, but the model does not return router logits: set "
+            "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` to disable the load "
+            "balancing loss).",
+        )
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+    def compute_loss(self, model, inputs, *args, **kwargs):
         has_own_loss = self.label_smoother is not None or self.compute_loss_func is not None
         config = experts_config_of(self.accelerator.unwrap_model(model).config)
         if has_own_loss and getattr(config, "output_router_logits", False):
             # In evaluation, a model without labels does not compute router losses unless this is set.
             inputs["output_router_logits"] = True
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            losses = {name: outputs.get(name) for name in ("aux_loss", "z_loss")}
-            by_modality = outputs.get("aux_loss_by_modality")
-            if by_modality is not None:
-                named = zip(config.modalities, by_modality, strict=True)
-                losses |= {f"aux_loss_{name}": value for name, value in named}
-            for name, value in losses.items():
-                if value is not None:
-                    self._router_losses.setdefault(name, []).append(value.detach())
-            if getattr(config, "router_bias_update_rate", None) and config.layers_by_experts:
-                check(
-                    bool(outputs.get("router_logits")),
-                    "`router_bias_update_rate` is set, but the model does not return router logits: set "
-                    "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` to disable the "
-                    "load balancing loss).",
-                )
-        return (loss, outputs) if return_outputs else loss
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with no_training_settings(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict=state_dict)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            for name, values in self._router_losses.items():
-                mean = torch.stack(values).nanmean().item()
-                if not math.isnan(mean):  # NaN for a modality without tokens
-                    logs[name] = round(mean, 4)
-            self._router_losses.clear()
-            logs |= {f"routing/{name}": round(value, 4) for name, value in self.routing.report().items()}
-        super().log(logs, *args, **kwargs)

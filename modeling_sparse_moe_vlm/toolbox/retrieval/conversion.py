@@ -1,0 +1,97 @@
+"""Makes a retrieval model of a vision-language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.initialization import no_init_weights
+
+from ...checks import check
+from ...configuration_retrieval import SparseMoeVlmRetrievalConfig
+from ...modeling_retrieval import SparseMoeVlmForImageTextRetrieval
+from ..data.retrieval import retrieval_inputs
+
+# Images of these sizes (width and height) get the same prompt if the number of image tokens is fixed.
+PROBE_SIZES = ((64, 64), (96, 32), (300, 500))
+# Fields of a configuration that belong to its class.
+OWN_FIELDS = ("model_type", "auto_map", "architectures", "transformers_version")
+
+
+def to_retrieval(
+    model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, **fields: Any
+) -> PreTrainedModel:
+    """
+    Makes a retrieval model of a trained model. It has the same modules, without the language head, and a new learned
+    scale. The weights are shared: training one model changes both.
+
+    Args:
+        model (`PreTrainedModel`):
+            A [`SparseMoeVlmForConditionalGeneration`].
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
+            Its processor. The prompt for an image that is given only as `pixel_values` comes from its chat template.
+        fields (`Any`):
+            Fields of the head, such as `pooling` and `contrastive_loss`: see [`SparseMoeVlmRetrievalConfig`].
+
+    Returns:
+        `PreTrainedModel`: The retrieval model, in the mode of the given model.
+
+    Raises:
+        ValueError: If the model is of another type, or if a field is invalid.
+    """
+    check(
+        isinstance(model, PreTrainedModel) and model.config.model_type == SparseMoeVlmRetrievalConfig.tower_model_type,
+        f"`to_retrieval` needs a model of type {SparseMoeVlmRetrievalConfig.tower_model_type!r}, but got "
+        f"{type(model).__name__}. Merge adapters into the model first.",
+    )
+    fields.setdefault("image_prompt_ids", image_prompt(processor))
+    config = with_head(SparseMoeVlmRetrievalConfig, model.config, fields)
+    with torch.device("meta"), no_init_weights():
+        made: Any = SparseMoeVlmForImageTextRetrieval(config)
+    made.model = model.model
+    initial = {"logit_scale": config.initial_logit_scale, "logit_bias": config.logit_bias_init_value}
+    for name, parameter in list(made.named_parameters(recurse=False)):
+        value = torch.full_like(parameter, initial[name], device=model.device, dtype=model.dtype)
+        made.register_parameter(name, torch.nn.Parameter(value))
+    made.training = model.training
+    return made
+
+
+def with_head(config_class: Any, config: PreTrainedConfig, fields: dict[str, Any]) -> Any:
+    """
+    Returns a configuration with the fields of a head. It has the same sub-configurations, as the same objects.
+
+    Args:
+        config_class (`type`):
+            Class of the configuration with a head.
+        config (`PreTrainedConfig`):
+            Configuration without a head.
+        fields (`dict[str, Any]`):
+            Fields of the head.
+
+    Returns:
+        `PreTrainedConfig`: The configuration.
+    """
+    values = {name: value for name, value in config.to_dict().items() if name not in OWN_FIELDS}
+    values |= {name: getattr(config, name) for name in config.sub_configs}
+    return config_class(**values, **fields)
+
+
+def image_prompt(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int] | None:
+    """
+    Returns the token ids of the prompt for one image.
+
+    Args:
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
+            Processor of a model, with a chat template.
+
+    Returns:
+        `list[int]`, *optional*: The ids, or `None` if they depend on the size of the image or if the processor takes no
+        images.
+    """
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return None
+    prompts = [retrieval_inputs(processor, [Image.new("RGB", size)])["input_ids"][0].tolist() for size in PROBE_SIZES]
+    return prompts[0] if all(prompt == prompts[0] for prompt in prompts) else None
