@@ -14,7 +14,7 @@ CAPTION_PROMPT = "Describe the image."
 # LLaVA marks the places of images in texts with it.
 LLAVA_IMAGE_TOKEN = "<image>"
 IMAGE_FIELDS = ("images", "image", "file_names", "file_name")
-CAPTION_FIELDS = ("caption", "text")
+CAPTION_FIELDS = ("caption", "captions", "text")
 ANSWER_FIELDS = ("answer", "multiple_choice_answer", "answers")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PART_IMAGE_KEYS = ("image", "path", "url", "image_url")
@@ -37,12 +37,15 @@ class DataFormat:
         convert (`Callable[[Mapping], tuple[list, list]]`):
             Returns the messages and the images of a row. The content of each message is a list of parts, in which
             `{"type": "image"}` is the place of the next image.
+        references (`Callable[[Mapping], list[str]]`, *optional*):
+            Returns all right answers of a row. By default, the only one is the text of the last assistant turn.
     """
 
     name: str
     fields: str
     fits: Callable[[Collection[str]], bool]
     convert: Callable[[Mapping[str, Any]], tuple[Messages, list[Any]]]
+    references: Callable[[Mapping[str, Any]], list[str]] | None = None
 
 
 def recognise_format(fields: Collection[str], name: str) -> DataFormat:
@@ -146,10 +149,23 @@ def _from_vqa(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
     return _images_first([_user(question), _assistant(_answer(row))], _column_images(row))
 
 
+def _vqa_references(row: Mapping[str, Any]) -> list[str]:
+    """Returns the answers of all annotators if the row has them, and its answer otherwise."""
+    field = "answers" if row.get("answers") else _present(row, ANSWER_FIELDS)
+    return _texts(_field(row, field), field)
+
+
 def _from_captions(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
-    field = next((field for field in CAPTION_FIELDS if row.get(field) is not None), CAPTION_FIELDS[0])
-    caption = _string(_field(row, field), field)
-    return _images_first([_user(CAPTION_PROMPT), _assistant(caption)], _column_images(row))
+    captions = _captions(row)
+    return _images_first([_user(CAPTION_PROMPT), _assistant(captions[0] if captions else "")], _column_images(row))
+
+
+def _captions(row: Mapping[str, Any]) -> list[str]:
+    field = _present(row, CAPTION_FIELDS)
+    value = _field(row, field)
+    if field == "text" or not isinstance(value, list | tuple):
+        return [_string(value, field)]
+    return [_string(caption, f"{field}[{i}]") for i, caption in enumerate(value)]
 
 
 FORMATS = {
@@ -176,12 +192,14 @@ FORMATS = {
             "`image`, `question`, and `answer` or `answers`",
             lambda fields: "question" in fields and any(field in fields for field in ANSWER_FIELDS),
             _from_vqa,
+            _vqa_references,
         ),
         DataFormat(
             "captions",
-            "`image` or `file_name`, and `caption` or `text`",
+            "`image` or `file_name`, and `caption`, `captions` or `text`",
             lambda fields: any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in CAPTION_FIELDS),
             _from_captions,
+            _captions,
         ),
     )
 }
@@ -223,18 +241,27 @@ def _assistant(text: str) -> dict[str, Any]:
 
 def _answer(row: Mapping[str, Any]) -> str:
     """Returns the answer of a question: the most frequent one if there are several."""
-    field = next((field for field in ANSWER_FIELDS if row.get(field) is not None), ANSWER_FIELDS[0])
-    value = _field(row, field)
+    field = _present(row, ANSWER_FIELDS)
+    answers = _texts(_field(row, field), field)
+    return most_frequent_answer(answers) if answers else ""
+
+
+def _present(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Returns the first of the fields that the row has, or the first of all if it has none."""
+    return next((field for field in fields if row.get(field) is not None), fields[0])
+
+
+def _texts(value: Any, field: str) -> list[str]:
+    """Returns the texts of a field that has one or several."""
     if isinstance(value, int | float):
-        return str(value).lower() if isinstance(value, bool) else str(value)
+        return [str(value).lower() if isinstance(value, bool) else str(value)]
     if not isinstance(value, list | tuple):
-        return _string(value, field)
+        return [_string(value, field)]
     # VQAv2 gives each answer as a dict with the annotator.
-    answers = [
+    return [
         _string(item.get("answer") if isinstance(item, Mapping) else item, f"{field}[{i}]")
         for i, item in enumerate(value)
     ]
-    return most_frequent_answer(answers) if answers else ""
 
 
 def _column_images(row: Mapping[str, Any]) -> list[Any]:

@@ -42,8 +42,8 @@ def load_rows(
     max_rows: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Loads data of any supported format as rows with `messages` and `images`. The fields `source` and `row` name the file
-    and the number of the row in it.
+    Loads data of any supported format as rows with `messages`, `images` and `references` (all right answers). The
+    fields `source` and `row` name the file and the number of the row in it.
 
     Every row is validated, and its images are decoded once to find broken ones. With `streaming=False`, this happens
     now; otherwise, it happens when the rows are read. The returned rows contain the paths or bytes of their images,

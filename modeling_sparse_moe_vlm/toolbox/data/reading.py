@@ -20,6 +20,7 @@ FEATURES = Features(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
         "images": List(Image()),
+        "references": List(Value("string")),
         "source": Value("string"),
         "row": Value("int64"),
     }

@@ -55,8 +55,9 @@ def validated_row(
             Folder to which paths of images are relative.
 
     Returns:
-        `tuple[dict, list[tuple[int, int]]]`: The row, with `messages`, whose contents are lists of parts, and `images`,
-        a list of dicts with `bytes` or `path`; and the width and height of each image.
+        `tuple[dict, list[tuple[int, int]]]`: The row, with `messages`, whose contents are lists of parts, `images`, a
+        list of dicts with `bytes` or `path`, and `references`, the list of all right answers; and the width and height
+        of each image.
 
     Raises:
         RowFault: If the row cannot be used. The images are decoded once to find out.
@@ -77,7 +78,25 @@ def validated_row(
         )
     sources = [_image_source(image, i, image_root) for i, image in enumerate(images)]
     sizes = [check_image(source, i) for i, source in enumerate(sources)]
-    return {"messages": messages, "images": sources}, sizes
+    return {"messages": messages, "images": sources, "references": _references(row, format, messages)}, sizes
+
+
+def _references(row: Mapping[str, Any], format: DataFormat, messages: list[dict[str, Any]]) -> list[str]:
+    """Returns the right answers of a row, by default the text of its last assistant turn."""
+    if format.references is None:
+        last = [message for message in messages if message["role"] == "assistant"][-1]
+        return ["".join(part["text"] for part in last["content"] if part["type"] == "text")]
+    references = format.references(row)
+    for i, reference in enumerate(references):
+        _check_text(reference, f"references[{i}]")
+    return references
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        check_encodable(text, name)
+    except ValueError as error:
+        raise RowFault(WRONG_TYPE, str(error)) from None
 
 
 def _check_message(message: dict[str, Any], number: int) -> None:
@@ -87,10 +106,7 @@ def _check_message(message: dict[str, Any], number: int) -> None:
         raise RowFault(UNKNOWN_ROLE, f"messages[{number}] has the unknown role {role!r}: use one of {known}.")
     texts = [part["text"] for part in message["content"] if part["type"] == "text"]
     for text in texts:
-        try:
-            check_encodable(text, f"messages[{number}]")
-        except ValueError as error:
-            raise RowFault(WRONG_TYPE, str(error)) from None
+        _check_text(text, f"messages[{number}]")
         if found := [token for token in IMAGE_TOKENS if token in text]:
             raise RowFault(
                 TYPED_IMAGE_TOKEN,

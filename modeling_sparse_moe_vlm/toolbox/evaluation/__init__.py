@@ -3,7 +3,7 @@
 from .baseline import BlindBaseline, blind_baseline
 from .generation import generate_answers
 from .retrieval import embed, evaluate_retrieval
-from .scores import exact_match
+from .scores import exact_match, references_of, score_answers, score_rows
 
 __all__ = [
     "BlindBaseline",
@@ -12,4 +12,7 @@ __all__ = [
     "evaluate_retrieval",
     "exact_match",
     "generate_answers",
+    "references_of",
+    "score_answers",
+    "score_rows",
 ]

@@ -154,6 +154,12 @@ CASES = {
         [turn("user", None, "Describe the image."), turn("assistant", "c")],
         ["a"],
     ),
+    "captions, several captions": (
+        "captions",
+        {"image": "a", "captions": ["c", "d", "c"]},
+        [turn("user", None, "Describe the image."), turn("assistant", "c")],
+        ["a"],
+    ),
     "captions, several images": (
         "captions",
         {"file_names": ["a", "b"], "text": "c"},
@@ -168,6 +174,28 @@ def test_format_is_recognised_and_converted(case):
     name, row, messages, images = CASES[case]
     assert recognise_format(list(row), "data").name == name
     assert find_format(name).convert(row) == (messages, images)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "references"),
+    [
+        ("vqa", {"question": "q", "answers": ["b", "a", "b"]}, ["b", "a", "b"]),
+        ("vqa", {"question": "q", "answers": [{"answer": "b"}, {"answer": "a"}]}, ["b", "a"]),
+        ("vqa", {"question": "q", "answer": "c", "answers": ["a", "b"]}, ["a", "b"]),
+        ("vqa", {"question": "q", "answer": "c", "answers": []}, ["c"]),
+        ("vqa", {"question": "q", "answer": "c", "answers": None}, ["c"]),
+        ("vqa", {"question": "q", "multiple_choice_answer": "c", "answers": [{"answer": "a"}]}, ["a"]),
+        ("vqa", {"question": "q", "answer": True}, ["true"]),
+        ("vqa", {"question": "q", "answer": 7}, ["7"]),
+        ("vqa", {"question": "q", "answers": "c"}, ["c"]),
+        ("captions", {"image": "a", "caption": "c"}, ["c"]),
+        ("captions", {"image": "a", "caption": ["c", "d"]}, ["c", "d"]),
+        ("captions", {"image": "a", "captions": ["c", "c"], "text": "e"}, ["c", "c"]),
+        ("captions", {"image": "a", "caption": None, "text": "e"}, ["e"]),
+    ],
+)
+def test_references(name, row, references):
+    assert find_format(name).references(row) == references
 
 
 def test_names():
@@ -291,6 +319,7 @@ def test_most_frequent_answer(answers, expected):
             "`answers[1]` must be a string, but got 5.",
         ),
         ("captions", {"image": "a"}, "missing field", "the row lacks `caption`: its fields are ['image']."),
+        ("captions", {"image": "a", "captions": ["b", 5]}, "wrong type", "`captions[1]` must be a string, but got 5."),
         ("captions", {"image": "a", "text": ["b"]}, "wrong type", "`text` must be a string, but got ['b']."),
     ],
 )

@@ -262,6 +262,20 @@ def test_rows_are_what_the_collator_takes(load, tmp_path):
     assert (batch["labels"] != -100).any(dim=1).all()
 
 
+def test_references(load, tmp_path):
+    """All right answers: of the annotators, or the text of the last assistant turn."""
+    rows = [vqa(0), {"question": "q", "answers": [f"a{i % 3}" for i in range(10)]}]
+    first, second = load(write_lines(tmp_path / "a.jsonl", rows))
+    assert first["references"] == ["a0"]
+    assert second["references"] == ["a0", "a1", "a2", "a0", "a1", "a2", "a0", "a1", "a2", "a0"]
+    messages = [turn("user", "q"), turn("assistant", "no"), turn("user", "r"), turn("assistant", "a", "b")]
+    (row,) = load(write_lines(tmp_path / "b.jsonl", [{"messages": [*messages, turn("user", "s")]}]))
+    assert row["references"] == ["ab"]
+    (tmp_path / "c.jsonl").write_text(r'{"question": "q", "answers": ["a", "\ud800"]}')
+    with pytest.raises(ValueError, match=r"row 0: references\[1\]"):
+        load(tmp_path / "c.jsonl")
+
+
 def test_changed_files_are_read_again(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [vqa(0)])
     assert questions(load_rows(path)) == ["q0"]

@@ -1,39 +1,25 @@
 """The metric exact match, as an `evaluate` module that is loaded from this folder without a download."""
 
-import datasets
-import evaluate
+from collections.abc import Sequence
 
-_DESCRIPTION = """
-The share of predictions that equal their reference, in percent. Differences in case, surrounding white space and a
-final full stop are ignored.
+from modeling_sparse_moe_vlm.toolbox.evaluation import metric_modules
+
+
+class ExactMatch(metric_modules.AnswerMetric):
+    """The exact match of answers, see the summary."""
+
+    summary = """
+The share of predictions that equal one of their references, in percent. Differences in case, surrounding white space
+and a final full stop are ignored.
 """
 
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[str]`): Answers to score.
-    references (`list[str]`): The right answers, one per prediction.
-
-Returns:
-    `dict[str, float]`: `exact_match`, from 0 to 100.
-"""
-
-
-class ExactMatch(evaluate.Metric):
-    """The exact match of answers, see the description."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-            ),
-        )
-
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        hits = [is_right(a, b) for a, b in zip(predictions, references, strict=True)]
-        return {"exact_match": 100.0 * sum(hits) / len(hits)}
+    @staticmethod
+    def score_rows(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """Returns 100 for each prediction that equals one of its references, and 0 for the others."""
+        return [
+            100.0 * any(is_right(prediction, reference) for reference in given)
+            for prediction, given in zip(predictions, references, strict=True)
+        ]
 
 
 def is_right(answer: str, reference: str) -> bool:
