@@ -106,32 +106,46 @@ class _EndlessRows:
         self.position = 0
         self.length: int | None = None  # of an epoch, once it is known
         self._ahead: deque[RawRow] = deque()
-        self._rows = self._read()
+        # A function, not a method: its iterator must end as soon as this object is no longer used, without the garbage
+        # collector. It can own threads, and the collector may run in a thread that they wait for.
+        self._rows = _epochs(self.raw, 0)
 
     def move_to(self, position: int) -> None:
-        """Passes over the rows before a position, at or after the current one."""
+        """Passes over the rows before a position, at or after the current one. Reads at most two epochs of them."""
         while self.position < position:
-            self.next()
+            if self.length is not None and position // self.length > self.position // self.length:
+                epoch = position // self.length
+                self._ahead.clear()
+                self._rows, self.position = _epochs(self.raw, epoch), epoch * self.length
+            else:
+                self.next()
 
     def next(self) -> RawRow:
         self.position += 1
-        return self._ahead.popleft() if self._ahead else next(self._rows)
+        if self._ahead:
+            return self._ahead.popleft()
+        item = next(self._rows)
+        while isinstance(item, int):
+            self.length, item = item, next(self._rows)
+        return item
 
     def put_back(self, rows: list[RawRow]) -> None:
         """Puts the last rows back."""
         self._ahead.extendleft(reversed(rows))
         self.position -= len(rows)
 
-    def _read(self) -> Iterator[RawRow]:
-        for epoch in itertools.count():
-            self.raw.set_epoch(epoch)
-            number = 0
-            for row in raw_rows_of(self.raw):
-                number += 1
-                yield row
-            if number == 0:
-                raise ValueError("the data has no rows: there is nothing to train on.")
-            self.length = number
+
+def _epochs(raw: IterableDataset, first: int) -> Iterator[RawRow | int]:
+    """Yields the rows of epoch after epoch, and after each epoch their number."""
+    for epoch in itertools.count(first):
+        raw.set_epoch(epoch)
+        number = 0
+        for row in raw_rows_of(raw):
+            number += 1
+            yield row
+        if number == 0:
+            raise ValueError("the data has no rows: there is nothing to train on.")
+        yield number
 
 
 @dataclass

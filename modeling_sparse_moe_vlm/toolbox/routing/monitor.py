@@ -222,6 +222,22 @@ class RoutingMonitor(FiguresCallback):
             figures |= _named(routing_statistics(self._config, _sum(counts).over_processes()).summary())
         return {f"{prefix}_{name}": round(value, 4) for name, value in figures.items()}
 
+    def log_state(self) -> dict[str, Any]:
+        """Returns what was counted since the last report, which [`~toolbox.training.SparseMoeTrainer`] saves."""
+        counts = self._since_report
+        return {
+            "counts": None if counts is None else vars(counts),
+            "losses": self._losses,
+            "alarmed": sorted(self._alarmed),
+        }
+
+    def load_log_state(self, state: Mapping[str, Any]) -> None:
+        """Continues with what [`log_state`] returned."""
+        counts = state["counts"]
+        self._since_report = None if counts is None else RoutingCounts(**counts)
+        self._losses = list(state["losses"])
+        self._alarmed = {tuple(place) for place in state["alarmed"]}
+
     def report(self) -> dict[str, float]:
         """
         Summarises the routing since the last report, over all data-parallel processes. All of them must call this

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
@@ -13,8 +12,8 @@ from ...experts_config import experts_config_of
 from ...losses import share_of_batch
 from ..expert_modules import our_experts_config
 from ..routing.monitor import RoutingMonitor
-from .checkpoints import last_whole_checkpoint
 from .memory_errors import MemoryErrorsNameRows
+from .resuming import ResumableTrainer
 from .training_settings import no_training_settings
 
 
@@ -38,7 +37,7 @@ def _with_router_loss(function: Callable) -> Callable:
     return loss_with_router_loss
 
 
-class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
+class SparseMoeTrainer(MemoryErrorsNameRows, ResumableTrainer):
     """
     A `Trainer` for models with experts. It takes the same arguments as `Trainer`. In addition:
 
@@ -48,7 +47,8 @@ class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
     - If the loss is computed outside of the model (`compute_loss_func`, `label_smoothing_factor`), the router losses
       are added to it. Label smoothing compares every logit with the label of the next position.
     - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
-      newer, incomplete ones.
+      newer, incomplete ones. The resumed run equals the uninterrupted one, also with a stream of
+      [`~toolbox.data.load_rows`], whose earlier rows are not read again.
     - An error about missing memory names the rows of the batch, with their sizes.
     - Saved models do not keep `config.output_router_logits`, which router losses require in training.
 
@@ -94,8 +94,6 @@ class SparseMoeTrainer(MemoryErrorsNameRows, Trainer):
             "`output_router_logits=True` in its configuration (and `router_aux_loss_coef=0` to disable the load "
             "balancing loss).",
         )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -1,9 +1,11 @@
 """Streams with workers and processes, and the batches that training makes of them."""
 
 import copy
+import gc
 import itertools
 import json
 import pickle
+import threading
 
 import pytest
 from datasets import Dataset, Features, Image, Value
@@ -11,6 +13,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, load_rows, reading, validation
+from modeling_sparse_moe_vlm.toolbox.data import stream as stream_module
 from modeling_sparse_moe_vlm.toolbox.data.stream import RowStream, StreamBatches, StreamCollator
 from tests.toolbox.data.data_files import GREEN, colors, write_image, write_lines
 
@@ -215,6 +218,35 @@ def test_resumed_batches_equal_uninterrupted_ones(folder, shuffled, workers, dec
         assert resumed[skipped:] == whole[skipped:]
         if workers == 0:
             assert len(decoded) == 3 * (14 - skipped)
+
+
+def test_resuming_in_a_late_epoch_reads_two_epochs_at_most(folder, monkeypatch):
+    rows = stream(folder).shuffle(seed=3, buffer_size=6)
+    whole = batches(rows, 5, 50)
+    read = []
+    original = stream_module.raw_rows_of
+    monkeypatch.setattr(stream_module, "raw_rows_of", lambda raw: (read.append(row) or row for row in original(raw)))
+    for skipped, number in ((49, 13 + 10), (48, 13 + 5), (24, 13 + 5), (2, 15)):  # one row too far to find the end
+        read.clear()
+        assert batches(rows, 5, 50, skipped=skipped)[skipped : skipped + 2] == whole[skipped : skipped + 2]
+        read.clear()
+        batches(rows, 5, skipped + 1, skipped=skipped)
+        assert len(read) == number
+
+
+def test_threads_of_a_stream_end_with_it(folder):
+    """Otherwise the garbage collector ends them, perhaps in another thread, which can then wait for itself."""
+    rows = stream(folder).shuffle(seed=3, buffer_size=4)
+    before = set(threading.enumerate())
+    gc.disable()
+    try:
+        for iterator in (iter(StreamBatches(rows, 1, 0, 1)), iter(rows)):
+            next(iterator)
+            assert set(threading.enumerate()) > before
+            del iterator
+            assert set(threading.enumerate()) == before
+    finally:
+        gc.enable()
 
 
 def parquet_stream(folder, num_shards: int) -> RowStream:

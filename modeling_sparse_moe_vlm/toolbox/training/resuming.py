@@ -1,0 +1,153 @@
+"""A `Trainer` whose resumed runs equal uninterrupted ones, in memory and streaming."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import seed_worker
+
+from ..data.reading import Rows
+from ..data.stream import RowStream, StreamBatches, StreamCollator
+from .checkpoints import last_whole_checkpoint
+
+
+class ResumableTrainer(Trainer):
+    """
+    A `Trainer` whose resumed runs equal uninterrupted ones.
+
+    - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint.
+    - A stream of [`~toolbox.data.load_rows`] continues at the row where the checkpoint was saved, in any epoch, without
+      reading the images of earlier rows. Its epochs follow one another without a gap. Every process reads its own part
+      of each batch.
+    - Checkpoints contain what was summed up since the last log, so the logged losses are the same as well.
+    - After training, a warning counts the bad rows that were skipped in all workers and processes.
+
+    Callbacks can take part with the methods `log_state()`, which returns what is logged next as tensors, numbers and
+    containers of them, and `load_log_state(state)`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.accelerator.dataloader_config.dispatch_batches is None:
+            # By default, Accelerate splits the batches of an iterable dataset by the numbers of their rows. This is
+            # wrong for images, whose number differs between rows.
+            self.accelerator.dataloader_config.dispatch_batches = False
+        self._stream_batches: StreamBatches | None = None
+        self.add_callback(_StartAndEnd(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """
+        Trains the model, as `Trainer.train` does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Path to a checkpoint, or `True` to resume from the newest complete checkpoint in `args.output_dir`.
+            *args: Further positional arguments of `Trainer.train`.
+            **kwargs: Further keyword arguments of `Trainer.train`.
+
+        Returns:
+            `TrainOutput`: The result of `Trainer.train`.
+
+        Raises:
+            ValueError: If there is no complete checkpoint to resume from.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the batches of this process."""
+        if not isinstance(self.train_dataset, RowStream):
+            return super().get_train_dataloader()
+        arguments, process, num_processes = self.args, *self._place_in_batch()
+        batch_size = self._train_batch_size // (num_processes if self.accelerator.split_batches else 1)
+        self._stream_batches = StreamBatches(self.train_dataset, batch_size, process, num_processes)
+        return DataLoaderShard(
+            self._stream_batches,
+            device=self.accelerator.device,
+            batch_size=None,
+            collate_fn=StreamCollator(self.data_collator),
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index
+            ),
+        )
+
+    def _place_in_batch(self) -> tuple[int, int]:
+        """Returns which part of each batch this process gets, and the number of parts."""
+        # Accelerate knows which processes share a part (tensor parallelism).
+        sampler = self.accelerator.prepare_data_loader(DataLoader(range(1))).batch_sampler  # type: ignore[arg-type]
+        return getattr(sampler, "process_index", 0), getattr(sampler, "num_processes", 1)
+
+    # ------------------------------------------------------------------------------------------ what is logged next
+
+    @property
+    def _log_file(self) -> str:
+        return f"log_state_{self.args.process_index}.pt"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Also saves what was summed up since the last log. `Trainer` writes `trainer_state.json` after these files."""
+        super()._save_rng_state(output_dir)
+        torch.save(self.log_state(), Path(output_dir) / self._log_file)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = None if checkpoint is None else Path(checkpoint) / self._log_file
+        if path is not None and path.exists():  # not in checkpoints of `Trainer`
+            self.load_log_state(torch.load(path, map_location=self.args.device, weights_only=True))
+
+    def log_state(self) -> dict[str, Any]:
+        """Returns what was summed up since the last log, and the rows that were skipped."""
+        return {
+            "loss": self._tr_loss,
+            "step_of_last_log": self._globalstep_last_logged,
+            "callbacks": {name: callback.log_state() for name, callback in self._logging_callbacks().items()},
+            "skipped_rows": [] if (rows := self._skipped_rows()) is None else rows.entries(),
+        }
+
+    def load_log_state(self, state: dict[str, Any]) -> None:
+        """Continues with the sums of [`log_state`]."""
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["step_of_last_log"]
+        for name, callback in self._logging_callbacks().items():
+            if name in state["callbacks"]:
+                callback.load_log_state(state["callbacks"][name])
+        for entry in state["skipped_rows"]:
+            if (rows := self._skipped_rows()) is not None:
+                rows.add_entry(entry)
+
+    def _logging_callbacks(self) -> dict[str, Any]:
+        callbacks = self.callback_handler.callbacks
+        return {type(callback).__name__: callback for callback in callbacks if hasattr(callback, "load_log_state")}
+
+    def _skipped_rows(self):
+        return self.train_dataset.reader.skipped if isinstance(self.train_dataset, RowStream | Rows) else None
+
+
+class _StartAndEnd(TrainerCallback):
+    """Tells the stream where to start, and warns of skipped rows at the end."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if (batches := self.trainer._stream_batches) is not None:
+            steps = 0 if args.ignore_data_skip else state.global_step
+            batches.num_skipped = steps * args.gradient_accumulation_steps
+
+    def on_train_end(self, args, state, control, **kwargs):
+        skipped = self.trainer._skipped_rows()
+        if skipped is not None:
+            for entry in gather_object(skipped.entries()):
+                skipped.add_entry(entry)
+            skipped.warn_of_new()
