@@ -240,7 +240,8 @@ def test_threads_of_a_stream_end_with_it(folder):
     before = set(threading.enumerate())
     gc.disable()
     try:
-        for iterator in (iter(StreamBatches(rows, 1, 0, 1)), iter(rows)):
+        for source in (StreamBatches(rows, 1, 0, 1), rows):
+            iterator = iter(source)
             next(iterator)
             assert set(threading.enumerate()) > before
             del iterator
