@@ -13,11 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm.toolbox.data import RetrievalCollator
 from modeling_sparse_moe_vlm.toolbox.evaluation import embed
+from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from tests.support.models import QUIET_TRAINING
 from tests.support.processes import run_in_processes
-from tests.support.processors import make_image, make_processor, user
+from tests.support.processors import make_image, make_processor, make_tokenizer, user
 from tests.support.retrieval import make_pairs, make_retrieval_model
+from tests.support.upcycled import make_dense_inputs, make_few_experts
 
 pytestmark = pytest.mark.newest
 
@@ -160,6 +162,8 @@ assert "modeling_sparse_moe_vlm" not in sys.modules
 def test_checkpoints_contain_all_code_that_they_need(tmp_path):
     collate = RetrievalCollator(make_processor())
     models = {"own": (make_retrieval_model({"output_router_logits": True}), collate(make_pairs()))}
+    batch = make_dense_inputs("qwen3_vl") | {"labels": torch.tensor([7, 7]), "is_document": torch.tensor([False, True])}
+    models["upcycled"] = (to_retrieval(make_few_experts("qwen3_vl"), make_tokenizer()), batch)
     for name, (model, batch) in models.items():
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
