@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from modeling_sparse_moe_vlm.toolbox.commands import train
+from modeling_sparse_moe_vlm.toolbox.commands import data_options, train
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
 from modeling_sparse_moe_vlm.toolbox.data.bad_rows import ON_BAD_ROW
 from modeling_sparse_moe_vlm.toolbox.data.formats import FORMATS
+from modeling_sparse_moe_vlm.toolbox.training.own_evaluation import TASKS
 from tests.toolbox.data.data_files import write_image, write_lines
 
 GOOD = {"image": "a.png", "question": "q", "answer": "a"}
@@ -81,10 +82,18 @@ def test_mistakes(data, capsys):
         ["--image-root", "a"],
         ["--split", "b"],
         ["--subset", "b"],
-        ["--bad-rows", "c"],
     ):
         assert exit_code(*option) == 2
-        assert capsys.readouterr().err == f"error: `{option[0]}` only has an effect with `--check DATA`.\n"
+        error = f"error: `{option[0]}` only has an effect with `--check DATA` or `--data DATA`.\n"
+        assert capsys.readouterr().err == error
+    for option in (["--eval-data", "a"], ["--eval-split", "b"], ["--task", "vqa"]):
+        assert exit_code(*option) == 2
+        assert capsys.readouterr().err == f"error: `{option[0]}` only has an effect with `--data DATA`.\n"
+    for given in ([], ["--data", "d"]):
+        assert exit_code("--bad-rows", "c", *given) == 2
+        assert capsys.readouterr().err == "error: `--bad-rows` only has an effect with `--check DATA`.\n"
+    assert exit_code("--check", data, "--data", data) == 2
+    assert "`--check` and `--data` cannot be combined" in capsys.readouterr().err
 
 
 def test_names_are_those_of_the_data_package():
@@ -92,4 +101,5 @@ def test_names_are_those_of_the_data_package():
     train.add_arguments(parser)
     (policy,) = [action for action in parser._actions if action.dest == "on_bad_row"]
     assert tuple(FORMATS) == train.FORMAT_NAMES
+    assert tuple(TASKS) == data_options.TASK_NAMES
     assert policy.choices == ON_BAD_ROW

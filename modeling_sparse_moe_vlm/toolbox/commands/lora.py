@@ -5,14 +5,18 @@ Fine-tunes a trained model with LoRA on its experts, on scenes in a drawing styl
     sparse-moe-vlm lora --recipe attention                            # other recipes: image_experts, all
     sparse-moe-vlm lora --set lora.r=4 --set training.max_steps=50    # change values of the recipe
     sparse-moe-vlm lora --resume                                      # resume an interrupted run
+    sparse-moe-vlm lora --model MODEL --data train.jsonl --eval-data test.jsonl --output-dir outputs/mine
 
 The recipes start from the model that `sparse-moe-vlm train` writes. To use several processes, in a clone of the
 repository:
 
     accelerate launch --config_file configuration/accelerate/ddp.yaml --num_processes 8 scripts/finetune_lora.py
 
-The command writes two things to the output folder: the adapter (folder `adapter`), which PEFT can load, and
-`metrics.json`.
+The command writes to the output folder: the adapter (folder `adapter`), which PEFT can load, `metrics.json`, and the
+recipe with all overrides (`recipe.yaml`).
+
+`--data` trains on your own data, with the recipe `finetune`. The model is scored on the rows of `--eval-data` without
+and with the adapter. The command then also writes `predictions.jsonl`, and lists skipped rows in `skipped_rows.jsonl`.
 """
 
 from __future__ import annotations
@@ -22,16 +26,18 @@ import json
 from pathlib import Path
 
 from ..shipped_files import find_preset, working_root
+from .data_options import add_data_options, check_data_options, given_values, recipe_name
 from .mistakes import mistakes_in_one_line
 from .options import add_json_option, add_recipe_options, only_json, trained_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "experts", "experts, attention, image_experts, all")
+    add_recipe_options(parser, "experts", "experts, attention, image_experts, all, finetune", "finetune")
     parser.add_argument("--model", help="trained model: folder or name on the Hub (default: the model of the recipe)")
     parser.add_argument("--output-dir", help="folder to write to (default: outputs/lora/RECIPE)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     add_json_option(parser)
+    add_data_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -40,9 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     with only_json(arguments.json):
         with mistakes_in_one_line():
-            path = find_preset(arguments.recipe, "lora")
-            recipe = load_lora_recipe(path, arguments.set)
-            recipe.model = trained_model(arguments.model or recipe.model)
+            check_data_options(arguments)
+            path = find_preset(recipe_name(arguments), "lora")
+            recipe = load_lora_recipe(path, arguments.set, given_values(arguments))
+            recipe.model = trained_model(recipe.model)
             output_dir = Path(arguments.output_dir or working_root() / "outputs/lora" / path.stem)
             lora = LoraRun(recipe, output_dir, resume=arguments.resume)
         lora.print_size()

@@ -9,9 +9,18 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 DEMO_MODEL = "outputs/demo/model"
 
 
-def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, names: str) -> None:
-    """Adds `--recipe` and `--set`."""
-    parser.add_argument("--recipe", default=recipe, help=f"YAML file, or built-in recipe: {names} (default: {recipe})")
+def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, names: str, own_recipe: str | None = None) -> None:
+    """
+    Adds `--recipe` and `--set`. With `own_recipe`, which is the default if own data are given, `--recipe` is `None` by
+    default.
+    """
+    default = recipe if own_recipe is None else f"{recipe}, with `--data` {own_recipe}"
+    parser.add_argument(
+        "--recipe",
+        default=recipe if own_recipe is None else None,
+        help=f"YAML file, or built-in recipe: {names} (default: {default})",
+    )
+    parser.set_defaults(default_recipe=recipe, own_recipe=own_recipe)
     parser.add_argument(
         "--set",
         action="append",

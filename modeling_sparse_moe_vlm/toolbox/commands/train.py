@@ -7,6 +7,7 @@ Trains a model from a recipe, saves it, evaluates it and draws its answers.
     sparse-moe-vlm train --set parts.vision_encoder=freeze      # freeze a part, or give it a learning rate
     sparse-moe-vlm train --resume                               # resume an interrupted run
     sparse-moe-vlm train --check data.jsonl                     # read and validate your own data, without a model
+    sparse-moe-vlm train --model MODEL --data train.jsonl --eval-data test.jsonl --output-dir outputs/mine
 
 The demo takes a few minutes on two CPU cores. To use several processes (the second line in a clone of the repository):
 
@@ -16,6 +17,11 @@ The demo takes a few minutes on two CPU cores. To use several processes (the sec
 The command writes to the output folder: the recipe with all overrides (`recipe.yaml`), the model with its model card
 (folder `model`), `metrics.json`, `scene.png`, `answers.png` and `expert_load.png`. Models without experts of this
 package get no `expert_load.png`.
+
+`--data` trains on your own data, with the recipe `finetune`: the model of `--model` (a preset, a folder, or a name on
+the Hub) or of the recipe learns from the rows and is scored on those of `--eval-data` with the metrics of `--task`.
+Instead of figures, the command writes `predictions.jsonl` and `example.png`, and lists skipped rows in
+`skipped_rows.jsonl`.
 
 `--check` reads all data once and prints the format, the number of rows, images and turns, the sizes of the images, and
 the bad rows with file, row number (from 0) and reason. The exit code is 2 if there are bad rows, unless `--on-bad-row
@@ -30,37 +36,34 @@ import sys
 from pathlib import Path
 
 from ..shipped_files import find_preset, working_root
+from .data_options import FORMAT_NAMES as FORMAT_NAMES
+from .data_options import add_data_options, check_data_options, given_values, recipe_name
 from .mistakes import mistakes_in_one_line
 from .options import add_json_option, add_recipe_options, only_json
 
-# The names of `toolbox.data.formats`, which takes seconds to import.
-FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
-OPTIONS_OF_CHECK = ("format", "image_root", "split", "subset", "on_bad_row", "bad_rows")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "demo", "demo, quickstart")
+    add_recipe_options(parser, "demo", "demo, quickstart, finetune", "finetune")
     parser.add_argument("--output-dir", help="folder to write to (default: outputs/RECIPE, such as outputs/demo)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
+    parser.add_argument("--model", help="model to train: preset, folder or name on the Hub (default: of the recipe)")
     add_json_option(parser)
-    check = parser.add_argument_group("checking data")
-    check.add_argument("--check", metavar="DATA", help="data to check: file, folder or dataset of the Hub")
-    check.add_argument("--format", help=f"format of the data: {', '.join(FORMAT_NAMES)} (default: recognised)")
-    check.add_argument("--image-root", help="folder of the images (default: the folder of the file that names them)")
-    check.add_argument("--split", help="split of a folder or of a dataset of the Hub (default: train)")
-    check.add_argument("--subset", help="subset of a dataset of the Hub")
-    check.add_argument("--on-bad-row", choices=("error", "skip"), help="whether bad rows are an error (default: error)")
-    check.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which all bad rows are written")
+    add_data_options(parser)
+    parser.add_argument("--check", metavar="DATA", help="data to check: file, folder or dataset of the Hub")
+    parser.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which `--check` writes all bad rows")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.check is not None:
+        with mistakes_in_one_line():
+            if arguments.data is not None:
+                raise ValueError("`--check` and `--data` cannot be combined: `--check` trains nothing.")
         _check(arguments)
         return
     with mistakes_in_one_line():
-        for option in OPTIONS_OF_CHECK:
-            if getattr(arguments, option) is not None:
-                raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with `--check DATA`.")
+        check_data_options(arguments, "`--check DATA`")
+        if arguments.bad_rows is not None:
+            raise ValueError("`--bad-rows` only has an effect with `--check DATA`.")
     _train(arguments)
 
 
@@ -90,10 +93,11 @@ def _train(arguments: argparse.Namespace) -> None:
     from ..training.recipe_run import TrainingRun
     from ..training.recipes import load_recipe
 
-    output_dir = Path(arguments.output_dir or working_root() / "outputs" / Path(arguments.recipe).stem)
+    name = recipe_name(arguments)
+    output_dir = Path(arguments.output_dir or working_root() / "outputs" / Path(name).stem)
     with only_json(arguments.json):
         with mistakes_in_one_line():
-            recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
+            recipe = load_recipe(find_preset(name, "training"), arguments.set, given_values(arguments))
             training = TrainingRun(recipe, output_dir, resume=arguments.resume)
         training.print_model()
         if not training.train():

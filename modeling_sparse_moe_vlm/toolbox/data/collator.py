@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .packing import IGNORE_INDEX, RowPacker
 from .packing_check import make_packer
 from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, find_excess, sizes_of
-from .rows import apply_chat_template, has_origin, row_name, with_images
+from .rows import has_origin, row_name, with_images
+from .targets import apply_marked_template
 
 
 @dataclass
@@ -20,8 +21,9 @@ class VisionLanguageCollator:
     """
     Data collator that turns conversations with images into training batches.
 
-    Only the turns of the assistant have labels. The chat template of the processor must mark them with
-    `{% generation %}`. All other tokens have the label -100, which the loss ignores.
+    Only the turns of the assistant have labels. All other tokens have the label -100, which the loss ignores. If the
+    chat template of the processor does not mark the turns with `{% generation %}`, they are found by rendering the
+    beginning of the conversation before and after each turn.
 
     Args:
         processor (`ProcessorMixin`):
@@ -114,12 +116,8 @@ class VisionLanguageCollator:
         self, rows: Sequence[Mapping[str, Any]], conversations: dict[int, list[dict[str, Any]]]
     ) -> tuple[dict[str, Any], list[bool], list[RowSize]]:
         """Returns padded inputs of some rows, with labels, and which rows have a target, and the sizes of the rows."""
-        batch = apply_chat_template(
-            self.processor,
-            conversations,
-            padding_side="right",
-            names={number: row_name(rows[number], number) for number in conversations},
-            return_assistant_tokens_mask=True,
+        batch = apply_marked_template(
+            self.processor, conversations, {number: row_name(rows[number], number) for number in conversations}
         )
         is_target = torch.as_tensor(batch.pop("assistant_masks")).bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_target, IGNORE_INDEX)

@@ -35,7 +35,7 @@ def load_rows(
     image_root: str | Path | None = None,
     streaming: bool = False,
     on_bad_row: str = "error",
-    skipped_file: str | Path | None = None,
+    skipped_file: str | Path | SkippedRows | None = None,
     processor: ProcessorMixin | PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     max_image_tokens: int | None = None,
@@ -66,8 +66,9 @@ def load_rows(
             Whether to return an `IterableDataset`, whose shards are the files (or the shards of a streamed dataset).
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` or `"skip"`. Skipped rows are counted in a warning after the last row.
-        skipped_file (`str` or `Path`, *optional*):
-            JSONL file that lists the skipped rows with `source`, `row`, `kind` and `reason`. Overwritten.
+        skipped_file (`str`, `Path` or `SkippedRows`, *optional*):
+            JSONL file that lists the skipped rows with `source`, `row`, `kind` and `reason`. Overwritten. A list of
+            skipped rows, which other data can share, is extended.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*):
             Processor of the model. It processes every row in the validation, so that rows which it cannot process are
             bad rows. Needed for the limits.
@@ -118,14 +119,18 @@ def load_rows(
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, BadRowError):
             cause = cause.__cause__
+        if cause is None and "corresponds to no data" in str(error) and (summary := reader.skipped.summary()):
+            raise ValueError(f"all rows of {parts[0].name} are bad. {summary}") from None
         raise (cause or error) from None
     reader.skipped.warn()
     atexit.register(reader.skipped.warn_of_new)  # rows whose images broke later
     return Rows.of(rows, reader)
 
 
-def _skipped_rows(file: str | Path | None) -> SkippedRows:
-    """Returns an empty list of skipped rows in a file. Workers need a file: they do not share memory."""
+def _skipped_rows(file: str | Path | SkippedRows | None) -> SkippedRows:
+    """Returns the list of skipped rows, or an empty one in a file. Workers need a file: they do not share memory."""
+    if isinstance(file, SkippedRows):
+        return file
     if file is None:
         return SkippedRows(Path(_temporary_folder()) / "skipped.jsonl", is_temporary=True)
     if process_number() == 0:

@@ -106,7 +106,7 @@ def apply_chat_template(
     names = {number: f"row {number}" for number in conversations} if names is None else names
     kwargs |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     if isinstance(processor, PreTrainedTokenizerBase):
-        conversations = {number: _as_text(messages, names[number]) for number, messages in conversations.items()}
+        conversations = {number: joined_texts(messages, names[number]) for number, messages in conversations.items()}
         kwargs |= {"padding": True, "tokenizer_kwargs": {"padding_side": padding_side}}
     else:
         kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
@@ -122,7 +122,7 @@ def apply_chat_template(
         raise
 
 
-def _as_text(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def joined_texts(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """Returns messages with the texts of their content parts joined, as the templates of language models take them."""
     joined = []
     for message in messages:

@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA from a recipe. A trained model learns a drawing style and is scored before and after."""
+"""Fine-tuning with LoRA from a recipe. A trained model is scored before and after."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from ..data import VisionLanguageCollator
 from ..demo import conversations
 from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
-from ..training.models import from_checkpoint
+from ..training.models import from_checkpoint, is_language_model
+from ..training.own_data import check_own_data, is_own
+from ..training.own_report import OwnReport
+from ..training.parts import describe_parts, train_parts
 from ..training.processes import save_and_part, start_run
+from ..training.run_data import OwnRows, new_skipped_rows
 from ..training.trainer import SparseMoeTrainer
 from ..training.training_settings import compute_router_losses
 from .config import num_adapter_parameters
@@ -27,7 +31,7 @@ SPLIT_TITLES = {"test_style": "the new style", "test": "the original style"}
 
 class LoraRun:
     """
-    A fine-tuning run. The constructor makes the data of a recipe and adds adapters to its model. Call `train` before
+    A fine-tuning run. The constructor loads the data of a recipe and adds adapters to its model. Call `train` before
     `evaluate`. The methods print their results as text.
 
     Args:
@@ -40,19 +44,34 @@ class LoraRun:
 
     Raises:
         ValueError: If a value of the recipe is invalid, or if there is no checkpoint to resume from.
-        OSError: If the model cannot be read, or if `output_dir` cannot be written to.
+        OSError: If the model or the data cannot be read, or if `output_dir` cannot be written to.
     """
 
     def __init__(self, recipe: LoraRecipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
+        self.is_own = is_own(recipe.data)
         hidden = {"label_names": ["labels"]}  # `Trainer` cannot find them in the signature of a model with adapters
         self.arguments, self.checkpoint = start_run(output_dir, resume, **hidden, **recipe.training)
-        self.data = load_new_style(**recipe.data)
-        model, self.processor = from_checkpoint(recipe.model)
+        if self.is_own:
+            check_own_data(recipe.data, self.arguments.max_steps)
+        else:
+            self.scenes = load_new_style(**recipe.data)
+        model, self.processor = from_checkpoint(recipe.model, language_models=self.is_own)
         compute_router_losses(model)
+        self.skipped = new_skipped_rows(output_dir, resume) if self.is_own else None
+        self.own_report: OwnReport | None = None
+        self.collator = VisionLanguageCollator(self.processor)
+        if self.skipped is not None:
+            self.own = OwnRows(recipe.data, self.skipped)
+            self.own.use(self.processor)
+            self.collator = self.own.collator(self.processor, model)
+            self.own_report = OwnReport(self.own, output_dir, recipe.task, recipe.evaluation)
         self.num_parameters = model.num_parameters()
         self.model = get_peft_model(model, expert_lora_config(model, **recipe.lora))
+        self.optimizer = train_parts(self.model, recipe.parts, self.arguments)
         self.num_trained = num_adapter_parameters(self.model)
+        if recipe.parts:
+            self.num_trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.metrics: dict[str, Any] = {}
 
     @property
@@ -61,25 +80,31 @@ class LoraRun:
         return self.output_dir / "adapter"
 
     def print_size(self) -> None:
-        """Prints the number of parameters that are trained."""
+        """Prints the number of parameters that are trained and, if the recipe has `parts`, those of each part."""
         if self.arguments.process_index == 0:
             share = f"{self.num_trained / self.num_parameters:.1%} of the model's {self.num_parameters:,}"
             print(f"Trains {self.num_trained:,} parameters, {share}.")
+            if self.recipe.parts:
+                print(describe_parts(self.model, self.recipe.parts, self.arguments.learning_rate))
 
     def train(self) -> bool:
         """
-        Trains the adapter and saves it.
+        Trains the adapter and saves it. Writes the recipe, with all overrides, to `recipe.yaml` before that.
 
         Returns:
             `bool`: Whether this process does the rest. Only the main process does.
         """
+        if self.arguments.process_index == 0:
+            (self.output_dir / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
         start = time.time()
         trainer = SparseMoeTrainer(
             model=self.model,
             args=self.arguments,
-            data_collator=VisionLanguageCollator(self.processor),
-            train_dataset=conversations(self.data["train"]),
+            data_collator=self.collator,
+            train_dataset=self.own.train if self.is_own else conversations(self.scenes["train"]),
+            eval_dataset=self.own.eval if self.is_own else None,
             processing_class=self.processor,
+            optimizer_cls_and_kwargs=self.optimizer,
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics = {
@@ -91,7 +116,7 @@ class LoraRun:
         if not save_and_part(trainer, self.adapter_dir):
             return False
         if self.arguments.world_size > 1:  # this process may have only a part of the trained model
-            base = from_checkpoint(self.recipe.model)[0]
+            base = from_checkpoint(self.recipe.model, language_models=self.is_own)[0]
             self.model = PeftModel.from_pretrained(base, self.adapter_dir).to(self.arguments.device)
         return True
 
@@ -100,24 +125,46 @@ class LoraRun:
         Scores the model without and with the adapter, prints the scores and writes `metrics.json`.
 
         Returns:
-            `dict[str, Any]`: `num_parameters`, `num_trained_parameters`, `training_seconds` and, for each split, the
-            exact match in percent `before` and `after`.
+            `dict[str, Any]`: `num_parameters`, `num_trained_parameters`, `training_seconds` and the scores `before` and
+            `after`: of own data for each metric of `eval`; of the built-in data the exact match in percent of each
+            split.
         """
-        with self.model.disable_adapter():
-            before = {split: self._score(self.data[split]) for split in SPLIT_TITLES}
-        after = {split: self._score(self.data[split]) for split in SPLIT_TITLES}
-        self.metrics |= {split: {"before": before[split], "after": after[split]} for split in SPLIT_TITLES}
+        if self.own_report is not None:
+            with self.model.disable_adapter():
+                before = self.own_report.evaluate(self.model, self.processor).get("eval", {})
+            after = self.own_report.evaluate(self.model, self.processor).get("eval", {})
+            if after:
+                self.metrics["eval"] = {name: {"before": before[name], "after": after[name]} for name in after}
+            title, rows = "Scores on the rows for evaluation", {name: (before[name], after[name]) for name in after}
+        else:
+            with self.model.disable_adapter():
+                before = {split: self._score(self.scenes[split]) for split in SPLIT_TITLES}
+            after = {split: self._score(self.scenes[split]) for split in SPLIT_TITLES}
+            self.metrics |= {split: {"before": before[split], "after": after[split]} for split in SPLIT_TITLES}
+            title = "Exact match in percent, held-out scenes in"
+            rows = {name: (before[split], after[split]) for split, name in SPLIT_TITLES.items()}
         (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2))
-        print(f"\n{'Exact match in percent, held-out scenes in':<48}{'before':>8}{'after':>8}")
-        for split, title in SPLIT_TITLES.items():
-            print(f"{title:<48}{before[split]:>8.1f}{after[split]:>8.1f}")
+        if not rows:
+            print("\nThe model is not evaluated: name rows for evaluation with `data.eval` or `data.eval_split`.")
+            return self.metrics
+        print(f"\n{title:<48}{'before':>8}{'after':>8}")
+        for name, (old, new) in rows.items():
+            print(f"{name:<48}{old:>8.1f}{new:>8.1f}")
         return self.metrics
 
     def print_how_to_load(self) -> None:
-        """Prints the Python code that loads the adapter."""
+        """Prints the Python code that loads the adapter, and the number of skipped rows."""
         has_experts = bool(self.model.active_peft_config.target_parameters)
-        texts = {"output_dir": self.output_dir, "adapter_dir": self.adapter_dir, "model": self.recipe.model}
+        auto_class = "AutoModelForCausalLM" if is_language_model(self.model.config) else "AutoModelForImageTextToText"
+        texts = {
+            "output_dir": self.output_dir,
+            "adapter_dir": self.adapter_dir,
+            "model": self.recipe.model,
+            "auto_class": auto_class,
+        }
         print(HOW_TO_LOAD.format(**texts, **(FACTORED if has_experts else dict.fromkeys(FACTORED, ""))))
+        if self.skipped is not None and (summary := self.skipped.summary()):
+            print(f"\n{summary}")
 
     def _score(self, rows: Dataset) -> float:
         return exact_match(generate_answers(self.model, self.processor, conversations(rows)), rows["answer"])
@@ -128,9 +175,9 @@ Wrote the adapter and the metrics to {output_dir}.
 Load it:
 
     from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
+    from transformers import {auto_class}
     {imported}
-    model = AutoModelForImageTextToText.from_pretrained("{model}", trust_remote_code=True)
+    model = {auto_class}.from_pretrained("{model}", trust_remote_code=True)
     model = PeftModel.from_pretrained(model, "{adapter_dir}"){factored}"""
 FACTORED = {
     "imported": "from modeling_sparse_moe_vlm.toolbox.expert_lora import factor_expert_lora\n    ",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
-from ..training.recipes import data_arguments, read_recipe, training_arguments
+from ..training.model_parts import PARTS
+from ..training.own_evaluation import evaluation_arguments
+from ..training.recipes import check_values, dump_recipe, keys_of_data, read_recipe, training_arguments
 from .selection import expert_lora_config
 
 # Arguments that a recipe cannot set: `expert_lora_config` sets them itself.
@@ -28,18 +30,34 @@ class LoraRecipe:
         lora (`dict`):
             Arguments of [`~toolbox.expert_lora.expert_lora_config`].
         data (`dict`):
-            Arguments of [`~toolbox.demo.load_scenes`]. `held_out_style` is the drawing style to learn.
+            With the key `train`, own data, as in [`~toolbox.training.recipes.Recipe`]. Otherwise, arguments of
+            [`~toolbox.demo.load_scenes`], of which `held_out_style` is the drawing style to learn.
         training (`dict`):
             Arguments of [`~transformers.TrainingArguments`], as in [`~toolbox.training.recipes.Recipe`].
+        parts (`dict`):
+            Parts of the adapted model to freeze, or their learning rates, as in [`~toolbox.training.train_parts`].
+        task (`str`, *optional*):
+            Task of own data, as in [`~toolbox.training.recipes.Recipe`].
+        evaluation (`dict`):
+            How own data are evaluated, as in [`~toolbox.training.recipes.Recipe`].
     """
 
     model: str
     lora: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def to_yaml(self) -> str:
+        """Returns the recipe as YAML that [`load_lora_recipe`] reads."""
+        return dump_recipe(self, optional=("parts", "task", "evaluation"))
 
 
-def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRecipe:
+def load_lora_recipe(
+    path: str | Path, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> LoraRecipe:
     """
     Reads a recipe and changes some of its values, as [`~toolbox.training.recipes.load_recipe`] does.
 
@@ -48,6 +66,8 @@ def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRec
             Path to the YAML file.
         overrides (`Sequence[str]`, *optional*):
             Values to change, such as `"lora.r=16"`.
+        given (`Mapping[str, Any]`, *optional*):
+            Values that replace those of the file, as in [`~toolbox.training.recipes.load_recipe`].
 
     Returns:
         [`LoraRecipe`]: The recipe.
@@ -56,8 +76,16 @@ def load_lora_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoraRec
         ValueError: As [`~toolbox.training.recipes.load_recipe`] does.
         OSError: If the file cannot be read.
     """
-    sections = {"lora": lora_arguments(), "data": data_arguments(), "training": training_arguments()}
-    return LoraRecipe(**read_recipe(path, overrides, sections))
+    sections: dict[str, Any] = {
+        "lora": lora_arguments(),
+        "data": keys_of_data,
+        "training": training_arguments(),
+        "parts": dict.fromkeys(PARTS, Any),
+        "evaluation": evaluation_arguments(),
+    }
+    recipe = LoraRecipe(**read_recipe(path, overrides, sections, ("task",), given))
+    check_values(recipe, path)
+    return recipe
 
 
 def lora_arguments() -> dict[str, Any]:

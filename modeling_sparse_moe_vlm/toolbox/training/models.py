@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from ..demo.tokenizer import train_tokenizer
 from ..expert_modules import our_experts_config
 from ..installed_code import use_installed_code
 from ..shipped_files import shipped_presets
+from .examples import Examples, first_rows, images_of, texts_of
 from .recipes import find_model
 
 # About this many images are enough to estimate the mean and the standard deviation of the pixels.
@@ -33,7 +34,7 @@ NUM_IMAGES_LOOKED_AT = 1000
 
 
 def from_scratch(
-    config_file: str, examples: Dataset, vocab_size: int = 1024
+    config_file: str, examples: Dataset | IterableDataset, vocab_size: int = 1024
 ) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
     Creates a new model from a preset, with a tokenizer trained on the texts of the examples, and an image processor
@@ -43,8 +44,9 @@ def from_scratch(
         config_file (`str`):
             Path to a model configuration (a JSON file), or the name of a preset (`"tiny"`). The tokenizer replaces its
             vocabulary size and special tokens.
-        examples (`datasets.Dataset`):
-            Rows with the columns `question`, `answer` and `image`.
+        examples (`Dataset` or `IterableDataset`):
+            Rows with `messages` and `images`, as [`~toolbox.data.load_rows`] returns them, or rows of the built-in data
+            with the columns `question`, `answer` and `image`. Only the first 10,000 rows of a stream are read.
         vocab_size (`int`, *optional*, defaults to 1024):
             Maximum size of the vocabulary.
 
@@ -62,8 +64,11 @@ def from_scratch(
         f"`config_file` must be a JSON file or the name of a preset ({', '.join(shipped_presets('models'))}), but got "
         f"{config_file!r}.",
     )
-    texts = zip(examples["question"], examples["answer"], strict=True)
-    tokenizer = train_tokenizer((f"{question}\n{answer}" for question, answer in texts), vocab_size)
+    rows = with_images = examples
+    if isinstance(examples, IterableDataset):
+        rows = first_rows(examples, NUM_IMAGES_LOOKED_AT)
+        with_images = rows[:NUM_IMAGES_LOOKED_AT]
+    tokenizer = train_tokenizer(texts_of(rows), vocab_size)
     raw = SparseMoeVlmConfig.from_json_file(path).to_dict()
     raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
     raw["text_config"] |= {
@@ -80,15 +85,16 @@ def from_scratch(
     )
     size = config.vision_config.image_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
-    image_processor.image_mean, image_processor.image_std = _pixel_statistics(examples, image_processor)
+    image_processor.image_mean, image_processor.image_std = _pixel_statistics(with_images, image_processor)
     return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
 
 
-def _pixel_statistics(examples: Dataset, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
+def _pixel_statistics(examples: Examples, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:
     """Returns the mean and standard deviation of the pixels of some resized images, by channel."""
-    step = max(len(examples) // NUM_IMAGES_LOOKED_AT, 1)
-    images = read_images([examples[i]["image"] for i in range(0, len(examples), step)])
-    pixels = image_processor(images, do_normalize=False, return_tensors="pt")["pixel_values"]
+    images = images_of(examples, NUM_IMAGES_LOOKED_AT)
+    if not images:  # only texts: as for the values from -1 to 1 of most models
+        return [0.5] * 3, [0.5] * 3
+    pixels = image_processor(read_images(images), do_normalize=False, return_tensors="pt")["pixel_values"]
     by_channel = pixels.transpose(0, 1).flatten(1)
     return by_channel.mean(dim=1).tolist(), by_channel.std(dim=1).clamp(min=1e-3).tolist()
 

@@ -34,12 +34,36 @@ def start_run(output_dir: Path, resume: bool, **training: Any) -> tuple[Training
         ValueError: If an argument is invalid, or if there is no checkpoint to resume from.
         OSError: If the folder cannot be created.
     """
-    arguments = TrainingArguments(output_dir=str(output_dir / "checkpoints"), remove_unused_columns=False, **training)
+    arguments = make_arguments(output_dir / "checkpoints", **training)
     checkpoint = last_whole_checkpoint(arguments) if resume else None
+    start_processes(output_dir, arguments)
+    return arguments, checkpoint
+
+
+def make_arguments(folder: Path, **training: Any) -> TrainingArguments:
+    """
+    Makes the arguments of a training, which initialises the group of processes.
+
+    Args:
+        folder (`Path`):
+            Folder for the checkpoints.
+        **training:
+            Arguments of [`~transformers.TrainingArguments`].
+
+    Returns:
+        `TrainingArguments`: The arguments.
+
+    Raises:
+        ValueError: If an argument is invalid.
+    """
+    return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **training)
+
+
+def start_processes(output_dir: Path, arguments: TrainingArguments) -> None:
+    """Creates the folder for all outputs, disables the progress bars of all processes but one, and sets the seed."""
     output_dir.mkdir(parents=True, exist_ok=True)
     silence_others(arguments)
     set_seed(arguments.seed)
-    return arguments, checkpoint
 
 
 def silence_others(arguments: TrainingArguments) -> None:
@@ -71,15 +95,41 @@ def save_and_part(trainer: Trainer, folder: Path) -> bool:
         `bool`: Whether this process is the first. The others have nothing left to do. With several processes, the
         trainer's model may be only a part of the trained model, which can be loaded from the folder.
     """
+    save_complete(trainer, folder)
+    return part(trainer)
+
+
+def save_complete(trainer: Trainer, folder: Path) -> None:
+    """
+    Saves the complete trained model, even if it is sharded over processes. All processes must call this function. An
+    older model stays in the folder until the new model is completely written.
+
+    Args:
+        trainer (`Trainer`):
+            The trainer, after training.
+        folder (`Path`):
+            Folder for the model (or adapter) and the processor of the trainer.
+    """
     stage = folder.parent / f".{folder.name}.saving"  # the same in all processes
     if trainer.is_world_process_zero():
+        stage.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(stage, ignore_errors=True)  # left by an interrupted save
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(stage))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (stage / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
+        put_in_place(stage, folder, outdated=["README.md"])  # the card of an older model
     trainer.accelerator.wait_for_everyone()  # ending the group would interrupt processes that still receive data
+
+
+def part(trainer: Trainer) -> bool:
+    """
+    Ends the group of processes. All processes must call this function.
+
+    Returns:
+        `bool`: Whether this process is the first. The others have nothing left to do.
+    """
+    is_first = trainer.is_world_process_zero()
     trainer.accelerator.end_training()
-    if not trainer.is_world_process_zero():
-        return False
-    (stage / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
-    put_in_place(stage, folder, outdated=["README.md"])  # the card of an older model
-    return True
+    return is_first

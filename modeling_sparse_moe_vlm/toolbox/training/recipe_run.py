@@ -7,34 +7,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import DataLoader
+from transformers import set_seed
 
-from ..data import VisionLanguageCollator
-from ..demo import conversations, load_scenes
-from ..evaluation import generate_answers
-from ..evaluation.by_kind import SPLIT_TITLES, example_answers, score_by_kind, score_table
-from ..evaluation.metrics.exact_match.exact_match import is_right
+from ...checks import check
 from ..expert_modules import our_experts_config
-from ..extras import check_installed
 from ..hub import write_model_card
 from ..model_size import describe_size
-from ..routing import expert_load
-from .models import from_checkpoint, from_scratch
+from .how_to_load import how_to_ask
+from .models import from_checkpoint, from_scratch, is_language_model
+from .own_data import check_own_data, is_own
+from .own_report import OwnReport
 from .parts import describe_parts, train_parts
-from .processes import save_and_part, start_run
+from .processes import make_arguments, part, save_complete, start_processes
 from .recipes import Recipe, find_model
+from .run_data import OwnRows, ScenesData, new_skipped_rows
+from .scenes_report import ScenesReport, resizing_note
+from .stages import StageFolders, stages_of
 from .trainer import SparseMoeTrainer
 from .training_settings import compute_router_losses
-
-NUM_DRAWN_ANSWERS = 12
-NUM_ROUTED_ROWS = 256
-ROUTED_BATCH = 64
 
 
 class TrainingRun:
     """
-    A training run, which generates the data of a recipe and creates its model. Call the methods in the order `train`,
-    `evaluate`, `draw`. They print their results.
+    A training run, which loads the data of a recipe and its model. Call the methods in the order `train`, `evaluate`,
+    `draw`. They print their results.
 
     Args:
         recipe ([`~toolbox.training.recipes.Recipe`]):
@@ -42,31 +38,47 @@ class TrainingRun:
         output_dir (`Path`):
             Folder for all outputs.
         resume (`bool`, *optional*, defaults to `False`):
-            Whether to resume from the last complete checkpoint in the output folder.
+            Whether to resume from the last complete checkpoint in the output folder, in the stage where the run
+            stopped.
 
     Raises:
         ValueError: If a value of the recipe is invalid, or if there is no checkpoint to resume from.
-        OSError: If the model cannot be read, or if the folder cannot be written to.
+        OSError: If the model or the data cannot be read, or if the folder cannot be written to.
     """
 
     def __init__(self, recipe: Recipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
         model_path = find_model(recipe.model)
-        self.arguments, self.checkpoint = start_run(output_dir, resume, **recipe.training)
-        self.data = load_scenes(**recipe.data)
-        if model_path.endswith(".json"):
-            self.model, self.processor = from_scratch(model_path, self.data["train"], **recipe.tokenizer)
+        self.stages = stages_of(recipe.stages, recipe.training, recipe.parts, recipe.data)
+        self.folders = StageFolders(output_dir, self.stages)
+        self.is_own = is_own(recipe.data)
+        self.stage_arguments = [
+            make_arguments(self.folders.checkpoints(number), **stage.training)
+            for number, stage in enumerate(self.stages)
+        ]
+        for stage, arguments in zip(self.stages, self.stage_arguments, strict=True):
+            if self.is_own:
+                check_own_data(stage.data, arguments.max_steps)
+        self.first = self.folders.num_finished() if resume else 0
+        self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
+        self.arguments = self.stage_arguments[self.first]
+        start_processes(output_dir, self.arguments)
+        self.skipped = new_skipped_rows(output_dir, resume) if self.is_own else None
+        self.data = self._load_data(self.first)
+        if self.first > 0:
+            self._load_model(str(self.folders.model(self.first - 1)))
+        elif model_path.endswith(".json"):
+            self.model, self.processor = from_scratch(model_path, self.data.examples, **recipe.tokenizer)
         else:
-            self.model, self.processor = from_checkpoint(model_path)
-            compute_router_losses(self.model)
-        self.optimizer = train_parts(self.model, recipe.parts, self.arguments)
+            self._load_model(model_path)
+        self.data.use(self.processor)
         experts = our_experts_config(self.model.config)
         self.is_upcycled = bool(getattr(experts, "start", None))  # the configuration then names the base model
         self.base_model = None if Path(model_path).exists() else model_path
-        self.collator = VisionLanguageCollator(self.processor)
-        self.heldout = [split for split in SPLIT_TITLES if split in self.data]
+        self.collator = self.data.collator(self.processor, self.model)
+        self.plan = [self._describe(number) for number in range(len(self.stages))]
+        self.report = self._make_report()
         self.metrics: dict[str, Any] = {}
-        self.answers: dict[str, list[str]] = {}
 
     @property
     def model_dir(self) -> Path:
@@ -74,38 +86,52 @@ class TrainingRun:
         return self.output_dir / "model"
 
     def print_model(self) -> None:
-        """Prints the size of the model, what trains and, if the model resizes the images, their new size."""
-        if self.arguments.process_index == 0:
-            print(describe_size(self.model))
-            print(describe_parts(self.model, self.recipe.parts, self.arguments.learning_rate))
-            if note := resizing_note(self.model, self.data["train"][0]["image"].size):
-                print(note)
+        """
+        Prints the size of the model, what trains in each stage and, if the model resizes the scenes, their new size.
+        """
+        if self.arguments.process_index != 0:
+            return
+        print(describe_size(self.model))
+        for stage, parts in zip(self.stages, self.plan, strict=True):
+            print(f"\nStage {stage.name}:\n{parts}" if stage.name else parts)
+        size = self.data.splits["train"][0]["image"].size if isinstance(self.data, ScenesData) else None
+        if size is not None and (note := resizing_note(self.model, size)):
+            print(note)
+        if self.first > 0 or (self.checkpoint is not None and self.stages[0].name):
+            where = "its start" if self.checkpoint is None else self.checkpoint
+            print(f"\nThe training resumes in the stage {self.stages[self.first].name} from {where}.")
 
     def train(self) -> bool:
         """
-        Trains the model and saves it. Writes the recipe, with all overrides, to `recipe.yaml` before that.
+        Trains the model in all stages and saves it. Writes the recipe, with all overrides, to `recipe.yaml` before
+        that.
 
         Returns:
             `bool`: Whether this process does the remaining steps. Only the first process does.
         """
-        if self.arguments.process_index == 0:
+        is_first = self.arguments.process_index == 0
+        if is_first:
             (self.output_dir / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+            if self.first == 0 and self.checkpoint is None:
+                self.folders.clear()
         start = time.time()
-        trainer = SparseMoeTrainer(
-            model=self.model,
-            args=self.arguments,
-            data_collator=self.collator,
-            train_dataset=conversations(self.data["train"]),
-            processing_class=self.processor,
-            optimizer_cls_and_kwargs=self.optimizer,
-        )
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        for number in range(self.first, len(self.stages)):
+            if number > self.first:
+                self._enter(number)
+            trainer = self._train_stage(number)
+            is_last = number == len(self.stages) - 1
+            # Save at once, so that nothing is lost if a later step fails.
+            save_complete(trainer, self.model_dir if is_last else self.folders.model(number))
+            if not is_last:
+                del trainer
         self.metrics["training_seconds"] = round(time.time() - start, 1)
-        # Save at once, so that nothing is lost if a later step fails.
-        if not save_and_part(trainer, self.model_dir):
+        if self.stages[0].name and is_first:
+            self.metrics["stages"] = self.folders.read_metrics()
+        if not part(trainer):
             return False
         if self.arguments.world_size > 1:  # this process may have only a part of the trained model
-            self.model = from_checkpoint(str(self.model_dir))[0].to(self.arguments.device)
+            path = str(self.model_dir)
+            self.model = from_checkpoint(path, language_models=self.is_own)[0].to(self.arguments.device)
         return True
 
     def evaluate(self) -> dict[str, Any]:
@@ -113,13 +139,10 @@ class TrainingRun:
         Scores the answers to the held-out questions, and writes `metrics.json` and the model card.
 
         Returns:
-            `dict[str, Any]`: `training_seconds`, and the scores of [`~toolbox.evaluation.by_kind.score_by_kind`] by
-            split.
+            `dict[str, Any]`: `training_seconds`, the metrics of the `stages` if the recipe has any, and the scores: of
+            own data `eval`; of the built-in data those of [`~toolbox.evaluation.by_kind.score_by_kind`] by split.
         """
-        for split in self.heldout:
-            rows = self.data[split]
-            self.answers[split] = generate_answers(self.model, self.processor, conversations(rows))
-            self.metrics[split] = score_by_kind(self.data["train"], rows, self.answers[split])
+        self.metrics |= self.report.evaluate(self.model, self.processor)
         (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2))
         write_model_card(
             self.model_dir,
@@ -128,86 +151,96 @@ class TrainingRun:
             recipe=self.recipe,
             base_model=None if self.is_upcycled else self.base_model,
         )
-        for split in self.heldout:
-            print(f"\nExact match in percent, {SPLIT_TITLES[split]}:\n{score_table(self.metrics[split])}")
-        print("\nQuestions from held-out arrangements (blind: the best guess from the question alone):")
-        print(example_answers(self.data["train"], self.data["test"], self.answers["test"]))
+        self.report.print_scores()
         return self.metrics
 
     def draw(self) -> None:
         """
-        Writes `scene.png` (an image to ask about). If matplotlib is installed, also writes `answers.png` and
-        `expert_load.png` (the load of the experts).
+        Writes an image to ask about. Of the built-in data, also writes figures (see
+        [`~toolbox.training.scenes_report.ScenesReport.draw`]).
         """
-        test, answers = self.data["test"], self.answers["test"]
-        test[0]["image"].save(self.output_dir / "scene.png")
-        try:
-            check_installed("matplotlib", "report", "Drawing `answers.png` and `expert_load.png`")
-        except ValueError as error:
-            print(error)
-            return
-        from ..demo import drawings
-
-        is_correct = [is_right(answer, row) for answer, row in zip(answers, test["answer"], strict=True)]
-        shown = drawings.some_of_each(is_correct, NUM_DRAWN_ANSWERS)
-        num_wrong = sum(not is_correct[i] for i in shown)
-        drawings.draw_answers(
-            [test[i] for i in shown],
-            [answers[i] for i in shown],
-            self.output_dir / "answers.png",
-            title=f"{sum(is_correct)} of {len(test)} held-out questions answered correctly. "
-            f"Shown: {len(shown) - num_wrong} correct and {num_wrong} wrong answers.",
-        )
-        rows = conversations(test.select(range(min(NUM_ROUTED_ROWS, len(test)))))
-        batches = DataLoader(rows, batch_size=ROUTED_BATCH, collate_fn=self.collator)
-        has_groups = our_experts_config(self.model.config) is not None
-        load = expert_load(self.model.eval(), batches) if has_groups else {}
-        if load:
-            drawings.draw_expert_load(load, self.output_dir / "expert_load.png")
-        else:
-            print("`expert_load.png` is not written: the model has no routed experts of this package.")
+        self.report.draw(self.model, self.collator)
 
     def print_how_to_load(self) -> None:
-        """Prints a command and example code that ask the trained model a question."""
-        question = self.data["test"][0]["question"]
-        print(HOW_TO_LOAD.format(output_dir=self.output_dir, model_dir=self.model_dir, question=question))
+        """Prints a command and example code that ask the trained model a question, and the number of skipped rows."""
+        if isinstance(self.report, OwnReport):
+            question, image = self.report.example()
+            what = "the model and the metrics"
+        else:
+            question, image = self.report.data["test"][0]["question"], self.output_dir / "scene.png"
+            what = "the model, the metrics and the figures"
+        ask = how_to_ask(self.model_dir, question, image, is_language_model(self.model.config))
+        about = "" if image is None else " about an image"
+        print(f"\nWrote {what} to {self.output_dir}.\nAsk the model{about}:\n\n{ask}")
+        if self.skipped is not None and (summary := self.skipped.summary()):
+            print(f"\n{summary}")
 
+    def _load_data(self, number: int) -> ScenesData | OwnRows:
+        data = self.stages[number].data
+        return ScenesData(data) if self.skipped is None else OwnRows(data, self.skipped)
 
-def resizing_note(model, size: tuple[int, int]) -> str | None:
-    """
-    Returns a note if a model resizes images of a given size.
+    def _load_model(self, path: str) -> None:
+        self.model, self.processor = from_checkpoint(path, language_models=self.is_own)
+        compute_router_losses(self.model)
 
-    Args:
-        model (`PreTrainedModel`):
-            The model.
-        size (`tuple[int, int]`):
-            Width and height of an image.
+    def _describe(self, number: int) -> str:
+        """Describes what trains in a stage. The model stays as it is."""
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        stage, arguments = self.stages[number], self.stage_arguments[number]
+        try:
+            train_parts(self.model, stage.parts, arguments)
+            return describe_parts(self.model, stage.parts, arguments.learning_rate)
+        except ValueError as error:
+            check(not stage.name, f"{error} (in the stage {stage.name!r})")
+            raise
+        finally:
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
 
-    Returns:
-        `str`: The note, or `None` if the image has the size of the model or the model accepts any size.
-    """
-    side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
-    if not isinstance(side, int) or size == (side, side):
-        return None
-    return f"Note: images of {size[0]}×{size[1]} pixels are resized to the {side}×{side} of the model."
+    def _enter(self, number: int) -> None:
+        """Loads the model after the stage before, as a resumed run does, and the data if they differ."""
+        self.arguments = self.stage_arguments[number]
+        set_seed(self.arguments.seed)
+        self._load_model(str(self.folders.model(number - 1)))
+        if self.stages[number].data != self.stages[number - 1].data:
+            self.data = self._load_data(number)
+            self.data.use(self.processor)
+            self.collator = self.data.collator(self.processor, self.model)
+            self.report = self._make_report()
 
+    def _train_stage(self, number: int) -> SparseMoeTrainer:
+        arguments, stage = self.stage_arguments[number], self.stages[number]
+        checkpoint = self.checkpoint if number == self.first else None
+        if checkpoint is None and arguments.process_index == 0:
+            self.folders.begin(number)
+        if stage.name and arguments.process_index == 0:
+            print(f"\nStage {stage.name} ({number + 1} of {len(self.stages)})")
+        optimizer = train_parts(self.model, stage.parts, arguments)
+        start = time.time()
+        trainer = SparseMoeTrainer(
+            model=self.model,
+            args=arguments,
+            data_collator=self.collator,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.eval,
+            processing_class=self.processor,
+            optimizer_cls_and_kwargs=optimizer,
+        )
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        if stage.name and arguments.process_index == 0:
+            metrics = {
+                "steps": output.global_step,
+                "training_seconds": round(time.time() - start, 1),
+                "train_loss": output.training_loss,
+                "num_trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            }
+            evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+            if evaluations:
+                metrics["eval_loss"] = evaluations[-1]["eval_loss"]
+            self.folders.write_metrics(number, metrics)
+        return trainer
 
-HOW_TO_LOAD = """
-Wrote the model, the metrics and the figures to {output_dir}.
-Ask the model about an image:
-
-    sparse-moe-vlm generate --model {model_dir} --image {output_dir}/scene.png --question "{question}"
-
-Or in Python, without this package:
-
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    model = AutoModelForImageTextToText.from_pretrained("{model_dir}", trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained("{model_dir}", trust_remote_code=True)
-    content = [{{"type": "image", "path": "{output_dir}/scene.png"}}, {{"type": "text", "text": "{question}"}}]
-    inputs = processor.apply_chat_template(
-        [{{"role": "user", "content": content}}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )
-    output = model.generate(**inputs, max_new_tokens=32)
-    print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
+    def _make_report(self) -> ScenesReport | OwnReport:
+        if isinstance(self.data, ScenesData):
+            return ScenesReport(self.data.splits, self.output_dir)
+        return OwnReport(self.data, self.output_dir, self.recipe.task, self.recipe.evaluation)

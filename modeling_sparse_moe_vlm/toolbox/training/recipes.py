@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -17,6 +17,8 @@ from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 from .model_parts import PARTS
+from .own_data import is_own, own_data_arguments
+from .own_evaluation import check_task, evaluation_arguments
 from .parts import check_parts
 
 # Arguments that a run sets itself.
@@ -32,15 +34,24 @@ class Recipe:
 
     Args:
         model (`str`):
-            Model configuration (JSON file) to train from scratch, or a checkpoint to continue from.
+            Preset or model configuration (JSON file) to train from scratch, or a checkpoint to continue from: a folder,
+            or a name on the Hub.
         data (`dict`):
-            Arguments of [`~toolbox.demo.load_scenes`].
+            With the key `train`, own data: the keys of [`~toolbox.training.own_data.own_data_arguments`]. Otherwise,
+            arguments of [`~toolbox.demo.load_scenes`], the built-in data.
         training (`dict`):
             Arguments of [`~transformers.TrainingArguments`], except `output_dir` and `remove_unused_columns`.
         tokenizer (`dict`):
             Arguments of [`~toolbox.demo.train_tokenizer`], for a model from scratch.
         parts (`dict`):
             Parts of the model to freeze, or their learning rates, as in [`~toolbox.training.train_parts`].
+        stages (`list[dict]`):
+            Stages of the training, one after the other. Each has a `name`, and can have `training` and `data`, which
+            override values of the recipe, and `parts`, which replace those of the recipe.
+        task (`str`, *optional*):
+            Task of own data, which chooses the metrics: one of [`~toolbox.training.own_evaluation.TASKS`].
+        evaluation (`dict`):
+            How own data are evaluated: arguments of [`~toolbox.training.own_evaluation.evaluate_rows`].
     """
 
     model: str
@@ -48,13 +59,22 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    task: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return dump_recipe(self, optional=("stages", "task", "evaluation"))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def dump_recipe(recipe: Any, optional: Collection[str] = ()) -> str:
+    """Returns a recipe as YAML, without optional fields that are not set."""
+    values = {key: value for key, value in asdict(recipe).items() if value or key not in optional}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[str, Any] | None = None) -> Recipe:
     """
     Reads a recipe, and overrides some of its values.
 
@@ -62,7 +82,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path (`str` or `Path`):
             The YAML file.
         overrides (`Sequence[str]`):
-            Values to override, such as `"training.max_steps=10"`. The right-hand side is YAML.
+            Values to override, such as `"training.max_steps=10"`. The right-hand side is YAML. A value of a stage is
+            named by the name or the number (from 0) of the stage, such as `"stages.connector.training.max_steps=10"`.
+        given (`Mapping[str, Any]`, *optional*):
+            Values that replace those of the file, by key, before `overrides` apply. `data` keeps the keys of the file
+            that are for the same kind of data.
 
     Returns:
         [`Recipe`]: The recipe.
@@ -73,25 +97,48 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             `vocab_size`. The message names the file and the key.
         OSError: If the file cannot be read.
     """
-    sections = {
-        "data": data_arguments(),
+    sections: dict[str, Any] = {
+        "data": keys_of_data,
         "training": training_arguments(),
         "tokenizer": tokenizer_arguments(),
         "parts": dict.fromkeys(PARTS, Any),
+        "evaluation": evaluation_arguments(),
     }
-    recipe = Recipe(**read_recipe(path, overrides, sections))
-    try:
-        recipe.parts = check_parts(recipe.parts)
-    except ValueError as error:
-        raise ValueError(f"{error} (in the recipe {path})") from error
+    recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "task"), given))
+    recipe.stages = check_stages(recipe.stages, recipe.data, path)
+    check_values(recipe, path)
     # Check this now: the run generates the data first, which may take minutes.
     if "vocab_size" in recipe.tokenizer:
         check_vocab_size(recipe.tokenizer["vocab_size"])
     return recipe
 
 
+def check_values(recipe: Any, path: str | Path) -> None:
+    """
+    Checks `parts` and `task` of a recipe, and converts the values of `parts`.
+
+    Args:
+        recipe (`Any`):
+            The recipe.
+        path (`str` or `Path`):
+            The file, for error messages.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
+    try:
+        recipe.parts = check_parts(recipe.parts)
+        check_task(recipe.task)
+    except ValueError as error:
+        raise ValueError(f"{error} (in the recipe {path})") from error
+
+
 def read_recipe(
-    path: str | Path, overrides: Sequence[str], sections: Mapping[str, Mapping[str, Any]]
+    path: str | Path,
+    overrides: Sequence[str],
+    sections: Mapping[str, Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]]],
+    others: Collection[str] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Reads a recipe with any sections, in the same way as [`load_recipe`].
@@ -102,10 +149,15 @@ def read_recipe(
         overrides (`Sequence[str]`):
             Values to override.
         sections (`Mapping[str, Mapping[str, Any]]`):
-            Keys that each section can have, with the type of each value, by section.
+            Keys that each section can have, with the type of each value, by section. Or a function that returns them
+            for the values of the section.
+        others (`Collection[str]`, *optional*):
+            Further keys, whose values are returned unchanged.
+        given (`Mapping[str, Any]`, *optional*):
+            Values that replace those of the file.
 
     Returns:
-        `dict[str, Any]`: `model` and the sections, including empty ones.
+        `dict[str, Any]`: `model`, the sections, including empty ones, and those of the other keys that are set.
 
     Raises:
         ValueError: In the same cases as [`load_recipe`], except `vocab_size`.
@@ -113,10 +165,12 @@ def read_recipe(
     """
     content = _read_yaml(Path(path).read_bytes(), f"the recipe {path}")
     check(isinstance(content, dict), f"the recipe {path} must be a mapping with the key `model`.")
+    for key, value in (given or {}).items():
+        content[key] = _kept_data(content.get("data"), value) | value if key == "data" else value
     for override in overrides:
         _override(content, override)
 
-    known = ["model", *sections]
+    known = ["model", *sections, *others]
     unknown = [key for key in content if key not in known]
     check(not unknown, f"the recipe {path} has unknown keys {unknown}; known ones are {known}.")
     check(
@@ -124,21 +178,115 @@ def read_recipe(
         f"the recipe {path} needs the key `model`, a file or a name, got {content.get('model')!r}.",
     )
     for section, types in sections.items():
-        if content.get(section) is None:
-            content[section] = {}
-        values = content[section]
-        check(isinstance(values, dict), f"`{section}` of the recipe {path} must be a mapping, got {values!r}.")
-        unknown = [key for key in values if key not in types]
+        content[section] = read_section(content.get(section), section, types, f"the recipe {path}")
+    return {key: value for key, value in content.items() if key not in others or value is not None}
+
+
+def read_section(
+    values: Any,
+    section: str,
+    types: Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    where: str,
+) -> dict[str, Any]:
+    """
+    Checks the keys of a section of a recipe, and converts its values.
+
+    Args:
+        values (`Any`):
+            The section as YAML, or `None` if it is empty.
+        section (`str`):
+            Name of the section.
+        types (`Mapping[str, Any]` or `Callable`):
+            Keys that the section can have, with the type of each value, or a function that returns them.
+        where (`str`):
+            Name of the recipe in error messages.
+
+    Returns:
+        `dict[str, Any]`: The section.
+
+    Raises:
+        ValueError: If it is not a mapping, has an unknown key, or if a value has the wrong type.
+    """
+    values = {} if values is None else values
+    check(isinstance(values, dict), f"`{section}` of {where} must be a mapping, got {values!r}.")
+    known = types(values) if callable(types) else types
+    unknown = [key for key in values if key not in known]
+    check(
+        not unknown,
+        f"`{section}` of {where} has keys {unknown}, which a recipe cannot set: correct or remove them."
+        + (f" It can have {', '.join(known)}." if len(known) <= MANY_KEYS else ""),
+    )
+    return {key: _of_type(value, known[key], f"`{section}.{key}`", f"in {where}") for key, value in values.items()}
+
+
+def check_stages(stages: Any, data: Mapping[str, Any], path: str | Path) -> list[dict[str, Any]]:
+    """
+    Checks the stages of a recipe, and converts their values.
+
+    Args:
+        stages (`Any`):
+            The value of `stages`.
+        data (`Mapping[str, Any]`):
+            The section `data` of the recipe.
+        path (`str` or `Path`):
+            The file, for error messages.
+
+    Returns:
+        `list[dict[str, Any]]`: The stages. They have a `name`, and the sections that they override.
+
+    Raises:
+        ValueError: If a stage has no name, the name of another stage, an unknown key or a value of a wrong type.
+    """
+    form = "a list such as [{name: connector, parts: {...}}, {name: all}]"
+    check(isinstance(stages, list), f"`stages` of the recipe {path} must be {form}, got {stages!r}.")
+    checked: list[dict[str, Any]] = []
+    for number, stage in enumerate(stages):
+        check(isinstance(stage, dict), f"`stages` of the recipe {path} must be {form}, got {stage!r}.")
+        name = stage.get("name")
+        check(
+            isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*", name) is not None,
+            f"`stages[{number}].name` must start with a letter and have only letters, digits, - and _, got {name!r} "
+            f"(in the recipe {path}).",
+        )
+        check(name not in [other["name"] for other in checked], f"`stages` of the recipe {path} has {name!r} twice.")
+        sections: dict[str, Any] = {
+            "training": training_arguments(),
+            "data": lambda values: keys_of_data(dict(data) | values),
+            "parts": dict.fromkeys(PARTS, Any),
+        }
+        unknown = [key for key in stage if key not in ("name", *sections)]
         check(
             not unknown,
-            f"`{section}` of the recipe {path} has keys {unknown}, which a recipe cannot set: correct or remove them."
-            + (f" It can have {', '.join(types)}." if len(types) <= MANY_KEYS else ""),
+            f"the stage {name!r} of the recipe {path} has keys {unknown}; known ones are name, {', '.join(sections)}.",
         )
-        content[section] = {
-            key: _of_type(value, types[key], f"`{section}.{key}`", f"in the recipe {path}")
-            for key, value in values.items()
+        check(
+            is_own(data) or not is_own(stage.get("data") or {}),
+            f"`stages.{name}.data` of the recipe {path} has own data (`train`), but `data` of the recipe has not: set "
+            "`data.train` too.",
+        )
+        values = {
+            section: read_section(stage[section], f"stages.{name}.{section}", sections[section], f"the recipe {path}")
+            for section in sections
+            if section in stage
         }
-    return content
+        if "parts" in values:
+            try:
+                values["parts"] = check_parts(values["parts"])
+            except ValueError as error:
+                raise ValueError(f"{error} (in the stage {name!r} of the recipe {path})") from error
+        checked.append({"name": name, **values})
+    return checked
+
+
+def keys_of_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Returns the keys that the section `data` of a recipe can have, with their types.
+
+    Args:
+        values (`Mapping[str, Any]`):
+            The section. With the key `train`, it describes own data; otherwise, the built-in scenes.
+    """
+    return own_data_arguments() if is_own(values) else data_arguments()
 
 
 def find_model(model: str, root: Path | None = None) -> str:
@@ -174,7 +322,7 @@ def find_model(model: str, root: Path | None = None) -> str:
 
 
 def data_arguments() -> dict[str, Any]:
-    """Returns the keys that the section `data` of a recipe can have, with their types."""
+    """Returns the keys that the section `data` of a recipe can have for the built-in data, with their types."""
     types = get_type_hints(load_scenes) | get_type_hints(scenes)
     return _without(types, {"kwargs", "return", "split", "num_examples"})
 
@@ -207,11 +355,43 @@ def _override(content: dict[str, Any], override: str) -> None:
     check(bool(separator), f"override {override!r} has no value: write it as `section.key=value`.")
     *sections, last = key.split(".")
     for section in sections:
+        content = _inside(content, section, override)
+    if isinstance(content, list):
+        content[_number_of(content, last, override)] = _read_yaml(value, f"the value of override {override!r}")
+        return
+    content[last] = _read_yaml(value, f"the value of override {override!r}")
+
+
+def _kept_data(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of `data` that stay when other data are given: limits and policies, but no files."""
+    if not isinstance(before, dict):
+        return {}
+    known = keys_of_data(given).keys() - {"train", "eval", "split", "eval_split", "subset", "image_root", "format"}
+    return {key: value for key, value in before.items() if key in known}
+
+
+def _inside(content: dict[str, Any] | list[Any], section: str, override: str) -> Any:
+    """Returns a section, which is created if it is empty, or an item of a list."""
+    if isinstance(content, list):
+        inside = content[_number_of(content, section, override)]
+    else:
         if content.get(section) is None:
             content[section] = {}
-        content = content[section]
-        check(isinstance(content, dict), f"override {override!r}: {section!r} is a value, not a section.")
-    content[last] = _read_yaml(value, f"the value of override {override!r}")
+        inside = content[section]
+    check(isinstance(inside, dict | list), f"override {override!r}: {section!r} is a value, not a section.")
+    return inside
+
+
+def _number_of(items: list[Any], name: str, override: str) -> int:
+    """Returns the number of an item, which is named by its number or by its `name`."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if name in names:
+        return names.index(name)
+    check(
+        name.isdecimal() and int(name) < len(items),
+        f"override {override!r}: there is no {name!r} among {', '.join(map(str, names))}.",
+    )
+    return int(name)
 
 
 def _of_type(value: Any, hint: Any, name: str, where: str) -> Any:
@@ -219,6 +399,9 @@ def _of_type(value: Any, hint: Any, name: str, where: str) -> Any:
     Checks and converts the value of a key whose type is a number or a boolean. (In YAML 1.1, a number such as `1e-3` is
     a string.) Values of other types are returned unchanged; the function that receives them as arguments checks them.
     """
+    # In YAML 1.1, `no` is a boolean, but it is also the name of a strategy, such as that of saving.
+    if value is False and name.endswith("_strategy`"):
+        return "no"
     types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
     given = value
     if isinstance(value, str) and types & {int, float} and str not in types:

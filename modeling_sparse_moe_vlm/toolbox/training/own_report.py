@@ -1,0 +1,71 @@
+"""Scores of a model that was trained on own data, and an example to ask it about."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .own_evaluation import evaluate_rows, metrics_of, score_lines
+from .run_data import OwnRows
+
+
+class OwnReport:
+    """
+    The answers of a model to the rows for evaluation.
+
+    Args:
+        data ([`~toolbox.training.run_data.OwnRows`]):
+            The data of the run.
+        output_dir (`Path`):
+            Folder for the predictions.
+        task (`str`, *optional*):
+            Task, which chooses the metrics.
+        evaluation (`Mapping[str, Any]`):
+            The section `evaluation` of the recipe.
+
+    Raises:
+        ValueError: If a metric is unknown.
+    """
+
+    def __init__(self, data: OwnRows, output_dir: Path, task: str | None, evaluation: Mapping[str, Any]) -> None:
+        self.data, self.output_dir = data, output_dir
+        self.metrics = [] if data.eval is None else metrics_of(task, data.format, evaluation)
+        self.options = {key: value for key, value in evaluation.items() if key != "metrics"}
+        self.scores: dict[str, float] | None = None
+
+    def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
+        """
+        Scores the answers, and writes them to `predictions.jsonl`.
+
+        Returns:
+            `dict[str, Any]`: The scores as `eval`, or nothing without rows for evaluation.
+        """
+        if self.data.eval is None:
+            return {}
+        path = self.output_dir / "predictions.jsonl"
+        self.scores = evaluate_rows(model, processor, self.data.eval, path, metrics=self.metrics, **self.options)
+        return {"eval": self.scores}
+
+    def print_scores(self) -> None:
+        """Prints the scores."""
+        if self.scores is None:
+            print("\nThe model is not evaluated: name rows for evaluation with `data.eval` or `data.eval_split`.")
+        else:
+            assert self.data.eval is not None
+            print(f"\nScores on {len(self.data.eval)} rows for evaluation:\n{score_lines(self.scores)}")
+
+    def draw(self, model: Any, collator: Any) -> None:
+        """Writes `example.png`, the first image of the first row."""
+        if (image := self._first_row()["images"][:1]) != []:
+            image[0].convert("RGB").save(self.output_dir / "example.png")
+
+    def example(self) -> tuple[str, Path | None]:
+        """Returns the question of the first row, and the image that it is about, if it has one."""
+        row = self._first_row()
+        users = [message for message in row["messages"] if message["role"] == "user"]
+        texts = [part["text"] for part in users[0]["content"] if part["type"] == "text"] if users else []
+        return "".join(texts), self.output_dir / "example.png" if row["images"] else None
+
+    def _first_row(self) -> dict[str, Any]:
+        return next(iter(self.data.train if self.data.eval is None else self.data.eval))

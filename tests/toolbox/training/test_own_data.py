@@ -1,0 +1,338 @@
+"""Runs on own data: rows, losses, what trains in each stage, resuming, and errors."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
+from modeling_sparse_moe_vlm.toolbox.training import from_scratch, model_parts
+from modeling_sparse_moe_vlm.toolbox.training.recipe_run import TrainingRun
+from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
+from tests.support.models import TINY_DECODER
+from tests.support.processors import VOCAB_SIZE, make_processor, make_speaking_model, make_tokenizer
+from tests.toolbox.data.data_files import GREEN, RED, write_image, write_lines
+from tests.toolbox.upcycling.test_processors import make_llava_processor
+
+TRAINING = """
+training:
+  max_steps: 2
+  per_device_train_batch_size: 3
+  learning_rate: 1.0e-2
+  logging_steps: 1
+  save_strategy: steps
+  save_steps: 1
+  report_to: none
+  use_cpu: true
+  disable_tqdm: true
+"""
+STAGES = """
+stages:
+- {name: connector, parts: {connector: train, rest: freeze}}
+- {name: all, training: {max_steps: 3, learning_rate: 1e-3}}
+- {name: experts, parts: {experts: 5e-3, rest: freeze}, training: {max_steps: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Rows with and without images, a bad row, and a small model."""
+    folder = tmp_path_factory.mktemp("own")
+    write_image(folder / "red.png", (16, 16), RED)
+    write_image(folder / "green.png", (16, 16), GREEN)
+    rows = [{"image": f"{color}.png", "question": "a cat?", "answer": color} for color in ("red", "green")] * 3
+    rows += [{"question": "the mat", "answer": "sat " * 20}, {"question": "the cat", "answer": " "}]
+    write_lines(folder / "train.jsonl", rows)
+    write_lines(folder / "test.jsonl", rows[:2])
+    torch.manual_seed(0)
+    make_speaking_model().save_pretrained(folder / "model")
+    make_processor().save_pretrained(folder / "model")
+    return folder
+
+
+def write_recipe(folder: Path, text: str = "", name: str = "recipe") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"model: {folder / 'model'}\ndata: {{train: {folder / 'train.jsonl'}, on_bad_row: skip}}\n{TRAINING}{text}"
+    )
+    return path
+
+
+def run(recipe: Path, output_dir: Path, *overrides: str, resume: bool = False) -> TrainingRun:
+    training = TrainingRun(load_recipe(recipe, overrides), output_dir, resume)
+    training.print_model()
+    assert training.train()
+    return training
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def losses(checkpoint: Path) -> list[float]:
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_run_equals_a_trainer_with_the_same_rows(folder, tmp_path):
+    training = run(write_recipe(folder), tmp_path / "run")
+    assert isinstance(training.skipped.entries(), list)
+    (entry,) = map(json.loads, (tmp_path / "run/skipped_rows.jsonl").read_text().splitlines())
+    assert (entry["source"], entry["row"], entry["kind"]) == (str(folder / "train.jsonl"), 7, "empty answer")
+
+    rows = load_rows(folder / "train.jsonl", on_bad_row="skip")
+    assert [row["row"] for row in training.data.train] == [row["row"] for row in rows] == list(range(7))
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", output_router_logits=True)
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    arguments = TrainingArguments(
+        str(tmp_path / "plain"), remove_unused_columns=False, **load_recipe(write_recipe(folder)).training
+    )
+    trainer = Trainer(model, arguments, VisionLanguageCollator(processor), train_dataset=rows)
+    trainer.train()
+    expected = losses(tmp_path / "plain/checkpoint-2")
+    assert len(expected) == 2
+    assert losses(tmp_path / "run/checkpoints/checkpoint-2") == expected
+    assert_same(weights(tmp_path / "run/model"), weights(tmp_path / "plain/checkpoint-2"))
+
+
+def test_stages_train_their_parts_and_resume(folder, tmp_path, capsys):
+    """A run that stopped in the second stage, or before it, ends with the same weights and metrics."""
+    recipe = write_recipe(folder, STAGES, "stages")
+    output = tmp_path / "run"
+    training = run(recipe, output)
+    printed = capsys.readouterr().out
+    # The connector, all, and the experts, in parameters.
+    by_part = {part: sum(p.numel() for p in own.values()) for part, own in model_parts(make_speaking_model()).items()}
+    experts = sum(size for part, size in by_part.items() if part.startswith("experts."))
+    trained = [by_part["connector"], sum(by_part.values()), experts]
+    totals = [line.split() for line in printed.splitlines() if line.startswith("all  ")]
+    assert [total[2] for total in totals] == [f"{number:,}" for number in trained]
+    assert re.findall(r"^Stage (.*)$", printed, re.MULTILINE) == [
+        "connector:",
+        "all:",
+        "experts:",
+        "connector (1 of 3)",
+        "all (2 of 3)",
+        "experts (3 of 3)",
+    ]
+
+    models = [folder / "model", output / "stages/connector", output / "stages/all", output / "model"]
+    loaded = [dict(AutoModelForImageTextToText.from_pretrained(path).named_parameters()) for path in models]
+    parts = model_parts(make_speaking_model())
+    changed = [
+        {name for name in before if not torch.equal(before[name], after[name])}
+        for before, after in itertools.pairwise(loaded)
+    ]
+    assert changed[0] == set(parts["connector"])
+    assert {*parts["connector"], *parts["attention"], *parts["routers"]} <= changed[1]
+    assert changed[2] <= {name for part, own in parts.items() if part.startswith("experts.") for name in own}
+    assert changed[2]
+
+    metrics = training.metrics["stages"]
+    assert [(name, own["steps"], own["num_trained_parameters"]) for name, own in metrics.items()] == [
+        ("connector", 2, trained[0]),
+        ("all", 3, trained[1]),
+        ("experts", 1, trained[2]),
+    ]
+    for name, steps in (("connector", 2), ("all", 3), ("experts", 1)):
+        own = losses(output / f"checkpoints/{name}/checkpoint-{steps}")
+        assert metrics[name]["train_loss"] == pytest.approx(sum(own) / steps, abs=1e-3)
+    state = json.loads((output / "checkpoints/all/checkpoint-3/trainer_state.json").read_text())
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
+    assert rates == pytest.approx([1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
+
+    final = weights(output / "model")
+    stopped = tmp_path / "stopped"
+    for kept in ("checkpoint-1", None):
+        # The run was killed in the second stage: after its first step, or before its first checkpoint.
+        shutil.rmtree(stopped, ignore_errors=True)
+        shutil.copytree(output, stopped)
+        shutil.rmtree(stopped / "model")
+        shutil.rmtree(stopped / "checkpoints/experts")
+        for path in (stopped / "stages/all", *(stopped / "checkpoints/all").iterdir()):
+            if path.name != kept:
+                shutil.rmtree(path)
+        (stopped / "stages/all.json").unlink()
+        (stopped / "stages/experts.json").unlink()
+        resumed = run(recipe, stopped, resume=True)
+        where = "its start" if kept is None else str(stopped / "checkpoints/all/checkpoint-1")
+        printed = capsys.readouterr().out
+        assert f"The training resumes in the stage all from {where}." in printed
+        assert "Stage connector (1 of 3)" not in printed
+        assert_same(weights(stopped / "model"), final)
+        assert losses(stopped / "checkpoints/all/checkpoint-3") == losses(output / "checkpoints/all/checkpoint-3")
+        assert list(resumed.metrics["stages"]) == ["connector", "all", "experts"]
+        for name, own in resumed.metrics["stages"].items():
+            assert own["steps"] == metrics[name]["steps"]
+
+    # The resolved recipe gives the same result. A new run in the same folder starts from the beginning.
+    again = run(output / "recipe.yaml", stopped)
+    assert again.first == 0
+    assert_same(weights(stopped / "model"), final)
+    with pytest.raises(ValueError, match=r"There is no checkpoint in .*connector to resume from"):
+        TrainingRun(load_recipe(recipe), tmp_path / "new", resume=True)
+
+
+def test_stages_can_have_their_own_data(folder, tmp_path):
+    stages = f"stages: [{{name: a}}, {{name: b, data: {{train: {folder / 'test.jsonl'}}}}}]"
+    training = TrainingRun(load_recipe(write_recipe(folder, stages, "data"), ["training.max_steps=1"]), tmp_path)
+    assert len(training.data.train) == 7
+    assert training.train()
+    assert [row["source"] for row in training.data.train] == [str(folder / "test.jsonl")] * 2
+    assert training.data.data["on_bad_row"] == "skip"
+
+
+def test_limits_skip_rows_and_stop_batches(folder, tmp_path):
+    processor = make_processor()
+    rows = list(load_rows(folder / "train.jsonl", on_bad_row="skip"))
+    sizes = VisionLanguageCollator(processor)(rows).row_sizes
+    longest = max(size.tokens for size in sizes)
+    assert longest == sizes[6].tokens
+    training = TrainingRun(load_recipe(write_recipe(folder), [f"data.max_length={longest - 1}"]), tmp_path)
+    assert [row["row"] for row in training.data.train] == list(range(6))
+    assert [entry["row"] for entry in training.skipped.entries()] == [6, 7]
+    training = TrainingRun(load_recipe(write_recipe(folder), ["data.max_image_tokens=3"]), tmp_path)
+    assert [row["row"] for row in training.data.train] == [6]
+    with pytest.raises(BadRowError, match=r"train.jsonl, row 0: the row has 4 image tokens in 1 images, more than"):
+        TrainingRun(load_recipe(write_recipe(folder), ["data.max_image_tokens=3", "data.on_bad_row=error"]), tmp_path)
+    training = TrainingRun(load_recipe(write_recipe(folder), ["data.max_image_tokens_per_batch=4"]), tmp_path)
+    assert training.collator.max_image_tokens_per_batch == 4
+    with pytest.raises(ValueError, match=r"the batch has (8|12) image tokens, more than `max_image_tokens_per_batch`"):
+        training.train()
+
+
+def test_presets_are_trained_from_scratch_on_texts_and_pixels_of_the_data(folder, tmp_path):
+    overrides = ["model=tiny", "tokenizer.vocab_size=300", "data.max_length=40"]
+    training = TrainingRun(load_recipe(write_recipe(folder), overrides), tmp_path)
+    torch.manual_seed(0)
+    _, processor = from_scratch("tiny", load_rows(folder / "train.jsonl", on_bad_row="skip"), vocab_size=300)
+    assert training.processor.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert "Ġcat" in processor.tokenizer.get_vocab() or "cat" in processor.tokenizer.get_vocab()
+    # Half of the images is red, and half is green.
+    assert training.processor.image_processor.image_mean == pytest.approx([0.5, 0.5, 0], abs=1e-6)
+    assert processor.image_processor.image_mean == training.processor.image_processor.image_mean
+    stream = load_rows(folder / "train.jsonl", on_bad_row="skip", streaming=True)
+    _, other = from_scratch("tiny", stream, vocab_size=300)
+    assert other.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    assert other.image_processor.image_mean == processor.image_processor.image_mean
+
+
+def test_models_of_other_classes_and_language_models(folder, tmp_path, capsys):
+    """Their chat templates do not mark the turns of the assistant. A language model skips rows with images."""
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(**TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8})).save_pretrained(
+        tmp_path / "text"
+    )
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "text")
+    training = run(write_recipe(folder), tmp_path / "run", f"model={tmp_path / 'text'}")
+    assert [row["row"] for row in training.data.train] == [6]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").num_parameters() > 0
+    batch = training.collator(list(training.data.train))
+    targets = batch["labels"][batch["labels"] != -100]
+    assert tokenizer.decode(targets) == "sat " * 20 + "<|im_end|>"
+    training.evaluate()
+    training.draw()
+    training.print_how_to_load()
+    printed = capsys.readouterr().out
+    assert "AutoModelForCausalLM.from_pretrained" in printed
+    assert "content = 'the mat'" in printed
+    assert "Skipped bad rows: 7 (6 × cannot be processed, 1 × empty answer)" in printed
+    assert not (tmp_path / "run/example.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=5"], "`data.train` must be a text, such as a path, but got 5"),
+        (["data.image_root=5"], "`data.image_root` must be a text, such as a path, but got 5"),
+        (["data.train=gone.jsonl"], "there is no file or folder 'gone.jsonl'"),
+        (["data.eval={folder}/train.jsonl"], "`data.train` and the data for evaluation are the same (.*train.jsonl)"),
+        (["data.eval_split=test"], "`data.train` and the data for evaluation are the same"),
+        (["data.train={folder}", "data.eval={folder}"], "`data.train` and the data for evaluation are the same"),
+        (["data.train={folder}", "data.eval_split=dev"], "has no split 'dev': its splits are train, validation, test"),
+        (["data.streaming=true", "training.max_steps=-1"], "`data.streaming` needs `training.max_steps`"),
+        (["data.format=captions"], "all rows of .*train.jsonl are bad. Skipped bad rows: 8 .8 × missing field."),
+        (["data.on_bad_row=error"], "train.jsonl, row 7: the answer in messages.1. is empty"),
+        (["data.num_train=5"], r"`data` of the recipe .* has keys \['num_train'\], which a recipe cannot set"),
+        (["task=ocr"], "`task` must be one of vqa, captioning, .*, but got 'ocr'. .in the recipe"),
+        (["stages=a"], "`stages` of the recipe .* must be a list such as"),
+        (["stages=[a]"], "`stages` of the recipe .* must be a list such as .*, got 'a'"),
+        (["stages=[{name: a}, {name: a}]"], "`stages` of the recipe .* has 'a' twice"),
+        (["stages=[{name: a/b}]"], "`stages.0..name` must start with a letter .*, got 'a/b'"),
+        (["stages=[{name: a, model: b}]"], r"the stage 'a' of the recipe .* has keys \['model'\]; known ones are name"),
+        (["stages=[{name: a, training: {max_step: 1}}]"], r"`stages.a.training` of .* has keys \['max_step'\]"),
+        (["stages=[{name: a, training: {max_steps: x}}]"], "`stages.a.training.max_steps` must be a whole number"),
+        (["stages=[{name: a, parts: {routers: x}}]"], "`parts.routers` must be .*in the stage 'a' of the recipe"),
+        (["stages=[{name: a, parts: {experts: {audio: freeze}}}]"], "`parts.experts.audio` must .* .in the stage 'a'."),
+        (["stages=[{name: a}]", "stages.b.training.seed=1"], "there is no 'b' among a"),
+    ],
+)
+def test_mistakes(folder, tmp_path, overrides, message):
+    overrides = [override.replace("{folder}", str(folder)) for override in overrides]
+    with pytest.raises((ValueError, OSError), match=message):
+        TrainingRun(load_recipe(write_recipe(folder), overrides), tmp_path)
+
+
+def test_built_in_data_and_own_data_are_not_mixed(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: tiny\ndata: {num_train: 5}\nstages: [{name: a, data: {train: b.jsonl}}]")
+    with pytest.raises(ValueError, match=r"`stages.a.data` of the recipe .* has own data .`train`., but `data`"):
+        load_recipe(path)
+    path.write_text("model: tiny\ndata: {num_train: 5}\nstages: [{name: a, data: {num_train: 3}}]")
+    assert load_recipe(path).stages == [{"name": "a", "data": {"num_train": 3}}]
+
+
+def test_overrides_of_stages(folder):
+    overrides = ["stages.all.training.max_steps=7", "stages.0.parts.routers=freeze", "stages.2.data.max_length=9"]
+    recipe = load_recipe(write_recipe(folder, STAGES, "stages"), overrides)
+    assert recipe.stages == [
+        {"name": "connector", "parts": {"connector": "train", "rest": "freeze", "routers": "freeze"}},
+        {"name": "all", "training": {"max_steps": 7, "learning_rate": 0.001}},
+        {
+            "name": "experts",
+            "training": {"max_steps": 1},
+            "data": {"max_length": 9},
+            "parts": {"experts": 0.005, "rest": "freeze"},
+        },
+    ]
+
+
+def test_llava_trains_on_own_data(folder, tmp_path):
+    from transformers import LlamaConfig
+
+    from tests.support.in_tree_models import make_llava
+
+    torch.manual_seed(0)
+    make_llava(LlamaConfig(**TINY_DECODER | {"vocab_size": VOCAB_SIZE, "head_dim": 8})).save_pretrained(tmp_path / "m")
+    processor = make_llava_processor()
+    processor.chat_template = processor.chat_template.replace("{{ message['role'] }}:", "{{ message['role'] }}: ")
+    processor.chat_template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    processor.save_pretrained(tmp_path / "m")
+    training = run(write_recipe(folder), tmp_path / "run", f"model={tmp_path / 'm'}")
+    batch = training.collator([training.data.train[0]])
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]) == "red"
+    before, after = weights(tmp_path / "m"), weights(tmp_path / "run/model")
+    assert [name for name in before if torch.equal(before[name], after[name])] != list(before)
