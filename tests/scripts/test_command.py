@@ -123,7 +123,10 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--recipe", "nope"], "there is no file 'nope': pass a path, or one of the names demo, quickstart."),
+        (
+            ["train", "--recipe", "nope"],
+            "there is no file 'nope': pass a path, or one of the names demo, finetune, quickstart.",
+        ),
         (["train", "--set", "training.max_step=3"], "has keys ['max_step'], which a recipe cannot set"),
         (["train", "--set", "model=nope.json"], "there is no model "),
         (
@@ -133,7 +136,7 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
         (["info", "wrong"], "Field 'hidden_size' expected int, got str (value: 'wide')"),
         (["train", "--output-dir", "file"], "File exists: 'file'"),
         (["train", "--resume", "--output-dir", "new"], "There is no checkpoint in new/checkpoints to resume from"),
-        (["lora", "--recipe", "nope"], "one of the names all, attention, experts, image_experts."),
+        (["lora", "--recipe", "nope"], "one of the names all, attention, experts, finetune, image_experts."),
         (["lora", "--set", "lora.rank=3"], "has keys ['rank'], which a recipe cannot set"),
         (["lora", "--model", "outputs/none/model"], "There is no trained model 'outputs/none/model' yet: `make demo`"),
         (["evaluate", "--model", "outputs/none/model"], "no trained model 'outputs/none/model' yet"),

@@ -196,6 +196,8 @@ def with_small_recipe(arguments: list[str]) -> list[str]:
     """
     if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
         changes = {key: value for key, value in SMALL_RUN.items() if arguments[0] != "evaluate" or "data" in key}
+        if "--data" in arguments:  # own data
+            changes = {key: value for key, value in changes.items() if not key.startswith("data.")}
         arguments = [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
         if arguments[0] != "evaluate" and not any(argument.startswith("--output-dir") for argument in arguments):
             recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else DEFAULT[arguments[0]]
