@@ -72,6 +72,7 @@ BENCHMARKS = (
     Benchmark("expert_offload", "expert_offload"),
     Benchmark("throughput", "throughput"),
     Benchmark("expert_lora", "expert_lora"),
+    Benchmark("packing", "packing"),
     Benchmark("expert_pools", "expert_pools", is_long=True),
     Benchmark("upcycling", "upcycling", is_long=True),
     Benchmark("modality_ablation", "modality_ablation", is_long=True),

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..parallel_plans import is_one_of_several_processes
+from ..token_modalities import padding_mask
 from .expert_modules import our_experts_config
 
 # Ids of `mm_token_type_ids` in Transformers.
@@ -127,7 +128,7 @@ def count_tokens(model: PreTrainedModel, inputs: Mapping[str, Any], num_modaliti
                     placeholder = getattr(model.config, f"{name}_token_index", None)
                 if placeholder is not None:
                     ids = ids.masked_fill(input_ids == placeholder, number)
-    mask = inputs.get("attention_mask")
+    mask = padding_mask(inputs.get("attention_mask"), inputs.get("position_ids"), ids.shape)
     is_real = torch.ones_like(ids) if mask is None or mask.shape != ids.shape else (mask != 0).to(ids)
     return torch.zeros(num_modalities, dtype=torch.long, device=ids.device).index_add(
         0, ids.flatten().long(), is_real.flatten().long()

@@ -10,7 +10,7 @@ import torch
 from tests.scripts.conftest import SCRIPTS
 
 # Other benchmarks have their own tests.
-SPEED = ("throughput", "attention_readout", "moe_layer", "expert_lora", "expert_pools")
+SPEED = ("throughput", "attention_readout", "moe_layer", "expert_lora", "expert_pools", "packing")
 
 
 @pytest.fixture
@@ -152,6 +152,7 @@ METRICS = {
     },
     "moe_layer": {"forward_vs_best", "train_step_vs_best"},
     "expert_pools": {"validation_loss"},
+    "packing": {"padded_vs_packed", "tokens_per_second"},
 }
 
 
