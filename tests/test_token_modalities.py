@@ -10,7 +10,7 @@ from modeling_sparse_moe_vlm import (
     token_modalities,
 )
 from modeling_sparse_moe_vlm.routing import RoutingPlanner
-from modeling_sparse_moe_vlm.token_modalities import TokenModalities
+from modeling_sparse_moe_vlm.token_modalities import TokenModalities, padding_mask
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
 
 pytestmark = pytest.mark.newest
@@ -43,6 +43,22 @@ def planned(monkeypatch) -> list[TokenModalities]:
 
     monkeypatch.setattr(RoutingPlanner, "plan", plan)
     return given
+
+
+def test_padding_of_packed_sequences():
+    """Has negative positions. With several axes, the first one counts."""
+    positions = torch.tensor([[0, 1, -1], [0, 0, -1]])
+    expected = [[True, True, False], [True, True, False]]
+    axes = torch.stack([positions, torch.zeros_like(positions)])
+    for position_ids in (positions, axes):
+        assert TokenModalities.of((2, 3), None, None, NAMES, position_ids).is_real.tolist() == expected
+    assert padding_mask(None, positions[:1], (2, 3)).tolist() == [expected[0]] * 2
+    mask = torch.ones(2, 3)
+    assert padding_mask(mask, positions, (2, 3)) is mask
+    assert padding_mask(None, None, (2, 3)) is None
+    assert padding_mask(None, torch.tensor([[-1], [3]]), (2, 1)) is None, "a decoded token is not padding"
+    for other in (positions[:, :2], positions.expand(3, 2, 3)[:, 0], positions[0]):
+        assert padding_mask(None, other, (2, 3)) is None, "the decoder raises an error"
 
 
 def test_ids_and_padding():

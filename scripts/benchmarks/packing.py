@@ -5,9 +5,9 @@ Compares training steps on packed rows with training steps on padded rows, for r
 
 The rows are drawn as in mixed instruction data: 70 % have one image, 10 % have two, and 20 % have none. An image has 64
 tokens. The number of text tokens is log-normal with a median of 64 and a σ of 0.9, between 8 and 512, so most rows are
-short and a few are long. The batches, of 16 rows each, are random, without grouping by length. Both variants train on the
-same rows: `VisionLanguageCollator` pads them (the peer), or packs them with `packing=True`. A training step is forward and
-backward. The collator's own time is not measured, because it runs in worker processes.
+short and a few are long. The batches, of 16 rows each, are random, without grouping by length. Both variants train on
+the same rows: `VisionLanguageCollator` pads them (the peer), or packs them with `packing=True`. A training step is
+forward and backward. The collator's own time is not measured, because it runs in worker processes.
 
 `padded_vs_packed` is the time of the packed steps relative to that of the padded steps. `tokens_per_second` counts the
 tokens of the rows, without padding. The models are ours and a dense LLaVA of Transformers.

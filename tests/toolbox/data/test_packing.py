@@ -25,6 +25,7 @@ from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from tests.support import in_tree_models
 from tests.support.models import QUIET_TRAINING
 from tests.support.packed_rows import make_packer, make_rows
+from tests.support.packing_census import NO, NOT_RUN, YES, census
 from tests.support.processors import (
     VOCAB_SIZE,
     assistant,
@@ -331,6 +332,47 @@ def test_a_model_that_fails(processor, model, monkeypatch):
         check_packing(model, processor)
 
 
+@pytest.mark.parametrize(("share", "is_refused"), [(0.04, True), (0.01, False)])
+def test_a_small_effect_of_other_rows(processor, model, monkeypatch, share, is_refused):
+    """More than 2 % of the effect without separation is refused. Less can be rounding."""
+    forward = model.forward
+
+    def leaking_forward(**inputs):
+        outputs = forward(**inputs)
+        if "position_ids" in inputs:
+            counted = torch.arange(inputs["position_ids"].shape[1]).expand_as(inputs["position_ids"])
+            mixed = forward(**inputs | {"position_ids": counted})
+            outputs.logits = outputs.logits + share * (mixed.logits - outputs.logits)
+        return outputs
+
+    monkeypatch.setattr(model, "forward", leaking_forward)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"depend on the rows packed with it \(by 4% of the effect"):
+            check_packing(model, processor)
+    else:
+        check_packing(model, processor)
+
+
+@pytest.mark.parametrize("name", ["loss", "aux_loss"])
+def test_another_loss_is_refused(processor, model, monkeypatch, name):
+    forward = model.forward
+
+    def forward_with_another_loss(**inputs):
+        outputs = forward(**inputs)
+        if "position_ids" in inputs:
+            outputs[name] = 1.01 * outputs[name]
+        return outputs
+
+    monkeypatch.setattr(model, "forward", forward_with_another_loss)
+    with pytest.raises(ValueError, match=rf"not support packed rows: its `{name}` is \d"):
+        check_packing(model, processor)
+
+
+def test_models_in_half_precision(processor, model):
+    batch = VisionLanguageCollator(processor, packing=True, model=model.bfloat16())(ROWS)
+    assert batch["input_ids"].shape[0] > 1
+
+
 def test_a_template_that_fails(model):
     processor = make_processor(chat_template="{{ raise_exception('only one image') }}")
     with pytest.raises(ValueError, match=r"packing cannot be checked: a short row of the check fails: .*only one"):
@@ -341,6 +383,12 @@ def test_the_check_changes_nothing(processor):
     model = make_speaking_model(attention_dropout=0.5, router_bias_update_rate=0.1)
     model.train()
     model.model.vision_tower.eval()
+    bias = model.model.language_model.layers[0].mlp.gate.e_score_correction_bias
+
+    def change_buffer(*_) -> None:
+        bias.add_(1.0)
+
+    model.register_forward_pre_hook(change_buffer)
     modes = [module.training for module in model.modules()]
     state = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
@@ -425,3 +473,10 @@ def test_training_with_packed_rows_equals_training_with_padded_rows(processor, t
     for name, tensor in packed.items():
         torch.testing.assert_close(tensor, padded[name], atol=1e-5, rtol=1e-4, msg=name)
     assert any((tensor - start[name]).abs().max() > 1e-2 for name, tensor in packed.items())
+
+
+@pytest.mark.parametrize(("model_type", "outcome"), [("llava", YES), ("lfm3_vl", NO), ("blip-2", NOT_RUN)])
+def test_the_census(model_type, outcome):
+    ((name, found, reason),) = census([model_type])
+    assert (name, found) == (model_type, outcome)
+    assert ("does not support packed rows" in reason) == (outcome == NO)
