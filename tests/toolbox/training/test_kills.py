@@ -67,7 +67,13 @@ def train(run, streaming, moment):
     sys.addaudithook(watch)
     torch.manual_seed(0)
     trainer = make_trainer(
-        data, run, make_speaking_model(output_router_logits=True, **SETTINGS), streaming, max_steps=5, save_steps=1, save_total_limit=2
+        data,
+        run,
+        make_speaking_model(output_router_logits=True, **SETTINGS),
+        streaming,
+        max_steps=5,
+        save_steps=1,
+        save_total_limit=2,
     )
     try:
         checkpoint = last_whole_checkpoint(trainer.args)
