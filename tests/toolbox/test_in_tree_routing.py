@@ -140,6 +140,16 @@ def test_separate_routers_for_text_and_images_are_refused():
         passes_of(model, **make_inputs(model))
 
 
+def test_blocks_that_return_the_logits_themselves():
+    model = make_model("ernie4_5_vl_moe")
+    inputs = make_inputs(model) | {"moe_mm_token_type_ids": None}
+    (routed,), outputs = passes_of(model, **inputs, output_router_logits=True)
+    assert [layer.number for layer in routed.layout.layers] == [0, 1]
+    for layer, logits in zip(routed.layers, outputs.router_logits, strict=True):
+        assert torch.equal(layer.logits, logits)
+        assert torch.equal(layer.chosen, logits.topk(2, dim=-1).indices)
+
+
 def test_tokens_without_ids():
     config = make_qwen3_vl_moe().config
     embeddings = torch.zeros(2, 3, 8)

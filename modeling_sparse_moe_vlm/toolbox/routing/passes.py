@@ -104,25 +104,36 @@ def watch_passes(model: nn.Module, listener: Callable[[RoutedPass], None]) -> li
 
 
 @dataclass(frozen=True)
-class _Places:
-    """The modules that route, by name: routers, with the position of the logits in their output, and experts."""
+class Places:
+    """
+    The modules of a model that route, by name.
+
+    Args:
+        routers (`dict[str, tuple[nn.Module, int]]`): Routers, with the position of the logits in their output.
+        experts (`dict[str, nn.Module]`): Experts modules.
+        layers (`dict[str, int]`): Number of the layer of every module.
+    """
 
     routers: dict[str, tuple[nn.Module, int]]
     experts: dict[str, Any]
     layers: dict[str, int]
 
-    def layer_of_block(self) -> dict[str, int]:
+    def block_of(self, name: str) -> str:
+        """
+        Returns the name of the block of a router or an experts module. It is the parent of the module, or a block that
+        returns the router logits itself.
+        """
+        routers = [router for router in self.routers if f"{name}.".startswith(f"{router}.")]
+        around = [router for router in routers if any(other.startswith(f"{router}.") for other in self.experts)]
+        return around[0] if around else name.rpartition(".")[0]
+
+    def blocks(self) -> dict[str, int]:
         """Returns the number of the layer of each block, by the name of the block, in the order of the layers."""
-        blocks = {block_of(name): self.layers[name] for name in (*self.routers, *self.experts)}
+        blocks = {self.block_of(name): self.layers[name] for name in (*self.routers, *self.experts)}
         return dict(sorted(blocks.items(), key=lambda item: item[1]))
 
 
-def block_of(name: str) -> str:
-    """Returns the name of the block that contains a router or an experts module."""
-    return name.rpartition(".")[0]
-
-
-def find_routers(model: PreTrainedModel) -> _Places:
+def find_routers(model: PreTrainedModel) -> Places:
     """Finds the routers and the experts modules in the decoder of a model."""
     recorders = [
         recorder
@@ -141,7 +152,7 @@ def find_routers(model: PreTrainedModel) -> _Places:
                 routers[name] = module, recorder.index
         if uses_experts_interface(module):
             experts[name] = module
-    return _Places(routers, experts, layers_of_modules(model))
+    return Places(routers, experts, layers_of_modules(model))
 
 
 def _recorders(outputs: Mapping[str, Any]) -> list[OutputRecorder]:
@@ -154,7 +165,7 @@ def _recorders(outputs: Mapping[str, Any]) -> list[OutputRecorder]:
 
 def _watch_in_tree(model: Any, listener: Callable[[RoutedPass], None]) -> list[RemovableHandle]:
     places = find_routers(model)
-    blocks = places.layer_of_block()
+    blocks = places.blocks()
     if not blocks:
         return []
     tokens: dict[str, Any] = {}
@@ -167,24 +178,24 @@ def _watch_in_tree(model: Any, listener: Callable[[RoutedPass], None]) -> list[R
         chosen.clear()
         tokens.update(dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs)
 
-    def read_router(name: str, index: int) -> Callable[..., None]:
+    def read_router(block: str, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             parts = output if isinstance(output, tuple) else (output,)
             values = parts[index].detach()
             values = values.reshape(-1, values.shape[-1])
-            logits[block_of(name)] = values
+            logits[block] = values
             indices = [part for part in parts if torch.is_tensor(part) and _are_choices(part, values)]
             if indices:
-                chosen.setdefault(block_of(name), indices[-1].reshape(len(values), -1))
+                chosen.setdefault(block, indices[-1].reshape(len(values), -1))
 
         return hook
 
-    def read_experts(name: str) -> Callable[..., None]:
+    def read_experts(block: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = [*args, *kwargs.values()]
             indices = [value for value in given if torch.is_tensor(value) and not value.is_floating_point()]
             if len(indices) == 1 and indices[0].dim() == 2:
-                chosen[block_of(name)] = indices[0]
+                chosen[block] = indices[0]
 
         return hook
 
@@ -194,9 +205,12 @@ def _watch_in_tree(model: Any, listener: Callable[[RoutedPass], None]) -> list[R
 
     handles = [
         model.register_forward_pre_hook(begin, with_kwargs=True),
-        *(router.register_forward_hook(read_router(name, index)) for name, (router, index) in places.routers.items()),
         *(
-            experts.register_forward_pre_hook(read_experts(name), with_kwargs=True)
+            router.register_forward_hook(read_router(places.block_of(name), index))
+            for name, (router, index) in places.routers.items()
+        ),
+        *(
+            experts.register_forward_pre_hook(read_experts(places.block_of(name)), with_kwargs=True)
             for name, experts in places.experts.items()
         ),
         model.register_forward_hook(finish),
@@ -211,7 +225,7 @@ def _are_choices(value: torch.Tensor, logits: torch.Tensor) -> bool:
 
 def _routed_pass(
     model: PreTrainedModel,
-    places: _Places,
+    places: Places,
     blocks: Mapping[str, int],
     arguments: Mapping[str, Any],
     logits: Mapping[str, torch.Tensor],
@@ -257,15 +271,15 @@ def _best_first(chosen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return chosen.gather(1, order)
 
 
-def _num_experts(places: _Places, block: str, scores: torch.Tensor | None) -> int:
+def _num_experts(places: Places, block: str, scores: torch.Tensor | None) -> int:
     if scores is not None:
         return scores.shape[-1]
-    return next(int(module.num_experts) for name, module in places.experts.items() if block_of(name) == block)
+    return next(int(module.num_experts) for name, module in places.experts.items() if places.block_of(name) == block)
 
 
-def _experts_per_token(model: PreTrainedModel, places: _Places, block: str) -> int:
+def _experts_per_token(model: PreTrainedModel, places: Places, block: str) -> int:
     """Returns the number of experts per token of a router that does not return which experts it chose."""
-    routers = [module for name, (module, _) in places.routers.items() if block_of(name) == block]
+    routers = [module for name, (module, _) in places.routers.items() if places.block_of(name) == block]
     config = model.config.get_text_config()
     candidates = [getattr(router, "top_k", None) for router in routers]
     candidates += [getattr(config, name, None) for name in CHOSEN_EXPERTS]

@@ -3,7 +3,10 @@
 import base64
 import hashlib
 import html
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -11,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import MixtralConfig
 
+from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.toolbox.app.answers import NO_EXPERTS, Answer
-from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
 from modeling_sparse_moe_vlm.toolbox.model_size import ModelSize
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingCounts, measure_routing
 from modeling_sparse_moe_vlm.toolbox.routing.layout import (
@@ -22,6 +27,7 @@ from modeling_sparse_moe_vlm.toolbox.routing.layout import (
     RoutingLayout,
     statistics_by_layer,
 )
+from modeling_sparse_moe_vlm.toolbox.routing.passes import watch_passes
 from modeling_sparse_moe_vlm.toolbox.routing.report import routing_report
 from modeling_sparse_moe_vlm.toolbox.routing.report.charts import line_chart
 from modeling_sparse_moe_vlm.toolbox.routing.report.colours import LOAD_SCALE, LOAD_STOPS, cell_style, gradient, scale
@@ -42,7 +48,7 @@ from modeling_sparse_moe_vlm.toolbox.routing.report.page import (
     pairs_of,
     top_pairs,
 )
-from tests.support.in_tree_models import make_llava
+from tests.support.in_tree_models import TEXT, make_llava
 from tests.support.in_tree_moe import make_mixtral
 from tests.support.processors import (
     VOCAB_SIZE,
@@ -229,6 +235,64 @@ def test_of_a_language_model_of_transformers():
     text = Page(report.to_html()).text
     assert "No row has images, so there are no image tokens to draw and no attention to images." in text
     assert "mixtral (MixtralForCausalLM)" in text
+
+
+class PlainProcessor(SparseMoeVlmProcessor):
+    """Returns no modality ids, which a LLaVA does not accept."""
+
+    def apply_chat_template(self, *args, **kwargs):
+        inputs = super().apply_chat_template(*args, **kwargs)
+        inputs.pop("mm_token_type_ids", None)
+        return inputs
+
+
+def test_images_of_a_mixture_of_experts_of_transformers():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB_SIZE, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}
+    model = speak_printably(make_llava(MixtralConfig(**TEXT | sizes)).eval())
+    processor = make_processor()
+    processor.__class__ = PlainProcessor
+    report = routing_report(model, processor, make_rows(3), num_examples=1, max_new_tokens=3)
+    assert report.layout.modalities == BOTH
+    assert report.counts.tokens[1] == 8  # two images of four tokens
+    assert report.counts.wanted[:, 1].sum(dim=-1).tolist() == [16, 16]
+    (example,) = report.examples
+    answer = example.answer
+    assert (answer.alpha_note, answer.heat_note, answer.experts_note) == ("", "", "")
+    assert len(answer.alpha) == len(answer.words) > 0
+    assert answer.heat[0].sum() == pytest.approx(1.0)
+    assert answer.groups == [[("experts", 4)]] * 2
+    # The same experts as in a pass over this row.
+    found = []
+    handles = watch_passes(model, found.append)
+    with torch.no_grad():
+        model(**processor.apply_chat_template(
+            [make_rows(1)[0]["messages"]], tokenize=True, return_dict=True, return_tensors="pt"
+        ))  # fmt: skip
+    for handle in handles:
+        handle.remove()
+    expected = [layer.chosen[found[0].ids == 1, 0].view(2, 2).tolist() for layer in found[0].layers]
+    assert answer.experts[0].tolist() == expected
+
+
+def test_rows_that_broke_after_they_were_loaded(tmp_path):
+    """With `on_bad_row="skip"`, they are left out and the others keep their names."""
+    for i in range(3):
+        make_image(i).save(tmp_path / f"{i}.png")
+    rows = [json.dumps({"image": f"{i}.png", "question": "Why?", "answer": "yes"}) for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    for policy in ("skip", "error"):
+        loaded = load_rows(tmp_path / "rows.jsonl", on_bad_row=policy)
+        (tmp_path / "1.png").write_bytes(b"no image")
+        if policy == "skip":
+            report = routing_report(make_speaking_model(), make_processor(), loaded, batch_size=1, max_new_tokens=1)
+            assert report.num_rows == 2
+            names = [example.row.name.rpartition(", ")[2] for example in report.examples]
+            assert names == ["row 0", "row 2"]
+            make_image(1).save(tmp_path / "1.png")
+        else:
+            with pytest.raises(BadRowError, match=r"rows\.jsonl, row 1"):
+                routing_report(make_speaking_model(), make_processor(), loaded)
 
 
 def test_mistakes():
@@ -466,3 +530,18 @@ def test_line_charts():
 def test_axes_have_round_labels(highest, labels):
     chart = line_chart([0, 1], {"text": [0.0, highest]}, "violation")
     assert re.findall(r'text-anchor="end">([\d.]+)<', chart) == labels
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)")
+def test_a_browser_shows_one_layer_at_a_time(tmp_path):
+    """The policy of the page allows its script, which hides the other layers."""
+    (tmp_path / "report.html").write_text(evil_report().to_html(), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, *options, "--dump-dom", (tmp_path / "report.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    parts = re.findall(r'data-of-layer="(\d)"( hidden="")?', shown)
+    assert parts == [("1", ""), ("5", ' hidden=""')] * 3
+    assert re.findall(r'data-layer="(\d)" aria-pressed="(\w+)"', shown) == [("1", "true"), ("5", "false")] * 2
