@@ -70,6 +70,7 @@ def test_quick_examples_run(trained, tmp_path, monkeypatch, capsys):
         else:
             subprocess.run(example, shell=True, check=True)
     written = {"explanation.png", "expert_load.png", "routing.json", "rows.jsonl", "map.json"}
+    written |= {"report.html", "routing-report.html"}
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == written
 
 

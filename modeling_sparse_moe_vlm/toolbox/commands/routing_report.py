@@ -2,7 +2,8 @@
 Reports how a model distributes the tokens of a dataset over its experts, as a table and as an HTML page.
 
     sparse-moe-vlm routing-report outputs/demo/model                                # held-out scenes of the demo
-    sparse-moe-vlm routing-report outputs/demo/model data.jsonl --output report.html
+    echo '{"question": "How many legs does a spider have?", "answer": "8"}' > rows.jsonl
+    sparse-moe-vlm routing-report outputs/demo/model rows.jsonl --output report.html
     sparse-moe-vlm routing-report Qwen/Qwen3-VL-30B-A3B-Instruct images/ --max-rows 500
     sparse-moe-vlm routing-report outputs/demo/model --output expert_load.png       # only the load of the experts
     sparse-moe-vlm routing-report outputs/demo/model --json > routing.json          # for `place --routing`
