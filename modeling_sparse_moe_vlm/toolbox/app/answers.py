@@ -13,7 +13,7 @@ from .recording import Recording
 
 NO_IMAGE = "There is no image in the conversation."
 NO_ATTENTION = "This model does not return its attention matrices, so its attention to the image is not known."
-NO_EXPERTS = "This model has no routed experts. `sparse-moe-vlm upcycle` makes a model that has them."
+NO_EXPERTS = "This model has no experts of this package. `sparse-moe-vlm upcycle` makes a model that has them."
 
 
 @dataclass

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...experts_config import SparseMoeVlmExpertsConfig
+from ...routing import LayerRouting
+from ...token_modalities import TokenModalities
 from ..expert_modules import base_model_of
-from ..routing.passes import RoutedPass, watch_passes
+from ..routing.watch import watch_routing
 
 
 @dataclass
@@ -73,7 +76,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 def recording(model: nn.Module) -> Iterator[Recording]:
     """
     Context manager that records the attention and the routing of a model with one row per batch. It records attention
-    only with the eager implementation.
+    only with the eager implementation, and routing only for the experts of this package.
 
     Args:
         model (`nn.Module`):
@@ -97,15 +100,16 @@ def recording(model: nn.Module) -> Iterator[Recording]:
         # With `output_attentions`, `generate` would keep the matrices of all layers.
         return output[0], last, *output[2:]
 
-    def listen(routed: RoutedPass) -> None:
+    def listen(config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]) -> None:
         if not record.experts:  # the first pass, which runs the prompt
-            record.experts = [layer.chosen[:, 0].cpu() for layer in routed.layers]
-            record.layers = [layer.number for layer in routed.layout.layers]
+            record.experts = [layer.chosen[:, 0].cpu() for layer in layers]
+            record.layers = config.sparse_layers
             record.groups = [
-                [(group.name, group.num_experts) for group in layer.groups] for layer in routed.layout.layers
+                [(group.name, group.num_experts) for group in config.layer_expert_groups(layer, always_on=False)]
+                for layer in config.sparse_layers
             ]
 
-    handles = [decoder.register_forward_pre_hook(begin), *watch_passes(model, listen)]
+    handles = [decoder.register_forward_pre_hook(begin), *watch_routing(model, listen)]
     handles += [module.register_forward_hook(keep) for module in decoder.modules() if hasattr(module, "layer_idx")]
     try:
         yield record

@@ -30,6 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .data_options import FORMAT_NAMES
 from .mistakes import mistakes_in_one_line
 from .options import DEMO_MODEL, add_json_option, trained_model
 
@@ -41,8 +42,6 @@ CELL_SIZE = 16
 BATCH_SIZE = 16
 PAGE = "routing-report.html"
 PAGE_SUFFIXES = (".html", ".htm")
-# The names of `toolbox.data.formats`, which takes seconds to import.
-FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
 OPTIONS_OF_DATA = ("format", "image_root", "split", "subset", "max_rows", "on_bad_row", "bad_rows")
 SCENES = "held-out scenes of the demo"
 

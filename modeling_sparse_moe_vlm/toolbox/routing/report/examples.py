@@ -6,17 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ....image_reading import read_images
 from ...app.answers import Answer
 from ...app.chat_model import ChatModel
+from ...app.generation import Generation
 from ...app.loading import read_attention_matrices
 from ...app.recording import decoder_of
 from ...app.settings import Settings
 from ...data.rows import IMAGE_KEYS, row_name, with_images
 from ...expert_modules import base_model_of
+from ..passes import RoutedPass, watch_passes
 from .contents import Example, ShownRow
 
 Rows = Sequence[Mapping[str, Any]]
@@ -59,18 +62,43 @@ def draw_examples(model: Any, processor: Any, rows: Rows, numbers: Sequence[int]
     Returns:
         `list[Example]`: The answers. If the model cannot answer a row, the notes of the answer say why.
     """
-    chat, settings = ChatModel(model, processor), Settings(max_new_tokens=max_new_tokens)
+    chat, settings = _Chat(model, processor), Settings(max_new_tokens=max_new_tokens)
+    handles = watch_passes(model, chat.passes.append)
     examples = []
-    with _attention_matrices(model):
-        for number in tqdm(numbers, desc="Drawing examples", unit="row", disable=not numbers):
-            shown = shown_row(rows[number], number)
-            try:
-                answer = chat.answer(_prompt_of(rows[number], number, shown), settings)
-            except ValueError as error:
-                note = f"The model cannot answer this row: {error}"
-                answer = Answer("", alpha_note=note, heat_note=note, experts_note=note)
-            examples.append(Example(shown, answer))
+    try:
+        with _attention_matrices(model):
+            for number in tqdm(numbers, desc="Drawing examples", unit="row", disable=not numbers):
+                shown = shown_row(rows[number], number)
+                chat.passes.clear()
+                try:
+                    answer = chat.answer(_prompt_of(rows[number], number, shown), settings)
+                except ValueError as error:
+                    note = f"The model cannot answer this row: {error}"
+                    answer = Answer("", alpha_note=note, heat_note=note, experts_note=note)
+                examples.append(Example(shown, answer))
+    finally:
+        for handle in handles:
+            handle.remove()
     return examples
+
+
+class _Chat(ChatModel):
+    """A model for chatting whose answers also have the experts of mixtures of experts of Transformers."""
+
+    def __init__(self, model: Any, processor: Any):
+        super().__init__(model, processor)
+        self.passes: list[RoutedPass] = []  # of the answer in progress
+
+    def _explained(self, generation: Generation, inputs: Mapping[str, Any], images: Sequence[Image.Image]) -> Answer:
+        if self.passes:
+            prompt = self.passes[0]
+            record = generation.recording
+            record.experts = [layer.chosen[:, 0].cpu() for layer in prompt.layers]
+            record.layers = [layer.number for layer in prompt.layout.layers]
+            record.groups = [
+                [(group.name, group.num_experts) for group in layer.groups] for layer in prompt.layout.layers
+            ]
+        return super()._explained(generation, inputs, images)
 
 
 def spread_evenly(numbers: Sequence[int], size: int) -> list[int]:
