@@ -14,6 +14,12 @@ class SparseMoeVlmForImageTextRetrieval(ImageTextRetrievalMixin, SparseMoeVlmPre
     The weights of a [`SparseMoeVlmForConditionalGeneration`] can be loaded: `from_pretrained` initialises only the
     learned scale (and bias) of the loss. [`~toolbox.retrieval.to_retrieval`] does the same with a model in memory.
 
+    Args:
+        config ([`SparseMoeVlmRetrievalConfig`]):
+            Configuration of the model.
+        model ([`SparseMoeVlmModel`], *optional*):
+            The model that computes the hidden states. By default, a new one is created.
+
     ```python
     >>> from transformers import AutoModel, AutoProcessor
     >>> from modeling_sparse_moe_vlm.toolbox.retrieval import retrieval_inputs
@@ -28,9 +34,9 @@ class SparseMoeVlmForImageTextRetrieval(ImageTextRetrievalMixin, SparseMoeVlmPre
 
     config: SparseMoeVlmRetrievalConfig
 
-    def __init__(self, config: SparseMoeVlmRetrievalConfig):
+    def __init__(self, config: SparseMoeVlmRetrievalConfig, model: SparseMoeVlmModel | None = None):
         super().__init__(config)
-        self.model = SparseMoeVlmModel(config)
+        self.model = SparseMoeVlmModel(config) if model is None else model
         self.add_head()
         self.post_init()
 

@@ -124,7 +124,7 @@ class UpcycledMixin(ExpertsHost):
         the sparse blocks. They do not apply to the sparse blocks: see [`ExpertsHost.library_conversions`].
         """
         with torch.device("meta"), no_init_weights():
-            base = _base_of(type(self))(_dense_config(self.config))
+            base = self.dense_class()(_dense_config(self.config))
         of_base = get_model_conversion_mapping(base, add_legacy=False)
         own = {signature(step) for step in get_model_conversion_mapping(self, add_legacy=False)}
         legacy = {signature(step) for step in get_model_conversion_mapping(base, add_legacy=True)[len(of_base) :]}
@@ -132,6 +132,10 @@ class UpcycledMixin(ExpertsHost):
         asked_for = [step for step in others if signature(step) not in legacy]
         of_library = [*of_base, *(step for step in others if signature(step) in legacy)]
         return [*asked_for, *keep_names(of_library, own_names(self), self.base_model_prefix)]
+
+    def dense_class(self) -> Any:
+        """Returns the class of the base model, whose tensors have the same names except for the sparse blocks."""
+        return _base_of(type(self))
 
     def init_parallel_plans(self) -> None:
         """Same as in Transformers, but adds plans for the experts."""

@@ -27,7 +27,7 @@ _FILES: dict[str, Any] = {
     },
     "config_sentence_transformers.json": {
         "model_type": "SentenceTransformer",
-        "prompts": {},
+        "prompts": {"query": "", "document": ""},
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     },

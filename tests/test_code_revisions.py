@@ -26,11 +26,13 @@ PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
 # Files that only upcycled models need.
 OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
+OF_UPCYCLED_RETRIEVAL = {"configuration_upcycled_retrieval", "modeling_upcycled_retrieval"}
 # Files that only retrieval models need.
 OF_RETRIEVAL = {
     "configuration_retrieval",
     "contrastive",
     "modeling_retrieval",
+    "retrieval_config",
     "retrieval_head",
     "sentence_transformers_files",
 }
@@ -225,7 +227,7 @@ def test_configurations_are_saved_with_all_files_of_the_model(start):
     """Transformers identifies a revision by its files, so both entry files need the same ones to share classes."""
     entry = PACKAGE / f"{start}_sparse_moe_vlm.py"
     files = {Path(path).stem for path in get_relative_import_files(entry)}
-    others = {"__init__", "fusion", *OF_THE_PROCESSOR, *OF_UPCYCLED}
+    others = {"__init__", "fusion", *OF_THE_PROCESSOR, *OF_UPCYCLED, *OF_UPCYCLED_RETRIEVAL}
     assert files == {path.stem for path in PACKAGE.glob("*.py")} - others - OF_RETRIEVAL
     of_retrieval = {Path(path).stem for path in get_relative_import_files(PACKAGE / f"{start}_retrieval.py")}
     assert of_retrieval == {path.stem for path in PACKAGE.glob("*.py")} - others

@@ -6,11 +6,13 @@ import os
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import modeling_upcycled
 from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
+from ..configuration_upcycled_retrieval import TYPE_SUFFIX, retrieval_config_class
+from ..modeling_upcycled_retrieval import retrieval_model_class
 
 # Prefix of the model types of upcycled models.
 TYPE_PREFIX = f"{PREFIX.lower()}_"
@@ -26,8 +28,13 @@ def use_installed_code(checkpoint: str | os.PathLike) -> None:
             Folder of the checkpoint, path to its configuration file, or its name on the Hub.
     """
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type", "")
-    if model_type.startswith(TYPE_PREFIX):
-        register(upcycled_config_class(CONFIG_MAPPING[model_type.removeprefix(TYPE_PREFIX)]))
+    if not model_type.startswith(TYPE_PREFIX):
+        return
+    base_type = model_type.removeprefix(TYPE_PREFIX)
+    if base_type in CONFIG_MAPPING:
+        register(upcycled_config_class(CONFIG_MAPPING[base_type]))
+    else:
+        register_retrieval(retrieval_config_class(CONFIG_MAPPING[base_type.removesuffix(TYPE_SUFFIX)]))
 
 
 def register(config_class: Any) -> None:
@@ -39,3 +46,9 @@ def register(config_class: Any) -> None:
         if auto_class != AutoConfig.__name__:
             model_class = getattr(modeling_upcycled, name.rpartition(".")[2])
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+
+
+def register_retrieval(config_class: Any) -> None:
+    """Registers the configuration class of upcycled retrieval models with the auto classes."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, retrieval_model_class(config_class), exist_ok=True)

@@ -1,5 +1,6 @@
 """Retrieval models in trainers, in several processes, with adapters, and without this package."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from torch.nn.utils import parameters_to_vector
 from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm.toolbox.data import RetrievalCollator
+from modeling_sparse_moe_vlm.toolbox.evaluation import embed
+from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from tests.support.models import QUIET_TRAINING
 from tests.support.processes import run_in_processes
-from tests.support.processors import make_image, make_processor
+from tests.support.processors import make_image, make_processor, make_tokenizer, user
 from tests.support.retrieval import make_pairs, make_retrieval_model
+from tests.support.upcycled import make_dense_inputs, make_few_experts
 
 pytestmark = pytest.mark.newest
 
@@ -158,6 +162,8 @@ assert "modeling_sparse_moe_vlm" not in sys.modules
 def test_checkpoints_contain_all_code_that_they_need(tmp_path):
     collate = RetrievalCollator(make_processor())
     models = {"own": (make_retrieval_model({"output_router_logits": True}), collate(make_pairs()))}
+    batch = make_dense_inputs("qwen3_vl") | {"labels": torch.tensor([7, 7]), "is_document": torch.tensor([False, True])}
+    models["upcycled"] = (to_retrieval(make_few_experts("qwen3_vl"), make_tokenizer()), batch)
     for name, (model, batch) in models.items():
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
@@ -172,3 +178,43 @@ def test_checkpoints_contain_all_code_that_they_need(tmp_path):
     for name in models:
         files = [{path.name for path in (tmp_path / folder).iterdir()} for folder in (name, f"{name}-again")]
         assert files[0] == files[1]
+
+
+def test_sentence_transformers_gives_the_same_embeddings(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model, processor = make_retrieval_model(matryoshka_dims=[8]), make_processor()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    assert encoder.get_embedding_dimension() == 32
+    items = [
+        "the cat",
+        make_image(1),
+        {"image": make_image(2), "text": "a mat"},
+        {"text": "mat", "image": make_image(3)},
+    ]
+    for batch in (items, items[:1], items[1:2], items[2:3], items[3:], [[user("the cat", make_image(4))]]):
+        encoded = encoder.encode(batch, convert_to_tensor=True)
+        torch.testing.assert_close(encoded, embed(model, processor, batch), atol=2e-6, rtol=1e-4)
+    texts = encoder.encode(["the cat", "<image>"], convert_to_tensor=True)  # a typed image token is a text
+    torch.testing.assert_close(texts, embed(model, processor, ["the cat", "<image>"]), atol=2e-6, rtol=1e-4)
+    truncated = encoder.encode(items, truncate_dim=8, normalize_embeddings=True, convert_to_tensor=True)
+    expected = embed(model, processor, items, embedding_size=8)
+    torch.testing.assert_close(truncated, expected, atol=3e-6, rtol=1e-4)
+    torch.testing.assert_close(encoder.similarity(truncated, truncated), expected @ expected.T, atol=1e-5, rtol=1e-4)
+    encoder.save_pretrained(str(tmp_path / "again"))
+    again = sentence_transformers.SentenceTransformer(str(tmp_path / "again"), trust_remote_code=True, device="cpu")
+    assert torch.equal(again.encode(items, convert_to_tensor=True), encoder.encode(items, convert_to_tensor=True))
+
+
+def test_files_of_sentence_transformers_that_a_user_has_changed_are_kept(tmp_path):
+    model = make_retrieval_model()
+    model.save_pretrained(tmp_path)
+    settings = tmp_path / "config_sentence_transformers.json"
+    assert json.loads(settings.read_text())["similarity_fn_name"] == "cosine"
+    settings.write_text('{"prompts": {"query": "Find: "}}')
+    model.save_pretrained(tmp_path)
+    assert json.loads(settings.read_text()) == {"prompts": {"query": "Find: "}}
+    assert (tmp_path / "model.safetensors").exists()
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "modules.json").exists()

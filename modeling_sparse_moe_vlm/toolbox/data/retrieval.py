@@ -51,17 +51,13 @@ def retrieval_inputs(
     if names is None:
         names = [f"items[{number}]" for number in range(len(items))]
     conversations = [_as_messages(item, name) for item, name in zip(items, names, strict=True)]
-    kwargs: dict[str, Any] = {"padding_side": "right", "add_generation_prompt": True}
-    try:
-        return apply_chat_template(processor, dict(enumerate(conversations)), **kwargs)
-    except Exception:
-        # Processes the items one by one to find the one that failed.
-        for name, conversation in zip(names, conversations, strict=True):
-            try:
-                apply_chat_template(processor, {0: conversation}, **kwargs)
-            except Exception as error:
-                raise ValueError(f"{name} cannot be processed: {error.__cause__ or error}") from error
-        raise
+    return apply_chat_template(
+        processor,
+        dict(enumerate(conversations)),
+        padding_side="right",
+        names=dict(enumerate(names)),
+        add_generation_prompt=True,
+    )
 
 
 def _as_messages(item: Any, name: str) -> list[dict[str, Any]]:

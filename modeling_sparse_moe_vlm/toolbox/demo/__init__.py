@@ -2,6 +2,7 @@
 
 from .conversations import conversations
 from .emoji import emoji_questions, load_emoji
+from .pairs import scene_pairs
 from .scenes import load_scenes, scenes, to_messages
 from .tokenizer import train_tokenizer
 
@@ -10,6 +11,7 @@ __all__ = [
     "emoji_questions",
     "load_emoji",
     "load_scenes",
+    "scene_pairs",
     "scenes",
     "to_messages",
     "train_tokenizer",

@@ -264,6 +264,27 @@ def to_messages(example: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_scene(scene: Sequence[str], columns: int) -> str:
+    """
+    Returns a description of a scene, such as `"cat and nothing above dog and pizza"`.
+
+    Args:
+        scene (`Sequence[str]`):
+            Names of the emoji in reading order, `""` for an empty cell.
+        columns (`int`):
+            Number of columns of the grid.
+
+    Returns:
+        `str`: The description, from top to bottom.
+    """
+    return " above ".join(_describe_row(scene, row, columns) for row in range(len(scene) // columns))
+
+
+def _describe_row(scene: Sequence[str], row: int, columns: int) -> str:
+    names = [name or "nothing" for name in scene[row * columns : (row + 1) * columns]]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
 class _Draft(NamedTuple):
     scene: tuple[str, ...]
     question: str
@@ -345,12 +366,11 @@ class _SceneWriter:
     def _row(self, rng: random.Random, turn: int) -> _Draft:
         row = turn % self.rows
         scene = self._fill(rng, {}, self.names, empty=DESCRIBED_EMPTY)
-        return _Draft(scene, f"What is in row {row + 1}?", self._describe_row(scene, row))
+        return _Draft(scene, f"What is in row {row + 1}?", _describe_row(scene, row, self.columns))
 
     def _caption(self, rng: random.Random, turn: int) -> _Draft:
         scene = self._fill(rng, {}, self.names, empty=DESCRIBED_EMPTY)
-        rows = [self._describe_row(scene, row) for row in range(self.rows)]
-        return _Draft(scene, "Describe the picture.", " above ".join(rows))
+        return _Draft(scene, "Describe the picture.", describe_scene(scene, self.columns))
 
     def _fill(
         self, rng: random.Random, placed: dict[int, str], names: list[str], empty: float | None = None
@@ -377,10 +397,6 @@ class _SceneWriter:
 
     def _others(self, name: str) -> list[str]:
         return [other for other in self.names if other != name]
-
-    def _describe_row(self, scene: tuple[str, ...], row: int) -> str:
-        names = [name or "nothing" for name in scene[row * self.columns : (row + 1) * self.columns]]
-        return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _yes_or_no(turn: int) -> str:

@@ -8,16 +8,21 @@ import torch
 from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.initialization import no_init_weights
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...checks import check
 from ...configuration_retrieval import SparseMoeVlmRetrievalConfig
+from ...configuration_upcycled_retrieval import retrieval_config_class
 from ...modeling_retrieval import SparseMoeVlmForImageTextRetrieval
+from ...modeling_upcycled_retrieval import retrieval_model_class
 from ..data.retrieval import retrieval_inputs
 
 # Images of these sizes (width and height) get the same prompt if the number of image tokens is fixed.
 PROBE_SIZES = ((64, 64), (96, 32), (300, 500))
 # Fields of a configuration that belong to its class.
 OWN_FIELDS = ("model_type", "auto_map", "architectures", "transformers_version")
+# Attributes of configurations that are not saved.
+IMPLEMENTATIONS = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
 def to_retrieval(
@@ -29,7 +34,7 @@ def to_retrieval(
 
     Args:
         model (`PreTrainedModel`):
-            A [`SparseMoeVlmForConditionalGeneration`].
+            A [`SparseMoeVlmForConditionalGeneration`], or any upcycled model.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
             Its processor. The prompt for an image that is given only as `pixel_values` comes from its chat template.
         fields (`Any`):
@@ -42,21 +47,33 @@ def to_retrieval(
         ValueError: If the model is of another type, or if a field is invalid.
     """
     check(
-        isinstance(model, PreTrainedModel) and model.config.model_type == SparseMoeVlmRetrievalConfig.tower_model_type,
-        f"`to_retrieval` needs a model of type {SparseMoeVlmRetrievalConfig.tower_model_type!r}, but got "
-        f"{type(model).__name__}. Merge adapters into the model first.",
+        isinstance(model, PreTrainedModel),
+        f"`to_retrieval` needs a model of Transformers, but got {type(model).__name__}. Merge adapters into it first.",
     )
+    config_class, model_class = _classes_for(model.config)
     fields.setdefault("image_prompt_ids", image_prompt(processor))
-    config = with_head(SparseMoeVlmRetrievalConfig, model.config, fields)
-    with torch.device("meta"), no_init_weights():
-        made: Any = SparseMoeVlmForImageTextRetrieval(config)
-    made.model = model.model
+    config = with_head(config_class, model.config, fields)
+    with no_init_weights():  # the trained weights stay as they are
+        made = model_class(config, model.base_model)
     initial = {"logit_scale": config.initial_logit_scale, "logit_bias": config.logit_bias_init_value}
     for name, parameter in list(made.named_parameters(recurse=False)):
         value = torch.full_like(parameter, initial[name], device=model.device, dtype=model.dtype)
         made.register_parameter(name, torch.nn.Parameter(value))
     made.training = model.training
     return made
+
+
+def _classes_for(config: PreTrainedConfig) -> tuple[Any, Any]:
+    """Returns the classes of the configuration and the model for retrieval."""
+    if config.model_type == SparseMoeVlmRetrievalConfig.tower_model_type:
+        return SparseMoeVlmRetrievalConfig, SparseMoeVlmForImageTextRetrieval
+    check(
+        hasattr(config, "base_model_type") and not hasattr(config, "pooling"),
+        f"`to_retrieval` needs a model of type {SparseMoeVlmRetrievalConfig.tower_model_type!r} or an upcycled model, "
+        f"but got one of type {config.model_type!r}. Upcycle dense models with `upcycle` first.",
+    )
+    base: Any = CONFIG_MAPPING[config.base_model_type]  # type: ignore[attr-defined]
+    return retrieval_config_class(base), retrieval_model_class(base)
 
 
 def with_head(config_class: Any, config: PreTrainedConfig, fields: dict[str, Any]) -> Any:
@@ -75,8 +92,14 @@ def with_head(config_class: Any, config: PreTrainedConfig, fields: dict[str, Any
         `PreTrainedConfig`: The configuration.
     """
     values = {name: value for name, value in config.to_dict().items() if name not in OWN_FIELDS}
-    values |= {name: getattr(config, name) for name in config.sub_configs}
-    return config_class(**values, **fields)
+    shared = {name: getattr(config, name) for name in (*config.sub_configs, "experts_config") if name in values}
+    chosen = [{name: getattr(part, name, None) for name in IMPLEMENTATIONS} for part in (config, *shared.values())]
+    made = config_class(**values | shared, **fields)
+    # A new configuration resets the implementations of attention and experts of its sub-configurations.
+    for part, implementations in zip((made, *shared.values()), chosen, strict=True):
+        for name, implementation in implementations.items():
+            setattr(part, name, implementation)
+    return made
 
 
 def image_prompt(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int] | None:
