@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm.toolbox.data.packing import RowPacker
-from tests.support import in_tree_models, models, upcycled
-from tests.support.packed_rows import make_packer, make_rows
+from tests.support import models, upcycled
+from tests.support.packed_rows import BASES, make_base, make_packer, make_rows
 
 ALL_LOSSES = {
     "router_aux_loss_coef": 0.1,
@@ -19,7 +19,6 @@ OURS = {
     "isolated": {"expert_groups": "isolated"},
     "joint with pools": {"expert_groups": "joint", "expert_pool": [0, 0]},
 }
-BASES = ["llava", "qwen3_vl", "gemma3", "idefics3", "smolvlm"]
 
 
 def padded(packer: RowPacker, rows: list[dict[str, torch.Tensor]]) -> dict:
@@ -95,6 +94,12 @@ def test_our_models(groups):
     assert_packed_equals_padded(model, "ours")
 
 
+def test_our_models_with_eager_attention():
+    model = models.make_model(output_router_logits=True)
+    model.set_attn_implementation("eager")
+    assert_packed_equals_padded(model, "ours")
+
+
 def test_our_models_with_distributed_attention():
     model = models.make_model(alpha_init=0.8, beta_init=0.2, learned_modality_priors=True)
     assert_packed_equals_padded(model, "ours")
@@ -102,11 +107,10 @@ def test_our_models_with_distributed_attention():
 
 @pytest.mark.parametrize("name", BASES)
 def test_models_of_transformers(name):
-    assert_packed_equals_padded(in_tree_models.make_model(name), name)
+    assert_packed_equals_padded(make_base(name), name)
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_upcycled_models(name):
-    dense = in_tree_models.make_model(name)
-    model = upcycled.make_upcycled(name, "hybrid", dense=dense, output_router_logits=True, **ALL_LOSSES)
+    model = upcycled.make_upcycled(name, "hybrid", dense=make_base(name), output_router_logits=True, **ALL_LOSSES)
     assert_packed_equals_padded(model, name)

@@ -1,11 +1,49 @@
 """Rows for packing, and packers, for the small models of `models.py` and `in_tree_models.py`."""
 
 import torch
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from modeling_sparse_moe_vlm.toolbox.data.packing import RowPacker, RowPositions
-from tests.support.in_tree_models import IMAGE
+from tests.support import in_tree_models
+from tests.support.in_tree_models import IMAGE, QWEN, QWEN_TEXT, TEXT, VISION
 
 ROWS = [(9, 1), (1, 0), (17, 2), (6, 0), (11, 1), (7, 0)]  # tokens and images
+
+
+def make_qwen2_5_vl():
+    """Has an encoder with window attention."""
+    vision = {name: value for name, value in QWEN["vision_config"].items() if name != "num_position_embeddings"}
+    vision |= {"window_size": 8, "fullatt_block_indexes": [1]}
+    vision.pop("deepstack_visual_indexes")
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=QWEN_TEXT, **QWEN | {"vision_config": vision})
+    )
+
+
+def make_internvl():
+    vision = InternVLVisionConfig(**VISION | {"image_size": [16, 16], "patch_size": [4, 4]})
+    config = InternVLConfig(
+        text_config=LlamaConfig(**TEXT), vision_config=vision, image_token_id=IMAGE, image_seq_length=4
+    )
+    return InternVLForConditionalGeneration(config)
+
+
+BASES = {"qwen2_5_vl": make_qwen2_5_vl, "internvl": make_internvl} | {
+    name: in_tree_models.MODELS[name] for name in ("llava", "qwen3_vl", "gemma3", "idefics3", "smolvlm")
+}
+
+
+def make_base(name: str):
+    """Returns a dense model of Transformers in evaluation mode."""
+    torch.manual_seed(0)
+    return in_tree_models.prepare(BASES[name]())
 
 
 def make_rows(name: str, numbers=ROWS) -> list[dict[str, torch.Tensor]]:
@@ -18,7 +56,7 @@ def make_rows(name: str, numbers=ROWS) -> list[dict[str, torch.Tensor]]:
             input_ids[:, 1 + 6 * image : 5 + 6 * image] = IMAGE
         row = {"input_ids": input_ids, "labels": input_ids.masked_fill(input_ids == IMAGE, -100)}
         is_image = (input_ids == IMAGE).long()
-        if name not in ("llava", "llama", "idefics3", "smolvlm"):
+        if name not in ("llava", "llama", "internvl", "idefics3", "smolvlm"):
             row["mm_token_type_ids"] = is_image
         if name == "gemma3":
             row["token_type_ids"] = is_image
