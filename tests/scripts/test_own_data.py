@@ -153,3 +153,11 @@ def test_mistakes_are_reported_in_one_line(verb, folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([verb, "--task", "vqa"])
     assert capsys.readouterr().err == "error: `--task` only has an effect with `--data DATA`.\n"
+
+
+def test_evaluate_names_recipes_with_own_data(folder, tmp_path, capsys):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("model: m\ndata: {train: a.jsonl}")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--model", str(folder / "model"), "--recipe", str(recipe)])
+    assert f"error: the recipe {recipe} has own data" in capsys.readouterr().err

@@ -30,10 +30,15 @@ def run(arguments: argparse.Namespace) -> None:
     from ..evaluation import generate_answers
     from ..evaluation.by_kind import SPLIT_TITLES, score_by_kind, score_table
     from ..training.models import from_checkpoint
+    from ..training.own_data import is_own
     from ..training.recipes import load_recipe
 
     with mistakes_in_one_line():
         recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
+        if is_own(recipe.data):
+            raise ValueError(
+                f"the recipe {arguments.recipe} has own data: `evaluate` needs one with the built-in scenes."
+            )
         model, processor = from_checkpoint(trained_model(arguments.model))
         data = load_scenes(**recipe.data)
     scores = {}

@@ -100,7 +100,7 @@ def _pixel_statistics(examples: Examples, image_processor: SiglipImageProcessorP
 
 
 def from_checkpoint(
-    path: str, trust_remote_code: bool = False, language_models: bool = False
+    path: str, trust_remote_code: bool = False, language_models: bool = False, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, Any]:
     """
     Loads a trained vision-language model of any class, with its processor. Checkpoints of this package run the
@@ -113,6 +113,8 @@ def from_checkpoint(
             Whether to run code from the checkpoint.
         language_models (`bool`, *optional*, defaults to `False`):
             Whether to accept language models, which have a tokenizer instead of a processor.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights, such as `"float32"`. By default, that of the checkpoint.
 
     Returns:
         `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor. For a language
@@ -126,14 +128,14 @@ def from_checkpoint(
     use_installed_code(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not is_language_model(config):
-        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=dtype)
         return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     check(
         language_models,
         f"{path} is a language model (of type {config.model_type!r}), which reads no images: a vision-language model "
         "is needed here.",
     )
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=dtype)
     tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from datasets import Dataset, Image, List
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ...checks import check
@@ -94,10 +94,10 @@ def evaluate_rows(
     from ..evaluation import generate_answers, references_of, score_answers
 
     answers = generate_answers(model, processor, rows, batch_size, max_new_tokens=max_new_tokens)
-    undecoded = rows.cast_column("images", List(Image(decode=False)))
-    references = [references_of(row) for row in undecoded]
+    without_images = rows.select_columns([name for name in rows.column_names if name != "images"])
+    references = [references_of(row) for row in without_images]
     with predictions_file.open("w", encoding="utf-8") as file:
-        for row, answer, right in zip(undecoded, answers, references, strict=True):
+        for row, answer, right in zip(without_images, answers, references, strict=True):
             entry = {"source": row["source"], "row": row["row"], "prediction": answer, "references": right}
             file.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
     return score_answers(metrics, answers, references)

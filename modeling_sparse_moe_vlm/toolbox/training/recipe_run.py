@@ -180,7 +180,8 @@ class TrainingRun:
         return ScenesData(data) if self.skipped is None else OwnRows(data, self.skipped)
 
     def _load_model(self, path: str) -> None:
-        self.model, self.processor = from_checkpoint(path, language_models=self.is_own)
+        dtype = self.recipe.dtype or "float32"
+        self.model, self.processor = from_checkpoint(path, language_models=self.is_own, dtype=dtype)
         compute_router_losses(self.model)
 
     def _describe(self, number: int) -> str:

@@ -23,6 +23,7 @@ from .parts import check_parts
 
 # Arguments that a run sets itself.
 SET_BY_RUN = {"output_dir", "remove_unused_columns"}
+DTYPES = ("float32", "bfloat16", "float16")
 MANY_KEYS = 12  # more are not listed in error messages
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
 
@@ -48,6 +49,9 @@ class Recipe:
         stages (`list[dict]`):
             Stages of the training, one after the other. Each has a `name`, and can have `training` and `data`, which
             override values of the recipe, and `parts`, which replace those of the recipe.
+        dtype (`str`, *optional*):
+            Data type of the weights of a checkpoint in training: `"float32"` by default, whatever the type in the
+            checkpoint is, because small updates of 16-bit weights are lost. `training.bf16` computes in 16 bits.
         task (`str`, *optional*):
             Task of own data, which chooses the metrics: one of [`~toolbox.training.own_evaluation.TASKS`].
         evaluation (`dict`):
@@ -60,12 +64,13 @@ class Recipe:
     tokenizer: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
+    dtype: str | None = None
     task: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
-        return dump_recipe(self, optional=("stages", "task", "evaluation"))
+        return dump_recipe(self, optional=("stages", "dtype", "task", "evaluation"))
 
 
 def dump_recipe(recipe: Any, optional: Collection[str] = ()) -> str:
@@ -104,7 +109,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[
         "parts": dict.fromkeys(PARTS, Any),
         "evaluation": evaluation_arguments(),
     }
-    recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "task"), given))
+    recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "dtype", "task"), given))
+    check(
+        recipe.dtype in (None, *DTYPES),
+        f"`dtype` of the recipe {path} must be one of {', '.join(DTYPES)}, got {recipe.dtype!r}.",
+    )
     recipe.stages = check_stages(recipe.stages, recipe.data, path)
     check_values(recipe, path)
     # Check this now: the run generates the data first, which may take minutes.

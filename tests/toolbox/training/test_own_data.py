@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
-from modeling_sparse_moe_vlm.toolbox.training import from_scratch, model_parts
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch, model_parts
 from modeling_sparse_moe_vlm.toolbox.training.recipe_run import TrainingRun
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from tests.support.models import TINY_DECODER
@@ -278,6 +278,7 @@ def test_models_of_other_classes_and_language_models(folder, tmp_path, capsys):
         (["data.on_bad_row=error"], "train.jsonl, row 7: the answer in messages.1. is empty"),
         (["data.num_train=5"], r"`data` of the recipe .* has keys \['num_train'\], which a recipe cannot set"),
         (["task=ocr"], "`task` must be one of vqa, captioning, .*, but got 'ocr'. .in the recipe"),
+        (["dtype=int8"], "`dtype` of the recipe .* must be one of float32, bfloat16, float16, got 'int8'"),
         (["stages=a"], "`stages` of the recipe .* must be a list such as"),
         (["stages=[a]"], "`stages` of the recipe .* must be a list such as .*, got 'a'"),
         (["stages=[{name: a}, {name: a}]"], "`stages` of the recipe .* has 'a' twice"),
@@ -336,3 +337,39 @@ def test_llava_trains_on_own_data(folder, tmp_path):
     assert processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]) == "red"
     before, after = weights(tmp_path / "m"), weights(tmp_path / "run/model")
     assert [name for name in before if torch.equal(before[name], after[name])] != list(before)
+
+
+def test_streams_and_evaluation_during_training(folder, tmp_path):
+    overrides = [f"data.eval={folder / 'test.jsonl'}", "training.eval_strategy=steps", "stages=[{name: a}]"]
+    stage = run(write_recipe(folder), tmp_path / "run", *overrides).metrics["stages"]["a"]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run/model", output_router_logits=True)
+    batch = VisionLanguageCollator(make_processor())(list(load_rows(folder / "test.jsonl")))
+    with torch.no_grad():
+        loss = model.eval()(**batch).loss.item()
+    assert stage["eval_loss"] == pytest.approx(loss, abs=1e-4)
+
+    run(write_recipe(folder), tmp_path / "stream", "data.streaming=true")
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model", output_router_logits=True)
+    arguments = TrainingArguments(
+        str(tmp_path / "plain"), remove_unused_columns=False, **load_recipe(write_recipe(folder)).training
+    )
+    rows = load_rows(folder / "train.jsonl", on_bad_row="skip", streaming=True)
+    SparseMoeTrainer(model, arguments, VisionLanguageCollator(make_processor()), train_dataset=rows).train()
+    assert losses(tmp_path / "stream/checkpoints/checkpoint-2") == losses(tmp_path / "plain/checkpoint-2")
+
+
+def test_weights_train_in_float32(folder, tmp_path):
+    AutoModelForImageTextToText.from_pretrained(folder / "model").bfloat16().save_pretrained(tmp_path / "m")
+    make_processor().save_pretrained(tmp_path / "m")
+    for overrides, dtype in (([], torch.float32), (["dtype=bfloat16"], torch.bfloat16)):
+        recipe = load_recipe(write_recipe(folder), [f"model={tmp_path / 'm'}", *overrides])
+        training = TrainingRun(recipe, tmp_path / "run")
+        assert {parameter.dtype for parameter in training.model.parameters()} == {dtype}
+
+
+def test_packing_is_passed_to_the_collator(folder, tmp_path):
+    training = TrainingRun(load_recipe(write_recipe(folder), ["data.packing=true"]), tmp_path)
+    assert training.collator.packing
+    assert "position_ids" in training.collator(list(training.data.train))
+    training = TrainingRun(load_recipe(write_recipe(folder)), tmp_path)
+    assert "position_ids" not in training.collator(list(training.data.train))
