@@ -94,6 +94,11 @@ def test_trains_and_uses_a_model(command, tmp_path):
     assert [size["model"] for size in sizes] == ["tiny", str(model)]
     assert sizes[0]["total"] > 1e6
 
+    # The page needs files that are not Python.
+    result = command("routing-report", str(model), "--num-examples", "2", "--num-drawn", "0")
+    assert result.returncode == 0, result.stderr
+    assert "prefers-color-scheme: dark" in (tmp_path / "routing-report.html").read_text()
+
     options = ["--model", "outputs/quickstart/model", "--recipe", "attention", "--set=training.save_steps=1"]
     result = command("lora", *arguments, *options)
     assert result.returncode == 0, result.stderr
