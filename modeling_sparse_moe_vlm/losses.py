@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -103,12 +104,25 @@ def load_balancing_loss(
     Returns:
         `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
+    return _balance(tokens.sum(), _load(router_probs, index, tokens), _importance(router_probs, tokens), num_serving)
+
+
+def _load(router_probs: torch.Tensor, index: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the number of slots of the given tokens that are routed to each expert, `(E,)`."""
     num_experts = router_probs.shape[-1]
-    count = tokens.sum().clamp(min=1.0)
     slots = tokens[:, None].expand_as(index).reshape(-1)
-    load = router_probs.new_zeros(num_experts + 1).index_add(0, index.reshape(-1), slots)[:num_experts] / count
-    importance = (router_probs * tokens[:, None]).sum(dim=0) / count
-    return num_serving * (load * importance).sum()
+    return router_probs.new_zeros(num_experts + 1).index_add(0, index.reshape(-1), slots)[:num_experts]
+
+
+def _importance(router_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of the probabilities of each expert over the given tokens, `(E,)`."""
+    return (router_probs * tokens[:, None]).sum(dim=0)
+
+
+def _balance(count: torch.Tensor, load: torch.Tensor, importance: torch.Tensor, num_serving: int) -> torch.Tensor:
+    """Returns the load balancing loss of `count` tokens from their sums."""
+    count = count.clamp(min=1.0)
+    return num_serving * (load / count * (importance / count)).sum()
 
 
 def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -125,7 +139,11 @@ def router_z_loss(*, router_logits: torch.Tensor, tokens: torch.Tensor) -> torch
     Returns:
         `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
-    return (torch.logsumexp(router_logits, dim=-1).square() * tokens).sum() / tokens.sum().clamp(min=1.0)
+    return _squared_logsumexp(router_logits, tokens) / tokens.sum().clamp(min=1.0)
+
+
+def _squared_logsumexp(router_logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return (torch.logsumexp(router_logits, dim=-1).square() * tokens).sum()
 
 
 def local_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -162,9 +180,12 @@ def global_entropy_loss(*, router_probs: torch.Tensor, tokens: torch.Tensor, thr
     Returns:
         `torch.Tensor`: A scalar; 0 if there are no such tokens.
     """
-    count = tokens.sum()
-    mean = (router_probs * tokens[:, None]).sum(dim=0) / count.clamp(min=1.0)
-    return torch.relu(threshold - _entropy(mean)) * (count > 0)
+    return _missing_entropy(tokens.sum(), _importance(router_probs, tokens), threshold)
+
+
+def _missing_entropy(count: torch.Tensor, importance: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Returns the global entropy loss of `count` tokens from the sums of their probabilities."""
+    return torch.relu(threshold - _entropy(importance / count.clamp(min=1.0))) * (count > 0)
 
 
 def _entropy(probs: torch.Tensor) -> torch.Tensor:
@@ -216,25 +237,34 @@ def router_losses(
     if router_indices is None:
         router_indices = chosen_experts(config, router_logits, ids, biases)
 
-    counted = {name: weight * (ids == modality_id) for modality_id, name in enumerate(config.modalities)}
-    present = torch.stack([(tokens.sum() > 0).float() for tokens in counted.values()])
+    counted = [weight * (ids == modality_id) for modality_id in range(len(config.modalities))]
     has_entropy = bool(config.router_local_entropy_coef or config.router_global_entropy_coef)
-    aux_losses, z_losses, entropy_losses = [], [], []  # of each layer, (num_modalities,)
     numbers = {layer: number for number, layer in enumerate(config.sparse_layers)}
+    sums: list[torch.Tensor] = []  # of each set of layers that share experts and of each modality
     for layers in config.layers_by_experts:
         logits = _join([router_logits[numbers[layer]].to(device).float() for layer in layers])
         index = _join([router_indices[numbers[layer]].to(device) for layer in layers])
-        groups = config.layer_expert_groups(layers[0], always_on=False)
         # With the sigmoid router, the affinities normalised to sum to 1 (DeepSeek-V3, arXiv 2412.19437, eq. 19).
         probs = torch.softmax(F.logsigmoid(logits) if config.router == "sigmoid" else logits, dim=-1)
-        aux, z, entropy = [], [], []
-        for modality, tokens in counted.items():
+        for tokens in counted:
             tokens = _join([tokens] * len(layers))
+            entropies = (_entropy(probs) * tokens).sum() if has_entropy else probs.new_zeros(())
+            scalars = [tokens.sum(), _squared_logsumexp(logits, tokens), entropies]
+            sums += [torch.stack(scalars), _load(probs, index, tokens), _importance(probs, tokens)]
+    sums = list(_over_processes(torch.cat(sums)).split([len(part) for part in sums]))
+
+    aux_losses, z_losses, entropy_losses = [], [], []  # of each layer, (num_modalities,)
+    present = torch.stack([scalars[0] > 0 for scalars in sums[: 3 * len(counted) : 3]]).float()
+    for layers in config.layers_by_experts:
+        groups = config.layer_expert_groups(layers[0], always_on=False)
+        aux, z, entropy = [], [], []
+        for modality in config.modalities:
+            (count, squares, entropies), load, importance = sums.pop(0), sums.pop(0), sums.pop(0)
             num_serving = sum(group.num_experts for group in groups if group.serves(modality))
-            aux.append(load_balancing_loss(router_probs=probs, index=index, tokens=tokens, num_serving=num_serving))
-            z.append(router_z_loss(router_logits=logits, tokens=tokens))
+            aux.append(_balance(count, load, importance, num_serving))
+            z.append(squares / count.clamp(min=1.0))
             if has_entropy:
-                entropy.append(_entropy_losses(config, modality, probs, tokens, num_serving))
+                entropy.append(_entropy_losses(config, modality, count, entropies, importance, num_serving))
         # Layers that share experts have the same total weight as the same number of layers with their own experts.
         aux_losses += [torch.stack(aux)] * len(layers)
         z_losses += [torch.stack(z)] * len(layers)
@@ -255,7 +285,12 @@ def _join(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _entropy_losses(
-    config: SparseMoeVlmExpertsConfig, modality: str, probs: torch.Tensor, tokens: torch.Tensor, num_serving: int
+    config: SparseMoeVlmExpertsConfig,
+    modality: str,
+    count: torch.Tensor,
+    entropies: torch.Tensor,
+    importance: torch.Tensor,
+    num_serving: int,
 ) -> torch.Tensor:
     """Returns the sum of the two entropy losses of one modality, multiplied by their coefficients."""
 
@@ -264,12 +299,10 @@ def _entropy_losses(
         return default if value is None else value
 
     threshold = of_modality(config.router_global_entropy_threshold, math.log(num_serving))
-    local_loss = local_entropy_loss(router_probs=probs, tokens=tokens)
-    global_loss = global_entropy_loss(router_probs=probs, tokens=tokens, threshold=threshold)
-    return (
-        of_modality(config.router_local_entropy_coef, 0.0) * local_loss
-        + of_modality(config.router_global_entropy_coef, 0.0) * global_loss
-    )
+    local_loss = entropies / count.clamp(min=1.0)
+    return of_modality(config.router_local_entropy_coef, 0.0) * local_loss + of_modality(
+        config.router_global_entropy_coef, 0.0
+    ) * _missing_entropy(count, importance, threshold)
 
 
 def add_router_losses(
@@ -312,7 +345,7 @@ def add_router_losses(
     losses = router_losses(config, router_logits, tokens.ids, tokens.is_real, router_indices=router_indices)
     outputs = losses.outputs(config)
     if labels is not None and loss is not None:
-        loss = loss + share_of_batch(labels, num_items_in_batch) * outputs["router_loss"].to(loss.device)
+        loss = loss + weighted_router_loss(outputs["router_loss"].to(loss.device), labels, num_items_in_batch)
     elif not is_asked_for and torch.is_grad_enabled() and not is_tracing(router_logits[0]):
         logger.warning_once(_LOSSES_LEFT_OUT)
     return loss, outputs
@@ -342,3 +375,69 @@ def share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int 
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(labels.device)
     return (labels[..., 1:] != -100).sum() / num_items_in_batch
+
+
+def weighted_router_loss(
+    router_loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """
+    Returns what is added to the language loss of a micro-batch: the router loss multiplied by [`share_of_batch`].
+
+    In [`router_losses_over_processes`], the router loss is that of all processes, and its gradient is the part of this
+    process. It is weighted like the language loss: data parallelism averages the gradients, and `Trainer` multiplies
+    the loss by the number of processes if `num_items_in_batch` counts the targets of all of them. The processes then
+    have the gradient of one process with the whole batch, and the mean of their losses is the loss of that process.
+
+    Args:
+        router_loss (`torch.Tensor`):
+            The sum of the router losses, a scalar.
+        labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            See [`share_of_batch`].
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+            See [`share_of_batch`].
+
+    Returns:
+        `torch.Tensor`: A scalar.
+    """
+    share = share_of_batch(labels, num_items_in_batch)
+    if not _is_over_processes:
+        return share * router_loss
+    number = torch.distributed.get_world_size()
+    if torch.is_tensor(share):
+        torch.distributed.all_reduce(share)
+    else:
+        share = share * number
+    value = router_loss.detach() / number
+    return share * (value + (router_loss - router_loss.detach()))
+
+
+# A global variable, which `torch.compile` can read.
+_is_over_processes = False
+
+
+@contextmanager
+def router_losses_over_processes(is_active: bool = True) -> Iterator[None]:
+    """
+    Context manager in which router losses are computed from the tokens of all processes, so that the experts are
+    balanced over the global batch (arXiv 2501.11873). All processes must run the same forward passes in it, and must be
+    data parallel: the gradients of a process are those of its own tokens.
+
+    Args:
+        is_active (`bool`, *optional*, defaults to `True`):
+            `False` for a context without effect.
+    """
+    global _is_over_processes
+    before, _is_over_processes = _is_over_processes, is_active
+    try:
+        yield
+    finally:
+        _is_over_processes = before
+
+
+def _over_processes(sums: torch.Tensor) -> torch.Tensor:
+    """Returns sums over the tokens of all processes, whose gradient is the part of this process."""
+    if not _is_over_processes:
+        return sums
+    total = sums.detach().clone()
+    torch.distributed.all_reduce(total)
+    return total + (sums - sums.detach())

@@ -14,12 +14,16 @@ from tests.toolbox.data.data_files import write_image, write_lines
 WORDS = ["the", "cat", "and", "the", "image", "of", "the", "cat", "sat", "on", "the", "mat"]
 
 
-def write_own_data(folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,)) -> Path:
-    """Writes rows of unequal length, two of three with an image, to two files. The bad rows lack their image."""
+def write_own_data(folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,), without_image=None) -> Path:
+    """
+    Writes rows of unequal length to two files. Every third row has no image, or those that are named. The bad rows lack
+    the file of their image.
+    """
     rows = []
     for i in range(num_rows):
         write_image(folder / f"{i}.png", color=(20 * i % 256, 90, 255 - 15 * i % 256))
-        image = {} if i % 3 == 0 else {"image": f"../{'gone' if i in bad else i}.png"}
+        is_text = i % 3 == 0 if without_image is None else i in without_image
+        image = {} if is_text else {"image": f"../{'gone' if i in bad else i}.png"}
         rows.append({"question": " ".join(WORDS[: 2 + i % 5]), "answer": " ".join(WORDS[i % 4 : 5 + i % 3])} | image)
     half = (num_rows + 1) // 2
     write_lines(folder / "data/0.jsonl", rows[:half])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
@@ -104,7 +104,8 @@ class ResumableTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         path = None if checkpoint is None else Path(checkpoint) / self._log_file
         if path is not None and path.exists():  # not in checkpoints of `Trainer`
-            self.load_log_state(torch.load(path, map_location=self.args.device, weights_only=True))
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.load_log_state(send_to_device(state, self.args.device))
 
     def log_state(self) -> dict[str, Any]:
         """Returns what was summed up since the last log, and the rows that were skipped."""

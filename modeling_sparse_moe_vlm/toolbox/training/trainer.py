@@ -9,9 +9,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
 from ...experts_config import experts_config_of
-from ...losses import share_of_batch
+from ...losses import weighted_router_loss
 from ..expert_modules import our_experts_config
 from ..routing.monitor import RoutingMonitor
+from .global_batch import global_batch
 from .memory_errors import MemoryErrorsNameRows
 from .resuming import ResumableTrainer
 from .training_settings import no_training_settings
@@ -32,7 +33,7 @@ def _with_router_loss(function: Callable) -> Callable:
         router_loss = outputs.get("router_loss")
         if router_loss is None:
             return loss
-        return loss + share_of_batch(labels, num_items_in_batch) * router_loss.to(loss.device)
+        return loss + weighted_router_loss(router_loss.to(loss.device), labels, num_items_in_batch)
 
     return loss_with_router_loss
 
@@ -102,7 +103,8 @@ class SparseMoeTrainer(MemoryErrorsNameRows, ResumableTrainer):
         if has_own_loss and getattr(config, "output_router_logits", False):
             # In evaluation, a model without labels does not compute router losses unless this is set.
             inputs["output_router_logits"] = True
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with global_batch(model):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with no_training_settings(self.accelerator.unwrap_model(self.model)):

@@ -1,0 +1,86 @@
+"""Two processes train as one does with the same global batch, router losses included, on any mixture of rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import upcycled
+from tests.support.own_data import figures, make_trainer, tensors, write_own_data
+from tests.support.processes import ROOT, launch
+from tests.support.processors import make_speaking_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.newest]
+
+# Of a global batch of 4 rows, the processes have 2 each: images and texts, texts, images, texts and images.
+WITHOUT_IMAGE = (2, 3, 4, 5, 6, 7, 12, 13)
+COEFFICIENTS = {
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.5,
+    "router_z_loss_coef": 0.1,
+    "router_local_entropy_coef": 0.2,
+    "router_global_entropy_coef": 0.3,
+}
+SETTINGS = {"max_steps": 6, "logging_steps": 1, "save_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant"}
+RUNS = {
+    # Otherwise, Accelerate repeats rows at the end of an epoch, so that all processes have equal batches.
+    "in memory": {"dataloader_drop_last": True},
+    "streaming": {"streaming": True, "shuffle": False},
+    "with workers": {"streaming": True, "dataloader_num_workers": 2},
+    "accumulated": {"streaming": True, "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
+    "upcycled": {"streaming": True, "shuffle": False, "model": "upcycled"},
+}
+
+
+def run(name: str, data: Path, folder: Path, batch_size: int, resume: str | None = None):
+    kwargs = SETTINGS | RUNS[name]
+    is_upcycled = kwargs.pop("model", None) == "upcycled"
+    torch.manual_seed(0)
+    model = upcycled.make_speaking(**COEFFICIENTS) if is_upcycled else make_speaking_model(**COEFFICIENTS)
+    trainer = make_trainer(
+        data, folder, model, learning_rate=0.05, max_grad_norm=0.0, per_device_train_batch_size=batch_size, **kwargs
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+from tests.integration.test_two_processes import RUNS, run
+from tests.support.own_data import figures, tensors
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+for name in RUNS:
+    trainer = run(name, folder / "data", folder / "two" / name, 2)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (folder / f"{name}.json").write_text(json.dumps(figures(trainer)))
+        torch.save(tensors(trainer), folder / f"{name}.pt")
+    if name in ("with workers", "in memory"):
+        resumed = run(name, folder / "data", folder / "two" / name, 2, str(folder / "two" / name / "checkpoint-3"))
+        assert figures(resumed) == figures(trainer), (figures(resumed), figures(trainer))
+        assert all(torch.equal(tensor, tensors(trainer)[name]) for name, tensor in tensors(resumed).items())
+"""
+
+
+def test_two_processes_equal_one(tmp_path):
+    data = write_own_data(tmp_path, 16, bad=(8,), without_image=WITHOUT_IMAGE)
+    result = launch(ROOT / "configuration/accelerate/ddp.yaml", PROGRAM, tmp_path, "--mixed_precision", "no")
+    assert result.returncode == 0, result.stderr[-12000:]
+    for name in RUNS:
+        whole = run(name, data, tmp_path / "one" / name, 4)
+        logged = json.loads((tmp_path / f"{name}.json").read_text())
+        expected = figures(whole)
+        assert [entry["step"] for entry in logged] == [entry["step"] for entry in expected]
+        for entry, other in zip(logged, expected):
+            assert {"loss", "aux_loss", "z_loss", "grad_norm"} <= other.keys() or "loss" not in other
+            for key, value in other.items():
+                if "aux_loss" in key or "z_loss" in key or key in ("loss", "grad_norm"):
+                    assert entry[key] == pytest.approx(value, rel=2e-4, abs=2e-4), (name, other["step"], key)
+        for tensor_name, tensor in torch.load(tmp_path / f"{name}.pt").items():
+            message = f"{name}: {tensor_name}"
+            torch.testing.assert_close(tensor, tensors(whole)[tensor_name], atol=1e-5, rtol=1e-4, msg=message)
