@@ -48,23 +48,49 @@ def generate_answers(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if "generation_config" not in generate_kwargs:
-        limit = {} if "max_length" in generate_kwargs else {"max_new_tokens": 32}
-        generate_kwargs = limit | {"do_sample": False} | generate_kwargs
     answers: list[str] = []
     with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc="Answering", unit="batch"):
-            batch = range(start, min(start + batch_size, len(rows)))
-            inputs = apply_chat_template(
-                processor,
-                {i: _questions(with_images(rows[i], i), row_name(rows[i], i)) for i in batch},
-                padding_side="left",
-                names={i: row_name(rows[i], i) for i in batch},
-                add_generation_prompt=True,
-            ).to(model.device, dtype=model.dtype)
-            output = model.generate(**inputs, **generate_kwargs)
-            answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            batch = {i: rows[i] for i in range(start, min(start + batch_size, len(rows)))}
+            answers += answer_batch(model, processor, batch, **generate_kwargs)
     return answers
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: PreTrainedModel, processor: ProcessorMixin, batch: dict[int, dict[str, Any]], **generate_kwargs: Any
+) -> list[str]:
+    """
+    Generates the next assistant turn of the conversations of one batch.
+
+    Args:
+        model (`PreTrainedModel`):
+            Model in evaluation mode.
+        processor (`ProcessorMixin`):
+            Processor of the model.
+        batch (`dict[int, dict]`):
+            Rows by number, in the form that [`generate_answers`] takes.
+        generate_kwargs:
+            Additional arguments of `model.generate`, as for [`generate_answers`].
+
+    Returns:
+        `list[str]`: One answer per row, without special tokens.
+
+    Raises:
+        ValueError: As [`generate_answers`] does.
+    """
+    if "generation_config" not in generate_kwargs:
+        limit = {} if "max_length" in generate_kwargs else {"max_new_tokens": 32}
+        generate_kwargs = limit | {"do_sample": False} | generate_kwargs
+    inputs = apply_chat_template(
+        processor,
+        {i: _questions(with_images(row, i), row_name(row, i)) for i, row in batch.items()},
+        padding_side="left",
+        names={i: row_name(row, i) for i, row in batch.items()},
+        add_generation_prompt=True,
+    ).to(model.device, dtype=model.dtype)
+    output = model.generate(**inputs, **generate_kwargs)
+    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _questions(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,225 @@
+"""`evaluate MODEL DATA`: evaluates models on one's own data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..shipped_files import working_root
+from .mistakes import mistakes_in_one_line
+from .options import only_json, trained_model
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+
+# Splits to try, if none is named.
+SPLITS = ("test", "validation", "train")
+TASKS_OF_HUB = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("your own data")
+    group.add_argument("paths", nargs="*", metavar="MODEL DATA", help="model and data, or several models with --data")
+    group.add_argument("--data", help="data: file, folder or dataset of the Hub")
+    group.add_argument("--format", help="format of the data, as for `train --check` (default: recognised)")
+    group.add_argument("--image-root", help="folder of the images (default: the folder of the file that names them)")
+    group.add_argument("--split", help=f"split of the data (default: the first of {', '.join(SPLITS)} that exists)")
+    group.add_argument("--subset", help="subset of a dataset of the Hub")
+    group.add_argument("--on-bad-row", choices=("error", "skip"), help="whether bad rows are an error (default: error)")
+    group.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which skipped rows are written")
+    group.add_argument("--max-rows", type=int, help="number of rows to evaluate (default: all)")
+    group.add_argument("--task", choices=("vqa", "captioning"), help="task, which chooses metrics (default: by format)")
+    group.add_argument("--metrics", help="metrics, separated by commas (default: those of the task)")
+    group.add_argument("--adapter", help="PEFT adapter to load into the model")
+    group.add_argument("--batch-size", type=int, help="rows per batch (default: 16)")
+    group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: 32)")
+    group.add_argument("--no-blind", action="store_true", help="do not measure the model without the images")
+    group.add_argument("--train-data", help="training data, for the baseline of the most frequent answer")
+    group.add_argument("--output-dir", help="folder to write to (default: outputs/evaluation)")
+    group.add_argument("--resume", action="store_true", help="keep the predictions of an interrupted evaluation")
+    group.add_argument("--update-card", action="store_true", help="write the scores to the cards of the models")
+    group.add_argument("--trust-remote-code", action="store_true", help="allow running code from the model's folder")
+
+
+def models_and_data(arguments: argparse.Namespace) -> tuple[list[str], str] | None:
+    """
+    Returns the models and the data of the arguments, or `None` if the built-in data is meant.
+
+    Raises:
+        ValueError: If the arguments do not name both models and data.
+    """
+    if arguments.data is not None:
+        models = list(arguments.paths) or ([arguments.model] if arguments.model else [])
+        if not models:
+            raise ValueError("`--data` needs a model: `evaluate MODEL DATA`, or `evaluate MODEL MODEL --data DATA`.")
+        return models, arguments.data
+    if not arguments.paths:
+        return None
+    if len(arguments.paths) != 2:
+        raise ValueError(
+            f"got {len(arguments.paths)} paths: pass one model and the data (`evaluate MODEL DATA`), or name the data "
+            "with `--data` (`evaluate MODEL MODEL --data DATA`)."
+        )
+    return [arguments.paths[0]], arguments.paths[1]
+
+
+def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> None:
+    """Evaluates models on data, prints the scores and writes them to the output folder."""
+    from accelerate import PartialState
+
+    from ..evaluation.own_data import METRICS_OF_TASK, OTHER_METRICS, TASK_OF_FORMAT, evaluate_rows, result_table
+    from ..evaluation.scores import check_metrics
+
+    folder = Path(arguments.output_dir or working_root() / "outputs" / "evaluation")
+    with only_json(arguments.json), mistakes_in_one_line():
+        if arguments.adapter and len(models) > 1:
+            raise ValueError("`--adapter` only works with one model: evaluate the models one by one.")
+        if arguments.max_rows is not None and arguments.max_rows < 1:
+            raise ValueError(f"`--max-rows` must be at least 1, but got {arguments.max_rows}.")
+        paths = {name: trained_model(name) for name in models}
+        chosen = check_metrics(arguments.metrics.split(",")) if arguments.metrics else None
+        split, format_name = _find_split(arguments, data)
+        task = arguments.task or TASK_OF_FORMAT.get(format_name)
+        metrics = chosen or METRICS_OF_TASK.get(task or "", OTHER_METRICS)
+        rows = _load(arguments, data, split)
+        named_split = None if Path(data).is_file() else split  # a file has no splits
+        num_skipped = rows.reader.skipped.counts.total()
+        if arguments.max_rows is not None:
+            rows = rows.select(range(min(arguments.max_rows, len(rows))))
+        if PartialState().is_main_process:
+            of_split = "" if named_split is None else f", split {named_split}"
+            print(f"data: {data}{of_split}, format {format_name}: {len(rows)} rows, {num_skipped} skipped")
+        results: dict[str, Evaluation] = {}
+        names = _short_names(models)
+        for model in models:
+            name = names[model]
+            network, processor, identity = _load_model(arguments, paths[model])
+            result = evaluate_rows(
+                network,
+                processor,
+                rows,
+                metrics,
+                folder / name,
+                batch_size=16 if arguments.batch_size is None else arguments.batch_size,
+                max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
+                blind=not arguments.no_blind,
+                resume=arguments.resume,
+                identity=identity,
+            )
+            if result is not None:
+                results[name] = result
+                if arguments.update_card:
+                    _update_card(arguments, paths[model], result, data, named_split, task)
+            del network  # before the next model is loaded
+        if not results:
+            return  # the main process does the rest
+        guesses = _guesses(arguments, rows, metrics)
+    report: dict[str, Any] = {
+        "data": {
+            "source": data,
+            "split": named_split,
+            "format": format_name,
+            "rows": len(rows),
+            "skipped": num_skipped,
+        },
+        "models": {name: result.as_dict() for name, result in results.items()},
+    }
+    if guesses is not None:
+        report["most_frequent_answer"] = guesses
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report) if arguments.json else result_table(results, guesses))
+
+
+def _find_split(arguments: argparse.Namespace, data: str) -> tuple[str, str]:
+    """Returns the split and the name of the format."""
+    from ..data.loading import format_of
+    from ..data.sources import find_parts
+
+    tried = [arguments.split] if arguments.split else SPLITS
+    failure: ValueError | None = None
+    for split in tried:
+        try:
+            parts = find_parts(data, split, arguments.subset, arguments.image_root)
+        except ValueError as error:  # there is no such split
+            failure = failure or error
+            continue
+        return split, format_of(parts, arguments.format).name
+    assert failure is not None
+    raise failure
+
+
+def _load(arguments: argparse.Namespace, data: str, split: str) -> Any:
+    from ..data import load_rows
+
+    return load_rows(
+        data,
+        arguments.format,
+        split=split,
+        subset=arguments.subset,
+        image_root=arguments.image_root,
+        on_bad_row=arguments.on_bad_row or "error",
+        skipped_file=arguments.bad_rows,
+    )
+
+
+def _load_model(arguments: argparse.Namespace, path: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns a model on its device, its processor, and what identifies it."""
+    from accelerate import PartialState
+    from transformers import PreTrainedTokenizerBase
+
+    from ..evaluation.prediction_files import fingerprint_of_model
+    from ..training.models import from_checkpoint
+    from .generate import PLAIN_TEMPLATE
+
+    model, processor = from_checkpoint(path, arguments.trust_remote_code, language_models=True)
+    if isinstance(processor, PreTrainedTokenizerBase):
+        # A model that was not trained on conversations continues the question.
+        processor.chat_template = processor.chat_template or PLAIN_TEMPLATE
+    revision = getattr(model.config, "_commit_hash", None)
+    identity = {"model": path, "weights": fingerprint_of_model(path, revision), "adapter": arguments.adapter}
+    if arguments.adapter:
+        from peft import PeftModel
+
+        identity["adapter_weights"] = fingerprint_of_model(arguments.adapter)
+        model = PeftModel.from_pretrained(model, arguments.adapter)
+    return model.to(PartialState().device), processor, identity
+
+
+def _guesses(arguments: argparse.Namespace, rows: Any, metrics: list[str]) -> dict[str, float] | None:
+    """Returns the scores of the most frequent answer of the training data, if there is training data."""
+    if arguments.train_data is None:
+        return None
+    from ..evaluation import references_of, score_answers
+    from ..evaluation.own_data import most_frequent_reference
+
+    train = _load(arguments, arguments.train_data, "train").remove_columns("images")
+    guess = most_frequent_reference(list(train))
+    references = [references_of(row) for row in rows.remove_columns("images")]
+    return score_answers(metrics, [guess] * len(references), references)
+
+
+def _update_card(
+    arguments: argparse.Namespace, path: str, result: Evaluation, data: str, split: str | None, task: str | None
+) -> None:
+    from ..hub import add_results_to_card
+
+    folder = Path(arguments.adapter or path)
+    if not folder.is_dir():
+        raise ValueError(f"`--update-card` needs a model in a local folder, but {folder} is not a folder.")
+    name = Path(data).resolve().stem if Path(data).exists() else data
+    task_of_hub = TASKS_OF_HUB.get(task or "", "image-text-to-text")
+    add_results_to_card(folder, result.scores, dataset=name, split=split, task=task_of_hub)
+
+
+def _short_names(models: list[str]) -> dict[str, str]:
+    """Returns the last part of the name of each model, with more parts where these are not unique."""
+    names: dict[str, str] = {}
+    for model in dict.fromkeys(models):
+        parts = Path(model).resolve().parts if Path(model).exists() else Path(model).parts
+        length = 1
+        while "-".join(parts[-length:]) in names.values() and length < len(parts):
+            length += 1
+        names[model] = "-".join(parts[-length:])
+    return names

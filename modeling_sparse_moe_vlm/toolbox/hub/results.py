@@ -1,0 +1,65 @@
+"""Results of evaluations in the metadata (`model-index`) of model cards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from .model_card import write_model_card
+
+
+def add_results_to_card(
+    folder: str | Path, scores: Mapping[str, float], *, dataset: str, split: str | None, task: str
+) -> ModelCard:
+    """
+    Writes measured scores to the `model-index` of a model card. Scores of the same metric on the same data are replaced,
+    and everything else in the card stays. A folder without `README.md` gets a new card.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder of the model.
+        scores (`Mapping[str, float]`):
+            The value of each metric.
+        dataset (`str`):
+            Name of the data.
+        split (`str`, *optional*):
+            Split of the data.
+        task (`str`):
+            Task of the Hub, such as `"visual-question-answering"`.
+
+    Returns:
+        `huggingface_hub.ModelCard`: The card, which is saved in the folder.
+
+    Raises:
+        OSError: If the folder has no configuration, or cannot be written to.
+        ValueError: If the card in the folder has metadata that cannot be read.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.exists() else write_model_card(folder)
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w.-]+", "-", dataset).strip("-").lower() or "data",
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=round(value, 2),
+        )
+        for metric, value in scores.items()
+    ]
+    new = {_key(result) for result in results}
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    card.data.eval_results = [r for r in card.data.eval_results or [] if _key(r) not in new] + results
+    card.data.metrics = list(dict.fromkeys([*(card.data.metrics or []), *scores]))
+    stage = folder / ".README.md.saving"
+    card.save(stage)
+    stage.replace(path)  # in one step
+    return card
+
+
+def _key(result: EvalResult) -> tuple[str | None, ...]:
+    return result.task_type, result.dataset_type, result.dataset_split, result.metric_type

@@ -1,0 +1,133 @@
+"""`evaluate MODEL DATA`: scores of models on own data, cards, mistakes, and two processes."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+
+from tests.support.processes import ROOT, launch
+from tests.support.processors import make_image, make_processor, make_speaking_model, speak_printably
+
+QUESTIONS = ["cat?", "the mat?", "x?", "and?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, an adapter, and data: a file of questions with one bad row, and a folder of captions with splits."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    model = speak_printably(make_speaking_model())
+    for name in ("first", "second"):
+        model.save_pretrained(folder / name)
+        make_processor().save_pretrained(folder / name)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(-1)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    for number in range(3):
+        make_image(number).save(folder / f"{number}.png")
+    rows = [{"question": text, "image": f"{n}.png", "answers": ["no", "no"]} for n, text in enumerate(QUESTIONS)]
+    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    for split, caption in (("train", "a"), ("test", "b")):
+        row = {"image": f"{folder}/0.png", "captions": [caption, "a cat on a mat"]}
+        (folder / "captions").mkdir(exist_ok=True)
+        (folder / f"captions/{split}.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def predictions(folder) -> list[str]:
+    return [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_models_side_by_side(folder, run_verb, tmp_path):
+    out, skipped = tmp_path / "out", tmp_path / "skipped.jsonl"
+    options = ["--on-bad-row", "skip", "--bad-rows", skipped, "--batch-size", "2", "--max-new-tokens", "3"]
+    models = [folder / "first", folder / "second"]
+    arguments = [*models, "--data", folder / "data.jsonl", *options, "--output-dir", out]
+    train = ["--train-data", folder / "data.jsonl"]
+    report = json.loads(run_verb("evaluate", *arguments, *train, "--json", "--update-card"))
+    assert report == json.loads((out / "results.json").read_text())
+    assert report["data"] == {
+        "source": str(folder / "data.jsonl"),
+        "split": None,
+        "format": "vqa",
+        "rows": 3,
+        "skipped": 1,
+    }
+    assert report["most_frequent_answer"] == {"vqa_accuracy": 100, "exact_match": 100}
+    assert list(report["models"]) == ["first", "second"]
+    for model in report["models"].values():
+        assert model["scores"] == model["blind"] == {"vqa_accuracy": 0, "exact_match": 0}
+        assert model["intervals"] == {"vqa_accuracy": [0, 0], "exact_match": [0, 0]}
+    assert json.loads(skipped.read_text())["row"] == 3
+    first, second = predictions(out / "first"), predictions(out / "second")
+    assert len(first) == len(second) == 3
+    assert first != second
+    (result, _) = ModelCard.load(folder / "first/README.md").data.eval_results
+    assert (result.dataset_name, result.dataset_split, result.metric_type) == ("data", None, "vqa_accuracy")
+    assert result.task_type == "visual-question-answering"
+
+    # The model of `--model`, chosen metrics, fewer rows, no blind baseline, and as a table
+    arguments = ["--model", models[0], "--data", folder / "data.jsonl", *options, "--output-dir", out]
+    printed = run_verb("evaluate", *arguments, "--metrics", "anls,bleu", "--max-rows", "2", "--no-blind")
+    assert printed.splitlines()[0].endswith("data.jsonl, format vqa: 2 rows, 1 skipped")
+    assert printed.splitlines()[1].split() == ["model", "anls", "bleu"]
+    assert len(printed.splitlines()) == 3
+    assert predictions(out / "first") == first[:2]
+
+    adapted = ["--adapter", folder / "adapter", *options, "--output-dir", tmp_path / "adapted"]
+    run_verb("evaluate", models[0], folder / "data.jsonl", *adapted)
+    assert predictions(tmp_path / "adapted/first") != first
+    owner = json.loads((tmp_path / "adapted/first/run.json").read_text())
+    assert owner["adapter"] == str(folder / "adapter")
+
+    captions = [folder / "captions", "--image-root", folder, "--output-dir", tmp_path / "captions", "--json"]
+    report = json.loads(run_verb("evaluate", models[0], *captions))
+    assert report["data"]["split"] == "test"
+    assert list(report["models"]["first"]["scores"]) == ["cider", "bleu", "rouge_l"]
+    report = json.loads(run_verb("evaluate", models[0], *captions, "--split", "train", "--task", "vqa"))
+    assert report["data"]["split"] == "train"
+    assert list(report["models"]["first"]["scores"]) == ["vqa_accuracy", "exact_match"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["first"], "got 1 paths: pass one model and the data"),
+        (["first", "second", "data.jsonl"], "got 3 paths: pass one model and the data"),
+        (["--data", "data.jsonl"], "`--data` needs a model"),
+        (["first", "data.jsonl"], "data.jsonl, row 3: images[0]: there is no file"),
+        (["first", "data.jsonl", "--metrics", "anls,f1"], "there is no metric 'f1'"),
+        (["first", "data.jsonl", "--max-rows", "0"], "`--max-rows` must be at least 1, but got 0"),
+        (["first", "data.jsonl", "--batch-size", "0", "--on-bad-row", "skip"], "`batch_size` must be at least 1"),
+        (["first", "captions", "--split", "none"], "has no split 'none'"),
+        (["first", "second", "--data", "data.jsonl", "--adapter", "adapter"], "`--adapter` only works with one model"),
+        (["missing/model", "data.jsonl"], "no trained model"),
+    ],
+)
+def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as ended:
+        run_verb("evaluate", *arguments, "--output-dir", tmp_path)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(folder, run_verb, tmp_path):
+    arguments = ["evaluate", folder / "first", folder / "data.jsonl", "--on-bad-row", "skip", "--batch-size", "1"]
+    arguments = [str(argument) for argument in [*arguments, "--max-new-tokens", "3", "--output-dir"]]
+    expected = run_verb(*arguments, str(tmp_path / "one"))
+    program = f"""
+    import sys
+    from modeling_sparse_moe_vlm.toolbox.commands.main import main
+
+    main({[*arguments, str(tmp_path / "two")]!r})
+    """
+    result = launch(ROOT / "configuration/accelerate/ddp.yaml", program, tmp_path, "--cpu", "--num_processes", "2")
+    assert result.returncode == 0, result.stderr
+    assert expected.strip() in result.stdout
+    assert result.stdout.count("data.jsonl, format vqa: 3 rows, 1 skipped") == 1
+    files = [tmp_path / name / "first/predictions.jsonl" for name in ("one", "two")]
+    assert files[0].read_text() == files[1].read_text()
