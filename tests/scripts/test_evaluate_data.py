@@ -103,7 +103,7 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
         (["first", "data.jsonl", "--batch-size", "0", "--on-bad-row", "skip"], "`batch_size` must be at least 1"),
         (["first", "captions", "--split", "none"], "has no split 'none'"),
         (["first", "second", "--data", "data.jsonl", "--adapter", "adapter"], "`--adapter` only works with one model"),
-        (["missing/model", "data.jsonl"], "no trained model"),
+        (["missing/local/model", "data.jsonl"], "no trained model"),
     ],
 )
 def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, capsys):

@@ -10,8 +10,7 @@ Scores models on your own data, or a model on the held-out scenes of the demo.
 
 On your own data, each model is also measured without the images. The command prints a table with 95 % confidence
 intervals, and writes `results.json` and for each model `predictions.jsonl` to the output folder. Metrics: vqa_accuracy,
-exact_match, anls, relaxed_accuracy, cider, bleu and rouge_l. With several processes (`accelerate launch`), they share the
-rows.
+exact_match, anls, relaxed_accuracy, cider, bleu and rouge_l. Several processes (`accelerate launch`) share the rows.
 
 The model of the last example is written by `sparse-moe-vlm train`. On its scenes, the score is the share of answers
 that equal the reference (exact match), for each kind of question, next to guesses made without the images, which are
@@ -57,8 +56,8 @@ def _run_on_scenes(arguments: argparse.Namespace) -> None:
         recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
         if is_own(recipe.data):
             raise ValueError(
-                f"the recipe {arguments.recipe} has own data: `evaluate` needs one with the built-in scenes. For your own "
-                "data, run `evaluate MODEL DATA`."
+                f"the recipe {arguments.recipe} has own data: `evaluate` needs one with the built-in scenes. For "
+                "your own data, run `evaluate MODEL DATA`."
             )
         model, processor = from_checkpoint(trained_model(arguments.model or DEMO_MODEL))
         data = load_scenes(**recipe.data)

@@ -96,8 +96,8 @@ def evaluate_rows(
         `Evaluation`: The scores. `None` in all processes except the first.
 
     Raises:
-        ValueError: If there are no rows, if an argument or row is invalid, or if the predictions in the folder belong to
-            another model or other data. The message names the row.
+        ValueError: If there are no rows, if an argument or row is invalid, or if the predictions in the folder belong
+            to another model or other data. The message names the row.
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
@@ -175,8 +175,8 @@ def most_frequent_reference(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def confidence_intervals(rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
     """
-    Returns the 95 % confidence interval of the mean of each metric, by a bootstrap over the rows with 1,000 samples. The
-    seed is fixed, so that equal scores have equal intervals.
+    Returns the 95 % confidence interval of the mean of each metric, by a bootstrap over the rows with 1,000 samples.
+    The seed is fixed, so that equal scores have equal intervals.
     """
     intervals = {}
     for name in rows[0]:

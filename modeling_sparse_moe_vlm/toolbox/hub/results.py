@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
@@ -15,8 +16,8 @@ def add_results_to_card(
     folder: str | Path, scores: Mapping[str, float], *, dataset: str, split: str | None, task: str
 ) -> ModelCard:
     """
-    Writes measured scores to the `model-index` of a model card. Scores of the same metric on the same data are replaced,
-    and everything else in the card stays. A folder without `README.md` gets a new card.
+    Writes measured scores to the `model-index` of a model card. Scores of the same metric on the same data are
+    replaced, and everything else in the card stays. A folder without `README.md` gets a new card.
 
     Args:
         folder (`str` or `Path`):
@@ -52,9 +53,10 @@ def add_results_to_card(
         for metric, value in scores.items()
     ]
     new = {_key(result) for result in results}
-    card.data.model_name = card.data.model_name or folder.resolve().name
-    card.data.eval_results = [r for r in card.data.eval_results or [] if _key(r) not in new] + results
-    card.data.metrics = list(dict.fromkeys([*(card.data.metrics or []), *scores]))
+    data: Any = card.data
+    data.model_name = data.model_name or folder.resolve().name
+    data.eval_results = [result for result in data.eval_results or [] if _key(result) not in new] + results
+    data.metrics = list(dict.fromkeys([*(data.metrics or []), *scores]))
     stage = folder / ".README.md.saving"
     card.save(stage)
     stage.replace(path)  # in one step

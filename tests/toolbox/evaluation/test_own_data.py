@@ -114,9 +114,10 @@ def test_an_interrupted_evaluation_resumes(model, processor, rows, tmp_path, bat
         return answer(*arguments, **kwargs)
 
     folder = tmp_path / "out"
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(own_data, "answer_batch", interrupted)
-        evaluate(model, processor, rows, folder)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, processor, rows, folder)
     with (folder / "answers.0.jsonl").open("a") as file:
         file.write('{"number": 3, "predic')  # interrupted while it was written
     batches.clear()
