@@ -322,3 +322,16 @@ def test_files_that_cannot_be_read(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message.format(folder=tmp_path))):
         check_data(tmp_path / name)
+
+
+def test_only_the_first_good_rows(tmp_path):
+    """Rows after them are not read, so that they may be bad."""
+    rows = [{"prompt": "Why?", "completion": text} for text in ("a", "", "b", "c", "")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    read = load_rows(tmp_path / "rows.jsonl", on_bad_row="skip", max_rows=3)
+    assert read["row"] == [0, 2, 3]
+    assert load_rows(tmp_path / "rows.jsonl", max_rows=1)["row"] == [0]
+    with pytest.raises(BadRowError, match="row 1"):
+        load_rows(tmp_path / "rows.jsonl", max_rows=2)
+    with pytest.raises(ValueError, match=r"`max_rows` cannot be combined with `streaming=True`"):
+        load_rows(tmp_path / "rows.jsonl", max_rows=1, streaming=True)
