@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .. import modeling_upcycled
 from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
-from ..configuration_upcycled_retrieval import TYPE_SUFFIX, retrieval_config_class
+from ..configuration_upcycled_retrieval import TYPE_SUFFIX, UpcycledRetrievalConfigMixin, retrieval_config_class
 from ..modeling_upcycled_retrieval import retrieval_model_class
 
 # Prefix of the model types of upcycled models.
@@ -34,21 +34,19 @@ def use_installed_code(checkpoint: str | os.PathLike) -> None:
     if base_type in CONFIG_MAPPING:
         register(upcycled_config_class(CONFIG_MAPPING[base_type]))
     else:
-        register_retrieval(retrieval_config_class(CONFIG_MAPPING[base_type.removesuffix(TYPE_SUFFIX)]))
+        register(retrieval_config_class(CONFIG_MAPPING[base_type.removesuffix(TYPE_SUFFIX)]))
 
 
 def register(config_class: Any) -> None:
     """Registers a configuration class with the auto classes if it is the class of an upcycled model."""
     if not issubclass(config_class, UpcycledConfigMixin):
         return
+    if issubclass(config_class, UpcycledRetrievalConfigMixin):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, retrieval_model_class(config_class), exist_ok=True)
+        return
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     for auto_class, name in auto_map_of(config_class).items():
         if auto_class != AutoConfig.__name__:
             model_class = getattr(modeling_upcycled, name.rpartition(".")[2])
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
-
-
-def register_retrieval(config_class: Any) -> None:
-    """Registers the configuration class of upcycled retrieval models with the auto classes."""
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, retrieval_model_class(config_class), exist_ok=True)

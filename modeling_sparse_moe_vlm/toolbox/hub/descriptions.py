@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import transformers
@@ -16,8 +16,10 @@ from transformers import (
 )
 
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
+from ...retrieval_config import RetrievalConfigMixin
 from ..expert_modules import our_experts_config
 from ..model_size import model_size
+from ..retrieval.conversion import without_head
 from ..upcycling.costs import costs_of, costs_table
 from ..upcycling.native import dense_config
 from ..upcycling.receipt import ParityReceipt
@@ -70,6 +72,15 @@ def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[st
         start (`Mapping[str, Any]`):
             The start of its experts, as in `experts_config.start`; empty if the model was not upcycled.
     """
+    if isinstance(config, RetrievalConfigMixin):
+        tower = describe(without_head(config), parents, start)
+        return replace(
+            tower,
+            text=f"{tower.text} This model has a head for image-text retrieval (`{config.model_type}`): it embeds "
+            "texts, images, and texts with images.",
+            auto_class=AutoModel.__name__,
+            tags=[*tower.tags, "image-text-retrieval", "sentence-transformers"],
+        )
     if config.model_type in OUR_TYPES:
         return _ours(config, parents, start)
     experts = our_experts_config(config)

@@ -85,7 +85,7 @@ def write_model_card(
     parents = _parents(base_model, start)
     description = describe(config, parents, start)
     task = TASKS.get(description.auto_class)
-    is_ours = config.model_type in OUR_TYPES
+    is_ours = getattr(config, "tower_model_type", config.model_type) in OUR_TYPES
     is_from_scratch = is_ours and not parents
     metadata: dict[str, Any] = (
         {"license": "apache-2.0", "language": "en"} if is_from_scratch else inherited_metadata(parents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ...configuration_retrieval import SparseMoeVlmRetrievalConfig
 from ...configuration_upcycled_retrieval import retrieval_config_class
 from ...modeling_retrieval import SparseMoeVlmForImageTextRetrieval
 from ...modeling_upcycled_retrieval import retrieval_model_class
+from ...retrieval_config import RetrievalConfigMixin
 from ..data.retrieval import retrieval_inputs
 
 # Images of these sizes (width and height) get the same prompt if the number of image tokens is fixed.
@@ -100,6 +102,25 @@ def with_head(config_class: Any, config: PreTrainedConfig, fields: dict[str, Any
         for name, implementation in implementations.items():
             setattr(part, name, implementation)
     return made
+
+
+def without_head(config: PreTrainedConfig) -> Any:
+    """
+    Returns the configuration of the model that a retrieval model was made from.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of a retrieval model.
+
+    Returns:
+        `PreTrainedConfig`: A new configuration, without the fields of the head.
+    """
+    kinds = type(config).__mro__
+    start = next(i for i, kind in enumerate(kinds) if kind is RetrievalConfigMixin)
+    tower: Any = kinds[start + 1]
+    of_head = {field.name for field in fields(RetrievalConfigMixin)}
+    values = {name: value for name, value in config.to_dict().items() if name not in {*OWN_FIELDS, *of_head}}
+    return tower.from_dict(values)
 
 
 def image_prompt(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int] | None:
