@@ -42,7 +42,6 @@ class RetrievalConfigMixin:
         ValueError: If a field is invalid. The message names the field and what is expected.
     """
 
-    model_type: ClassVar[str]
     # Model type of the configuration without the fields of the head.
     tower_model_type: ClassVar[str]
 
@@ -96,5 +95,5 @@ class RetrievalConfigMixin:
         if config_dict.get("model_type") == cls.tower_model_type:
             others = ("auto_map", "architectures")
             kept = {name: value for name, value in config_dict.items() if name not in others}
-            config_dict = kept | {"model_type": cls.model_type}
+            config_dict = kept | {"model_type": cls.model_type}  # type: ignore[attr-defined]
         return config_dict, kwargs

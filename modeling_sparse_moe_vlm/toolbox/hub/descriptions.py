@@ -60,7 +60,7 @@ class Description:
     variables: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
+def describe(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
     """
     Describes a model of this package, an upcycled model, or any other model of Transformers.
 
