@@ -60,7 +60,7 @@ class Description:
     variables: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
+def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
     """
     Describes a model of this package, an upcycled model, or any other model of Transformers.
 
@@ -72,11 +72,12 @@ def describe(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> D
         start (`Mapping[str, Any]`):
             The start of its experts, as in `experts_config.start`; empty if the model was not upcycled.
     """
+    model_type = config.model_type
     if isinstance(config, RetrievalConfigMixin):
         tower = describe(without_head(config), parents, start)
         return replace(
             tower,
-            text=f"{tower.text} This model has a head for image-text retrieval (`{config.model_type}`): it embeds "
+            text=f"{tower.text} This model has a head for image-text retrieval (`{model_type}`): it embeds "
             "texts, images, and texts with images.",
             auto_class=AutoModel.__name__,
             tags=[*tower.tags, "image-text-retrieval", "sentence-transformers"],
