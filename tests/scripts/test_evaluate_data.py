@@ -86,9 +86,9 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
     report = json.loads(run_verb("evaluate", models[0], *captions))
     assert report["data"]["split"] == "test"
     assert list(report["models"]["first"]["scores"]) == ["cider", "bleu", "rouge_l"]
-    report = json.loads(run_verb("evaluate", models[0], *captions, "--split", "train", "--task", "vqa"))
+    report = json.loads(run_verb("evaluate", models[0], *captions, "--split", "train", "--task", "document_vqa"))
     assert report["data"]["split"] == "train"
-    assert list(report["models"]["first"]["scores"]) == ["vqa_accuracy", "exact_match"]
+    assert list(report["models"]["first"]["scores"]) == ["anls", "exact_match"]
 
 
 @pytest.mark.parametrize(

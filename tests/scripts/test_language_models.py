@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM
 from modeling_sparse_moe_vlm.toolbox.commands.main import main
@@ -88,6 +89,30 @@ def test_routing_report(template, folder, tmp_path, run_verb):
         "<|im_start|>user\nWhy?<|im_start|>assistant\nyes",
     ]
     assert rows[0]["num_tokens"] == sum(len(tokenizer(text).input_ids) for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (None, "be kind\nWhere is the cat?"),
+        (CHAT, "<|im_start|>system\nbe kind<|im_start|>user\nWhere is the cat?"),
+    ],
+)
+def test_evaluate(template, text, folder, run_verb, tmp_path, capsys):
+    model, tokenizer = save(folder, make_speaking("llama"), template)
+    answer = continued(model, tokenizer, text).removesuffix("\n")
+    row = {"messages": [{"role": "system", "content": "be kind"}, ROW["messages"][0]]}
+    row["messages"].append({"role": "assistant", "content": answer})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    options = ["--max-new-tokens", 5, "--output-dir", tmp_path / "out", "--metrics", "anls"]
+    report = json.loads(run_verb("evaluate", folder, tmp_path / "rows.jsonl", *options, "--json"))
+    assert report["models"]["model"] == {"scores": {"anls": 100}, "intervals": {"anls": [100, 100]}}
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"question": "q", "answer": "a", "image": "a.png"}))
+    with pytest.raises(SystemExit):
+        run_verb("evaluate", folder, tmp_path / "rows.jsonl", *options)
+    assert "rows.jsonl, row 0 has a part of type 'image', but the model only reads text" in capsys.readouterr().err
 
 
 def test_info(folder, run_verb):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shipped_files import working_root
+from .data_options import TASK_NAMES
 from .mistakes import mistakes_in_one_line
 from .options import only_json, trained_model
 
@@ -16,7 +17,16 @@ if TYPE_CHECKING:
 
 # Splits to try, if none is named.
 SPLITS = ("test", "validation", "train")
-TASKS_OF_HUB = {"vqa": "visual-question-answering", "captioning": "image-to-text"}
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['content'] }}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+)
+TASKS_OF_HUB = {
+    "vqa": "visual-question-answering",
+    "captioning": "image-to-text",
+    "document_vqa": "document-question-answering",
+    "chart_vqa": "visual-question-answering",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--on-bad-row", choices=("error", "skip"), help="whether bad rows are an error (default: error)")
     group.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which skipped rows are written")
     group.add_argument("--max-rows", type=int, help="number of rows to evaluate (default: all)")
-    group.add_argument("--task", choices=("vqa", "captioning"), help="task, which chooses metrics (default: by format)")
+    group.add_argument("--task", choices=TASK_NAMES, help="task, which chooses metrics (default: by format)")
     group.add_argument("--metrics", help="metrics, separated by commas (default: those of the task)")
     group.add_argument("--adapter", help="PEFT adapter to load into the model")
     group.add_argument("--batch-size", type=int, help="rows per batch (default: 16)")
@@ -69,8 +79,9 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
     """Evaluates models on data, prints the scores and writes them to the output folder."""
     from accelerate import PartialState
 
-    from ..evaluation.own_data import METRICS_OF_TASK, OTHER_METRICS, TASK_OF_FORMAT, evaluate_rows, result_table
+    from ..evaluation.own_data import evaluate_rows, result_table
     from ..evaluation.scores import check_metrics
+    from ..training.own_evaluation import TASK_OF_FORMAT, metrics_of
 
     folder = Path(arguments.output_dir or working_root() / "outputs" / "evaluation")
     with only_json(arguments.json), mistakes_in_one_line():
@@ -82,7 +93,7 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         chosen = check_metrics(arguments.metrics.split(",")) if arguments.metrics else None
         split, format_name = _find_split(arguments, data)
         task = arguments.task or TASK_OF_FORMAT.get(format_name)
-        metrics = chosen or METRICS_OF_TASK.get(task or "", OTHER_METRICS)
+        metrics = chosen or metrics_of(task, format_name, {})
         rows = _load(arguments, data, split)
         named_split = None if Path(data).is_file() else split  # a file has no splits
         num_skipped = rows.reader.skipped.counts.total()
@@ -171,11 +182,10 @@ def _load_model(arguments: argparse.Namespace, path: str) -> tuple[Any, Any, dic
 
     from ..evaluation.prediction_files import fingerprint_of_model
     from ..training.models import from_checkpoint
-    from .generate import PLAIN_TEMPLATE
 
     model, processor = from_checkpoint(path, arguments.trust_remote_code, language_models=True)
     if isinstance(processor, PreTrainedTokenizerBase):
-        # A model that was not trained on conversations continues the question.
+        # A model that was not trained on conversations continues the texts of all messages.
         processor.chat_template = processor.chat_template or PLAIN_TEMPLATE
     revision = getattr(model.config, "_commit_hash", None)
     identity = {"model": path, "weights": fingerprint_of_model(path, revision), "adapter": arguments.adapter}

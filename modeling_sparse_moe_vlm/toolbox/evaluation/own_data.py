@@ -19,9 +19,6 @@ from .generation import answer_batch
 from .prediction_files import AnswerFiles, fingerprint_of_rows
 from .scores import references_of, score_answers, score_rows, text_of
 
-METRICS_OF_TASK = {"vqa": ["vqa_accuracy", "exact_match"], "captioning": ["cider", "bleu", "rouge_l"]}
-OTHER_METRICS = ["exact_match", "rouge_l"]
-TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
 ANSWER, BLIND = "prediction", "prediction_without_images"
 NUM_SAMPLES = 1000  # of the bootstrap
 

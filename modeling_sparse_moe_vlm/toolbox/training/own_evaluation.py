@@ -21,7 +21,7 @@ TASKS = {
     "chat": ("exact_match", "rouge_l"),
 }
 # Tasks by format of the data.
-_TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
+TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
 
 
 def check_task(task: Any) -> None:
@@ -57,7 +57,7 @@ def metrics_of(task: str | None, format: str, evaluation: Mapping[str, Any]) -> 
             f"`evaluation.metrics` must be a list of names of metrics, but got {metrics!r}.",
         )
         return check_metrics(metrics)
-    return list(TASKS[task or _TASK_OF_FORMAT.get(format, "chat")])
+    return list(TASKS[task or TASK_OF_FORMAT.get(format, "chat")])
 
 
 def evaluate_rows(
