@@ -1,6 +1,7 @@
 """Trains models with Transformers' `Trainer`."""
 
 from ..demo.conversations import conversations
+from .generation_metrics import GenerationMetrics
 from .isolation import freeze_text
 from .model_parts import model_parts
 from .models import from_checkpoint, from_scratch
@@ -8,6 +9,7 @@ from .parts import describe_parts, train_parts
 from .trainer import SparseMoeTrainer
 
 __all__ = [
+    "GenerationMetrics",
     "SparseMoeTrainer",
     "conversations",
     "describe_parts",

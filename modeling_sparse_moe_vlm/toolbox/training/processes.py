@@ -56,6 +56,8 @@ def make_arguments(folder: Path, **training: Any) -> TrainingArguments:
     Raises:
         ValueError: If an argument is invalid.
     """
+    # A resumed run continues to count the evaluations without an improvement, for early stopping.
+    training = {"restore_callback_states_from_checkpoint": True} | training
     return TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **training)
 
 
