@@ -12,9 +12,10 @@ from transformers import TrainerCallback
 
 from modeling_sparse_moe_vlm.fused_head import takes_fused_head
 from modeling_sparse_moe_vlm.routing import RoutingRecord, router_biases
+from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, measure_routing, update_router_bias
 from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
-from modeling_sparse_moe_vlm.toolbox.training import model_parts, train_parts
+from modeling_sparse_moe_vlm.toolbox.training import GenerationMetrics, model_parts, train_parts
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
 
 trl = pytest.importorskip("trl")
@@ -189,12 +190,16 @@ def test_sft_trains_with_the_models_own_router_losses(coefficients, groups, tmp_
     assert coefficient * log["aux_loss"] == pytest.approx(own.loss.item() - plain, rel=1e-3)
 
 
-def test_the_monitor_logs_the_same_router_losses_in_sft(tmp_path):
-    """Each by itself, instead of TRL's `aux_loss`, which is the sum of all divided by a coefficient."""
+def test_router_losses_and_generation_metrics_are_logged_in_sft(tmp_path):
+    """The router losses each by itself, instead of TRL's `aux_loss`, which is the sum of all divided by a coefficient."""
     model, monitor = make_speaking_model(**COEFFICIENTS["z-loss"]), RoutingMonitor(by_layer=True)
     arguments = {"eval_strategy": "steps", "eval_steps": 1, "report_to": ["tensorboard"]}
+    rows = rows_with_images()
+    (answer, _) = generate_answers(model, make_processor(), rows, max_new_tokens=4)
+    rows = rows.add_column("references", [[answer], ["another"]])
+    generated = GenerationMetrics(make_processor(), rows, max_new_tokens=4)
     trainer, log, batch = train_sft(
-        model, tmp_path, callbacks=[monitor], arguments=arguments, eval_dataset=rows_with_images()
+        model, tmp_path, callbacks=[generated, monitor], arguments=arguments, eval_dataset=rows_with_images()
     )
     own = own_outputs(model, batch)
     expected = {name: own[name].item() for name in ("aux_loss", "z_loss", "router_loss")}
@@ -207,6 +212,7 @@ def test_the_monitor_logs_the_same_router_losses_in_sft(tmp_path):
         assert evaluation[f"eval_{name}"] == pytest.approx(value, abs=6e-5), name  # the same rows
         for split in ("train", "eval"):
             assert events.Scalars(f"{split}/{name}")[0].value == pytest.approx(value, abs=6e-5)
+    assert evaluation["eval_exact_match"] == events.Scalars("eval/exact_match")[0].value == 50.0
     assert events.Scalars("train/routing/layer_1/joint/image/entropy")
     assert log["tokens_per_second"] > log["tokens_per_second_image"] > 0
 
