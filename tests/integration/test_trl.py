@@ -191,7 +191,7 @@ def test_sft_trains_with_the_models_own_router_losses(coefficients, groups, tmp_
 
 
 def test_router_losses_and_generation_metrics_are_logged_in_sft(tmp_path):
-    """The router losses each by itself, instead of TRL's `aux_loss`, which is the sum of all divided by a coefficient."""
+    """Each router loss by itself, instead of TRL's `aux_loss`, which is the sum of all divided by a coefficient."""
     model, monitor = make_speaking_model(**COEFFICIENTS["z-loss"]), RoutingMonitor(by_layer=True)
     arguments = {"eval_strategy": "steps", "eval_steps": 1, "report_to": ["tensorboard"]}
     rows = rows_with_images()
