@@ -1,5 +1,6 @@
 """`evaluate MODEL DATA`: scores of models on own data, cards, mistakes, and two processes."""
 
+import argparse
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
+from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import _find_split, _short_names
 from tests.support.processes import ROOT, launch
 from tests.support.processors import make_image, make_processor, make_speaking_model, speak_printably
 
@@ -82,10 +84,23 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
     owner = json.loads((tmp_path / "adapted/first/run.json").read_text())
     assert owner["adapter"] == str(folder / "adapter")
 
-    captions = [folder / "captions", "--image-root", folder, "--output-dir", tmp_path / "captions", "--json"]
+    first_card, second_card = (ModelCard.load(model / "README.md").data for model in models)
+    assert first_card.metrics == second_card.metrics == ["vqa_accuracy", "exact_match"]
+    captions = [
+        folder / "captions",
+        "--image-root",
+        folder,
+        "--update-card",
+        "--output-dir",
+        tmp_path / "captions",
+        "--json",
+    ]
     report = json.loads(run_verb("evaluate", models[0], *captions))
     assert report["data"]["split"] == "test"
     assert list(report["models"]["first"]["scores"]) == ["cider", "bleu", "rouge_l"]
+    result = ModelCard.load(folder / "first/README.md").data.eval_results[-1]
+    assert (result.task_type, result.dataset_name, result.dataset_split) == ("image-to-text", "captions", "test")
+    assert result.metric_value == round(report["models"]["first"]["scores"]["rouge_l"], 2)
     report = json.loads(run_verb("evaluate", models[0], *captions, "--split", "train", "--task", "document_vqa"))
     assert report["data"]["split"] == "train"
     assert list(report["models"]["first"]["scores"]) == ["anls", "exact_match"]
@@ -112,6 +127,36 @@ def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, c
         run_verb("evaluate", *arguments, "--output-dir", tmp_path)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_of_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/model").mkdir(parents=True)
+    names = ["run/model", "other/model", "user/name", "user/name", "b/user/name"]
+    assert _short_names(names) == {
+        "run/model": "model",
+        "other/model": "other-model",
+        "user/name": "name",
+        "b/user/name": "user-name",
+    }
+
+
+@pytest.mark.parametrize(
+    ("splits", "named", "expected"),
+    [
+        (["train"], None, "train"),
+        (["train", "validation"], None, "validation"),
+        (["train", "validation", "test"], None, "test"),
+        (["train", "test"], "train", "train"),
+    ],
+)
+def test_split(splits, named, expected, tmp_path):
+    for split in splits:
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}))
+    arguments = argparse.Namespace(split=named, subset=None, image_root=None, format=None)
+    assert _find_split(arguments, str(tmp_path)) == (expected, "vqa")
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        _find_split(argparse.Namespace(**vars(arguments) | {"split": "dev"}), str(tmp_path))
 
 
 @pytest.mark.slow
