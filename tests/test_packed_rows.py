@@ -13,7 +13,7 @@ ALL_LOSSES = {
     "router_local_entropy_coef": 0.1,
     "router_global_entropy_coef": 0.1,
 }
-SEQUENCES = [[2], [4, 1, 3], [5, 0]]
+SEQUENCES = [[2], [4, 1, 0], [3, 5]]  # the last one has no images
 OURS = {
     "hybrid": {},
     "isolated": {"expert_groups": "isolated"},
@@ -76,7 +76,7 @@ def assert_packed_equals_padded(model, name, rows=None):
         with torch.no_grad():
             alone = model(**{key: value for key, value in row.items() if key != "labels"}).logits[0]
         assert_close(found[number], alone, f"row {number} on its own")
-        if number in (1, 3, 0):  # rows after others
+        if number in (1, 0, 5):  # rows after others
             assert (mixed[number] - alone).abs().max() > 0.1, "without separation, other rows must change the logits"
     assert_close(packed.loss, outputs.loss, "loss")
     for loss in ("aux_loss", "z_loss", "router_loss", "aux_loss_by_modality"):

@@ -61,6 +61,15 @@ def test_padding_of_packed_sequences():
         assert padding_mask(None, other, (2, 3)) is None, "the decoder raises an error"
 
 
+@pytest.mark.parametrize("part", ["", "model", "model.language_model", "language model"])
+def test_every_model_recognises_the_padding_of_packed_sequences(part, monkeypatch):
+    model = make_model() if part != "language model" else SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG))
+    given = planned(monkeypatch)
+    model = model if part == "language model" else model.get_submodule(part)
+    model(input_ids=torch.tensor([[5, 6, 7, 8]]), position_ids=torch.tensor([[0, 0, 1, -1]]))
+    assert [tokens.is_real.tolist() for tokens in given] == [[[True, True, True, False]]]
+
+
 def test_ids_and_padding():
     ids, mask = torch.tensor([[0, 1, 0]], dtype=torch.int32), torch.tensor([[1, 1, 0, 1, 1]])
     tokens = TokenModalities.of((1, 3), ids, mask, NAMES)

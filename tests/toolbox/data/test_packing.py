@@ -111,6 +111,7 @@ def test_a_packed_batch(processor, model):
     lengths = padded["attention_mask"].sum(dim=1).tolist()
     assert lengths == [52, 24, 22]
     packed = VisionLanguageCollator(processor, packing=True, model=model)(rows)
+    assert [size.tokens for size in packed.row_sizes] == lengths
     assert sorted(packed) == ["input_ids", "labels", "mm_token_type_ids", "pixel_values", "position_ids", "use_cache"]
     assert packed["use_cache"] is False
     first, second, third = (padded["input_ids"][number, :length].tolist() for number, length in enumerate(lengths))
@@ -137,9 +138,21 @@ def test_separators_keep_the_positions_of_places(model):
     assert batch["input_ids"].tolist() == [[5, 5, 5, 0, 5, 5], [5, 0, 0, 0, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, -1, 4, 5], [0, -1, -1, -1, -1, -1]]
     assert batch["labels"].tolist() == [[-100, 5, 5, -100, -100, 5], [-100] * 6]
-    assert packer.assign([2, 2]) == [[0], [1]]
+    assert packer.assign([6, 2, 2]) == [[0], [1, 2]], "a single sequence has 13 tokens with separators: 169 > 3 · 49"
+    packer.separators = False
+    assert packer.assign([6, 2, 2]) == [[0, 1, 2]]
     packer.one_sequence = True
     assert packer.assign([2, 9, 2]) == [[0, 1, 2]]
+
+
+def test_sequences_without_images_have_an_image_of_padding():
+    """If the images have one entry per row, the batch has one entry per sequence."""
+    packer = make_packer(in_tree_models.make_model("idefics3"), "idefics3")
+    rows = make_rows("idefics3", [(4, 0), (11, 1), (17, 2)])
+    batch = packer.pack(rows, [[0], [2, 1]])
+    assert batch["pixel_values"].shape == (2, 3, 3, 16, 16)
+    assert not batch["pixel_values"][0].any()
+    assert batch["pixel_values"][1].equal(torch.cat([rows[2]["pixel_values"], rows[1]["pixel_values"]], dim=1)[0])
 
 
 def test_images_are_in_the_order_of_the_sequences(processor, model):
@@ -192,6 +205,7 @@ def test_a_field_whose_layout_is_unknown(model):
 
 def test_a_collator_can_be_sent_to_workers_without_the_model(processor):
     dense = in_tree_models.make_model("qwen3_vl")
+    dense.model.forward = dense.model.forward  # as hooks of Accelerate do
     packer = make_packer(dense, "qwen3_vl")
     found = pickle.loads(pickle.dumps(packer))
     rows = make_rows("qwen3_vl")
@@ -369,8 +383,26 @@ def test_another_loss_is_refused(processor, model, monkeypatch, name):
 
 
 def test_models_in_half_precision(processor, model):
+    dtypes = []
+    model.register_forward_pre_hook(
+        lambda model, args, inputs: dtypes.append(inputs["pixel_values"].dtype), with_kwargs=True
+    )
     batch = VisionLanguageCollator(processor, packing=True, model=model.bfloat16())(ROWS)
     assert batch["input_ids"].shape[0] > 1
+    assert set(dtypes) == {torch.bfloat16}
+
+
+def test_a_loss_that_is_infinite(processor, model, monkeypatch):
+    """As of Chameleon, which never predicts image tokens."""
+    forward = model.forward
+
+    def forward_with_infinite_loss(**inputs):
+        outputs = forward(**inputs)
+        outputs.loss = torch.tensor(torch.inf)
+        return outputs
+
+    monkeypatch.setattr(model, "forward", forward_with_infinite_loss)
+    check_packing(model, processor)
 
 
 def test_a_template_that_fails(model):
@@ -386,7 +418,7 @@ def test_the_check_changes_nothing(processor):
     bias = model.model.language_model.layers[0].mlp.gate.e_score_correction_bias
 
     def change_buffer(*_) -> None:
-        bias.add_(1.0)
+        bias.add_(torch.rand(()))
 
     model.register_forward_pre_hook(change_buffer)
     modes = [module.training for module in model.modules()]
