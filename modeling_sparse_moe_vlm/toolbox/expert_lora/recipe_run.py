@@ -15,7 +15,8 @@ from ..demo import conversations
 from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
 from ..training.models import from_checkpoint, is_language_model
-from ..training.own_data import check_own_data, is_own
+from ..training.own_callbacks import check_evaluation
+from ..training.own_data import check_own_data, has_evaluation, is_own
 from ..training.own_report import OwnReport
 from ..training.parts import describe_parts, train_parts
 from ..training.processes import save_and_part, start_run
@@ -54,6 +55,7 @@ class LoraRun:
         self.arguments, self.checkpoint = start_run(output_dir, resume, **hidden, **recipe.training)
         if self.is_own:
             check_own_data(recipe.data, self.arguments.max_steps)
+            check_evaluation(recipe.evaluation, self.arguments, has_evaluation(recipe.data))
         else:
             self.scenes = load_new_style(**recipe.data)
         model, self.processor = from_checkpoint(recipe.model, language_models=self.is_own)
@@ -105,6 +107,7 @@ class LoraRun:
             eval_dataset=self.own.eval if self.is_own else None,
             processing_class=self.processor,
             optimizer_cls_and_kwargs=self.optimizer,
+            callbacks=[] if self.own_report is None else self.own_report.callbacks(self.arguments, self.processor),
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.metrics = {

@@ -20,6 +20,8 @@ TASKS = {
     "chart_vqa": ("relaxed_accuracy", "exact_match"),
     "chat": ("exact_match", "rouge_l"),
 }
+# Keys of `evaluation` about evaluation during training.
+DURING_TRAINING = ("sample", "early_stopping_patience")
 # Tasks by format of the data.
 TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
 
@@ -106,7 +108,9 @@ def evaluate_rows(
 def evaluation_arguments() -> dict[str, Any]:
     """Returns the keys that the section `evaluation` of a recipe can have, with their types."""
     types = get_type_hints(evaluate_rows)
-    return {name: types[name] for name in ("metrics", "batch_size", "max_new_tokens")}
+    return {name: types[name] for name in ("metrics", "batch_size", "max_new_tokens")} | dict.fromkeys(
+        DURING_TRAINING, int
+    )
 
 
 def score_lines(scores: Mapping[str, float]) -> str:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .own_evaluation import evaluate_rows, metrics_of, score_lines
+from transformers import TrainerCallback, TrainingArguments
+
+from .own_callbacks import callbacks_of
+from .own_evaluation import DURING_TRAINING, evaluate_rows, metrics_of, score_lines
 from .run_data import OwnRows
 
 
@@ -29,10 +32,14 @@ class OwnReport:
     """
 
     def __init__(self, data: OwnRows, output_dir: Path, task: str | None, evaluation: Mapping[str, Any]) -> None:
-        self.data, self.output_dir = data, output_dir
+        self.data, self.output_dir, self.evaluation = data, output_dir, evaluation
         self.metrics = [] if data.eval is None else metrics_of(task, data.format, evaluation)
-        self.options = {key: value for key, value in evaluation.items() if key != "metrics"}
+        self.options = {key: value for key, value in evaluation.items() if key not in ("metrics", *DURING_TRAINING)}
         self.scores: dict[str, float] | None = None
+
+    def callbacks(self, arguments: TrainingArguments, processor: Any) -> list[TrainerCallback]:
+        """Returns the callbacks of a training: those that evaluate during the training."""
+        return callbacks_of(self.evaluation, arguments, processor, self.data.eval, self.metrics)
 
     def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
         """

@@ -15,7 +15,8 @@ from ..hub import write_model_card
 from ..model_size import describe_size
 from .how_to_load import how_to_ask
 from .models import from_checkpoint, from_scratch, is_language_model
-from .own_data import check_own_data, is_own
+from .own_callbacks import check_evaluation
+from .own_data import check_own_data, has_evaluation, is_own
 from .own_report import OwnReport
 from .parts import describe_parts, train_parts
 from .processes import make_arguments, part, save_complete, start_processes
@@ -59,6 +60,7 @@ class TrainingRun:
         for stage, arguments in zip(self.stages, self.stage_arguments, strict=True):
             if self.is_own:
                 check_own_data(stage.data, arguments.max_steps)
+                check_evaluation(recipe.evaluation, arguments, has_evaluation(stage.data))
         self.first = self.folders.num_finished() if resume else 0
         self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
         self.arguments = self.stage_arguments[self.first]
@@ -226,6 +228,7 @@ class TrainingRun:
             eval_dataset=self.data.eval,
             processing_class=self.processor,
             optimizer_cls_and_kwargs=optimizer,
+            callbacks=self.report.callbacks(arguments, self.processor),
         )
         output = trainer.train(resume_from_checkpoint=checkpoint)
         if stage.name and arguments.process_index == 0:

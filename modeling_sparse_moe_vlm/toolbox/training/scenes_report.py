@@ -40,6 +40,10 @@ class ScenesReport:
         self.answers: dict[str, list[str]] = {}
         self.scores: dict[str, Any] = {}
 
+    def callbacks(self, arguments: Any, processor: Any) -> list[Any]:
+        """Returns the callbacks of a training. Scenes are evaluated after the training."""
+        return []
+
     def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
         """Answers the questions, and returns the scores of [`~toolbox.evaluation.by_kind.score_by_kind`] by split."""
         for split in self.heldout:

@@ -373,3 +373,44 @@ def test_packing_is_passed_to_the_collator(folder, tmp_path):
     assert "position_ids" in training.collator(list(training.data.train))
     training = TrainingRun(load_recipe(write_recipe(folder)), tmp_path)
     assert "position_ids" not in training.collator(list(training.data.train))
+
+
+def test_generated_answers_stop_the_training_early(folder, tmp_path):
+    """The first evaluation is the best one, because the model hardly changes."""
+    overrides = [
+        f"data.eval={folder / 'test.jsonl'}",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+        "training.max_steps=9",
+        "training.learning_rate=1e-9",
+        "training.metric_for_best_model=exact_match",
+        "evaluation={early_stopping_patience: 2, sample: 1, max_new_tokens: 2}",
+    ]
+    run(write_recipe(folder), tmp_path, *overrides)
+    state = json.loads((tmp_path / "checkpoints/checkpoint-3/trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2, 3]
+    assert all({"eval_exact_match", "eval_vqa_accuracy"} <= entry.keys() for entry in evaluations)
+    assert not (tmp_path / "checkpoints/checkpoint-4").exists()
+    files = sorted((tmp_path / "checkpoints/generated_answers").iterdir())
+    assert [len(path.read_text().splitlines()) for path in files] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.eval_strategy=steps"], "`training.eval_strategy` needs rows for evaluation: set `data.eval`"),
+        (["evaluation.sample=3"], "`evaluation.sample` only has an effect with evaluation during training"),
+        (["evaluation.early_stopping_patience=1"], "`evaluation.early_stopping_patience` only has an effect with"),
+        (["evaluation.sample=0", "training.eval_strategy=steps"], "`evaluation.sample` must be at least 1, got 0"),
+        (
+            ["evaluation.early_stopping_patience=1", "training.eval_strategy=steps"],
+            "`evaluation.early_stopping_patience` needs `training.metric_for_best_model`, such as 'loss'",
+        ),
+    ],
+)
+def test_mistakes_about_evaluation_during_training(folder, tmp_path, overrides, message):
+    if "needs rows" not in message:
+        overrides = [*overrides, f"data.eval={folder / 'test.jsonl'}"]
+    with pytest.raises(ValueError, match=message):
+        TrainingRun(load_recipe(write_recipe(folder), overrides), tmp_path)

@@ -1,0 +1,81 @@
+"""Callbacks of runs on own data: generated answers at every evaluation, and early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+
+from ...checks import check
+from .generation_metrics import GenerationMetrics
+from .own_evaluation import DURING_TRAINING
+
+
+def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments, has_rows: bool) -> None:
+    """
+    Checks that evaluation during training is possible.
+
+    Args:
+        evaluation (`Mapping[str, Any]`):
+            The section `evaluation` of a recipe.
+        arguments (`TrainingArguments`):
+            Arguments of the training.
+        has_rows (`bool`):
+            Whether there are rows for evaluation.
+
+    Raises:
+        ValueError: If the training is evaluated but there are no rows, if a value of `evaluation` has no effect, or if
+            early stopping has no metric.
+    """
+    is_evaluated = arguments.eval_strategy != "no"
+    check(
+        has_rows or not is_evaluated,
+        "`training.eval_strategy` needs rows for evaluation: set `data.eval` or `data.eval_split`.",
+    )
+    for name in DURING_TRAINING:
+        value = evaluation.get(name)
+        check(
+            value is None or is_evaluated,
+            f"`evaluation.{name}` only has an effect with evaluation during training: set `training.eval_strategy`.",
+        )
+        check(value is None or value >= 1, f"`evaluation.{name}` must be at least 1, got {value}.")
+    check(
+        evaluation.get("early_stopping_patience") is None or arguments.metric_for_best_model is not None,
+        "`evaluation.early_stopping_patience` needs `training.metric_for_best_model`, such as 'loss' or 'exact_match'.",
+    )
+
+
+def callbacks_of(
+    evaluation: Mapping[str, Any],
+    arguments: TrainingArguments,
+    processor: Any,
+    rows: Any | None,
+    metrics: Sequence[str],
+) -> list[TrainerCallback]:
+    """
+    Returns the callbacks of a training.
+
+    Args:
+        evaluation (`Mapping[str, Any]`):
+            The section `evaluation` of a recipe: `sample` is the number of rows to generate answers for, and
+            `early_stopping_patience` the number of evaluations without improvement after which training stops.
+        arguments (`TrainingArguments`):
+            Arguments of the training.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
+            Processor of the model.
+        rows (`Dataset`, *optional*):
+            Rows for evaluation.
+        metrics (`Sequence[str]`):
+            Names of metrics.
+    """
+    if rows is None or arguments.eval_strategy == "no":
+        return []
+    names = {"sample": "num_samples", "batch_size": "batch_size", "max_new_tokens": "max_new_tokens"}
+    options = {name: evaluation[key] for key, name in names.items() if evaluation.get(key) is not None}
+    callbacks: list[TrainerCallback] = [
+        GenerationMetrics(processor, rows, metrics, **{"max_new_tokens": 64, **options})
+    ]
+    if (patience := evaluation.get("early_stopping_patience")) is not None:
+        callbacks.append(EarlyStoppingCallback(patience))
+    return callbacks
