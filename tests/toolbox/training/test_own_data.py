@@ -414,3 +414,11 @@ def test_mistakes_about_evaluation_during_training(folder, tmp_path, overrides, 
         overrides = [*overrides, f"data.eval={folder / 'test.jsonl'}"]
     with pytest.raises(ValueError, match=message):
         TrainingRun(load_recipe(write_recipe(folder), overrides), tmp_path)
+
+
+def test_splits_of_a_folder(folder, tmp_path):
+    overrides = [f"data.train={folder}", "data.eval_split=test", "data.format=vqa", "model=tiny"]
+    training = TrainingRun(load_recipe(write_recipe(folder), overrides), tmp_path)
+    assert {row["source"] for row in training.data.train} == {str(folder / "train.jsonl")}
+    assert [row["source"] for row in training.data.eval] == [str(folder / "test.jsonl")] * 2
+    assert training.report.metrics == ["vqa_accuracy", "exact_match"]
