@@ -74,6 +74,11 @@ def test_train(folder, run_verb, tmp_path):
     assert f"Scores on 3 rows for evaluation:\nvqa_accuracy        {metrics['eval']['vqa_accuracy']:>8.2f}\n" in printed
     assert yaml.safe_load(ModelCard.load(output / "model/README.md").text.split("```yaml\n")[1].split("```")[0])
 
+    results = ModelCard.load(output / "model/README.md").data.eval_results
+    assert {(result.dataset_name, result.task_type, result.metric_type, result.metric_value) for result in results} == {
+        ("test", "visual-question-answering", name, round(value, 2)) for name, value in metrics["eval"].items()
+    }
+
     (command,) = (line.strip() for line in printed.splitlines() if line.strip().startswith("sparse-moe-vlm generate"))
     verb = shlex.split(command)
     assert verb[1:] == [

@@ -31,6 +31,11 @@ def check_task(task: Any) -> None:
     check(task is None or task in TASKS, f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
 
 
+def task_of(task: str | None, format: str) -> str:
+    """Returns the task, by default that of the format of the data."""
+    return task or TASK_OF_FORMAT.get(format, "chat")
+
+
 def metrics_of(task: str | None, format: str, evaluation: Mapping[str, Any]) -> list[str]:
     """
     Chooses metrics.
@@ -59,7 +64,7 @@ def metrics_of(task: str | None, format: str, evaluation: Mapping[str, Any]) -> 
             f"`evaluation.metrics` must be a list of names of metrics, but got {metrics!r}.",
         )
         return check_metrics(metrics)
-    return list(TASKS[task or TASK_OF_FORMAT.get(format, "chat")])
+    return list(TASKS[task_of(task, format)])
 
 
 def evaluate_rows(

@@ -8,9 +8,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
+from ..hub.results import add_results_to_card
 from .own_callbacks import callbacks_of
-from .own_evaluation import DURING_TRAINING, evaluate_rows, metrics_of, score_lines
+from .own_evaluation import DURING_TRAINING, evaluate_rows, metrics_of, score_lines, task_of
 from .run_data import OwnRows
+
+_TASKS_OF_HUB = {
+    "vqa": "visual-question-answering",
+    "document_vqa": "document-question-answering",
+    "chart_vqa": "visual-question-answering",
+    "captioning": "image-to-text",
+}
 
 
 class OwnReport:
@@ -33,6 +41,7 @@ class OwnReport:
 
     def __init__(self, data: OwnRows, output_dir: Path, task: str | None, evaluation: Mapping[str, Any]) -> None:
         self.data, self.output_dir, self.evaluation = data, output_dir, evaluation
+        self.task = task
         self.metrics = [] if data.eval is None else metrics_of(task, data.format, evaluation)
         self.options = {key: value for key, value in evaluation.items() if key not in ("metrics", *DURING_TRAINING)}
         self.scores: dict[str, float] | None = None
@@ -53,6 +62,19 @@ class OwnReport:
         path = self.output_dir / "predictions.jsonl"
         self.scores = evaluate_rows(model, processor, self.data.eval, path, metrics=self.metrics, **self.options)
         return {"eval": self.scores}
+
+    def add_to_card(self, model_dir: Path) -> None:
+        """Adds the scores to the `model-index` of the model card."""
+        if self.scores is not None:
+            data = self.data.data
+            path = data.get("eval") or data["train"]
+            add_results_to_card(
+                model_dir,
+                self.scores,
+                dataset=Path(path).resolve().stem if Path(path).exists() else path,
+                split=data.get("eval_split"),
+                task=_TASKS_OF_HUB.get(task_of(self.task, self.data.format), "image-text-to-text"),
+            )
 
     def print_scores(self) -> None:
         """Prints the scores."""

@@ -247,13 +247,17 @@ def test_models_of_other_classes_and_language_models(folder, tmp_path, capsys):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path / "text")
-    training = run(write_recipe(folder), tmp_path / "run", f"model={tmp_path / 'text'}")
+    test = write_lines(tmp_path / "test.jsonl", [{"question": "the mat", "answers": ["cat", "mat"]}])
+    overrides = [f"model={tmp_path / 'text'}", f"data.eval={test}", "evaluation.max_new_tokens=2"]
+    training = run(write_recipe(folder), tmp_path / "run", *overrides)
     assert [row["row"] for row in training.data.train] == [6]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").num_parameters() > 0
     batch = training.collator(list(training.data.train))
     targets = batch["labels"][batch["labels"] != -100]
     assert tokenizer.decode(targets) == "sat " * 20 + "<|im_end|>"
-    training.evaluate()
+    assert training.evaluate()["eval"].keys() == {"vqa_accuracy", "exact_match"}
+    (entry,) = map(json.loads, (tmp_path / "run/predictions.jsonl").read_text().splitlines())
+    assert entry["references"] == ["cat", "mat"]
     training.draw()
     training.print_how_to_load()
     printed = capsys.readouterr().out
