@@ -21,12 +21,6 @@ PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['content'] }}"
     "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
 )
-TASKS_OF_HUB = {
-    "vqa": "visual-question-answering",
-    "captioning": "image-to-text",
-    "document_vqa": "document-question-answering",
-    "chart_vqa": "visual-question-answering",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +208,7 @@ def _update_card(
     arguments: argparse.Namespace, path: str, result: Evaluation, data: str, split: str | None, task: str | None
 ) -> None:
     from ..hub import add_results_to_card
+    from ..training.own_evaluation import TASKS_OF_HUB
 
     folder = Path(arguments.adapter or path)
     if not folder.is_dir():

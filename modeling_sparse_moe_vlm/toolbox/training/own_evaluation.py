@@ -20,6 +20,13 @@ TASKS = {
     "chart_vqa": ("relaxed_accuracy", "exact_match"),
     "chat": ("exact_match", "rouge_l"),
 }
+# Names of the tasks on the Hub.
+TASKS_OF_HUB = {
+    "vqa": "visual-question-answering",
+    "captioning": "image-to-text",
+    "document_vqa": "document-question-answering",
+    "chart_vqa": "visual-question-answering",
+}
 # Keys of `evaluation` about evaluation during training.
 DURING_TRAINING = ("sample", "early_stopping_patience")
 # Tasks by format of the data.

@@ -10,15 +10,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..hub.results import add_results_to_card
 from .own_callbacks import callbacks_of
-from .own_evaluation import DURING_TRAINING, evaluate_rows, metrics_of, score_lines, task_of
+from .own_evaluation import DURING_TRAINING, TASKS_OF_HUB, evaluate_rows, metrics_of, score_lines, task_of
 from .run_data import OwnRows
-
-_TASKS_OF_HUB = {
-    "vqa": "visual-question-answering",
-    "document_vqa": "document-question-answering",
-    "chart_vqa": "visual-question-answering",
-    "captioning": "image-to-text",
-}
 
 
 class OwnReport:
@@ -73,7 +66,7 @@ class OwnReport:
                 self.scores,
                 dataset=Path(path).resolve().stem if Path(path).exists() else path,
                 split=data.get("eval_split"),
-                task=_TASKS_OF_HUB.get(task_of(self.task, self.data.format), "image-text-to-text"),
+                task=TASKS_OF_HUB.get(task_of(self.task, self.data.format), "image-text-to-text"),
             )
 
     def print_scores(self) -> None:
