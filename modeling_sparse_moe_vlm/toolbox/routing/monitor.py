@@ -22,6 +22,7 @@ from .loss_watch import mean_losses, watch_losses
 from .router_bias import update_router_bias
 from .statistics import RoutingStatistics, routing_statistics
 from .watch import decoders, watch_routing
+from .weight_watch import ModalityWeightsSample
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +42,8 @@ class RoutingMonitor(FiguresCallback):
     - `routing/<group>/<modality>/<figure>`: routing over all layers (see [`~toolbox.routing.RoutingStatistics`]).
     - `routing/<place>/<group>/<modality>/<figure>` and `…/load/<expert>`: routing of each layer, if `by_layer`. These
       are neither printed nor stored in the history.
+    - `modality_weights/layer_<layer>/<modality>`: mean weight of each modality in the attention (β, α, …), if
+      `modality_weights`. Neither printed nor stored in the history.
     - `tokens_per_second`, `tokens_per_second_<modality>` (over all processes, without the time of evaluations), and
       `peak_memory_gib`.
 
@@ -55,6 +58,9 @@ class RoutingMonitor(FiguresCallback):
         by_layer (`bool`, *optional*):
             Whether to log the routing of each layer. By default, it is logged if `report_to` of the training arguments
             names an integration.
+        modality_weights (`bool`, *optional*, defaults to `False`):
+            Whether to log the weights of the attention parts, from one forward pass per log. This pass takes about a
+            tenth longer. Only our own architecture has them.
 
     Attributes:
         statistics ([`~toolbox.routing.RoutingStatistics`], *optional*): Statistics of the last report.
@@ -69,9 +75,10 @@ class RoutingMonitor(FiguresCallback):
     ```
     """
 
-    def __init__(self, by_layer: bool | None = None) -> None:
+    def __init__(self, by_layer: bool | None = None, modality_weights: bool = False) -> None:
         super().__init__()
         self.by_layer = by_layer
+        self._weights = ModalityWeightsSample(when=_is_training) if modality_weights else None
         self.statistics: RoutingStatistics | None = None
         self._config: SparseMoeVlmExpertsConfig | None = None
         self._step: list[RoutingCounts] = []  # replicas of `DataParallel` append to it from their threads
@@ -95,6 +102,7 @@ class RoutingMonitor(FiguresCallback):
             *self._watch_labels(model),
             *watch_routing(model, self._count, when=self._is_counted),
             *watch_losses(model, self._add_losses),
+            *([] if self._weights is None else self._weights.watch(model)),
         ]
         self._throughput.start(model)
 
@@ -208,10 +216,12 @@ class RoutingMonitor(FiguresCallback):
 
     def training_details(self, args):
         """See [`FiguresCallback.training_details`]."""
+        weights = {} if self._weights is None else self._weights.figures()
+        details = {f"modality_weights/{name}": value for name, value in weights.items()}
         is_wanted = bool(args.report_to) if self.by_layer is None else self.by_layer
-        if not is_wanted or self.statistics is None or not self._has_news:
-            return {}
-        return _named(self.statistics.metrics() | self.statistics.loads())
+        if is_wanted and self.statistics is not None and self._has_news:
+            details |= _named(self.statistics.metrics() | self.statistics.loads())
+        return details
 
     def evaluation_figures(self, args, state, model, processing_class, prefix):
         """See [`FiguresCallback.evaluation_figures`]."""

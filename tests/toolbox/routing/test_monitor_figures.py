@@ -222,6 +222,44 @@ def test_means_leave_out_missing_modalities():
     assert mean_losses([]) == {}
 
 
+def test_weights_of_the_modalities_by_layer(tmp_path):
+    """α and β, from the first pass since the last log, over real tokens that can attend to the modality."""
+    model, recorder, sampled = make_model(), Recorder(), []
+
+    def spy(decoder, args, output):
+        sampled.append(output.modality_weights is not None)
+
+    decoder = model.model.language_model
+    handle = decoder.register_forward_hook(spy)
+    monitor = RoutingMonitor(modality_weights=True)
+    order = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    train(
+        model,
+        tmp_path,
+        [recorder, monitor],
+        eval_strategy="steps",
+        eval_steps=2,
+        train_sampling_strategy="sequential",
+        **order,
+    )
+    handle.remove()
+    assert not decoder._forward_hooks
+    # Two micro-batches per step, and one batch of the evaluation. The first has the first four rows.
+    assert sampled == [True, False, True, False, False]
+    batch = collate(make_rows()[:4])
+    with torch.no_grad():
+        weights = model(**batch, output_modality_weights=True).modality_weights
+    real = batch["attention_mask"].bool()
+    assert not real.all()
+    for layer, values in enumerate(weights):
+        for modality, name in enumerate(("text", "image")):
+            of_tokens = values[..., modality].transpose(1, 2)[real]  # (tokens, heads)
+            assert (of_tokens == 0).any() == (name == "image")
+            expected = of_tokens[of_tokens > 0].mean().item()
+            for log in [logs for logs in recorder.logs if "loss" in logs]:
+                assert log[f"modality_weights/layer_{layer}/{name}"] == pytest.approx(expected, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------ speed and memory
 
 
