@@ -405,7 +405,14 @@ def test_tokens_of_bleu():
     assert score("bleu", "a red dog runs.", "a red dog runs .") == pytest.approx(100)
     assert score("bleu", "a red dog runs .", "a red dog runs .", tokenized=True) == pytest.approx(100)
     assert score("bleu", "a red dog runs.", "a red dog runs .", tokenized=True) < 80
-    assert score("bleu", "A RED DOG RUNS", "a red dog runs") == 0  # case matters
+    for tokenized in (False, True):  # case matters
+        assert score("bleu", "A RED DOG RUNS", "a red dog runs", tokenized=tokenized) == 0
+
+
+def test_smoothing_of_bleu():
+    """Without a common 3-gram or 4-gram, these count as 1/2 and 1/4 of a match."""
+    expected = 100 * (3 / 4 * 1 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (1 / 4)
+    assert score("bleu", "a b c d", "a b x d") == pytest.approx(expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ ROUGE-L

@@ -1,7 +1,9 @@
 """Evaluation on rows of own data: answers, batches, resuming, the blind baseline and intervals."""
 
 import json
+import os
 import re
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -14,6 +16,7 @@ from modeling_sparse_moe_vlm.toolbox.evaluation.own_data import (
     result_table,
     without_images,
 )
+from modeling_sparse_moe_vlm.toolbox.evaluation.prediction_files import fingerprint_of_model, fingerprint_of_rows
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, speak_printably, user
 
 METRICS = ["exact_match", "vqa_accuracy", "bleu"]
@@ -151,6 +154,56 @@ def test_rows_without_images_have_no_blind_baseline(model, processor, rows, tmp_
     assert result.blind is None
     assert "blind" not in result.as_dict()
     assert batches == [([0], [0])]
+
+
+def test_order_and_questions_of_conversations(model, processor, tmp_path, batches):
+    """The length is that of the texts before the answer, and the question is the last one."""
+    rows = [
+        {"messages": [user("aa"), assistant("no"), user("b"), assistant("x" * 50)], "images": []},
+        {"messages": [user("cccccc"), assistant("no")], "images": []},
+        {"messages": [user("ddd"), assistant("x" * 60)], "images": []},
+    ]
+    evaluate(model, processor, rows, tmp_path)
+    assert [numbers for numbers, _ in batches] == [[1, 0], [2]]
+    assert [(line["source"], line["row"], line["question"]) for line in lines(tmp_path)] == [
+        (None, None, "b"),
+        (None, None, "cccccc"),
+        (None, None, "ddd"),
+    ]
+
+
+def test_processes_share_the_batches(model, processor, rows, tmp_path, batches, monkeypatch):
+    """The second of two processes answers every second batch, and leaves the scores to the first."""
+    state = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(own_data, "PartialState", lambda: state)
+    assert evaluate(model, processor, rows, tmp_path) is None
+    assert batches == [([3, 1], [1, 0]), ([3], [0])]
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.1.jsonl"]
+
+
+def test_fingerprints(tmp_path):
+    row = {"messages": [user("q"), assistant("a")], "source": "s", "row": 0, "references": ["a", "b"]}
+    others = [
+        row | {"references": ["a"]},
+        row | {"source": "t"},
+        row | {"row": 1},
+        row | {"messages": [user("p"), assistant("a")]},
+        row | {"messages": [assistant("q"), user("a")]},
+    ]
+    assert len({fingerprint_of_rows([each]) for each in [row, *others]}) == 6
+    assert fingerprint_of_rows([row, others[0]]) != fingerprint_of_rows([others[0], row])
+
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"12")
+    before = fingerprint_of_model(str(tmp_path))
+    (tmp_path / "README.md").write_text("a card")
+    assert fingerprint_of_model(str(tmp_path)) == before
+    os.utime(weights, ns=(0, 0))
+    changed = fingerprint_of_model(str(tmp_path))
+    weights.write_bytes(b"123")
+    os.utime(weights, ns=(0, 0))
+    assert len({before, changed, fingerprint_of_model(str(tmp_path))}) == 3
+    assert fingerprint_of_model("user/name", "abc") == "abc"
 
 
 def test_errors(model, processor, rows, tmp_path):
