@@ -21,7 +21,7 @@ package get no `expert_load.png`.
 `--data` trains on your own data, with the recipe `finetune`: the model of `--model` (a preset, a folder, or a name on
 the Hub) or of the recipe learns from the rows and is scored on those of `--eval-data` with the metrics of `--task`.
 Instead of figures, the command writes `predictions.jsonl` and `example.png`, and lists skipped rows in
-`skipped_rows.jsonl`.
+`skipped_rows.jsonl`. The recipe `retrieval` trains a model that embeds images and their captions.
 
 `--check` reads all data once and prints the format, the number of rows, images and turns, the sizes of the images, and
 the bad rows with file, row number (from 0) and reason. The exit code is 2 if there are bad rows, unless `--on-bad-row
@@ -43,7 +43,7 @@ from .options import add_json_option, add_recipe_options, only_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "demo", "demo, quickstart, finetune", "finetune")
+    add_recipe_options(parser, "demo", "demo, quickstart, finetune, retrieval", "finetune")
     parser.add_argument("--output-dir", help="folder to write to (default: outputs/RECIPE, such as outputs/demo)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     parser.add_argument("--model", help="model to train: preset, folder or name on the Hub (default: of the recipe)")
@@ -92,13 +92,15 @@ def _check(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from ..training.recipe_run import TrainingRun
     from ..training.recipes import load_recipe
+    from ..training.retrieval_run import RetrievalRun
 
     name = recipe_name(arguments)
     output_dir = Path(arguments.output_dir or working_root() / "outputs" / Path(name).stem)
     with only_json(arguments.json):
         with mistakes_in_one_line():
             recipe = load_recipe(find_preset(name, "training"), arguments.set, given_values(arguments))
-            training = TrainingRun(recipe, output_dir, resume=arguments.resume)
+            kind = RetrievalRun if recipe.task == "retrieval" else TrainingRun
+            training = kind(recipe, output_dir, resume=arguments.resume)
         training.print_model()
         if not training.train():
             return  # the main process does the rest

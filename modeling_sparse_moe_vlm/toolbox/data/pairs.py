@@ -80,11 +80,35 @@ def load_pairs(
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"`on_bad_row` must be one of {', '.join(ON_BAD_ROW)}, but got {on_bad_row!r}.")
     parts = find_parts(data, split, subset, image_root)
-    folder = _temporary_folder()
     if skipped_file is not None:
         Path(skipped_file).unlink(missing_ok=True)
-    skipped = SkippedRows(skipped_file or Path(folder) / "skipped.jsonl", is_temporary=skipped_file is None)
-    arguments = {"parts": parts, "skipped": skipped if on_bad_row == "skip" else None}
+    file = skipped_file or Path(_temporary_folder()) / "skipped.jsonl"
+    skipped = SkippedRows(file, is_temporary=skipped_file is None) if on_bad_row == "skip" else None
+    rows = pairs_of(parts, skipped)
+    if skipped is not None:
+        skipped.warn()
+    return rows
+
+
+def pairs_of(parts: list[Part], skipped: SkippedRows | None) -> Dataset:
+    """
+    Loads the rows of parts of the data, see [`load_pairs`].
+
+    Args:
+        parts (`list[Part]`):
+            The parts.
+        skipped (`SkippedRows`, *optional*):
+            Where bad rows are counted and listed. Without it, they are an error.
+
+    Returns:
+        `Dataset`: The rows.
+
+    Raises:
+        BadRowError: If a row cannot be used and there is no `skipped`.
+        ValueError: If no row can be used.
+    """
+    arguments = {"parts": parts, "skipped": skipped}
+    folder = _temporary_folder()
     try:
         rows = Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
     except Exception as error:
@@ -93,7 +117,6 @@ def load_pairs(
         while cause is not None and not isinstance(cause, BadRowError):
             cause = cause.__cause__
         raise (cause or error) from None
-    skipped.warn()
     if not len(rows):
         raise ValueError(f"{parts[0].name} has no rows that can be used.")
     return rows

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ...checks import check
 
+# The task that trains a retrieval model, with metrics of its own.
+RETRIEVAL = "retrieval"
 # Metrics by task; the first one is the most important.
 TASKS = {
     "vqa": ("vqa_accuracy", "exact_match"),
@@ -35,7 +37,8 @@ TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
 
 def check_task(task: Any) -> None:
     """Raises `ValueError` unless the task is known or `None`."""
-    check(task is None or task in TASKS, f"`task` must be one of {', '.join(TASKS)}, but got {task!r}.")
+    tasks = (*TASKS, RETRIEVAL)
+    check(task is None or task in tasks, f"`task` must be one of {', '.join(tasks)}, but got {task!r}.")
 
 
 def task_of(task: str | None, format: str) -> str:

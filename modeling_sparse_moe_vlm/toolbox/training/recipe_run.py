@@ -70,7 +70,7 @@ class TrainingRun:
         if self.first > 0:
             self._load_model(str(self.folders.model(self.first - 1)))
         elif model_path.endswith(".json"):
-            self.model, self.processor = from_scratch(model_path, self.data.examples, **recipe.tokenizer)
+            self.model, self.processor = self._create(model_path)
         else:
             self._load_model(model_path)
         self.data.use(self.processor)
@@ -133,7 +133,7 @@ class TrainingRun:
             return False
         if self.arguments.world_size > 1:  # this process may have only a part of the trained model
             path = str(self.model_dir)
-            self.model = from_checkpoint(path, language_models=self.is_own)[0].to(self.arguments.device)
+            self.model = self._load(path)[0].to(self.arguments.device)
         return True
 
     def evaluate(self) -> dict[str, Any]:
@@ -183,9 +183,16 @@ class TrainingRun:
         data = self.stages[number].data
         return ScenesData(data) if self.skipped is None else OwnRows(data, self.skipped)
 
+    def _create(self, path: str) -> tuple[Any, Any]:
+        """Returns a new model and its processor."""
+        return from_scratch(path, self.data.examples, **self.recipe.tokenizer)
+
+    def _load(self, path: str) -> tuple[Any, Any]:
+        """Returns the model of a checkpoint and its processor."""
+        return from_checkpoint(path, language_models=self.is_own, dtype=self.recipe.dtype or "float32")
+
     def _load_model(self, path: str) -> None:
-        dtype = self.recipe.dtype or "float32"
-        self.model, self.processor = from_checkpoint(path, language_models=self.is_own, dtype=dtype)
+        self.model, self.processor = self._load(path)
         compute_router_losses(self.model)
 
     def _describe(self, number: int) -> str:

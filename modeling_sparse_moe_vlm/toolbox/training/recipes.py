@@ -18,7 +18,7 @@ from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 from .model_parts import PARTS
 from .own_data import is_own, own_data_arguments
-from .own_evaluation import check_task, evaluation_arguments
+from .own_evaluation import RETRIEVAL, check_task, evaluation_arguments
 from .parts import check_parts
 
 # Arguments that a run sets itself.
@@ -26,6 +26,9 @@ SET_BY_RUN = {"output_dir", "remove_unused_columns"}
 DTYPES = ("float32", "bfloat16", "float16")
 MANY_KEYS = 12  # more are not listed in error messages
 NUMBER_WITH_EXPONENT = r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"
+
+# Keys of the section `retrieval`, with their types.
+RETRIEVAL_ARGUMENTS = {"pooling": str, "contrastive_loss": str, "matryoshka_dims": list[int] | None}
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Recipe:
             Task of own data, which chooses the metrics: one of [`~toolbox.training.own_evaluation.TASKS`].
         evaluation (`dict`):
             How own data are evaluated: arguments of [`~toolbox.training.own_evaluation.evaluate_rows`].
+        retrieval (`dict`):
+            Fields of the head for `task: retrieval`: `pooling`, `contrastive_loss` and `matryoshka_dims`.
     """
 
     model: str
@@ -67,10 +72,11 @@ class Recipe:
     dtype: str | None = None
     task: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    retrieval: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
-        return dump_recipe(self, optional=("stages", "dtype", "task", "evaluation"))
+        return dump_recipe(self, optional=("stages", "dtype", "task", "retrieval", "evaluation"))
 
 
 def dump_recipe(recipe: Any, optional: Collection[str] = ()) -> str:
@@ -108,6 +114,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[
         "tokenizer": tokenizer_arguments(),
         "parts": dict.fromkeys(PARTS, Any),
         "evaluation": evaluation_arguments(),
+        "retrieval": RETRIEVAL_ARGUMENTS,
     }
     recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "dtype", "task"), given))
     check(
@@ -138,6 +145,15 @@ def check_values(recipe: Any, path: str | Path) -> None:
     try:
         recipe.parts = check_parts(recipe.parts)
         check_task(recipe.task)
+        is_retrieval = recipe.task == RETRIEVAL
+        check(
+            not is_retrieval or hasattr(recipe, "retrieval"),
+            f"`task: {RETRIEVAL}` is only for `sparse-moe-vlm train`.",
+        )
+        check(
+            is_retrieval or not getattr(recipe, "retrieval", None),
+            f"the section `retrieval` only has an effect with `task: {RETRIEVAL}`.",
+        )
     except ValueError as error:
         raise ValueError(f"{error} (in the recipe {path})") from error
 
