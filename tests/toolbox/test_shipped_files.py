@@ -26,9 +26,11 @@ def wheel(tmp_path, monkeypatch):
 def test_in_a_clone():
     assert shipped_files.PACKAGE == ROOT / "modeling_sparse_moe_vlm"
     assert shipped_root() == working_root() == ROOT
-    recipes = {name: ROOT / f"configuration/training/{name}.yaml" for name in ("demo", "quickstart")}
+    recipes = {
+        name: ROOT / f"configuration/training/{name}.yaml" for name in ("demo", "finetune", "quickstart", "retrieval")
+    }
     assert shipped_presets("training") == recipes
-    assert list(shipped_presets("lora")) == ["all", "attention", "experts", "image_experts"]
+    assert list(shipped_presets("lora")) == ["all", "attention", "experts", "finetune", "image_experts"]
     assert list(shipped_presets("models")) == ["large", "small", "tiny"]
 
 
