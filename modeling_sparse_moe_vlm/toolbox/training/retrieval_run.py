@@ -110,12 +110,21 @@ class RetrievalReport:
         data ([`ScenePairs`] or [`OwnPairs`]):
             The data of the run.
         evaluation (`Mapping[str, Any]`):
-            The section `evaluation` of the recipe, of which `batch_size` applies.
+            The section `evaluation` of the recipe, which can have `batch_size`.
+
+    Raises:
+        ValueError: If the section has other keys.
     """
 
     def __init__(self, data: Any, evaluation: Mapping[str, Any]) -> None:
+        others = [key for key in evaluation if key != "batch_size"]
+        check(not others, f"`evaluation` has {others}, but `task: retrieval` only has `batch_size` there.")
         self.data, self.batch_size = data, evaluation.get("batch_size", 64)
         self.scores: dict[str, float] | None = None
+
+    def callbacks(self, arguments: Any, processor: Any) -> list[Any]:
+        """Returns no callbacks: the recall is measured after the training."""
+        return []
 
     def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
         """Returns the figures of [`~toolbox.evaluation.evaluate_retrieval`] as `eval`, if there are rows."""

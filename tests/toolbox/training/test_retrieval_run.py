@@ -92,3 +92,6 @@ def test_mistakes_in_recipes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--set", "data.max_length=20"])
     assert "`data` has ['max_length'], which `task: retrieval` does not support" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--set", "evaluation.max_new_tokens=20"])
+    assert "`evaluation` has ['max_new_tokens'], but `task: retrieval` only has `batch_size`" in capsys.readouterr().err
