@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ class ResumableTrainer(Trainer):
             ),
         )
 
+    def _get_dataloader(self, dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        """Evaluates a stream in all processes with equally many batches. They wait for each other after each batch."""
+        return super()._get_dataloader(
+            _Undivided(dataset) if isinstance(dataset, RowStream) else dataset, *args, **kwargs
+        )
+
     def _place_in_batch(self) -> tuple[int, int]:
         """Returns which part of each batch this process gets, and the number of parts."""
         # Accelerate knows which processes share a part (tensor parallelism).
@@ -133,6 +140,16 @@ class ResumableTrainer(Trainer):
 
     def _skipped_rows(self):
         return self.train_dataset.reader.skipped if isinstance(self.train_dataset, RowStream | Rows) else None
+
+
+class _Undivided(torch.utils.data.IterableDataset):
+    """A stream that Accelerate divides by rows, because it does not know its shards, which can have unequal sizes."""
+
+    def __init__(self, stream: RowStream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.stream)
 
 
 class _StartAndEnd(TrainerCallback):
