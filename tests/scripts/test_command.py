@@ -126,7 +126,7 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
     [
         (
             ["train", "--recipe", "nope"],
-            "there is no file 'nope': pass a path, or one of the names demo, finetune, quickstart, retrieval.",
+            "there is no file 'nope': pass a path, or one of the names demo, easy_vqa, finetune, quickstart, retrieval.",
         ),
         (["train", "--set", "training.max_step=3"], "has keys ['max_step'], which a recipe cannot set"),
         (["train", "--set", "model=nope.json"], "there is no model "),
@@ -226,7 +226,12 @@ def test_scripts_are_the_verbs(verb, run_here, capsys):
 
 
 def test_every_script_is_a_verb():
-    of_clones = {"gpu.py", "packing_census.py", "upcycling_census.py"}  # `make gpu`; pages of the documentation
+    of_clones = {
+        "data_memory.py",
+        "gpu.py",
+        "packing_census.py",
+        "upcycling_census.py",
+    }  # `make gpu`; pages of the documentation
     assert {path.name for path in SCRIPTS.glob("*.py")} == set(SCRIPTS_OF_VERBS.values()) | of_clones
 
 
