@@ -32,6 +32,9 @@ def _fresh_compiler():
 TRACED = [pytest.param(name, marks=[] if name == "hybrid" else [pytest.mark.newest]) for name in ARRANGEMENTS]
 
 
+USUAL = ("hybrid", "isolated")
+
+
 @pytest.fixture(params=TRACED)
 def text_config(request) -> dict:
     return ARRANGEMENTS[request.param]
@@ -53,7 +56,12 @@ def without_mask(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("text_config", "images_per_row"),
-    [("hybrid", 0), *(pytest.param(*param.values, 1, marks=param.marks) for param in TRACED)],
+    [
+        ("hybrid", 0),
+        ("hybrid", 1),
+        ("isolated", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.extensive) for name in ARRANGEMENTS if name not in USUAL),
+    ],
     indirect=["text_config"],
 )
 def test_compiled_forward(text_config, images_per_row):
@@ -70,6 +78,7 @@ def test_compiled_forward(text_config, images_per_row):
             torch.testing.assert_close(compiled(**given).logits, model(**given).logits, **TOLERANCE)
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 @pytest.mark.parametrize("text_config", ["hybrid"], indirect=True)
 def test_forward_compiled_by_inductor(text_config):

@@ -36,7 +36,7 @@ from modeling_sparse_moe_vlm import (
 )
 from tests.support.models import TEXT_CONFIG, make_config, make_inputs, make_model
 from tests.support.processors import make_image, make_processor, make_speaking_model
-from tests.test_code_revisions import OF_THE_PROCESSOR, OF_UPCYCLED
+from tests.test_code_revisions import OF_RETRIEVAL, OF_THE_PROCESSOR, OF_UPCYCLED, OF_UPCYCLED_RETRIEVAL
 from tests.test_modeling import TOWERS
 
 OTHER_GROUPS = [
@@ -355,9 +355,9 @@ def test_auto_maps_name_every_class(tmp_path):
         assert json.loads((tmp_path / folder / "config.json").read_text())["auto_map"] == expected
     files = {path.name for path in Path(modeling_sparse_moe_vlm.__file__).parent.glob("*.py")}
     saved = {path.name for path in (tmp_path / "head").glob("*.py")}
-    # Files of the processor are saved with the processor, and those of upcycled models with these. The fusion layer and
-    # `__init__` are only in the package.
-    of_others = {f"{name}.py" for name in (*OF_THE_PROCESSOR, *OF_UPCYCLED)}
+    # Files of the processor are saved with the processor, and those of upcycled and retrieval models with these. The
+    # fusion layer and `__init__` are only in the package.
+    of_others = {f"{name}.py" for name in OF_THE_PROCESSOR | OF_UPCYCLED | OF_RETRIEVAL | OF_UPCYCLED_RETRIEVAL}
     assert files - saved == {"__init__.py", "fusion.py"} | of_others
 
 

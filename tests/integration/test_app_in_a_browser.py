@@ -202,6 +202,7 @@ def test_chat_in_a_browser(saved, browser, tmp_path):
         assert {url.split("/")[2] for url in requests if url.startswith("http")} == {address.removeprefix("http://")}
 
 
+@pytest.mark.extensive
 def test_a_space_starts(saved, tmp_path):
     space = write_space(tmp_path / "space", str(saved / "model"), {"mine": str(saved / "adapter")})
     saved.joinpath("model").rename(saved / "elsewhere")

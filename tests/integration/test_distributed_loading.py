@@ -101,7 +101,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "world_size", [pytest.param(size, marks=[pytest.mark.newest] if size > 2 else []) for size in SIZES]
+    "world_size",
+    [pytest.param(size, marks=[pytest.mark.newest, pytest.mark.extensive] if size > 2 else []) for size in SIZES],
 )
 def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size):
     for name, fields in MODELS.items():

@@ -158,6 +158,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.extensive
 def test_adapters_are_those_of_one_process(tmp_path):
     sizes = {"vocab_size": 100, "num_experts": 8, "num_key_value_heads": 4, "moe_intermediate_size": 32}
     models = {name: make_model(**sizes, **fields) for name, fields in MODELS.items()}

@@ -101,6 +101,7 @@ def test_a_process_that_dies(tmp_path):
     assert "SIGKILL" in result.stderr
 
 
+@pytest.mark.extensive
 def test_a_process_that_hangs(tmp_path):
     """The other processes wait for it until the timeout of the process group."""
     make_model().save_pretrained(tmp_path / "good")

@@ -77,6 +77,7 @@ def test_an_interrupted_run_resumes(run_here, tmp_path, model_folder):
     assert (tmp_path / "adapter/adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_two_processes_resume_and_save_one_adapter(run_here, tmp_path, model_folder):
     output_dir = tmp_path / "output"

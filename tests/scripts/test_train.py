@@ -111,6 +111,7 @@ def test_an_interrupted_run_resumes(trained, tmp_path):
     assert (output_dir / "model/config.json").exists()
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_two_processes_with_half_a_model_each_save_one_model(tmp_path):
     output_dir = tmp_path / "output"

@@ -13,6 +13,8 @@ import torch
 from modeling_sparse_moe_vlm.toolbox.demo import train_tokenizer
 from tests.scripts.conftest import SCRIPTS
 
+pytestmark = pytest.mark.extensive
+
 COSTS = ("parameters", "flops_per_token", "seconds_per_step")
 TASKS = "knowledge", "relations"
 

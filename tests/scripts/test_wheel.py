@@ -105,6 +105,7 @@ def test_trains_and_uses_a_model(command, tmp_path):
     assert (tmp_path / "outputs/lora/attention/adapter/adapter_config.json").exists()
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_launchers_start_the_command(bin_folder, tmp_path):
     for number, program in enumerate(
@@ -127,6 +128,7 @@ def test_launchers_start_the_command(bin_folder, tmp_path):
         assert (output_dir / "model/README.md").exists()
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_mistakes_end_with_exit_code_2(command):
     for arguments in (["train", "--recipe", "nope"], ["train", "--nope"], ["nope"], ["explain"]):

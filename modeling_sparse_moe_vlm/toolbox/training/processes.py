@@ -97,8 +97,11 @@ def save_and_part(trainer: Trainer, folder: Path) -> bool:
         `bool`: Whether this process is the first. The others have nothing left to do. With several processes, the
         trainer's model may be only a part of the trained model, which can be loaded from the folder.
     """
-    save_complete(trainer, folder)
-    return part(trainer)
+    stage = _write(trainer, folder)
+    is_first = part(trainer)
+    if is_first:
+        _put_in_place(stage, folder)
+    return is_first
 
 
 def save_complete(trainer: Trainer, folder: Path) -> None:
@@ -112,17 +115,27 @@ def save_complete(trainer: Trainer, folder: Path) -> None:
         folder (`Path`):
             Folder for the model (or adapter) and the processor of the trainer.
     """
+    stage = _write(trainer, folder)
+    if trainer.is_world_process_zero():
+        _put_in_place(stage, folder)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write(trainer: Trainer, folder: Path) -> Path:
+    """Writes the model to a folder beside its final one, and returns that folder when all processes are done."""
     stage = folder.parent / f".{folder.name}.saving"  # the same in all processes
     if trainer.is_world_process_zero():
         stage.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(stage, ignore_errors=True)  # left by an interrupted save
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(stage))
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        (stage / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
-        put_in_place(stage, folder, outdated=["README.md"])  # the card of an older model
     trainer.accelerator.wait_for_everyone()  # ending the group would interrupt processes that still receive data
+    return stage
+
+
+def _put_in_place(stage: Path, folder: Path) -> None:
+    (stage / TRAINING_ARGS_NAME).unlink()  # a pickle with paths of this machine, which no model needs
+    put_in_place(stage, folder, outdated=["README.md"])  # the card of an older model
 
 
 def part(trainer: Trainer) -> bool:

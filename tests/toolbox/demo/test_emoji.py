@@ -133,6 +133,7 @@ def test_every_keyword_is_as_often_right_as_wrong(splits):
         assert all(count["yes"] == count["no"] for count in answers.values())
 
 
+@pytest.mark.extensive
 def test_only_the_seed_determines_the_rows(splits):
     assert digest(emoji_questions("test")) == digest(splits["test"]) != digest(emoji_questions("test", seed=1))
     program = (

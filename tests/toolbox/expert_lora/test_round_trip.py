@@ -245,7 +245,10 @@ def test_adapters_that_do_not_fit(tmp_path):
         factor_expert_lora(attention)
 
 
-@pytest.mark.parametrize("bits", ["qint8", "qint4"])
+@pytest.mark.parametrize(
+    "bits",
+    ["qint8", pytest.param("qint4", marks=pytest.mark.extensive)],  # the kernel of 4 bits takes a minute to compile
+)
 def test_quantised_attention_beside_factored_experts(bits):
     """Quanto quantises the linear layers, and the adapters of experts are trained."""
     quanto = pytest.importorskip("optimum.quanto")

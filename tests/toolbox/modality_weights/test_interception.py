@@ -119,6 +119,7 @@ def test_one_context_per_model():
     assert len(weights.steps) == 1
 
 
+@pytest.mark.extensive
 @torch.no_grad()
 def test_compiled_models_run_uncompiled():
     model, inputs = make_model(), make_inputs()

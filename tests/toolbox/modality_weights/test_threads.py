@@ -210,6 +210,7 @@ def test_replicas_of_data_parallelism_are_refused():
 # ---------------------------------------------------------------- compiled code
 
 
+@pytest.mark.extensive
 @torch.no_grad()
 def test_other_threads_keep_their_compiled_code():
     """Compiled code runs if its guards hold. What would be compiled again runs uncompiled, with the same result."""

@@ -101,6 +101,7 @@ def test_generated_placeholders_are_text():
     assert all((logits[:, 4:] == -torch.inf).all() for logits in is_text.router_logits)
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", ["hybrid", "isolated"])
 @pytest.mark.parametrize("kind", ["llava", "llama"])

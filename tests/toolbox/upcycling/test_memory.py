@@ -29,6 +29,7 @@ print(json.dumps({"peak": peak() - before, **sizes}))
 """
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 @pytest.mark.parametrize("compare", ["compare", "blocks"])
