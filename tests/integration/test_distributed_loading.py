@@ -6,6 +6,8 @@ import torch
 from tests.support.models import make_model
 from tests.support.processes import run_in_processes
 
+pytestmark = pytest.mark.newest
+
 # The models cover all cases in which experts receive the sentinel id, and all modules in which experts can be.
 MODELS = {
     "hybrid": {},
@@ -102,7 +104,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize(
     "world_size",
-    [pytest.param(size, marks=[pytest.mark.newest, pytest.mark.extensive] if size > 2 else []) for size in SIZES],
+    [pytest.param(size, marks=[pytest.mark.extensive] if size > 2 else []) for size in SIZES],
 )
 def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size):
     for name, fields in MODELS.items():

@@ -17,6 +17,8 @@ from tests.support.processors import VOCAB_SIZE
 from tests.support.upcycled import make_dense_inputs
 from tests.toolbox.upcycling.test_processors import make_llava_processor
 
+pytestmark = pytest.mark.newest
+
 # Prints what it finds as one line of JSON.
 UPCYCLE = """
 import contextlib, io, json, sys

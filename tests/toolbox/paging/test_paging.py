@@ -23,6 +23,8 @@ from tests.support.in_tree_models import make_qwen3_vl, make_qwen3_vl_moe
 from tests.support.in_tree_moe import device_map_of, experts_of, make_gpt_oss, make_mixtral, make_qwen3_moe
 from tests.support.models import make_inputs, make_model
 
+pytestmark = pytest.mark.newest
+
 MANY = 12
 
 MODELS = {
