@@ -17,7 +17,7 @@ from tests.support.models import make_model
 from tests.support.processes import ROOT, launch
 from tests.support.small_training import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.extensive]
 
 CONFIGURATIONS = ROOT / "configuration/accelerate"
 SPARSE = "modeling_sparse_moe_vlm.toolbox.training.trainer import SparseMoeTrainer as Trainer"
