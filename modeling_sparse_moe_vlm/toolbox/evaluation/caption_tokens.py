@@ -6,6 +6,13 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+# Describes the argument `tokenized` of metrics that call `split_captions`.
+TOKENIZED = """
+    tokenized (`bool`, defaults to `False`): Whether texts are tokenized, so that they are only split at white space. By
+        default, they are put in lower case and split into words without punctuation, with rules close to those of the
+        Penn Treebank tokenizer of the COCO caption evaluation.
+"""
+
 _CLITICS = "s|m|d|re|ve|ll"
 _TOKEN = re.compile(
     rf"""

@@ -21,11 +21,7 @@ and a Gaussian (sigma = 6) of the difference in length lowers the score. The sco
 references and over the four lengths of n-grams, times 10. Since rareness is measured over the rows, a single row scores
 0. Publications often report the value times 100.
 """
-    further_arguments = """
-    tokenized (`bool`, defaults to `False`): Whether texts are tokenized, so that they are only split at white space. By
-        default, they are put in lower case and split into words without punctuation, with rules close to those of the
-        Penn Treebank tokenizer of the COCO caption evaluation.
-"""
+    further_arguments = caption_tokens.TOKENIZED
     urls = ("https://arxiv.org/abs/1411.5726",)
 
     @staticmethod

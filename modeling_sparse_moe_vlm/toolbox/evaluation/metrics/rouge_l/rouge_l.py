@@ -14,11 +14,7 @@ class RougeL(metric_modules.AnswerMetric):
 ROUGE-L, in percent, as in the COCO caption evaluation: the F-measure (beta = 1.2) of the longest common subsequence of
 words. Precision and recall are those of the reference for which each is highest.
 """
-    further_arguments = """
-    tokenized (`bool`, defaults to `False`): Whether texts are tokenized, so that they are only split at white space. By
-        default, they are put in lower case and split into words without punctuation, with rules close to those of the
-        Penn Treebank tokenizer of the COCO caption evaluation.
-"""
+    further_arguments = caption_tokens.TOKENIZED
     urls = ("https://aclanthology.org/W04-1013/",)
 
     @staticmethod
