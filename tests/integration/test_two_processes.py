@@ -15,6 +15,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
 # Of a global batch of 4 rows, the processes have 2 each: images and texts, texts, images, texts and images.
 WITHOUT_IMAGE = (2, 3, 4, 5, 6, 7, 12, 13)
+# Packed, each process has 4 rows. One of them is long, so that the others fit into another sequence.
+PACKED = {"num_rows": 24, "without_image": (2, 3, 4, 5, 6, 7, 12, 13, 14, 15), "long": (1, 5, 9, 13, 17, 21)}
 COEFFICIENTS = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.5,
@@ -30,25 +32,36 @@ RUNS = {
     "with workers": {"streaming": True, "dataloader_num_workers": 2},
     "accumulated": {"streaming": True, "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
     "upcycled": {"streaming": True, "shuffle": False, "model": "upcycled"},
+    "packed": {"streaming": True, "packing": True},
 }
+MORE_RUNS = {
+    "packed in memory": {"packing": True, "dataloader_drop_last": True, "gradient_accumulation_steps": 2},
+    "packed, with workers": {"packing": True, "streaming": True, "dataloader_num_workers": 2},
+    "packed, upcycled": {"packing": True, "streaming": True, "shuffle": False, "model": "upcycled"},
+    "packed, smoothed": {"packing": True, "streaming": True, "label_smoothing_factor": 0.1},
+}
+RESUMED = ("with workers", "in memory", "packed", *MORE_RUNS)
 
 
-def run(name: str, data: Path, folder: Path, batch_size: int, resume: str | None = None):
-    kwargs = SETTINGS | RUNS[name]
+def run(name: str, folder: Path, number: int, resume: str | None = None):
+    """Trains in one of `number` processes."""
+    output = folder / str(number) / name
+    kwargs = SETTINGS | (RUNS | MORE_RUNS)[name]
     is_upcycled = kwargs.pop("model", None) == "upcycled"
+    packing = kwargs.get("packing", False)
     torch.manual_seed(0)
     model = upcycled.make_speaking(**COEFFICIENTS) if is_upcycled else make_speaking_model(**COEFFICIENTS)
     trainer = make_trainer(
-        data,
-        folder,
+        folder / ("packed/data" if packing else "data"),
+        output,
         model,
         learning_rate=0.05,
         max_grad_norm=0.0,
-        per_device_train_batch_size=batch_size,
+        per_device_train_batch_size=(8 if packing else 4) // number,
         per_device_eval_batch_size=1,
         **kwargs,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(output / resume))
     return trainer
 
 
@@ -56,35 +69,38 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from tests.integration.test_two_processes import RUNS, run
+from tests.integration.test_two_processes import RESUMED, run
 from tests.support.own_data import figures, tensors
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-for name in RUNS:
-    trainer = run(name, folder / "data", folder / "two" / name, 2)
+for name in json.loads((folder / "runs.json").read_text()):
+    trainer = run(name, folder, 2)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         (folder / f"{name}.json").write_text(json.dumps(figures(trainer)))
         torch.save(tensors(trainer), folder / f"{name}.pt")
     if name == "streaming":  # the two files have unequal numbers of good rows
         print("loss", trainer.evaluate(trainer.train_dataset)["eval_loss"])
-    if name in ("with workers", "in memory"):
-        resumed = run(name, folder / "data", folder / "two" / name, 2, str(folder / "two" / name / "checkpoint-3"))
+    if name in RESUMED:
+        resumed = run(name, folder, 2, "checkpoint-3")
         assert figures(resumed) == figures(trainer), (figures(resumed), figures(trainer))
         assert all(torch.equal(tensor, tensors(trainer)[name]) for name, tensor in tensors(resumed).items())
 """
 
 
-def test_two_processes_equal_one(tmp_path):
-    data = write_own_data(tmp_path, 16, bad=(8,), without_image=WITHOUT_IMAGE)
+@pytest.mark.parametrize("runs", [RUNS, pytest.param(MORE_RUNS, marks=pytest.mark.extensive)], ids=["runs", "more"])
+def test_two_processes_equal_one(tmp_path, runs):
+    write_own_data(tmp_path, 16, bad=(8,), without_image=WITHOUT_IMAGE)
+    write_own_data(tmp_path / "packed", bad=(8,), **PACKED)
+    (tmp_path / "runs.json").write_text(json.dumps(list(runs)))
     result = launch(ROOT / "configuration/accelerate/ddp.yaml", PROGRAM, tmp_path, "--mixed_precision", "no")
     assert result.returncode == 0, result.stderr[-12000:]
     evaluated = [float(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("loss ")]
-    assert len(evaluated) == 2
-    assert evaluated[0] == evaluated[1]
-    for name in RUNS:
-        whole = run(name, data, tmp_path / "one" / name, 4)
+    assert len(evaluated) == (2 if "streaming" in runs else 0)
+    assert len(set(evaluated)) <= 1
+    for name in runs:
+        whole = run(name, tmp_path, 1)
         logged = json.loads((tmp_path / f"{name}.json").read_text())
         expected = figures(whole)
         if name == "streaming":  # of 15 rows, one is evaluated twice
@@ -98,3 +114,6 @@ def test_two_processes_equal_one(tmp_path):
         for tensor_name, tensor in torch.load(tmp_path / f"{name}.pt").items():
             message = f"{name}: {tensor_name}"
             torch.testing.assert_close(tensor, tensors(whole)[tensor_name], atol=1e-5, rtol=1e-4, msg=message)
+        if "packed" in name:
+            of_process = whole.train_dataset.take(4)
+            assert whole.data_collator(list(of_process))["input_ids"].shape[0] < 4

@@ -14,24 +14,29 @@ from tests.toolbox.data.data_files import write_image, write_lines
 WORDS = ["the", "cat", "and", "the", "image", "of", "the", "cat", "sat", "on", "the", "mat"]
 
 
-def write_own_data(folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,), without_image=None) -> Path:
+def write_own_data(
+    folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,), without_image=None, long: tuple[int, ...] = ()
+) -> Path:
     """
     Writes rows of unequal length to two files. Every third row has no image, or those that are named. The bad rows lack
-    the file of their image.
+    the file of their image. The answers of the long rows are eight times as long.
     """
     rows = []
     for i in range(num_rows):
         write_image(folder / f"{i}.png", color=(20 * i % 256, 90, 255 - 15 * i % 256))
         is_text = i % 3 == 0 if without_image is None else i in without_image
         image = {} if is_text else {"image": f"../{'gone' if i in bad else i}.png"}
-        rows.append({"question": " ".join(WORDS[: 2 + i % 5]), "answer": " ".join(WORDS[i % 4 : 5 + i % 3])} | image)
+        answer = " ".join(WORDS[i % 4 : 5 + i % 3] * (8 if i in long else 1))
+        rows.append({"question": " ".join(WORDS[: 2 + i % 5]), "answer": answer} | image)
     half = (num_rows + 1) // 2
     write_lines(folder / "data/0.jsonl", rows[:half])
     write_lines(folder / "data/1.jsonl", rows[half:])
     return folder / "data"
 
 
-def make_trainer(data: Path, folder: Path, model=None, streaming=False, shuffle=True, prepare=None, **arguments):
+def make_trainer(
+    data: Path, folder: Path, model=None, streaming=False, shuffle=True, prepare=None, packing=False, **arguments
+):
     """Returns a trainer. `prepare(model, arguments)` can change the model and return the optimizer."""
     model = make_speaking_model() if model is None else model
     rows = load_rows(data, streaming=streaming, on_bad_row="skip")
@@ -49,7 +54,7 @@ def make_trainer(data: Path, folder: Path, model=None, streaming=False, shuffle=
     return SparseMoeTrainer(
         model,
         arguments,
-        VisionLanguageCollator(make_processor()),
+        VisionLanguageCollator(make_processor(), packing=packing, model=model),
         rows,
         optimizer_cls_and_kwargs=None if prepare is None else prepare(model, arguments),
     )
