@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics", help="metrics, separated by commas (default: those of the task)")
     group.add_argument("--adapter", help="PEFT adapter to load into the model")
     group.add_argument("--batch-size", type=int, help="rows per batch (default: 16)")
-    group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: 32)")
+    group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: 64)")
     group.add_argument("--no-blind", action="store_true", help="do not measure the model without the images")
     group.add_argument("--train-data", help="training data, for the baseline of the most frequent answer")
     group.add_argument("--output-dir", help="folder to write to (default: outputs/evaluation)")
@@ -96,6 +96,8 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         if PartialState().is_main_process:
             of_split = "" if named_split is None else f", split {named_split}"
             print(f"data: {data}{of_split}, format {format_name}: {len(rows)} rows, {num_skipped} skipped")
+        sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
+        sizes = {name: value for name, value in sizes.items() if value is not None}
         results: dict[str, Evaluation] = {}
         names = _short_names(models)
         for model in models:
@@ -107,11 +109,10 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
                 rows,
                 metrics,
                 folder / name,
-                batch_size=16 if arguments.batch_size is None else arguments.batch_size,
-                max_new_tokens=32 if arguments.max_new_tokens is None else arguments.max_new_tokens,
                 blind=not arguments.no_blind,
                 resume=arguments.resume,
                 identity=identity,
+                **sizes,
             )
             if result is not None:
                 results[name] = result

@@ -55,14 +55,16 @@ def evaluate_rows(
     folder: str | Path,
     *,
     batch_size: int = 16,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     blind: bool = True,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
+    share: bool = True,
 ) -> Evaluation | None:
     """
     Generates the answers of a model to rows, and scores them. Rows are answered in batches of similar length, the
-    longest first, so that missing memory shows at once. Several processes share the batches.
+    longest first, so that missing memory shows at once. `sparse-moe-vlm evaluate` and the end of a training run
+    (`sparse-moe-vlm train --data`) both score models with this function.
 
     The folder gets `predictions.jsonl`, with the question, prediction, right answers and scores of each row, and
     `run.json`, which says what the predictions belong to.
@@ -80,7 +82,7 @@ def evaluate_rows(
             Folder for the predictions.
         batch_size (`int`, *optional*, defaults to 16):
             Number of rows per batch.
-        max_new_tokens (`int`, *optional*, defaults to 32):
+        max_new_tokens (`int`, *optional*, defaults to 64):
             Largest number of tokens of an answer.
         blind (`bool`, *optional*, defaults to `True`):
             Whether to also measure the model without the images, if there are images.
@@ -88,9 +90,12 @@ def evaluate_rows(
             Whether to keep the predictions of an interrupted evaluation in the folder.
         identity (`Mapping`, *optional*):
             What identifies the model, as values of JSON. A difference prevents resuming.
+        share (`bool`, *optional*, defaults to `True`):
+            Whether several processes share the batches. All of them must then call this function. With `False`, the
+            process that calls it answers all rows.
 
     Returns:
-        `Evaluation`: The scores. `None` in all processes except the first.
+        `Evaluation`: The scores. If several processes share the batches, `None` in all of them except the first.
 
     Raises:
         ValueError: If there are no rows, if an argument or row is invalid, or if the predictions in the folder belong
@@ -100,8 +105,8 @@ def evaluate_rows(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}.")
-    texts = _texts_of(rows)
-    state = PartialState()
+    texts = texts_of_rows(rows)
+    state = PartialState() if share else _OneProcess()
     owner = dict(identity or {}) | {
         "data": fingerprint_of_rows(texts),
         "rows": len(texts),
@@ -151,6 +156,15 @@ def evaluate_rows(
         for n, row in enumerate(texts)
     )
     return evaluation
+
+
+class _OneProcess:
+    """Takes the place of a `PartialState` in a process that does not work with others."""
+
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def wait_for_everyone(self) -> None:
+        """Waits for no other process."""
 
 
 def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,8 +228,22 @@ def result_table(results: Mapping[str, Evaluation], guesses: Mapping[str, float]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def _texts_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows without images, with the number of images and the question. Raises `ValueError` for bad rows."""
+def texts_of_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Returns the texts of rows that are to be evaluated. No image is decoded.
+
+    Args:
+        rows (`Sequence[dict]`):
+            Rows of [`~toolbox.data.load_rows`].
+
+    Returns:
+        `list[dict]`: The rows without `images`, with the number of their images as `num_images` and the last text of
+        the user as `question`.
+
+    Raises:
+        ValueError: If there are no rows, or if the last message of a row is not from the assistant. The message names
+            the row.
+    """
     if not len(rows):
         raise ValueError("there are no rows to evaluate.")
     table = rows.remove_columns("images") if hasattr(rows, "remove_columns") else rows

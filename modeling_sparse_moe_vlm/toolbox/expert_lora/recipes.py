@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from peft import LoraConfig
 
 from ..training.model_parts import PARTS
-from ..training.own_evaluation import evaluation_arguments
+from ..training.own_evaluation import EVALUATION_ARGUMENTS
 from ..training.recipes import check_values, dump_recipe, keys_of_data, read_recipe, training_arguments
 from .selection import expert_lora_config
 
@@ -81,7 +81,7 @@ def load_lora_recipe(
         "data": keys_of_data,
         "training": training_arguments(),
         "parts": dict.fromkeys(PARTS, Any),
-        "evaluation": evaluation_arguments(),
+        "evaluation": EVALUATION_ARGUMENTS,
     }
     recipe = LoraRecipe(**read_recipe(path, overrides, sections, ("task",), given))
     check_values(recipe, path)

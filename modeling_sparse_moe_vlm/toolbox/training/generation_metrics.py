@@ -104,10 +104,12 @@ class GenerationMetrics(FiguresCallback):
         for number in self.sample:
             row = rows[number]
             name = row_name(row, number)
-            try:
-                self._references.append(references_of(row))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            check(
+                bool(row.get("references")) or any(turn["role"] == "assistant" for turn in row["messages"][-1:]),
+                f"{name}: the row has no references, and its last message is not from the assistant. Add one of them: "
+                "it is the right answer.",
+            )
+            self._references.append(references_of(row))
             self._names.append(name)
             has_images.add(_has_image(row))
         self._is_uniform = len(has_images) == 1

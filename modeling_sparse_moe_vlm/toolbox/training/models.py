@@ -23,7 +23,6 @@ from ...image_reading import read_images
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
-from ..expert_modules import our_experts_config
 from ..installed_code import use_installed_code
 from ..shipped_files import shipped_presets
 from .examples import Examples, first_rows, images_of, texts_of
@@ -158,34 +157,6 @@ def is_language_model(config: PreTrainedConfig) -> bool:
         if auto_class.__name__ in of_code or type(config) in auto_class._model_mapping:
             return auto_class is AutoModelForCausalLM
     return False
-
-
-def from_checkpoint_with_experts(path: str, language_models: bool = False) -> tuple[PreTrainedModel, Any]:
-    """
-    Loads a trained model of this package or an upcycled model, with its processor.
-
-    Args:
-        path (`str`):
-            Folder of the checkpoint, or its name on the Hub.
-        language_models (`bool`, *optional*, defaults to `False`):
-            Whether to accept language models, which have a tokenizer instead of a processor.
-
-    Returns:
-        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor. For a language
-        model, the second element is a `PreTrainedTokenizerBase`.
-
-    Raises:
-        ValueError: If the model has no experts of this package, or if it is a language model and `language_models` is
-            `False`.
-    """
-    config = load_config(path)
-    check(
-        our_experts_config(config) is not None,
-        f"{path} is a model of type {config.model_type!r}; this needs {SparseMoeVlmConfig.model_type!r}, or an "
-        "upcycled model.",
-    )
-    model, processor = from_checkpoint(path, language_models=language_models)
-    return model.eval(), processor
 
 
 def from_our_checkpoint(path: str) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:

@@ -25,21 +25,23 @@ def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments
             Whether there are rows for evaluation.
 
     Raises:
-        ValueError: If the training is evaluated but there are no rows, if a value of `evaluation` has no effect, or if
-            early stopping has no metric.
+        ValueError: If the training is evaluated but there are no rows, if a value of `evaluation` is too small or has no
+            effect, or if early stopping has no metric.
     """
     is_evaluated = arguments.eval_strategy != "no"
     check(
         has_rows or not is_evaluated,
         "`training.eval_strategy` needs rows for evaluation: set `data.eval` or `data.eval_split`.",
     )
+    for name in ("batch_size", "max_new_tokens", *DURING_TRAINING):
+        value = evaluation.get(name)
+        check(value is None or value >= 1, f"`evaluation.{name}` must be at least 1, got {value}.")
     for name in DURING_TRAINING:
         value = evaluation.get(name)
         check(
             value is None or is_evaluated,
             f"`evaluation.{name}` only has an effect with evaluation during training: set `training.eval_strategy`.",
         )
-        check(value is None or value >= 1, f"`evaluation.{name}` must be at least 1, got {value}.")
     check(
         evaluation.get("early_stopping_patience") is None or arguments.metric_for_best_model is not None,
         "`evaluation.early_stopping_patience` needs `training.metric_for_best_model`, such as 'loss' or 'exact_match'.",

@@ -1,14 +1,9 @@
-"""Evaluation of a model on a run's own data: answers, metrics of the task, and a file with the predictions."""
+"""Tasks of a run on own data, with their metrics, and the keys of the section `evaluation` of a recipe."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, get_type_hints
-
-from datasets import Dataset
-from transformers import PreTrainedModel
+from collections.abc import Mapping
+from typing import Any
 
 from ...checks import check
 
@@ -31,6 +26,11 @@ TASKS_OF_HUB = {
 }
 # Keys of `evaluation` about evaluation during training.
 DURING_TRAINING = ("sample", "early_stopping_patience")
+# Keys of `evaluation`, with their types. `batch_size` and `max_new_tokens` are arguments of
+# `toolbox.evaluation.evaluate_rows`.
+EVALUATION_ARGUMENTS = {"metrics": list[str], "batch_size": int, "max_new_tokens": int} | dict.fromkeys(
+    DURING_TRAINING, int
+)
 # Tasks by format of the data.
 TASK_OF_FORMAT = {"vqa": "vqa", "captions": "captioning"}
 
@@ -75,57 +75,6 @@ def metrics_of(task: str | None, format: str, evaluation: Mapping[str, Any]) -> 
         )
         return check_metrics(metrics)
     return list(TASKS[task_of(task, format)])
-
-
-def evaluate_rows(
-    model: PreTrainedModel,
-    processor: Any,
-    rows: Dataset,
-    predictions_file: Path,
-    metrics: Sequence[str],
-    batch_size: int = 16,
-    max_new_tokens: int = 64,
-) -> dict[str, float]:
-    """
-    Generates an answer for each row, scores the answers, and writes them to a file.
-
-    Args:
-        model (`PreTrainedModel`):
-            The model.
-        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`):
-            Its processor.
-        rows (`Dataset`):
-            Rows of [`~toolbox.data.load_rows`].
-        predictions_file (`Path`):
-            JSONL file with the `source` and `row` of each row, the `prediction` and the `references`.
-        metrics (`Sequence[str]`):
-            Names of metrics of [`~toolbox.evaluation.score_answers`].
-        batch_size (`int`, *optional*, defaults to 16):
-            Number of rows per batch.
-        max_new_tokens (`int`, *optional*, defaults to 64):
-            Largest number of tokens in an answer.
-
-    Returns:
-        `dict[str, float]`: The value of each metric.
-    """
-    from ..evaluation import generate_answers, references_of, score_answers
-
-    answers = generate_answers(model, processor, rows, batch_size, max_new_tokens=max_new_tokens)
-    without_images = rows.select_columns([name for name in rows.column_names if name != "images"])
-    references = [references_of(row) for row in without_images]
-    with predictions_file.open("w", encoding="utf-8") as file:
-        for row, answer, right in zip(without_images, answers, references, strict=True):
-            entry = {"source": row["source"], "row": row["row"], "prediction": answer, "references": right}
-            file.write(f"{json.dumps(entry, ensure_ascii=False)}\n")
-    return score_answers(metrics, answers, references)
-
-
-def evaluation_arguments() -> dict[str, Any]:
-    """Returns the keys that the section `evaluation` of a recipe can have, with their types."""
-    types = get_type_hints(evaluate_rows)
-    return {name: types[name] for name in ("metrics", "batch_size", "max_new_tokens")} | dict.fromkeys(
-        DURING_TRAINING, int
-    )
 
 
 def score_lines(scores: Mapping[str, float]) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainingArguments
 
+from ..evaluation import evaluate_rows
+from ..evaluation.own_data import texts_of_rows
 from ..hub.results import add_results_to_card
 from .own_callbacks import callbacks_of
-from .own_evaluation import DURING_TRAINING, TASKS_OF_HUB, evaluate_rows, metrics_of, score_lines, task_of
+from .own_evaluation import DURING_TRAINING, TASKS_OF_HUB, metrics_of, score_lines, task_of
 from .run_data import OwnRows
 
 
@@ -29,13 +31,16 @@ class OwnReport:
             The section `evaluation` of the recipe.
 
     Raises:
-        ValueError: If a metric is unknown.
+        ValueError: If a metric is unknown, or if a row for evaluation has no right answer. The message names the row.
     """
 
     def __init__(self, data: OwnRows, output_dir: Path, task: str | None, evaluation: Mapping[str, Any]) -> None:
         self.data, self.output_dir, self.evaluation = data, output_dir, evaluation
         self.task = task
-        self.metrics = [] if data.eval is None else metrics_of(task, data.format, evaluation)
+        self.metrics: list[str] = []
+        if data.eval is not None:
+            self.metrics = metrics_of(task, data.format, evaluation)
+            texts_of_rows(data.eval)  # finds rows that cannot be scored before the training
         self.options = {key: value for key, value in evaluation.items() if key not in ("metrics", *DURING_TRAINING)}
         self.scores: dict[str, float] | None = None
 
@@ -45,15 +50,19 @@ class OwnReport:
 
     def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
         """
-        Scores the answers, and writes them to `predictions.jsonl`.
+        Scores the answers as `sparse-moe-vlm evaluate` does, and writes them to `predictions.jsonl`. Called by one
+        process.
 
         Returns:
             `dict[str, Any]`: The scores as `eval`, or nothing without rows for evaluation.
         """
         if self.data.eval is None:
             return {}
-        path = self.output_dir / "predictions.jsonl"
-        self.scores = evaluate_rows(model, processor, self.data.eval, path, metrics=self.metrics, **self.options)
+        evaluation = evaluate_rows(
+            model, processor, self.data.eval, self.metrics, self.output_dir, blind=False, share=False, **self.options
+        )
+        assert evaluation is not None
+        self.scores = evaluation.scores
         return {"eval": self.scores}
 
     def add_to_card(self, model_dir: Path) -> None:

@@ -18,7 +18,7 @@ from ..demo.tokenizer import check_vocab_size, train_tokenizer
 from ..shipped_files import shipped_presets, shipped_root
 from .model_parts import PARTS
 from .own_data import is_own, own_data_arguments
-from .own_evaluation import RETRIEVAL, check_task, evaluation_arguments
+from .own_evaluation import EVALUATION_ARGUMENTS, RETRIEVAL, check_task
 from .parts import check_parts
 
 # Arguments that a run sets itself.
@@ -58,7 +58,9 @@ class Recipe:
         task (`str`, *optional*):
             Task of own data, which chooses the metrics: one of [`~toolbox.training.own_evaluation.TASKS`].
         evaluation (`dict`):
-            How own data are evaluated: arguments of [`~toolbox.training.own_evaluation.evaluate_rows`].
+            How own data are evaluated: `metrics` (names of metrics), `batch_size` and `max_new_tokens` (see
+            [`~toolbox.evaluation.evaluate_rows`]), and for evaluations during training `sample` and
+            `early_stopping_patience` (see [`~toolbox.training.own_callbacks.callbacks_of`]).
         retrieval (`dict`):
             Fields of the head for `task: retrieval`: `pooling`, `contrastive_loss` and `matryoshka_dims`.
     """
@@ -113,7 +115,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[
         "training": training_arguments(),
         "tokenizer": tokenizer_arguments(),
         "parts": dict.fromkeys(PARTS, Any),
-        "evaluation": evaluation_arguments(),
+        "evaluation": EVALUATION_ARGUMENTS,
         "retrieval": RETRIEVAL_ARGUMENTS,
     }
     recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "dtype", "task"), given))

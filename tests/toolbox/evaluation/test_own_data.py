@@ -179,6 +179,11 @@ def test_processes_share_the_batches(model, processor, rows, tmp_path, batches, 
     assert evaluate(model, processor, rows, tmp_path) is None
     assert batches == [([3, 1], [1, 0]), ([3], [0])]
     assert [path.name for path in tmp_path.iterdir()] == ["answers.1.jsonl"]
+    # A process that works alone answers all rows.
+    batches.clear()
+    assert evaluate(model, processor, rows, tmp_path / "alone", share=False).scores["exact_match"] == 0
+    assert [numbers for numbers, _ in batches] == [[2, 0], [3, 1], [2, 0], [3]]
+    assert len(lines(tmp_path / "alone")) == 4
 
 
 def test_fingerprints(tmp_path):

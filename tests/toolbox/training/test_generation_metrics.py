@@ -141,6 +141,8 @@ def test_rows_of_datasets_and_few_rows():
         ({"batch_size": 0}, ValueError, "`batch_size` must be at least 1, got 0"),
         ({"metrics": ["exactness"]}, ValueError, "exactness"),
         ({"rows": [{"messages": [user("x")]}]}, ValueError, "^row 0: .*no references"),
+        ({"rows": [{"messages": [assistant("x"), user("y")]}]}, ValueError, "^row 0: .*no references, and its last"),
+        ({"rows": [{"messages": []}]}, ValueError, "^row 0: .*no references, and its last"),
         ({"rows": [{"messages": [user("x")], "source": "a.jsonl", "row": 7}]}, ValueError, "^a.jsonl, row 7: "),
     ],
 )

@@ -13,7 +13,6 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, Sparse
 from modeling_sparse_moe_vlm.toolbox.training import models
 from modeling_sparse_moe_vlm.toolbox.training.models import (
     from_checkpoint,
-    from_checkpoint_with_experts,
     from_our_checkpoint,
     from_scratch,
     load_config,
@@ -155,19 +154,16 @@ def test_checkpoints_of_other_classes_are_refused_if_ours_is_needed(tmp_path):
 
 
 def test_checkpoints_with_experts(tmp_path):
-    """Ours and upcycled ones load without `trust_remote_code`. The error for other models names their type."""
+    """Ours and upcycled ones load without `trust_remote_code`."""
     upcycled, processor = make_speaking(), make_processor()
     for name, model in (("ours", make_speaking_model()), ("upcycled", upcycled)):
         model.train().save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
-        loaded, its = from_checkpoint_with_experts(str(tmp_path / name))
+        loaded, its = from_checkpoint(str(tmp_path / name))
         assert type(loaded) is type(model)
         assert type(its) is SparseMoeVlmProcessor
         assert not any(module.training for module in loaded.modules())
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} is a model of type 'llama'; this needs 'sparse_moe_vlm', or an"):
-        from_checkpoint_with_experts(str(tmp_path))
 
 
 def test_configurations_by_name_file_and_folder(tmp_path):

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
-from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch, model_parts
+from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows, own_data
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_checkpoint, from_scratch, model_parts
 from modeling_sparse_moe_vlm.toolbox.training.recipe_run import TrainingRun
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from tests.support.models import TINY_DECODER
@@ -325,6 +326,35 @@ def test_overrides_of_stages(folder):
     ]
 
 
+def test_scores_are_those_of_an_evaluation_of_the_saved_model(folder, tmp_path):
+    """Answers are batched by length, and the files are the same. `sparse-moe-vlm evaluate` has the same defaults."""
+    rows = [{"image": "red.png", "question": "the cat " * n, "answers": ["red", "a"]} for n in (1, 3, 2)]
+    test = write_lines(folder / "three.jsonl", rows)
+    evaluation = {"batch_size": 2, "max_new_tokens": 3, "metrics": ["exact_match", "anls"]}
+    training = run(write_recipe(folder, f"evaluation: {evaluation}"), tmp_path / "run", f"data.eval={test}")
+    batches = []
+    with pytest.MonkeyPatch.context() as patched:
+        answer = own_data.answer_batch
+        patched.setattr(own_data, "answer_batch", lambda m, p, b, **k: batches.append(list(b)) or answer(m, p, b, **k))
+        scores = training.evaluate()["eval"]
+    assert batches == [[1, 2], [0]]
+    model, processor = from_checkpoint(tmp_path / "run/model")
+    expected = evaluate_rows(model, processor, load_rows(test), blind=False, folder=tmp_path / "again", **evaluation)
+    assert scores == expected.scores
+    written = (tmp_path / "run/predictions.jsonl").read_text()
+    assert written == (tmp_path / "again/predictions.jsonl").read_text()
+    assert json.loads(written.splitlines()[0]).keys() == {
+        *("source", "row", "question", "prediction", "references", "scores")
+    }
+
+
+def test_rows_without_a_right_answer_are_found_before_the_training(folder, tmp_path):
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    test = write_lines(tmp_path / "test.jsonl", [{"messages": turns[:2]}, {"messages": turns}])
+    with pytest.raises(ValueError, match=r"test.jsonl, row 1: the last message must be from the assistant"):
+        TrainingRun(load_recipe(write_recipe(folder), [f"data.eval={test}"]), tmp_path / "run")
+
+
 def test_llava_trains_on_own_data(folder, tmp_path):
     from transformers import LlamaConfig
 
@@ -407,6 +437,8 @@ def test_generated_answers_stop_the_training_early(folder, tmp_path):
         (["evaluation.sample=3"], "`evaluation.sample` only has an effect with evaluation during training"),
         (["evaluation.early_stopping_patience=1"], "`evaluation.early_stopping_patience` only has an effect with"),
         (["evaluation.sample=0", "training.eval_strategy=steps"], "`evaluation.sample` must be at least 1, got 0"),
+        (["evaluation.batch_size=0"], "`evaluation.batch_size` must be at least 1, got 0"),
+        (["evaluation.max_new_tokens=0"], "`evaluation.max_new_tokens` must be at least 1, got 0"),
         (
             ["evaluation.early_stopping_patience=1", "training.eval_strategy=steps"],
             "`evaluation.early_stopping_patience` needs `training.metric_for_best_model`, such as 'loss'",

@@ -1,12 +1,18 @@
 """Metrics of tasks, and texts and images for models from scratch."""
 
+from inspect import signature
+
 import pytest
 from datasets import Dataset, IterableDataset
 
+from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows
+from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
+from modeling_sparse_moe_vlm.toolbox.shipped_files import find_preset
 from modeling_sparse_moe_vlm.toolbox.training import examples
 from modeling_sparse_moe_vlm.toolbox.training.examples import first_rows, images_of, texts_of
 from modeling_sparse_moe_vlm.toolbox.training.own_data import check_own_data, has_evaluation
 from modeling_sparse_moe_vlm.toolbox.training.own_evaluation import check_task, metrics_of, score_lines
+from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from modeling_sparse_moe_vlm.toolbox.training.stages import Stage, stages_of
 from tests.toolbox.data.data_files import turn, write_lines
 
@@ -33,6 +39,12 @@ def test_metrics_of_a_task(task, format, metrics):
 def test_wrong_metrics(metrics):
     with pytest.raises(ValueError, match=r"`evaluation.metrics` must be a list|there is no metric 'bleurt'"):
         metrics_of(None, "vqa", {"metrics": metrics})
+
+
+def test_recipes_and_the_command_have_the_same_defaults():
+    parameters = signature(evaluate_rows).parameters
+    for recipe in (load_recipe(find_preset("finetune", "training")), load_lora_recipe(find_preset("finetune", "lora"))):
+        assert recipe.evaluation == {name: parameters[name].default for name in ("batch_size", "max_new_tokens")}
 
 
 def test_scores_are_shown_as_a_table():
