@@ -25,8 +25,8 @@ def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments
             Whether there are rows for evaluation.
 
     Raises:
-        ValueError: If the training is evaluated but there are no rows, if a value of `evaluation` is too small or has no
-            effect, or if early stopping has no metric.
+        ValueError: If the training is evaluated but there are no rows, if a value of `evaluation` is too small or has
+            no effect, or if early stopping has no metric.
     """
     is_evaluated = arguments.eval_strategy != "no"
     check(
