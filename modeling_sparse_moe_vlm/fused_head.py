@@ -16,11 +16,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .checks import check
 from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .losses import router_losses
 from .routing import RoutingRecord
+
+logger = logging.get_logger(__name__)
+
+# The coefficients that the configurations of TRL trainers do not have.
+OTHER_COEFFICIENTS = ("router_z_loss_coef", "router_local_entropy_coef", "router_global_entropy_coef")
 
 
 def takes_fused_head(forward: Any) -> bool:
@@ -50,11 +56,14 @@ def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
         if not fused_lm_head:
             return function(self, *args, **kwargs)
         config = experts_config_of(self.config)
-        if self.training and torch.is_grad_enabled():
-            _check_coefficients(config)
         is_wanted = kwargs.pop("output_router_logits", None)
+        if self.training and torch.is_grad_enabled():
+            _check_coefficients(config, is_requested=bool(is_wanted))
         if is_wanted is None:
             is_wanted = config.output_router_logits
+        # A tool that observes the routing passes a record to the whole model and to its base model, and reports each
+        # record that is filled. Only that of the base model is, so the pass counts once.
+        kwargs.pop("routing_record", None)
         record = RoutingRecord()
         outputs = function(self, *args, fused_lm_head=True, output_router_logits=False, routing_record=record, **kwargs)
         if is_wanted:
@@ -92,13 +101,23 @@ def _divided_total(
     return (losses["router_loss"] / coefficient if coefficient else losses["aux_loss"]).to(loss.device)
 
 
-def _check_coefficients(config: SparseMoeVlmExpertsConfig) -> None:
-    """Raises `ValueError` if TRL trainers would not add a router loss."""
-    others = ("router_z_loss_coef", "router_local_entropy_coef", "router_global_entropy_coef")
-    lost = [name for name in others if getattr(config, name)]
+def _check_coefficients(config: SparseMoeVlmExpertsConfig, is_requested: bool) -> None:
+    """
+    Raises `ValueError` if the trainer would not add a router loss that only the model's configuration can ask for. Logs
+    a warning if it would not add the load balancing loss.
+    """
+    if not config.sparse_layers:
+        return
+    lost = [name for name in OTHER_COEFFICIENTS if getattr(config, name)]
     check(
-        bool(config.router_aux_loss_coef) or not lost or not config.sparse_layers,
+        (bool(config.router_aux_loss_coef) and is_requested) or not lost,
         f"{', '.join(f'`{name}`' for name in lost)} would have no effect: TRL trainers only add router losses if "
         "`router_aux_loss_coef` is not 0. Set it to a small number, such as 1e-6, in the model's configuration (and "
         "not to 0 in the trainer's configuration), or set the other coefficients to 0.",
     )
+    if config.router_aux_loss_coef and not is_requested:
+        logger.warning_once(
+            f"The model has `router_aux_loss_coef={config.router_aux_loss_coef}`, but the trainer does not request "
+            "router losses, so they are not trained with. If this is not intended, do not set `router_aux_loss_coef` "
+            "to 0 in the trainer's configuration, and use SFT, DPO, KTO, GRPO or RLOO."
+        )

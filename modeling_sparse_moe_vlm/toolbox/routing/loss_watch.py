@@ -10,9 +10,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ...experts_config import experts_config_of
+from ...fused_head import OTHER_COEFFICIENTS
 from ...parallel_plans import is_one_of_several_processes
+
+logger = logging.get_logger(__name__)
 
 NAMES = ("aux_loss", "z_loss", "router_loss")
 LossListener = Callable[[nn.Module, Mapping[str, Any], dict[str, torch.Tensor]], None]
@@ -68,6 +72,34 @@ def losses_of(model: nn.Module, output: Any) -> dict[str, torch.Tensor]:
         modalities = experts_config_of(model.config).modalities
         losses |= {f"aux_loss_{name}": value for name, value in zip(modalities, by_modality, strict=True)}
     return {name: value.detach() for name, value in losses.items() if torch.is_tensor(value)}
+
+
+def warn_of_scaled_losses(args: Any, model: nn.Module) -> None:
+    """
+    Logs a warning if a TRL trainer has a `router_aux_loss_coef` that changes the weight of all router losses. TRL
+    multiplies all of them by this coefficient, which is only right if it is that of the model.
+
+    Args:
+        args (`TrainingArguments`):
+            Configuration of the trainer.
+        model (`nn.Module`):
+            The model. It can be wrapped or have adapters.
+    """
+    ours = next((module for module in model.modules() if hasattr(module, "routing_planner")), None)
+    coefficient = getattr(args, "router_aux_loss_coef", None)
+    if ours is None or not coefficient:
+        return
+    config = experts_config_of(ours.config)
+    if config.router_aux_loss_coef in (0.0, coefficient):
+        return
+    scaled = [name for name in OTHER_COEFFICIENTS if getattr(config, name)]
+    if scaled:
+        logger.warning(
+            f"`router_aux_loss_coef` is {coefficient} in the trainer's configuration, but "
+            f"{config.router_aux_loss_coef} in the model's configuration. The trainer therefore multiplies "
+            f"{', '.join(f'`{name}`' for name in scaled)} by {coefficient / config.router_aux_loss_coef:g} as well. "
+            "Set `router_aux_loss_coef` only in the model's configuration."
+        )
 
 
 def mean_losses(passes: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
