@@ -1,6 +1,6 @@
 # `make demo` trains, evaluates and saves the demo model, `make test` runs the checks, and `make gpu` runs the numeric
-# tests and the benchmarks on a GPU. All make a virtual environment in .venv first. PIP_CONSTRAINT, where set, chooses the
-# versions (of torch, say).
+# tests and the benchmarks on a GPU. All make a virtual environment in .venv first. `make clients` tests programs of others
+# in an environment of its own. PIP_CONSTRAINT, where set, chooses the versions (of torch, say).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 WORKERS = $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 IN_PARALLEL = -n $(WORKERS) --dist loadgroup
 INSTALLED := $(VENV)/.installed
+CLIENTS ?= .venv-clients
 
 # Options of scripts/gpu.py: GPU='--only tests moe_layer', say.
 GPU ?=
 
-.PHONY: demo test tests check docs gpu install clean
+.PHONY: demo test tests check clients docs gpu install clean
 
 demo: $(INSTALLED)
 	$(BIN)/python scripts/train.py
@@ -27,6 +28,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Servers, exporters and harnesses of others, run with the models.
+clients: $(CLIENTS)/.installed
+	$(CLIENTS)/bin/python -m pytest tests/clients
 
 # The site, in build/site. It needs only the `docs` extra, since the sources are read and not imported.
 docs: $(VENV)/.docs
@@ -44,10 +49,15 @@ $(INSTALLED): pyproject.toml setup.py
 	$(BIN)/python -m pip install -e '.[dev]'
 	touch $@
 
+$(CLIENTS)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -e '.[dev,clients]'
+	touch $@
+
 $(VENV)/.docs: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python scripts/docs/requirements.py | xargs -d '\n' $(BIN)/python -m pip install
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) $(CLIENTS) outputs build *.egg-info
