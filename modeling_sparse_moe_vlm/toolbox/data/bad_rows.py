@@ -114,8 +114,8 @@ class SkippedRows:
         self.path = None if path is None else Path(path)
         self.is_temporary = is_temporary
         self._entries: dict[tuple[str, int], dict[str, Any]] = {}
-        self._file: int | None = None  # the inode of the file that was read
         self._size = 0  # number of bytes of the file that were read
+        self._last = b""  # the last line that was read
         self._warned = 0  # number of rows in the last warning
 
     def add(self, error: BadRowError) -> None:
@@ -137,14 +137,16 @@ class SkippedRows:
             _lock(file)  # closing the file releases it
             self._read(file)
             if key not in self._entries:
+                if file.tell() > self._size:  # the last line was only partly written
+                    line = b"\n" + line
                 file.write(line)  # one write in append mode, so that lines do not mix even without a lock
                 file.flush()
-                self._entries[key] = entry
-                self._size += len(line)
+                self._read(file)
 
     def entries(self) -> list[dict[str, Any]]:
         """Returns the rows as dicts with `source`, `row`, `kind` and `reason`, including those of other processes."""
         if self.path is not None and self.path.exists():
+            self._forget()  # a file that replaced the one that was read can begin with the same bytes
             with self.path.open("rb") as file:
                 self._read(file)
         return list(self._entries.values())
@@ -175,19 +177,24 @@ class SkippedRows:
             self.warn()
 
     def _read(self, file: BinaryIO) -> None:
-        """Reads the complete lines that were added to the file since the last time."""
-        file.seek(0, os.SEEK_END)
-        inode = os.fstat(file.fileno()).st_ino
-        if self._file not in (None, inode) or file.tell() < self._size:  # the file was replaced
-            self._entries, self._size = {}, 0
-        self._file = inode
-        file.seek(self._size)
+        """Reads the complete lines that were added to the file since the last time, and goes to the end of the file."""
+        file.seek(max(self._size - len(self._last), 0))
+        if file.read(len(self._last)) != self._last:  # the file was replaced
+            self._forget()
+            file.seek(0)
         for line in file:
             if line.endswith(b"\n"):
-                entry = json.loads(line)
-                self._entries[entry["source"], entry["row"]] = entry
                 self._size += len(line)
+                self._last = line
+                try:
+                    entry = json.loads(line)
+                except ValueError:  # a line that was only partly written
+                    continue
+                self._entries[entry["source"], entry["row"]] = entry
         file.seek(0, os.SEEK_END)
+
+    def _forget(self) -> None:
+        self._entries, self._size, self._last = {}, 0, b""
 
 
 def process_number() -> int:

@@ -199,6 +199,66 @@ def test_without_bad_rows_there_is_no_warning_and_no_file(folder):
     assert skipped.summary() == "Skipped bad rows: 1 (1 × wrong type)."
 
 
+def bad_row(number: int, kind: str = "wrong type", reason: str = "b") -> BadRowError:
+    return BadRowError("a", number, kind, reason)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_file_can_be_replaced_by_a_longer_one(folder, in_place):
+    """Also in place: a new file often gets the inode of the removed one."""
+    path = folder / "skipped.jsonl"
+    listed = SkippedRows(path)
+    for number in (1, 2):
+        listed.add(bad_row(number))
+    other = folder / "other.jsonl"
+    replaced = SkippedRows(other)
+    for number in (7, 8, 9):
+        replaced.add(bad_row(number, "not JSON", "a longer reason"))
+    if in_place:
+        path.write_bytes(other.read_bytes())
+    else:
+        other.replace(path)
+    assert listed.counts == {"not JSON": 3}
+    assert [entry["row"] for entry in listed.entries()] == [7, 8, 9]
+
+
+def test_rows_are_added_to_a_file_that_was_replaced(folder):
+    path = folder / "skipped.jsonl"
+    listed = SkippedRows(path)
+    listed.add(bad_row(1, reason="first"))
+    listed.add(bad_row(2, reason="first"))
+    path.unlink()
+    SkippedRows(path).add(bad_row(3, reason="a longer reason than the first one, by far"))
+    listed.add(bad_row(4))
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == [3, 4]
+    assert [entry["row"] for entry in listed.entries()] == [3, 4]
+
+
+def test_a_file_that_begins_with_the_same_line_is_read_again(folder):
+    """The last line is the same and at the same place, but not those before it."""
+    path = folder / "skipped.jsonl"
+    listed = SkippedRows(path)
+    for number in (1, 5):
+        listed.add(bad_row(number))
+    path.write_text(path.read_text().replace('"row": 1', '"row": 2'))
+    assert [entry["row"] for entry in listed.entries()] == [2, 5]
+
+
+def test_a_partly_written_line_does_not_break_the_list(folder):
+    path = folder / "skipped.jsonl"
+    SkippedRows(path).add(bad_row(1))
+    with path.open("a") as file:
+        file.write('{"source": "a", "ro')  # the process was killed while it wrote
+    listed = SkippedRows(path)
+    assert [entry["row"] for entry in listed.entries()] == [1]
+    for number in (2, 3, 2):
+        listed.add(bad_row(number))
+    assert [entry["row"] for entry in listed.entries()] == [1, 2, 3]
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"source": "a", "ro'
+    assert [json.loads(line)["row"] for line in [lines[0], *lines[2:]]] == [1, 2, 3]
+
+
 def test_names_of_files_that_are_not_unicode_can_be_listed(folder):
     for _ in range(2):
         SkippedRows(folder / "skipped.jsonl").add(BadRowError("ä\udc80", 3, "wrong type", "b"))
