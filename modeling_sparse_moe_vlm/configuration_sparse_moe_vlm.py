@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .capacity import expert_capacity  # noqa: F401
     from .checkpoint_conversion import convert_from_disk  # noqa: F401
     from .checkpoint_integrity import read_header  # noqa: F401
-    from .code_revisions import warn_of_other_code  # noqa: F401
     from .connector import SparseMoeVlmMultiModalProjector  # noqa: F401
     from .decoder_layer import SparseMoeVlmDecoderLayer  # noqa: F401
     from .distributed_attention import merge  # noqa: F401
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from .pretrained import SparseMoeVlmPreTrainedModel  # noqa: F401
     from .quantization import warn_of_unquantised_experts  # noqa: F401
     from .routing import SparseMoeVlmTopKRouter  # noqa: F401
-    from .staged_saves import staged_folder  # noqa: F401
     from .steering import initial_log_priors  # noqa: F401
     from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401

@@ -6,10 +6,11 @@ import inspect
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,14 +32,12 @@ from .checkpoint_conversion import (
 )
 from .checkpoint_integrity import check_names, check_weights, named_damage
 from .checks import check
-from .code_revisions import warn_of_other_code
 from .experts import init_expert_weights
 from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .kept_names import check_names_on_disk, keep_names, signature
 from .lora_targets import AdapterConfigs
 from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
 from .quantization import warn_of_unquantised_experts
-from .staged_saves import staged_folder
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +52,10 @@ class ExpertsHost(PreTrainedModel):
     # Transformers looks for the decorator of the experts in the file of this class, but they are in another file.
     _can_set_experts_implementation_cached_value = True
     peft_config = AdapterConfigs()
+    # The installed package sets these two: it warns about checkpoints with other code, and makes saves atomic. The code
+    # in checkpoints leaves loading and saving files to Transformers.
+    _warn_of_other_code: ClassVar[Any] = None
+    _staged_folder: ClassVar[Any] = None
 
     @classmethod
     def from_pretrained(cls, *args, config=None, num_expert_shards: int | None = None, **kwargs):
@@ -88,8 +91,8 @@ class ExpertsHost(PreTrainedModel):
             config, kwargs = _with_fields(config, kwargs)
         # Without `config`, the configuration takes its fields from `kwargs` when it is read.
         checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if kwargs.get("trust_remote_code") and checkpoint is not None:
-            warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
+        if kwargs.get("trust_remote_code") and checkpoint is not None and cls._warn_of_other_code is not None:
+            cls._warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
         with named_damage(checkpoint, kwargs.get("subfolder") or ""), _named_argument(cls.config_class):
             return super().from_pretrained(*args, config=config, **kwargs)
 
@@ -265,9 +268,10 @@ class ExpertsHost(PreTrainedModel):
         """
         Saves the model: see [`~transformers.PreTrainedModel.save_pretrained`].
 
-        The files are written to a temporary folder first, so a model that is already in `save_directory` stays complete
-        until the new one is complete (see [`~staged_saves.put_in_place`]). With `push_to_hub` or
-        `distributed_checkpoint`, the files are written directly to `save_directory`.
+        If the package is installed, the files are written to a temporary folder first, so a model that is already in
+        `save_directory` stays complete until the new one is complete (see [`~registered.staged_saves.put_in_place`]).
+        With `push_to_hub` or `distributed_checkpoint`, or if a checkpoint brings the code, the files are written
+        directly to `save_directory`.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -292,12 +296,18 @@ class ExpertsHost(PreTrainedModel):
                 if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
                     super().save_pretrained(save_directory, *args, **kwargs)
                     return
-                with staged_folder(save_directory, exchange=not is_one_of_several_processes()) as stage:
-                    super().save_pretrained(stage, *args, **kwargs)
-                    if list(stage.glob("*.py")):
-                        custom_object_save(self, stage)  # again, because the configuration may have copied its code
+                with self._folder_to_write(save_directory) as folder:
+                    super().save_pretrained(folder, *args, **kwargs)
+                    if list(folder.glob("*.py")):
+                        custom_object_save(self, folder)  # again, because the configuration may have copied its code
         finally:
             cls.__module__, cls.__name__ = names
+
+    def _folder_to_write(self, save_directory: str | os.PathLike) -> AbstractContextManager[Path]:
+        """Returns a context manager that provides the folder to write the files of `save_directory` to."""
+        if self._staged_folder is None:
+            return nullcontext(Path(save_directory))
+        return self._staged_folder(save_directory, exchange=not is_one_of_several_processes())
 
     def _check_names_on_disk(self, arguments: dict[str, Any]) -> None:
         """Checks the names of the tensors that `save_pretrained` with these arguments would write."""

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module, get
 
 import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
-from modeling_sparse_moe_vlm.code_revisions import warn_of_other_code
+from modeling_sparse_moe_vlm.registered.code_revisions import warn_of_other_code
 from tests.support.models import make_inputs, make_model
 from tests.support.processors import make_processor, make_speaking_model
 

@@ -12,8 +12,9 @@ import safetensors.torch
 import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, staged_saves
-from modeling_sparse_moe_vlm.staged_saves import put_in_place, staged_folder
+from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration
+from modeling_sparse_moe_vlm.registered import staged_saves
+from modeling_sparse_moe_vlm.registered.staged_saves import put_in_place, staged_folder
 from modeling_sparse_moe_vlm.toolbox.training.processes import save_and_part
 from tests.support.models import make_config, make_model
 from tests.support.processors import make_processor

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from ...staged_saves import put_in_place
+from ...registered.staged_saves import put_in_place
 from .checkpoints import last_whole_checkpoint
 
 

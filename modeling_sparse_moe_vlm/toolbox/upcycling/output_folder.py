@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...staged_saves import staged_folder
+from ...registered.staged_saves import staged_folder
 from .errors import UpcyclingError
 from .shard_files import check_shard_size
 
