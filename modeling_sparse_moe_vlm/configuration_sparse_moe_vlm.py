@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .checkpoint_conversion import convert_from_disk  # noqa: F401
     from .checkpoint_integrity import read_header  # noqa: F401
     from .connector import SparseMoeVlmMultiModalProjector  # noqa: F401
+    from .continuous_batching import ContinuousTextBatching  # noqa: F401
     from .decoder_layer import SparseMoeVlmDecoderLayer  # noqa: F401
     from .distributed_attention import merge  # noqa: F401
     from .expert_groups import ExpertGroup  # noqa: F401

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .cache_name import CACHE_NAME
+from .continuous_batching import ContinuousTextBatching
 from .language_head import SparseMoeVlmLanguageHead
 
 logger = logging.get_logger(__name__)
 
 
-class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
+class SparseMoeVlmImageGeneration(ContinuousTextBatching, SparseMoeVlmLanguageHead, GenerationMixin):
     """Base class of the whole model with a language head, which generates text from prompts with images."""
 
     model: Any
@@ -34,53 +34,14 @@ class SparseMoeVlmImageGeneration(SparseMoeVlmLanguageHead, GenerationMixin):
             model_inputs.pop("modality_values", None)  # their tokens are already in the cache
         return model_inputs
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def placeholder_tokens(self) -> set[int]:
         """
-        See [`~transformers.ContinuousMixin.init_continuous_batching`]. Continuous batching only supports text: the
-        returned manager raises `ValueError` for prompts with placeholders of images or further modalities.
-        """
-        manager = super().init_continuous_batching(*args, **kwargs)
-        add_request = type(manager).add_request
-
-        def add_text_request(input_ids, *args, **kwargs):
-            self._refuse_placeholders([input_ids])
-            return add_request(manager, input_ids, *args, **kwargs)
-
-        manager.add_request = add_text_request
-        return manager
-
-    def generate_batch(self, inputs, *args, **kwargs):
-        """
-        Generates text for a batch of prompts with continuous batching, which only supports text: see
-        [`~transformers.ContinuousMixin.generate_batch`].
-
-        Args:
-            inputs (`list[list[int]]`):
-                Token ids of the prompts.
-            args (`Any`):
-                Other arguments of [`~transformers.ContinuousMixin.generate_batch`].
-            kwargs (`Any`):
-                Other keyword arguments of [`~transformers.ContinuousMixin.generate_batch`].
+        Returns the ids of the placeholder tokens of images and further modalities.
 
         Returns:
-            `dict`: The generated outputs.
-
-        Raises:
-            ValueError: If a prompt has placeholders of images or further modalities.
+            `set[int]`: The ids.
         """
-        self._refuse_placeholders(inputs)
-        return super().generate_batch(inputs, *args, **kwargs)
-
-    def _refuse_placeholders(self, prompts: Iterable[Iterable[int]]) -> None:
-        """Raises `ValueError` if a prompt has placeholders of images or further modalities."""
-        placeholders = set(self.config.placeholder_ids.values())
-        for number, prompt in enumerate(prompts):
-            found = sorted(placeholders.intersection(int(token) for token in prompt))
-            if found:
-                raise ValueError(
-                    f"prompt {number} has placeholder tokens {found}, but continuous batching does not support "
-                    "images: use `generate` for prompts with images."
-                )
+        return set(self.config.placeholder_ids.values())
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Same as in Transformers, but also repeats the values of further modalities, which are in a dict."""

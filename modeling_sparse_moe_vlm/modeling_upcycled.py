@@ -33,6 +33,7 @@ from .configuration_upcycled import (
     upcycled_config_class,
     upcycled_name,
 )
+from .continuous_batching import ContinuousTextBatching
 from .experts import make_experts
 from .experts_config import SparseMoeVlmExpertsConfig
 from .experts_host import ExpertsHost
@@ -273,6 +274,21 @@ class UpcycledMixin(ExpertsHost):
         return output_class(type(outputs))(**{**outputs, **routing})
 
 
+class UpcycledGeneration(ContinuousTextBatching):
+    """Base class of the upcycled models that generate text."""
+
+    experts_config: SparseMoeVlmExpertsConfig
+
+    def placeholder_tokens(self) -> set[int]:
+        """
+        Returns the ids of the placeholder tokens of images and further modalities.
+
+        Returns:
+            `set[int]`: The ids that the configuration of the base model declares.
+        """
+        return {token for ids in self.experts_config.placeholder_ids.values() for token in ids}
+
+
 def _warn_of_unknown_modalities() -> None:
     if not torch.compiler.is_compiling():
         logger.warning_once(
@@ -443,7 +459,8 @@ def _make_model_class(name: str, base: Any, config_class: Any) -> type:
         namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
     bases: tuple[Any, ...] = (UpcycledMixin, base)
     if issubclass(base, GenerationMixin):
-        bases += (GenerationMixin,)  # otherwise, the auto classes create a subclass, which cannot be pickled
+        # Without `GenerationMixin`, the auto classes create a subclass, which cannot be pickled.
+        bases = (UpcycledGeneration, *bases, GenerationMixin)
     made: Any = type(name, bases, namespace)
     # Transformers registers the outputs to record (`output_hidden_states` etc.) by class when it creates a model. At
     # that time, the submodels of an upcycled model still have their base classes.

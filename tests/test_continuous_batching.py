@@ -6,6 +6,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
 from modeling_sparse_moe_vlm.cache_name import is_paged
+from tests.support import upcycled
+from tests.support.in_tree_models import VIDEO
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_model
 
 # By default, the cache uses most of the free memory.
@@ -38,8 +40,9 @@ def greedy(**options) -> GenerationConfig:
         make_text_model,
         make_with_priors,
         lambda: make_model(expert_groups="isolated", alpha_init=0.9, num_experts_per_tok_by_modality={"image": 1}),
+        upcycled.make_upcycled,
     ],
-    ids=["hybrid", "text", "learned priors", "isolated, unequal priors"],
+    ids=["hybrid", "text", "learned priors", "isolated, unequal priors", "upcycled"],
 )
 def test_texts_are_answered_as_by_generate(make, attention):
     model = make()
@@ -53,13 +56,31 @@ def test_texts_are_answered_as_by_generate(make, attention):
     assert [output.generated_tokens for output in outputs.values()] == expected
 
 
-def test_prompts_with_images_are_refused():
-    model = make_model()
-    with pytest.raises(ValueError, match=rf"prompt 1 has placeholder tokens \[{IMAGE_TOKEN_ID}\].*use `generate`"):
-        model.generate_batch([[5, 6], [5, IMAGE_TOKEN_ID, 6]], greedy(), SMALL_CACHE)
+@pytest.mark.parametrize(
+    ("make", "placeholders"),
+    [
+        (make_model, {IMAGE_TOKEN_ID}),
+        (lambda: upcycled.make_few_experts("llava", "joint"), {upcycled.IMAGE}),
+        (lambda: upcycled.make_few_experts("qwen3_vl", "isolated"), {upcycled.IMAGE, VIDEO}),
+    ],
+    ids=["ours", "upcycled LLaVA", "upcycled Qwen3-VL"],
+)
+def test_prompts_with_images_are_refused(make, placeholders):
+    model = make()
+    assert model.placeholder_tokens() == placeholders
+    for token in placeholders:
+        message = rf"prompt 1 has placeholder tokens \[{token}\].*does not support images: use `generate`"
+        with pytest.raises(ValueError, match=message):
+            model.generate_batch([[5, 6], [5, token, 6]], greedy(), SMALL_CACHE)
     manager = model.init_continuous_batching(generation_config=greedy(), continuous_batching_config=SMALL_CACHE)
     with pytest.raises(ValueError, match="continuous batching does not support images"):
-        manager.add_request([IMAGE_TOKEN_ID])
+        manager.add_request([token])
+    with pytest.raises(ValueError, match=rf"placeholder tokens \[{token}\]"):
+        manager.add_requests([[5], [torch.tensor(token)]])
+
+
+def test_models_without_placeholders_accept_every_token():
+    assert upcycled.make_few_experts("llama").placeholder_tokens() == set()
 
 
 def test_only_caches_without_a_length_count_as_paged():
