@@ -9,11 +9,15 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AddedToken
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+import torch
+from transformers import AddedToken, BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .checks import check
 from .control_tokens import ControlTokens, as_schemas, check_encodable, control_tokens
 from .image_reading import CHANNELS_LAST, read_images
+from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_of, tile_size_of
+from .processor_arguments import SparseMoeVlmProcessorKwargs
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -52,17 +56,14 @@ DEFAULT_CHAT_TEMPLATE = """\
 _PLAIN = (str, bytes, int, float, list, tuple, type(None))
 
 
-class SparseMoeVlmProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """Keyword arguments of [`SparseMoeVlmProcessor`] and their default values."""
-
-    _defaults = {"text_kwargs": {"padding": False, "return_mm_token_type_ids": True}}
-
-
 class SparseMoeVlmProcessor(ProcessorMixin):
     r"""
     Converts text, images and conversations to model inputs.
 
-    A text contains one image token per image, which the processor expands to `image_seq_length` tokens. In
+    A text contains one image token per image, which the processor expands to `image_seq_length` tokens per tile. By
+    default, an image is one tile: it is resized to the size that the vision tower takes. With `max_tiles` > 1, it is
+    resized to a grid of tiles instead, whose aspect ratio is close to that of the image, and a thumbnail of the whole
+    image follows. The number of tokens depends only on the size of the image. In
     conversations (see [`SparseMoeVlmProcessor.apply_chat_template`]), only content parts of type `"image"` are images,
     and only the chat template can add control tokens: special tokens typed inside a text are tokenized as plain text.
 
@@ -76,14 +77,29 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of the decoder. Its vocabulary must contain the image token.
         image_seq_length (`int`, *optional*, defaults to 49):
-            Number of tokens per image. Set it to `config.image_seq_length`.
+            Number of tokens per tile. Set it to `config.image_seq_length`.
         chat_template (`str`, *optional*):
             Jinja template for conversations. Defaults to a ChatML template.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             Placeholder token of an image in the text.
+        min_tiles (`int`, *optional*, defaults to 1):
+            Smallest number of tiles of an image, the thumbnail excluded.
+        max_tiles (`int`, *optional*, defaults to 1):
+            Largest number of tiles of an image, the thumbnail excluded.
+        max_image_tokens (`int`, *optional*):
+            Largest number of tokens of one image, the thumbnail and the separators included. Images get fewer tiles
+            if necessary.
+        do_pad (`bool`, *optional*, defaults to `False`):
+            Whether images keep their aspect ratio when they are resized. The remaining area, at the bottom or on the
+            right, has the mean colour of the image processor (zeros). Otherwise, images are stretched.
+        row_separator (`str`, *optional*):
+            A token of the vocabulary that follows every row of tiles. The thumbnail has none.
+
+    `min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` can also be passed per call.
 
     Raises:
-        ValueError: If the vocabulary does not contain the image token.
+        ValueError: If the vocabulary does not contain the image token or the separator, or if an option for tiles is
+            invalid.
 
     ```python
     >>> processor = SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
@@ -103,6 +119,11 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         image_seq_length: int = 49,
         chat_template: str | None = None,
         image_token: str = "<image>",
+        min_tiles: int = 1,
+        max_tiles: int = 1,
+        max_image_tokens: int | None = None,
+        do_pad: bool = False,
+        row_separator: str | None = None,
     ):
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -116,11 +137,22 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             )
         self.image_seq_length = image_seq_length
         self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        known = tokenizer.added_tokens_decoder.get(self.image_token_id)
-        if known is None or known.normalized or not known.special:
-            tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
+        self.image_token_id = _make_special(tokenizer, image_token)
+        self.min_tiles = min_tiles
+        self.max_tiles = max_tiles
+        self.max_image_tokens = max_image_tokens
+        self.do_pad = do_pad
+        self.row_separator = row_separator
+        if row_separator is not None:
+            check(
+                row_separator in tokenizer.get_vocab() and row_separator != image_token,
+                f"`row_separator` must be a token of the vocabulary other than the image token, got {row_separator!r}: "
+                f"add it with `tokenizer.add_special_tokens({{'extra_special_tokens': [{row_separator!r}]}}, "
+                "replace_extra_special_tokens=False)`.",
+            )
+            _make_special(tokenizer, row_separator)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
+        self._tiling({})  # checks the options
         self._last_control_tokens: tuple[Any, ControlTokens] | None = None
         self._control_tokens(self._template(None) or "")  # prepares the tokenizer
 
@@ -131,8 +163,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """Names of tokenizer outputs that the model does not use and the processor therefore drops."""
-        return ["token_type_ids"]
+        """Names of outputs that the model does not use and the processor therefore drops."""
+        return ["token_type_ids", "tile_grids"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
@@ -193,28 +225,101 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         kwargs.pop("input_data_format", None)
         if any(not hasattr(image, "mode") for image in images):
             kwargs["input_data_format"] = CHANNELS_LAST
-        return super()._process_images(images, **kwargs)
+        tiling = self._tiling(kwargs)
+        if tiling.tile_size is None:
+            options = {name: value for name, value in kwargs.items() if name not in TILE_OPTIONS}
+            return super()._process_images(images, **options)
+        # The size of tiles is an option of the image processor.
+        options = {name: value for name, value in kwargs.items() if name not in (*TILE_OPTIONS, "size", "crop_size")}
+        return_tensors = options.pop("return_tensors", None)
+        grids = [tiling.grid_of(*size_of(image)) for image in images]
+        tiles = torch.cat(
+            [
+                cut_into_tiles(image, grid, tiling, self.image_processor, options)
+                for image, grid in zip(images, grids, strict=True)
+            ]
+        )
+        pixels: Any = tiles
+        if return_tensors != "pt":
+            pixels = list(tiles.cpu().numpy())
+        processed = BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+        processed["tile_grids"] = grids
+        return processed, [self.replace_image_token(processed, i) for i in range(len(images))]
+
+    def _tiling(self, kwargs: dict[str, Any]) -> Tiling:
+        """Returns how images are cut into tiles, according to the options of the call and of the processor."""
+        given = {name: kwargs[name] for name in TILE_OPTIONS if kwargs.get(name) is not None}
+        options: dict[str, Any] = {name: getattr(self, name) for name in TILE_OPTIONS}
+        options["do_pad"] = options["do_pad"] or bool(getattr(self.image_processor, "do_pad", False))
+        options |= given
+        if "min_tiles" not in given and "max_tiles" in given and isinstance(given["max_tiles"], int):
+            # A call with fewer tiles than usual.
+            options["min_tiles"] = max(1, min(options["min_tiles"], given["max_tiles"]))
+        has_one_size = options["max_tiles"] != 1 or options["do_pad"]
+        return Tiling(
+            tile_size=tile_size_of(self.image_processor, kwargs) if has_one_size else None,
+            tokens_per_tile=self.image_seq_length,
+            has_separators=self.row_separator is not None,
+            **options,
+        )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """Returns the text that replaces one image token: the image token, repeated `image_seq_length` times."""
-        return self.image_token * self.image_seq_length
+        """
+        Returns the text that replaces one image token: the image token, repeated `image_seq_length` times for every
+        tile, with the separators of the rows of tiles.
+        """
+        tile = self.image_token * self.image_seq_length
+        rows, columns = image_inputs["tile_grids"][image_idx] if "tile_grids" in image_inputs else (1, 1)
+        if (rows, columns) == (1, 1):
+            return tile
+        return (tile * columns + (self.row_separator or "")) * rows + tile
+
+    def tile_grid(self, height: int, width: int, **kwargs) -> tuple[int, int]:
+        """
+        Returns the grid of tiles of an image. If there are several tiles, the thumbnail of the image follows them.
+
+        Args:
+            height (`int`):
+                Height of the image, rotated upright.
+            width (`int`):
+                Width of the image.
+            kwargs (`Any`):
+                Arguments of the call that can change the grid, such as `max_tiles`.
+
+        Returns:
+            `tuple[int, int]`: Number of rows and of columns of tiles.
+
+        Raises:
+            ValueError: If an option is invalid, or if the image cannot have as few tokens as `max_image_tokens`.
+        """
+        return self._tiling(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]).grid_of(
+            height, width
+        )
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """
-        Returns the number of image tokens for images of the given sizes. It is the same for every image, because all
-        images are resized to the same size.
+        Returns the number of tokens that replace the image tokens of images of the given sizes (separators of rows
+        included), and their numbers of tiles. They depend only on the size of each image.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
                 Height and width of each image.
+            kwargs (`Any`):
+                Other arguments of the call, such as `max_tiles`.
 
         Returns:
-            `MultiModalData`: The number of image tokens and of patches of each image.
+            `MultiModalData`: The number of tokens and of tiles of each image.
+
+        Raises:
+            ValueError: If an option is invalid, or if an image cannot have as few tokens as `max_image_tokens`.
         """
         if image_sizes is None:
             return MultiModalData()
+        tiling = self._tiling(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"])
+        grids = [tiling.grid_of(*size) for size in image_sizes]
         return MultiModalData(
-            num_image_tokens=[self.image_seq_length] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[tiling.num_tokens(grid) for grid in grids],
+            num_image_patches=[num_tiles(grid) for grid in grids],
         )
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
@@ -269,6 +374,15 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         if self._last_control_tokens is None or self._last_control_tokens[0] != key:
             self._last_control_tokens = (key, ControlTokens(self.tokenizer, *tokens))
         return self._last_control_tokens[1]
+
+
+def _make_special(tokenizer: Any, token: str) -> int:
+    """Makes a token of the vocabulary a special token that the tokenizer finds in texts. Returns its id."""
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    known = tokenizer.added_tokens_decoder.get(token_id)
+    if known is None or known.normalized or not known.special:
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
+    return token_id
 
 
 def _messages(conversation: Any) -> Any:

@@ -56,6 +56,11 @@ SIGNATURES = {
         "image_seq_length",
         "chat_template",
         "image_token",
+        "min_tiles",
+        "max_tiles",
+        "max_image_tokens",
+        "do_pad",
+        "row_separator",
     ],
 }
 
