@@ -127,14 +127,14 @@ def tile_size_of(image_processor: Any, options: Mapping[str, Any]) -> tuple[int,
     size = option(name)
     if isinstance(size, int):
         size = {"height": size, "width": size}
-    height, width = ((size or {}).get(side) for side in ("height", "width"))
+    sides: dict[str, Any] = {side: (size or {}).get(side) for side in ("height", "width")}
     check(
-        bool(option("do_resize")) and bool(height) and bool(width),
+        bool(option("do_resize")) and all(sides.values()),
         "tiles and `do_pad` need an image processor that resizes images to a fixed size, but "
         f"{type(image_processor).__name__} has `do_resize={option('do_resize')}` and `{name}={size}`: set `do_resize` "
         "and a size with `height` and `width`, or use `max_tiles=1` without `do_pad`.",
     )
-    return height, width
+    return sides["height"], sides["width"]
 
 
 def cut_into_tiles(

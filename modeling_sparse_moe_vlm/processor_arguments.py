@@ -3,7 +3,7 @@
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs
 
 
-class SparseMoeVlmImagesKwargs(ImagesKwargs, total=False):
+class SparseMoeVlmImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     Keyword arguments for images, in addition to those of the image processor. The arguments of the same names of
     [`SparseMoeVlmProcessor`] are the default values.
