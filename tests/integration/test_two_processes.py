@@ -1,6 +1,7 @@
 """Two processes train as one does with the same global batch, router losses included, on any mixture of rows."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.newest]
 WITHOUT_IMAGE = (2, 3, 4, 5, 6, 7, 12, 13)
 # Packed, each process has 4 rows. One of them is long, so that the others fit into another sequence.
 PACKED = {"num_rows": 24, "without_image": (2, 3, 4, 5, 6, 7, 12, 13, 14, 15), "long": (1, 5, 9, 13, 17, 21)}
+# A batch of the first process has no good row, then one of the second, then one of both.
+BAD = (*range(4), *range(12, 24))
+SKIPPED = {"num_rows": 40, "bad": BAD, "broken": BAD[::2], "without_image": (4, 5, 8, 24, 25, 26, 27), "long": (9, 33)}
 COEFFICIENTS = {
     "output_router_logits": True,
     "router_aux_loss_coef": 0.5,
@@ -38,7 +42,20 @@ MORE_RUNS = {
     "packed in memory": {"packing": True, "dataloader_drop_last": True, "gradient_accumulation_steps": 2},
     "packed, with workers": {"packing": True, "streaming": True, "dataloader_num_workers": 2},
     "packed, upcycled": {"packing": True, "streaming": True, "shuffle": False, "model": "upcycled"},
+    "skipped": {"data": "skipped", "streaming": True, "shuffle": False, "model": "biased"},
+    "packed, skipped": {
+        "packing": True,
+        "streaming": True,
+        "shuffle": False,
+        "dataloader_num_workers": 2,
+        "data": "skipped",
+    },
     "packed, smoothed": {"packing": True, "streaming": True, "label_smoothing_factor": 0.1},
+}
+MODELS = {
+    "own": make_speaking_model,
+    "upcycled": upcycled.make_speaking,
+    "biased": partial(make_speaking_model, router="sigmoid", router_bias_update_rate=0.05),
 }
 RESUMED = ("with workers", "in memory", "packed", *MORE_RUNS)
 
@@ -47,17 +64,17 @@ def run(name: str, folder: Path, number: int, resume: str | None = None):
     """Trains in one of `number` processes."""
     output = folder / str(number) / name
     kwargs = SETTINGS | (RUNS | MORE_RUNS)[name]
-    is_upcycled = kwargs.pop("model", None) == "upcycled"
-    packing = kwargs.get("packing", False)
     torch.manual_seed(0)
-    model = upcycled.make_speaking(**COEFFICIENTS) if is_upcycled else make_speaking_model(**COEFFICIENTS)
+    model = MODELS[kwargs.pop("model", "own")](**COEFFICIENTS)
+    data = kwargs.pop("data", "packed" if "packing" in kwargs else ".")
     trainer = make_trainer(
-        folder / ("packed/data" if packing else "data"),
+        folder / data / "data",
         output,
         model,
+        skipped_file=folder / f"{name}, {number}.jsonl",
         learning_rate=0.05,
         max_grad_norm=0.0,
-        per_device_train_batch_size=(8 if packing else 4) // number,
+        per_device_train_batch_size=(4 if data == "." else 8) // number,
         per_device_eval_batch_size=1,
         **kwargs,
     )
@@ -93,6 +110,7 @@ for name in json.loads((folder / "runs.json").read_text()):
 def test_two_processes_equal_one(tmp_path, runs):
     write_own_data(tmp_path, 16, bad=(8,), without_image=WITHOUT_IMAGE)
     write_own_data(tmp_path / "packed", bad=(8,), **PACKED)
+    write_own_data(tmp_path / "skipped", **SKIPPED)
     (tmp_path / "runs.json").write_text(json.dumps(list(runs)))
     result = launch(ROOT / "configuration/accelerate/ddp.yaml", PROGRAM, tmp_path, "--mixed_precision", "no")
     assert result.returncode == 0, result.stderr[-12000:]
@@ -114,6 +132,13 @@ def test_two_processes_equal_one(tmp_path, runs):
         for tensor_name, tensor in torch.load(tmp_path / f"{name}.pt").items():
             message = f"{name}: {tensor_name}"
             torch.testing.assert_close(tensor, tensors(whole)[tensor_name], atol=1e-5, rtol=1e-4, msg=message)
+        if "skipped" in name:
+            for number in (1, 2):
+                lines = (tmp_path / f"{name}, {number}.jsonl").read_text().splitlines()
+                skipped = [(entry["source"][-7], entry["row"], entry["kind"]) for entry in map(json.loads, lines)]
+                kinds = {i: "broken image" if i in SKIPPED["broken"] else "missing file" for i in BAD}
+                assert sorted(skipped) == [(str(i // 20), i % 20, kinds[i]) for i in BAD]
+            assert expected[2]["loss"] == logged[2]["loss"] == 0.0
         if "packed" in name:
-            of_process = whole.train_dataset.take(4)
-            assert whole.data_collator(list(of_process))["input_ids"].shape[0] < 4
+            rows = list(whole.train_dataset)[4:8] if "skipped" in name else whole.train_dataset.take(4)
+            assert whole.data_collator(list(rows))["input_ids"].shape[0] < 4

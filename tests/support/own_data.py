@@ -15,17 +15,19 @@ WORDS = ["the", "cat", "and", "the", "image", "of", "the", "cat", "sat", "on", "
 
 
 def write_own_data(
-    folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,), without_image=None, long: tuple[int, ...] = ()
+    folder: Path, num_rows: int = 13, bad: tuple[int, ...] = (5,), without_image=None, long=(), broken=()
 ) -> Path:
     """
     Writes rows of unequal length to two files. Every third row has no image, or those that are named. The bad rows lack
-    the file of their image. The answers of the long rows are eight times as long.
+    the file of their image, or that file is `broken`. The answers of the long rows are eight times as long.
     """
     rows = []
     for i in range(num_rows):
-        write_image(folder / f"{i}.png", color=(20 * i % 256, 90, 255 - 15 * i % 256))
+        path = write_image(folder / f"{i}.png", color=(20 * i % 256, 90, 255 - 15 * i % 256))
+        if i in broken:
+            path.write_bytes(b"not an image")
         is_text = i % 3 == 0 if without_image is None else i in without_image
-        image = {} if is_text else {"image": f"../{'gone' if i in bad else i}.png"}
+        image = {} if is_text else {"image": f"../{'gone' if i in bad and i not in broken else i}.png"}
         answer = " ".join(WORDS[i % 4 : 5 + i % 3] * (8 if i in long else 1))
         rows.append({"question": " ".join(WORDS[: 2 + i % 5]), "answer": answer} | image)
     half = (num_rows + 1) // 2
@@ -35,11 +37,19 @@ def write_own_data(
 
 
 def make_trainer(
-    data: Path, folder: Path, model=None, streaming=False, shuffle=True, prepare=None, packing=False, **arguments
+    data: Path,
+    folder: Path,
+    model=None,
+    streaming=False,
+    shuffle=True,
+    prepare=None,
+    packing=False,
+    skipped_file=None,
+    **arguments,
 ):
     """Returns a trainer. `prepare(model, arguments)` can change the model and return the optimizer."""
     model = make_speaking_model() if model is None else model
-    rows = load_rows(data, streaming=streaming, on_bad_row="skip")
+    rows = load_rows(data, streaming=streaming, on_bad_row="skip", skipped_file=skipped_file)
     if streaming and shuffle:
         rows = rows.shuffle(seed=7, buffer_size=5)
     defaults = {

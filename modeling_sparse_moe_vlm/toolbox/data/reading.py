@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from .bad_rows import BROKEN_IMAGE, BadRowError, RowFault, SkippedRows
 from .formats import DataFormat, find_format
+from .repeated_rows import RepeatedRow
 from .sources import Part
 from .validation import check_image, validated_row
 
@@ -160,7 +161,7 @@ class Rows(Dataset):
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
         """
         Returns rows for a batch. Rows that are skipped are missing. If all of them are skipped, returns the next row
-        that can be read, because a batch must not be empty.
+        that can be read as a `RepeatedRow`, because a batch must not be empty.
         """
         try:
             return super().__getitems__(keys)
@@ -170,7 +171,7 @@ class Rows(Dataset):
                 if rows:
                     break
                 row = self._readable((keys[-1] + step) % len(self))
-                rows = [] if row is None else [row]
+                rows = [] if row is None else [RepeatedRow(row)]
             if not rows:
                 raise ValueError(f"no row of the data can be read: {self.reader.skipped.summary()}") from None
             return rows

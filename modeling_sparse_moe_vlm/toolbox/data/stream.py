@@ -15,6 +15,7 @@ from datasets import IterableDataset
 from torch.utils.data import get_worker_info
 
 from .reading import RawRow, RowReader
+from .repeated_rows import RepeatedRow
 
 # Files of these types contain no images, so it costs little if each worker reads all rows and uses some of them.
 _TEXT_FILES = (".jsonl", ".json", ".csv")
@@ -154,7 +155,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
     The endless batches of a stream that one process trains on. A batch is made of `batch_size` consecutive raw rows, so
     its position in the data does not depend on which rows are bad, and a resumed run continues at the right row without
     reading the images of earlier rows. If a row is bad, its batch has one row less. If all of its rows are bad, the
-    batch is the next good row.
+    batch is the next good row as a `RepeatedRow`.
 
     The batches of all processes are consecutive, too: without shards (see [`RowStream.splits_shards`]), the batches of
     `num_processes` processes are the parts of the batches of one process, with any number of workers.
@@ -204,7 +205,7 @@ class StreamBatches(torch.utils.data.IterableDataset):
                 raise ValueError(f"no row of the data can be used: {reader.skipped.summary()}")
             following.append(rows.next())
             if (row := reader.read(following[-1])) is not None:
-                batch.append(row)
+                batch.append(RepeatedRow(row))
         rows.put_back(following)
         return batch
 

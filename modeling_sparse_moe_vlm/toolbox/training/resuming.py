@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import seed_worker
 
 from ..data.reading import Rows
+from ..data.repeated_rows import CollatorForTraining
 from ..data.stream import RowStream, StreamBatches, StreamCollator
+from ..expert_modules import our_experts_config
 from .checkpoints import last_whole_checkpoint
 
 
@@ -28,11 +30,15 @@ class ResumableTrainer(Trainer):
       reading the images of earlier rows. Its epochs follow one another without a gap. Every process reads its own part
       of each batch.
     - Checkpoints contain what was summed up since the last log, so the logged losses are the same as well.
+    - No row trains twice in an epoch because others are bad: a batch without good rows has no weight. (Models whose
+      loss does not take the number of targets train on its [`~toolbox.data.repeated_rows.RepeatedRow`].)
     - After training, a warning counts the bad rows that were skipped in all workers and processes.
 
     Callbacks can take part with the methods `log_state()`, which returns what is logged next as tensors, numbers and
     containers of them, and `load_log_state(state)`.
     """
+
+    data_collator: Callable
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -66,15 +72,22 @@ class ResumableTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Returns the batches of this process."""
         if not isinstance(self.train_dataset, RowStream):
-            return super().get_train_dataloader()
-        arguments, process, num_processes = self.args, *self._place_in_batch()
+            collator = self.data_collator
+            if isinstance(self.train_dataset, Rows):
+                self.data_collator = self._collator_for_training(collator)
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.data_collator = collator
+        arguments = self.args
+        process, num_processes = self._place_in_batch()
         batch_size = self._train_batch_size // (num_processes if self.accelerator.split_batches else 1)
         self._stream_batches = StreamBatches(self.train_dataset, batch_size, process, num_processes)
         return DataLoaderShard(
             self._stream_batches,
             device=self.accelerator.device,
             batch_size=None,
-            collate_fn=StreamCollator(self.data_collator),
+            collate_fn=StreamCollator(self._collator_for_training(self.data_collator)),
             num_workers=arguments.dataloader_num_workers,
             pin_memory=arguments.dataloader_pin_memory,
             persistent_workers=arguments.dataloader_persistent_workers,
@@ -83,6 +96,18 @@ class ResumableTrainer(Trainer):
                 seed_worker, num_workers=arguments.dataloader_num_workers, rank=arguments.process_index
             ),
         )
+
+    def _collator_for_training(self, collator: Callable) -> Callable:
+        # Otherwise, the loss is a mean over the targets of a batch, which would be NaN for a batch without targets.
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            return collator
+        config = self.accelerator.unwrap_model(self.model).config
+        return CollatorForTraining(collator, marks_padding=our_experts_config(config) is not None)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        number = super()._get_num_items_in_batch(batch_samples, device)
+        # Without good rows in the batches of all processes, the loss is 0, and not 0 / 0.
+        return number.clamp(min=1) if torch.is_tensor(number) else number
 
     def _get_dataloader(self, dataset, *args: Any, **kwargs: Any) -> DataLoader:
         """Evaluates a stream in all processes with equally many batches. They wait for each other after each batch."""

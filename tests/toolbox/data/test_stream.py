@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, load_rows, reading, validation
 from modeling_sparse_moe_vlm.toolbox.data import stream as stream_module
+from modeling_sparse_moe_vlm.toolbox.data.repeated_rows import RepeatedRow
 from modeling_sparse_moe_vlm.toolbox.data.stream import RowStream, StreamBatches, StreamCollator
 from tests.toolbox.data.data_files import GREEN, colors, write_image, write_lines
 
@@ -188,6 +189,8 @@ def test_batches_have_consecutive_rows_without_bad_ones(folder):
     assert third[:2] == [10, 11]
     assert len(third) == 5 or 3 not in third
     assert batches(rows, 1, 5) == [[0], [1], [2], [4], [4]]
+    first = itertools.islice(StreamBatches(rows, 1, 0, 1), 5)
+    assert [isinstance(row, RepeatedRow) for (row,) in first] == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -335,6 +338,8 @@ def test_broken_images_do_not_end_a_run_that_skips_bad_rows(broken_later, monkey
         assert list(loader) == [[0], [3], [4, 5]]
     assert numbers(rows) == [0, 3, 4, 5]
     assert numbers(rows.__getitems__([1])) == [3]  # a batch is never empty
+    for keys, is_repeated in (([1], True), ([0, 1], False)):
+        assert [isinstance(row, RepeatedRow) for row in rows.__getitems__(keys)] == [is_repeated]
     assert numbers(rows.__getitems__([2, 1])) == [3]
     assert numbers(rows.select([3, 2]).__getitems__([1])) == [3]
     entries = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
