@@ -1,4 +1,4 @@
-"""A context that runs a model in evaluation mode."""
+"""The mode of a model during an evaluation, and whether several processes evaluate it together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @contextmanager
@@ -25,3 +26,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def is_spread(model: nn.Module) -> bool:
+    """
+    Whether every process has only a part of a model, so all processes must run the same modules together.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+
+    Returns:
+        `bool`: `True` with FSDP2, expert parallelism or tensor parallelism.
+    """
+    is_distributed = getattr(getattr(model, "config", None), "distributed_config", None) is not None
+    return is_distributed or any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -8,9 +8,10 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import _find_split, _short_names
+from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import _find_split, short_names
 from tests.support.processes import ROOT, launch
 from tests.support.processors import make_image, make_processor, make_speaking_model, speak_printably
+from tests.support.retrieval import make_retrieval_model
 
 QUESTIONS = ["cat?", "the mat?", "x?", "and?"]
 
@@ -133,7 +134,7 @@ def test_names_of_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run/model").mkdir(parents=True)
     names = ["run/model", "other/model", "user/name", "user/name", "b/user/name"]
-    assert _short_names(names) == {
+    assert short_names(names) == {
         "run/model": "model",
         "other/model": "other-model",
         "user/name": "name",
@@ -164,15 +165,26 @@ def test_two_processes_give_the_results_of_one(folder, run_verb, tmp_path):
     arguments = ["evaluate", folder / "first", folder / "data.jsonl", "--on-bad-row", "skip", "--batch-size", "1"]
     arguments = [str(argument) for argument in [*arguments, "--max-new-tokens", "3", "--output-dir"]]
     expected = run_verb(*arguments, str(tmp_path / "one"))
+    make_retrieval_model().save_pretrained(folder / "retrieval")
+    make_processor().save_pretrained(folder / "retrieval")
+    pairs = [{"image": f"{n}.png", "captions": ["the cat", f"mat {n}"]} for n in range(3)]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
+    of_pairs = ["evaluate", str(folder / "retrieval"), str(folder / "pairs.jsonl"), "--batch-size", "1"]
+    expected_ranks = run_verb(*of_pairs, "--output-dir", str(tmp_path / "one-ranks"))
     program = f"""
     import sys
     from modeling_sparse_moe_vlm.toolbox.commands.main import main
 
     main({[*arguments, str(tmp_path / "two")]!r})
+    main({[*of_pairs, "--output-dir", str(tmp_path / "two-ranks")]!r})
     """
     result = launch(ROOT / "configuration/accelerate/ddp.yaml", program, tmp_path, "--cpu", "--num_processes", "2")
     assert result.returncode == 0, result.stderr
     assert expected.strip() in result.stdout
     assert result.stdout.count("data.jsonl, format vqa: 3 rows, 1 skipped") == 1
     files = [tmp_path / name / "first/predictions.jsonl" for name in ("one", "two")]
+    assert files[0].read_text() == files[1].read_text()
+    assert "recall@1" in expected_ranks
+    assert expected_ranks.strip() in result.stdout
+    files = [tmp_path / name / "retrieval/ranks.jsonl" for name in ("one-ranks", "two-ranks")]
     assert files[0].read_text() == files[1].read_text()

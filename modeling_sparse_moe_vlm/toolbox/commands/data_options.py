@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 # The names of `toolbox.data.formats` and `toolbox.training.own_evaluation`, which take seconds to import.
 FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
 TASK_NAMES = ("vqa", "captioning", "document_vqa", "chart_vqa", "chat")
+RETRIEVAL = "retrieval"
 # Keys of the section `data` of a recipe, by option.
 _KEYS = {
     "data": "train",
@@ -23,12 +25,12 @@ _WITH_DATA = ("eval_data", "eval_split", "task")  # the others also work with `-
 _WITH_CHECK = ("format", "image_root", "split", "subset", "on_bad_row")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--data` and the options that describe the data."""
+def add_data_options(parser: argparse.ArgumentParser, tasks: Sequence[str] = TASK_NAMES) -> None:
+    """Adds `--data` and the options that describe the data. `tasks` are the values that `--task` can have."""
     group = parser.add_argument_group("your own data")
     group.add_argument("--data", help="data to train on: file, folder or dataset of the Hub")
     group.add_argument("--eval-data", help="data to evaluate on")
-    group.add_argument("--task", choices=TASK_NAMES, help="task, which chooses the metrics (default: by the format)")
+    group.add_argument("--task", choices=tasks, help="task, which chooses the metrics (default: by the format)")
     group.add_argument("--format", help=f"format of the data: {', '.join(FORMAT_NAMES)} (default: recognised)")
     group.add_argument("--image-root", help="folder of the images (default: the folder of the file that names them)")
     group.add_argument("--split", help="split of a folder or of a dataset of the Hub (default: train)")
@@ -53,7 +55,8 @@ def check_data_options(arguments: argparse.Namespace, check: str | None = None) 
     if arguments.data is not None:
         return
     for option in (*_WITH_DATA, *_WITH_CHECK):
-        if getattr(arguments, option) is not None:
+        # Retrieval is also a task of the built-in data.
+        if getattr(arguments, option) is not None and (option, arguments.task) != ("task", RETRIEVAL):
             needed = f"{check} or `--data DATA`" if check is not None and option in _WITH_CHECK else "`--data DATA`"
             raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with {needed}.")
 
@@ -72,7 +75,9 @@ def given_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def recipe_name(arguments: argparse.Namespace) -> str:
-    """Returns the name of the recipe: another one by default if own data are given."""
+    """Returns the name of the recipe: another one by default for retrieval, and if own data are given."""
     if arguments.recipe is not None:
         return arguments.recipe
+    if arguments.task == RETRIEVAL:
+        return RETRIEVAL
     return arguments.own_recipe if arguments.data is not None else arguments.default_recipe

@@ -6,11 +6,13 @@ Scores models on your own data, or a model on the held-out scenes of the demo.
     sparse-moe-vlm evaluate MODEL_A MODEL_B --data test.jsonl --json    # several models side by side
     sparse-moe-vlm evaluate MODEL test.jsonl --resume                   # resume an interrupted evaluation
     sparse-moe-vlm evaluate MODEL test.jsonl --update-card              # write the scores to the model card
+    sparse-moe-vlm evaluate RETRIEVAL_MODEL pairs.jsonl                 # recall of a retrieval model
     sparse-moe-vlm evaluate --model outputs/demo/model                  # the held-out scenes of the demo
 
 On your own data, each model is also measured without the images. The command prints a table with 95 % confidence
 intervals, and writes `results.json` and for each model `predictions.jsonl` to the output folder. Metrics: vqa_accuracy,
 exact_match, anls, relaxed_accuracy, cider, bleu and rouge_l. Several processes (`accelerate launch`) share the rows.
+For retrieval models, the data are images with captions, and the scores are recall and median rank in both directions.
 
 The model of the last example is written by `sparse-moe-vlm train`. On its scenes, the score is the share of answers
 that equal the reference (exact match), for each kind of question, next to guesses made without the images, which are

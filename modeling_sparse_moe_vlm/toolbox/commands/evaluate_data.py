@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shipped_files import working_root
-from .data_options import TASK_NAMES
+from .data_options import RETRIEVAL, TASK_NAMES
 from .mistakes import mistakes_in_one_line
 from .options import only_json, trained_model
 
 if TYPE_CHECKING:
+    from ..data.sources import Part
     from ..evaluation import Evaluation
 
 # Splits to try, if none is named.
@@ -34,10 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--on-bad-row", choices=("error", "skip"), help="whether bad rows are an error (default: error)")
     group.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which skipped rows are written")
     group.add_argument("--max-rows", type=int, help="number of rows to evaluate (default: all)")
-    group.add_argument("--task", choices=TASK_NAMES, help="task, which chooses metrics (default: by format)")
+    tasks = (*TASK_NAMES, RETRIEVAL)
+    group.add_argument("--task", choices=tasks, help="task, which chooses metrics (default: by format and model)")
     group.add_argument("--metrics", help="metrics, separated by commas (default: those of the task)")
     group.add_argument("--adapter", help="PEFT adapter to load into the model")
-    group.add_argument("--batch-size", type=int, help="rows per batch (default: 16)")
+    group.add_argument("--batch-size", type=int, help="rows per batch (default: 16, for retrieval 64)")
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: 64)")
     group.add_argument("--no-blind", action="store_true", help="do not measure the model without the images")
     group.add_argument("--train-data", help="training data, for the baseline of the most frequent answer")
@@ -75,7 +78,8 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
 
     from ..evaluation.own_data import evaluate_rows, result_table
     from ..evaluation.scores import check_metrics
-    from ..training.own_evaluation import TASK_OF_FORMAT, metrics_of
+    from ..training.own_evaluation import TASK_OF_FORMAT, TASKS_OF_HUB, metrics_of
+    from .evaluate_pairs import are_retrieval_models, run_on_pairs
 
     folder = Path(arguments.output_dir or working_root() / "outputs" / "evaluation")
     with only_json(arguments.json), mistakes_in_one_line():
@@ -84,6 +88,11 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         if arguments.max_rows is not None and arguments.max_rows < 1:
             raise ValueError(f"`--max-rows` must be at least 1, but got {arguments.max_rows}.")
         paths = {name: trained_model(name) for name in models}
+        is_retrieval = are_retrieval_models(arguments, paths)
+    if is_retrieval:
+        run_on_pairs(arguments, paths, data, folder)
+        return
+    with only_json(arguments.json), mistakes_in_one_line():
         chosen = check_metrics(arguments.metrics.split(",")) if arguments.metrics else None
         split, format_name = _find_split(arguments, data)
         task = arguments.task or TASK_OF_FORMAT.get(format_name)
@@ -99,7 +108,7 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         results: dict[str, Evaluation] = {}
-        names = _short_names(models)
+        names = short_names(models)
         for model in models:
             name = names[model]
             network, processor, identity = _load_model(arguments, paths[model])
@@ -117,7 +126,8 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
             if result is not None:
                 results[name] = result
                 if arguments.update_card:
-                    _update_card(arguments, paths[model], result, data, named_split, task)
+                    task_of_hub = TASKS_OF_HUB.get(task or "", "image-text-to-text")
+                    update_card(arguments, paths[model], result.scores, data, named_split, task_of_hub)
             del network  # before the next model is loaded
         if not results:
             return  # the main process does the rest
@@ -141,17 +151,22 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
 def _find_split(arguments: argparse.Namespace, data: str) -> tuple[str, str]:
     """Returns the split and the name of the format."""
     from ..data.loading import format_of
+
+    split, parts = find_parts_of_split(arguments, data)
+    return split, format_of(parts, arguments.format).name
+
+
+def find_parts_of_split(arguments: argparse.Namespace, data: str) -> tuple[str, list[Part]]:
+    """Returns the split of the arguments, by default the first of `SPLITS` that the data has, and its parts."""
     from ..data.sources import find_parts
 
     tried = [arguments.split] if arguments.split else SPLITS
     failure: ValueError | None = None
     for split in tried:
         try:
-            parts = find_parts(data, split, arguments.subset, arguments.image_root)
+            return split, find_parts(data, split, arguments.subset, arguments.image_root)
         except ValueError as error:  # there is no such split
             failure = failure or error
-            continue
-        return split, format_of(parts, arguments.format).name
     assert failure is not None
     raise failure
 
@@ -172,7 +187,6 @@ def _load(arguments: argparse.Namespace, data: str, split: str) -> Any:
 
 def _load_model(arguments: argparse.Namespace, path: str) -> tuple[Any, Any, dict[str, Any]]:
     """Returns a model on its device, its processor, and what identifies it."""
-    from accelerate import PartialState
     from transformers import PreTrainedTokenizerBase
 
     from ..evaluation.prediction_files import fingerprint_of_model
@@ -185,11 +199,19 @@ def _load_model(arguments: argparse.Namespace, path: str) -> tuple[Any, Any, dic
     revision = getattr(model.config, "_commit_hash", None)
     identity = {"model": path, "weights": fingerprint_of_model(path, revision), "adapter": arguments.adapter}
     if arguments.adapter:
+        identity["adapter_weights"] = fingerprint_of_model(arguments.adapter)
+    return with_adapter(model, arguments.adapter), processor, identity
+
+
+def with_adapter(model: Any, adapter: str | None) -> Any:
+    """Returns a model on its device, with a PEFT adapter if there is one."""
+    from accelerate import PartialState
+
+    if adapter:
         from peft import PeftModel
 
-        identity["adapter_weights"] = fingerprint_of_model(arguments.adapter)
-        model = PeftModel.from_pretrained(model, arguments.adapter)
-    return model.to(PartialState().device), processor, identity
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.to(PartialState().device)
 
 
 def _guesses(arguments: argparse.Namespace, rows: Any, metrics: list[str]) -> dict[str, float] | None:
@@ -205,21 +227,39 @@ def _guesses(arguments: argparse.Namespace, rows: Any, metrics: list[str]) -> di
     return score_answers(metrics, [guess] * len(references), references)
 
 
-def _update_card(
-    arguments: argparse.Namespace, path: str, result: Evaluation, data: str, split: str | None, task: str | None
+def update_card(
+    arguments: argparse.Namespace, path: str, scores: Mapping[str, float], data: str, split: str | None, task: str
 ) -> None:
+    """
+    Writes the scores of a model, or of the adapter of the arguments, to its card.
+
+    Args:
+        arguments (`argparse.Namespace`):
+            Arguments of the command.
+        path (`str`):
+            Folder of the model.
+        scores (`Mapping[str, float]`):
+            The value of each metric.
+        data (`str`):
+            The data.
+        split (`str`, *optional*):
+            Split of the data.
+        task (`str`):
+            Task of the Hub.
+
+    Raises:
+        ValueError: If the model is not in a local folder.
+    """
     from ..hub import add_results_to_card
-    from ..training.own_evaluation import TASKS_OF_HUB
 
     folder = Path(arguments.adapter or path)
     if not folder.is_dir():
         raise ValueError(f"`--update-card` needs a model in a local folder, but {folder} is not a folder.")
     name = Path(data).resolve().stem if Path(data).exists() else data
-    task_of_hub = TASKS_OF_HUB.get(task or "", "image-text-to-text")
-    add_results_to_card(folder, result.scores, dataset=name, split=split, task=task_of_hub)
+    add_results_to_card(folder, scores, dataset=name, split=split, task=task)
 
 
-def _short_names(models: list[str]) -> dict[str, str]:
+def short_names(models: list[str]) -> dict[str, str]:
     """Returns the last part of the name of each model, with more parts where these are not unique."""
     names: dict[str, str] = {}
     for model in dict.fromkeys(models):

@@ -8,6 +8,7 @@ Trains a model from a recipe, saves it, evaluates it and draws its answers.
     sparse-moe-vlm train --resume                               # resume an interrupted run
     sparse-moe-vlm train --check data.jsonl                     # read and validate your own data, without a model
     sparse-moe-vlm train --model MODEL --data train.jsonl --eval-data test.jsonl --output-dir outputs/mine
+    sparse-moe-vlm train --data pairs.jsonl --task retrieval    # a retrieval model, from images and captions
 
 The demo takes a few minutes on two CPU cores. To use several processes (the second line in a clone of the repository):
 
@@ -21,7 +22,8 @@ package get no `expert_load.png`.
 `--data` trains on your own data, with the recipe `finetune`: the model of `--model` (a preset, a folder, or a name on
 the Hub) or of the recipe learns from the rows and is scored on those of `--eval-data` with the metrics of `--task`.
 Instead of figures, the command writes `predictions.jsonl` and `example.png`, and lists skipped rows in
-`skipped_rows.jsonl`. The recipe `retrieval` trains a model that embeds images and their captions.
+`skipped_rows.jsonl`. `--task retrieval` trains a model that embeds images and their captions, with the recipe
+`retrieval`, whose hyperparameters are for a small model from scratch.
 
 `--check` reads all data once and prints the format, the number of rows, images and turns, the sizes of the images, and
 the bad rows with file, row number (from 0) and reason. The exit code is 2 if there are bad rows, unless `--on-bad-row
@@ -37,7 +39,7 @@ from pathlib import Path
 
 from ..shipped_files import find_preset, working_root
 from .data_options import FORMAT_NAMES as FORMAT_NAMES
-from .data_options import add_data_options, check_data_options, given_values, recipe_name
+from .data_options import RETRIEVAL, TASK_NAMES, add_data_options, check_data_options, given_values, recipe_name
 from .mistakes import mistakes_in_one_line
 from .options import add_json_option, add_recipe_options, only_json
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     parser.add_argument("--model", help="model to train: preset, folder or name on the Hub (default: of the recipe)")
     add_json_option(parser)
-    add_data_options(parser)
+    add_data_options(parser, (*TASK_NAMES, RETRIEVAL))
     parser.add_argument("--check", metavar="DATA", help="data to check: file, folder or dataset of the Hub")
     parser.add_argument("--bad-rows", metavar="FILE", help="JSONL file to which `--check` writes all bad rows")
 
@@ -99,7 +101,7 @@ def _train(arguments: argparse.Namespace) -> None:
     with only_json(arguments.json):
         with mistakes_in_one_line():
             recipe = load_recipe(find_preset(name, "training"), arguments.set, given_values(arguments))
-            kind = RetrievalRun if recipe.task == "retrieval" else TrainingRun
+            kind = RetrievalRun if recipe.task == RETRIEVAL else TrainingRun
             training = kind(recipe, output_dir, resume=arguments.resume)
         training.print_model()
         if not training.train():

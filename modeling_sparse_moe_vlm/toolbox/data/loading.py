@@ -99,7 +99,7 @@ def load_rows(
     check = None
     if processor is not None:
         check = partial(check_size, processor=processor, max_length=max_length, max_image_tokens=max_image_tokens)
-    reader = RowReader(found.name, on_bad_row, _skipped_rows(skipped_file), check)
+    reader = RowReader(found.name, on_bad_row, new_skipped_rows(skipped_file), check)
     # `datasets` distributes the items of lists among workers and processes.
     arguments: dict[str, Any] = {"parts": parts, "reader": reader}
     if streaming:
@@ -127,7 +127,7 @@ def load_rows(
     return Rows.of(rows, reader)
 
 
-def _skipped_rows(file: str | Path | SkippedRows | None) -> SkippedRows:
+def new_skipped_rows(file: str | Path | SkippedRows | None) -> SkippedRows:
     """Returns the list of skipped rows, or an empty one in a file. Workers need a file: they do not share memory."""
     if isinstance(file, SkippedRows):
         return file

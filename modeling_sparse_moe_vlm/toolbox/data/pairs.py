@@ -20,7 +20,7 @@ from .bad_rows import (
     RowFault,
     SkippedRows,
 )
-from .loading import _temporary_folder
+from .loading import _temporary_folder, new_skipped_rows
 from .reading import raw_rows
 from .retrieval import CAPTION_COLUMNS, row_images
 from .sources import Part, find_parts
@@ -45,7 +45,7 @@ def load_pairs(
     subset: str | None = None,
     image_root: str | Path | None = None,
     on_bad_row: str = "error",
-    skipped_file: str | Path | None = None,
+    skipped_file: str | Path | SkippedRows | None = None,
 ) -> Dataset:
     """
     Loads images with captions for retrieval. Every row is validated, and its images are decoded once.
@@ -64,8 +64,9 @@ def load_pairs(
             Folder to which paths of images are relative. By default, the folder of the file that names them.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `"error"` or `"skip"`. Skipped rows are counted in a warning after the last row.
-        skipped_file (`str` or `Path`, *optional*):
-            JSONL file that lists the skipped rows with `source`, `row`, `kind` and `reason`. Overwritten.
+        skipped_file (`str`, `Path` or `SkippedRows`, *optional*):
+            JSONL file that lists the skipped rows with `source`, `row`, `kind` and `reason`. Overwritten. A list of
+            skipped rows, which other data can share, is extended.
 
     Returns:
         `Dataset`: Rows with `images`, `captions`, `negatives`, `image_id`, `source` and `row`, as
@@ -80,10 +81,8 @@ def load_pairs(
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"`on_bad_row` must be one of {', '.join(ON_BAD_ROW)}, but got {on_bad_row!r}.")
     parts = find_parts(data, split, subset, image_root)
-    if skipped_file is not None:
-        Path(skipped_file).unlink(missing_ok=True)
-    file = skipped_file or Path(_temporary_folder()) / "skipped.jsonl"
-    skipped = SkippedRows(file, is_temporary=skipped_file is None) if on_bad_row == "skip" else None
+    listed = new_skipped_rows(skipped_file)
+    skipped = listed if on_bad_row == "skip" else None
     rows = pairs_of(parts, skipped)
     if skipped is not None:
         skipped.warn()

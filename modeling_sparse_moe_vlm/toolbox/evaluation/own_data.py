@@ -224,6 +224,11 @@ def result_table(results: Mapping[str, Evaluation], guesses: Mapping[str, float]
             lines.append([f"{name}, without images", *(f"{result.blind[metric]:.2f}" for metric in metrics)])
     if guesses is not None:
         lines.append(["most frequent answer", *(f"{guesses[metric]:.2f}" for metric in metrics)])
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Returns the lines of a table as text, with columns of the same width."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 

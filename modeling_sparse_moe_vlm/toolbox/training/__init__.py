@@ -6,10 +6,12 @@ from .isolation import freeze_text
 from .model_parts import model_parts
 from .models import from_checkpoint, from_scratch
 from .parts import describe_parts, train_parts
+from .retrieval_metrics import RetrievalMetrics
 from .trainer import SparseMoeTrainer
 
 __all__ = [
     "GenerationMetrics",
+    "RetrievalMetrics",
     "SparseMoeTrainer",
     "conversations",
     "describe_parts",

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ...checks import check
 from ...parallel_plans import is_one_of_several_processes
 from ..data.rows import row_name
 from ..evaluation import generate_answers, references_of, score_answers
-from ..trainer_figures import FiguresCallback
+from ..evaluation_mode import is_spread
+from .sampled_metrics import SampledMetrics
 
 
-class GenerationMetrics(FiguresCallback):
+class GenerationMetrics(SampledMetrics):
     """
     A callback that measures generated answers during evaluation, in any trainer: `Trainer`, TRL's `SFTTrainer` and so
     on, or [`~toolbox.training.SparseMoeTrainer`]. At every evaluation, the model answers the questions of the same
@@ -84,20 +83,9 @@ class GenerationMetrics(FiguresCallback):
         seed: int = 0,
         **generate_kwargs: Any,
     ) -> None:
-        super().__init__()
-        if not hasattr(rows, "__len__"):
-            raise TypeError(
-                "`rows` must have a length, so that every evaluation can use the same rows: for a stream, pass "
-                "`list(rows.take(200))`."
-            )
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            check(value >= 1, f"`{name}` must be at least 1, got {value}.")
-        check(len(rows) > 0, "`rows` has no rows to generate answers for.")
-        self.processor, self.rows, self.metrics = processor, rows, list(metrics)
-        self.batch_size, self.seed, self.generate_kwargs = batch_size, seed, generate_kwargs
-        self.sample = sorted(random.Random(seed).sample(range(len(rows)), min(num_samples, len(rows))))
+        super().__init__(rows, num_samples, batch_size, seed)
+        self.processor, self.metrics, self.generate_kwargs = processor, list(metrics), generate_kwargs
         self.answers: list[str] = []
-        self._prefix: str | None = None
         self._names: list[str] = []
         self._references: list[list[str]] = []
         has_images = set()
@@ -116,19 +104,12 @@ class GenerationMetrics(FiguresCallback):
         # Finds unknown metrics and rows without right answers before the training.
         score_answers(self.metrics, [references[0] for references in self._references], self._references)
 
-    def evaluation_figures(self, args, state, model, processing_class, prefix):
-        """See [`FiguresCallback.evaluation_figures`]."""
-        if prefix != "eval" and not prefix.startswith("eval_"):
-            return {}
-        if prefix != "eval":  # one of several datasets
-            self._prefix = self._prefix or prefix
-            if prefix != self._prefix:
-                return {}
+    def measure(self, args, state, model):
+        """See [`SampledMetrics.measure`]."""
         self.answers = self._generate(model)
         if state.is_world_process_zero:
             self._write(Path(args.output_dir) / "generated_answers" / f"step-{state.global_step}.jsonl")
-        scores = score_answers(self.metrics, self.answers, self._references)
-        return {f"eval_{name}": value for name, value in scores.items()}
+        return score_answers(self.metrics, self.answers, self._references)
 
     def _generate(self, model: PreTrainedModel) -> list[str]:
         """Returns the answers to all sampled rows, in all processes."""
@@ -136,9 +117,9 @@ class GenerationMetrics(FiguresCallback):
         options = dict(self.generate_kwargs)
         if is_one_of_several_processes():
             world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-            if _is_spread(model):
+            if is_spread(model):
                 options["synced_gpus"] = True
-            if not _is_spread(model) or (self._is_uniform and _tp_size(model) == 1):
+            if not is_spread(model) or (self._is_uniform and _tp_size(model) == 1):
                 num_shares, share = world_size, rank
         positions = list(range(share, len(self.sample), num_shares))
         # All processes generate the same number of batches; the last row is repeated where a process has fewer rows.
@@ -174,12 +155,6 @@ def _has_image(row: dict[str, Any]) -> bool:
     contents = [message["content"] for message in row["messages"]]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
     return bool(row.get("images")) or any(part.get("type") == "image" for part in parts)
-
-
-def _is_spread(model: nn.Module) -> bool:
-    """Whether every process has only a part of the model, so all processes must run the same modules together."""
-    is_distributed = getattr(getattr(model, "config", None), "distributed_config", None) is not None
-    return is_distributed or any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def _tp_size(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -121,11 +122,16 @@ def from_checkpoint(
 
     Raises:
         OSError: If there is no such checkpoint.
-        ValueError: If the checkpoint requires its own code and `trust_remote_code` is `False`, or if the model is a
-            language model and `language_models` is `False`.
+        ValueError: If the checkpoint requires its own code and `trust_remote_code` is `False`, if the model is a
+            language model and `language_models` is `False`, or if it is a retrieval model.
     """
     use_installed_code(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check(
+        not is_retrieval_model(config),
+        f"{path} is a retrieval model (of type {config.model_type!r}), which embeds texts and images and gives no "
+        "answers: a model that generates text is needed here.",
+    )
     if not is_language_model(config):
         model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=dtype)
         return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -139,6 +145,36 @@ def from_checkpoint(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def retrieval_from_checkpoint(
+    path: str, trust_remote_code: bool = False, dtype: str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """
+    Loads a retrieval model of this package, with its processor. It runs the installed code.
+
+    Args:
+        path (`str`):
+            Folder of the checkpoint, or its name on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code from the checkpoint.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Data type of the weights, such as `"float32"`. By default, that of the checkpoint.
+
+    Returns:
+        `tuple[PreTrainedModel, ProcessorMixin]`: The model, in evaluation mode, and its processor.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+    """
+    use_installed_code(path)
+    model = AutoModel.from_pretrained(path, trust_remote_code=trust_remote_code, dtype=dtype)
+    return model, AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def is_retrieval_model(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is that of a retrieval model of this package."""
+    return hasattr(config, "tower_model_type")
 
 
 def is_language_model(config: PreTrainedConfig) -> bool:

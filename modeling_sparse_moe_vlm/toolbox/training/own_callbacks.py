@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from ...checks import check
 from .generation_metrics import GenerationMetrics
 from .own_evaluation import DURING_TRAINING
+from .retrieval_metrics import check_direction
 
 
 def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments, has_rows: bool) -> None:
@@ -42,6 +43,7 @@ def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments
             value is None or is_evaluated,
             f"`evaluation.{name}` only has an effect with evaluation during training: set `training.eval_strategy`.",
         )
+    check_direction(arguments)
     check(
         evaluation.get("early_stopping_patience") is None or arguments.metric_for_best_model is not None,
         "`evaluation.early_stopping_patience` needs `training.metric_for_best_model`, such as 'loss' or 'exact_match'.",
@@ -73,11 +75,17 @@ def callbacks_of(
     """
     if rows is None or arguments.eval_strategy == "no":
         return []
-    names = {"sample": "num_samples", "batch_size": "batch_size", "max_new_tokens": "max_new_tokens"}
-    options = {name: evaluation[key] for key, name in names.items() if evaluation.get(key) is not None}
-    callbacks: list[TrainerCallback] = [
-        GenerationMetrics(processor, rows, metrics, **{"max_new_tokens": 64, **options})
-    ]
-    if (patience := evaluation.get("early_stopping_patience")) is not None:
-        callbacks.append(EarlyStoppingCallback(patience))
-    return callbacks
+    options = {"max_new_tokens": 64} | options_of_callback(evaluation, ("sample", "batch_size", "max_new_tokens"))
+    return [GenerationMetrics(processor, rows, metrics, **options), *early_stopping(evaluation)]
+
+
+def options_of_callback(evaluation: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Returns the arguments of a callback that keys of the section `evaluation` set."""
+    names = {"sample": "num_samples"}
+    return {names.get(key, key): evaluation[key] for key in keys if evaluation.get(key) is not None}
+
+
+def early_stopping(evaluation: Mapping[str, Any]) -> list[TrainerCallback]:
+    """Returns the callback that stops a training early, if the section `evaluation` says so."""
+    patience = evaluation.get("early_stopping_patience")
+    return [] if patience is None else [EarlyStoppingCallback(patience)]

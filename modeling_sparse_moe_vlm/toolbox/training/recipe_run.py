@@ -17,6 +17,7 @@ from .how_to_load import how_to_ask
 from .models import from_checkpoint, from_scratch, is_language_model
 from .own_callbacks import check_evaluation
 from .own_data import check_own_data, has_evaluation, is_own
+from .own_evaluation import RETRIEVAL
 from .own_report import OwnReport
 from .parts import describe_parts, train_parts
 from .processes import make_arguments, part, save_complete, start_processes
@@ -60,7 +61,8 @@ class TrainingRun:
         for stage, arguments in zip(self.stages, self.stage_arguments, strict=True):
             if self.is_own:
                 check_own_data(stage.data, arguments.max_steps)
-                check_evaluation(recipe.evaluation, arguments, has_evaluation(stage.data))
+            if self.is_own or recipe.task == RETRIEVAL:
+                check_evaluation(recipe.evaluation, arguments, not self.is_own or has_evaluation(stage.data))
         self.first = self.folders.num_finished() if resume else 0
         self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
         self.arguments = self.stage_arguments[self.first]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...checks import check
 from ..data import RetrievalCollator
@@ -15,13 +15,16 @@ from ..data.bad_rows import SkippedRows
 from ..data.pairs import pairs_of
 from ..data.sources import find_parts
 from ..demo import scene_pairs
-from ..installed_code import use_installed_code
-from .models import from_scratch
+from .models import from_scratch, is_retrieval_model, load_config, retrieval_from_checkpoint
+from .own_callbacks import early_stopping, options_of_callback
 from .own_data import has_evaluation
-from .own_evaluation import score_lines
+from .own_evaluation import DURING_TRAINING, score_lines
 from .recipe_run import TrainingRun
+from .retrieval_metrics import RetrievalMetrics
 from .run_data import ScenesData
 
+# Keys of `evaluation` that apply to pairs.
+OF_EVALUATION = ("batch_size", *DURING_TRAINING)
 # Keys of own data that apply to pairs.
 KEYS = ("train", "eval", "split", "eval_split", "subset", "image_root", "on_bad_row")
 
@@ -38,16 +41,12 @@ class ScenePairs(ScenesData):
     def __init__(self, data: Mapping[str, Any]) -> None:
         super().__init__(data)
         self.grid = tuple(data.get("grid", (2, 2)))
+        self.eval = scene_pairs(self.splits["test"], self.grid)
 
     @property
     def train(self) -> Dataset:
         """Rows to train on."""
         return scene_pairs(self.splits["train"], self.grid)
-
-    @property
-    def heldout(self) -> Dataset:
-        """Rows to evaluate on after the training."""
-        return scene_pairs(self.splits["test"], self.grid)
 
     def collator(self, processor: Any, model: PreTrainedModel) -> Any:
         """Returns the collator."""
@@ -89,11 +88,6 @@ class OwnPairs:
             for captions, images in zip(self.train["captions"], self.train["images"], strict=True)
         ]
 
-    @property
-    def heldout(self) -> Dataset | None:
-        """Rows to evaluate on after the training."""
-        return self.eval
-
     def use(self, processor: Any) -> None:
         """Sets the processor. The rows are already validated."""
 
@@ -110,29 +104,37 @@ class RetrievalReport:
         data ([`ScenePairs`] or [`OwnPairs`]):
             The data of the run.
         evaluation (`Mapping[str, Any]`):
-            The section `evaluation` of the recipe, which can have `batch_size`.
+            The section `evaluation` of the recipe, which can have the keys in `OF_EVALUATION`.
 
     Raises:
         ValueError: If the section has other keys.
     """
 
     def __init__(self, data: Any, evaluation: Mapping[str, Any]) -> None:
-        others = [key for key in evaluation if key != "batch_size"]
-        check(not others, f"`evaluation` has {others}, but `task: retrieval` only has `batch_size` there.")
-        self.data, self.batch_size = data, evaluation.get("batch_size", 64)
+        others = [key for key in evaluation if key not in OF_EVALUATION]
+        known = ", ".join(f"`{key}`" for key in OF_EVALUATION)
+        check(
+            not others,
+            f"`evaluation` has {others}, but `task: retrieval` only has {known} there. `--recipe retrieval` starts "
+            "from a recipe without other keys.",
+        )
+        self.data, self.evaluation = data, evaluation
         self.scores: dict[str, float] | None = None
 
     def callbacks(self, arguments: Any, processor: Any) -> list[Any]:
-        """Returns no callbacks: the recall is measured after the training."""
-        return []
+        """Returns the callbacks of a training: those that evaluate during the training."""
+        if self.data.eval is None or arguments.eval_strategy == "no":
+            return []
+        options = options_of_callback(self.evaluation, ("sample", "batch_size"))
+        return [RetrievalMetrics(processor, self.data.eval, **options), *early_stopping(self.evaluation)]
 
     def evaluate(self, model: Any, processor: Any) -> dict[str, Any]:
         """Returns the figures of [`~toolbox.evaluation.evaluate_retrieval`] as `eval`, if there are rows."""
         from ..evaluation import evaluate_retrieval
 
-        if self.data.heldout is None:
+        if self.data.eval is None:
             return {}
-        self.scores = evaluate_retrieval(model, processor, self.data.heldout, self.batch_size)
+        self.scores = evaluate_retrieval(model, processor, self.data.eval, self.evaluation.get("batch_size", 64))
         return {"eval": self.scores}
 
     def print_scores(self) -> None:
@@ -141,7 +143,7 @@ class RetrievalReport:
             print("\nThe model is not evaluated: name rows for evaluation with `data.eval` or `data.eval_split`.")
         else:
             lines = score_lines({f"{name:<28}": value for name, value in self.scores.items()})
-            print(f"\nRetrieval among {len(self.data.heldout)} rows for evaluation:\n{lines}")
+            print(f"\nRetrieval among {len(self.data.eval)} rows for evaluation:\n{lines}")
 
     def draw(self, model: Any, collator: Any) -> None:
         """Retrieval models give no answers to draw."""
@@ -159,12 +161,10 @@ class RetrievalRun(TrainingRun):
         return self._with_head(model, processor), processor
 
     def _load(self, path: str) -> tuple[Any, Any]:
-        use_installed_code(path)
-        if not hasattr(AutoConfig.from_pretrained(path), "tower_model_type"):
-            model, processor = super()._load(path)
-            return self._with_head(model, processor), processor
-        model = AutoModel.from_pretrained(path, dtype=self.recipe.dtype or "float32")
-        return model, AutoProcessor.from_pretrained(path)
+        if is_retrieval_model(load_config(path)):
+            return retrieval_from_checkpoint(path, dtype=self.recipe.dtype or "float32")
+        model, processor = super()._load(path)
+        return self._with_head(model, processor), processor
 
     def _with_head(self, model: Any, processor: Any) -> Any:
         from ..retrieval import to_retrieval

@@ -13,6 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.demo import scene_pairs, scenes
 from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_retrieval
 from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
 from modeling_sparse_moe_vlm.toolbox.shipped_files import shipped_presets
+from modeling_sparse_moe_vlm.toolbox.training import RetrievalMetrics
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from tests.support.processors import make_image, make_processor, make_speaking_model
 
@@ -74,6 +75,82 @@ def test_own_pairs_and_a_trained_model(tmp_path, capsys):
     again = ["--model", str(tmp_path / "run/model"), "--output-dir", str(tmp_path / "again")]
     main(["train", *options, *again, "--set", "retrieval.matryoshka_dims=null"])
     assert AutoModel.from_pretrained(tmp_path / "again/model").config.trained_sizes == [8, 32]
+
+
+def test_recall_stops_the_training_early(tmp_path, capsys):
+    """The first evaluation is the best one, because the model hardly changes. `--task` chooses the recipe."""
+    write_data(tmp_path)
+    make_speaking_model().save_pretrained(tmp_path / "start")
+    make_processor().save_pretrained(tmp_path / "start")
+    values = {
+        "max_steps": 9,
+        "learning_rate": 1e-9,
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "metric_for_best_model": "image_to_text/median_rank",
+        "greater_is_better": False,
+    }
+    command = [
+        "train",
+        "--task",
+        "retrieval",
+        "--model",
+        str(tmp_path / "start"),
+        "--output-dir",
+        str(tmp_path / "run"),
+    ]
+    command += ["--data", str(tmp_path / "train.jsonl"), "--on-bad-row", "skip"]
+    command += ["--eval-data", str(tmp_path / "test.jsonl")]
+    command += [f"--set=training.{name}={value}" for name, value in values.items()]
+    main([*command, "--set", "evaluation={early_stopping_patience: 2, sample: 2, batch_size: 1}"])
+    state = json.loads((tmp_path / "run/checkpoints/checkpoint-3/trainer_state.json").read_text())
+    evaluations = [entry for entry in state["log_history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2, 3]
+    assert not (tmp_path / "run/checkpoints/checkpoint-4").exists()
+    rows = load_pairs(tmp_path / "test.jsonl")
+    model = AutoModel.from_pretrained(tmp_path / "run/model")
+    sample = RetrievalMetrics(make_processor(), rows, num_samples=2).sample
+    expected = evaluate_retrieval(model, make_processor(), rows.select(sample))
+    assert {name: evaluations[-1][f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())["retrieval"]["matryoshka_dims"] == [32]
+
+    for change, message in (
+        (["training.greater_is_better=true"], "the best model has the smallest 'image_to_text/median_rank'"),
+        (
+            ["training.eval_strategy=no", "evaluation.sample=2"],
+            "`evaluation.sample` only has an effect with evaluation",
+        ),
+        (["evaluation.batch_size=0"], "`evaluation.batch_size` must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, *(f"--set={value}" for value in change)])
+        assert message in capsys.readouterr().err
+
+
+def test_built_in_scenes_are_evaluated_during_training(tmp_path, capsys):
+    options = [*SMALL, "--set", "training.eval_strategy=steps", "--set", "training.eval_steps=2"]
+    main(
+        [
+            "train",
+            "--task",
+            "retrieval",
+            "--output-dir",
+            str(tmp_path),
+            *options,
+            "--set",
+            "training.save_strategy=steps",
+        ]
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    state = json.loads((tmp_path / "checkpoints/checkpoint-2/trainer_state.json").read_text())
+    (entry,) = (entry for entry in state["log_history"] if "eval_loss" in entry)
+    assert {name: entry[f"eval_{name}"] for name in metrics["eval"]} == pytest.approx(metrics["eval"])
+    with pytest.raises(SystemExit):
+        main(["train", "--task", "retrieval", "--output-dir", str(tmp_path), *SMALL, "--set", "evaluation.sample=2"])
+    assert "`evaluation.sample` only has an effect with evaluation" in capsys.readouterr().err
 
 
 def test_mistakes_in_recipes(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Recall at k and median rank, as an `evaluate` module that is loaded from this folder without a download."""
 
 import statistics
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -45,7 +46,7 @@ def first_rank(found: list[str], right: list[str]) -> float:
     return next((float(rank) for rank, item in enumerate(found, 1) if item in right), float("inf"))
 
 
-def recall_of_ranks(ranks: list[float]) -> dict[str, float]:
+def recall_of_ranks(ranks: Sequence[float]) -> dict[str, float]:
     """Returns recall at 1, 5 and 10 in percent, and the median rank, of the ranks of the first right candidates."""
     recall = {f"recall@{k}": 100.0 * sum(rank <= k for rank in ranks) / len(ranks) for k in CUTOFFS}
     return recall | {"median_rank": float(statistics.median(ranks))}
