@@ -40,7 +40,8 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
         image_prompt_ids (`list[int]`, *optional*):
             Token ids of the prompt for an image that is given only as `pixel_values`, with all placeholders of the
             image. Defaults to the placeholders only. [`~toolbox.retrieval.to_retrieval`] takes the ids from the chat
-            template.
+            template. Empty if the number of tokens depends on the size of the image (tiles); images then need
+            `input_ids`.
 
     Raises:
         ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
@@ -65,7 +66,7 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
             self.image_prompt_ids = [self.image_token_id] * self.image_seq_length
         num_places = self.image_prompt_ids.count(self.image_token_id)
         check(
-            num_places == self.image_seq_length,
+            num_places == self.image_seq_length or not self.image_prompt_ids,
             f"`image_prompt_ids` has {num_places} placeholders (id {self.image_token_id}), but an image has "
             f"{self.image_seq_length} tokens.",
         )

@@ -20,12 +20,17 @@ from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_o
 from .processor_arguments import SparseMoeVlmProcessorKwargs
 
 DEFAULT_CHAT_TEMPLATE = """\
+{%- set image = namespace(number=0) -%}
 {%- macro render(content) -%}
 {%- if content is string -%}
 {{- content -}}
 {%- elif content -%}
 {%- for part in content -%}
 {%- if part['type'] == 'image' -%}
+{%- set image.number = image.number + 1 -%}
+{%- if add_vision_id is defined and add_vision_id -%}
+{{- 'Image ' ~ image.number ~ ': ' -}}
+{%- endif -%}
 {{- image_token | default('<image>') -}}
 {%- elif part['type'] == 'text' -%}
 {{- part['text'] -}}

@@ -347,7 +347,7 @@ class ImageTextRetrievalMixin:
     def _image_prompts(self, pixel_values: torch.Tensor) -> torch.Tensor:
         prompt = self.config.image_prompt_ids
         check(
-            prompt is not None,
+            bool(prompt),
             "the number of tokens of an image depends on its size, so `pixel_values` are not enough: pass all inputs "
             "that `retrieval_inputs` from `modeling_sparse_moe_vlm.toolbox.retrieval` returns, `input_ids` included.",
         )

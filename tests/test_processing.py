@@ -197,6 +197,21 @@ def test_default_template(processor):
     assert going_on == prompt.removesuffix("<|im_end|>\n")
 
 
+def test_numbered_images(processor):
+    conversation = [user(make_image(), "a", make_image()), assistant("b"), user("c", make_image())]
+    plain = processor.apply_chat_template(conversation)
+    numbered = processor.apply_chat_template(conversation, add_vision_id=True)
+    assert plain.count("<image>") == 3
+    assert "Image" not in plain
+    assert "user\nImage 1: <image>aImage 2: <image><|im_end|>" in numbered
+    assert "user\ncImage 3: <image><|im_end|>" in numbered
+    assert processor.apply_chat_template(conversation, add_vision_id=False) == plain
+    two = processor.apply_chat_template([conversation, conversation], add_vision_id=True)
+    assert two == [numbered, numbered]
+    inputs = processor.apply_chat_template(conversation, add_vision_id=True, **CHAT)
+    assert inputs["input_ids"][0].tolist().count(IMAGE) == 3 * IMAGE_SEQ_LENGTH
+
+
 def test_content_none_and_columns_of_none(processor):
     """Tables store every key for every part, with the value None if a part does not have it."""
     image = make_image()

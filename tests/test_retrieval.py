@@ -208,6 +208,20 @@ def test_the_scale_is_at_most_100():
     torch.testing.assert_close(outputs.logits_per_text, scores, atol=1e-3, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tiles", [{"max_tiles": 4}, {"min_tiles": 4, "max_tiles": 4}])
+def test_images_of_several_tiles_need_their_prompts(tiles):
+    """The model cannot know which tiles belong to one image."""
+    processor = make_processor(**tiles)
+    model = to_retrieval(make_speaking_model(), processor)
+    assert model.config.image_prompt_ids == []
+    inputs = retrieval_inputs(processor, [make_image(0, 20, 40), make_image(1)])
+    assert len(inputs["pixel_values"]) > 2
+    with torch.no_grad():
+        assert model(**inputs).embeddings.shape[0] == 2
+        with pytest.raises(ValueError, match="depends on its size, so `pixel_values` are not enough: pass all inputs"):
+            model(pixel_values=inputs["pixel_values"])
+
+
 def test_a_trained_model_becomes_a_retrieval_model(tmp_path):
     processor = make_processor()
     source = make_speaking_model(output_router_logits=True)

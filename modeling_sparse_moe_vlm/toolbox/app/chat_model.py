@@ -167,7 +167,11 @@ class ChatModel:
         else:  # images may differ in their number of tiles
             lengths = [int(self._is_image(self._inputs([_message_of(image)], [image])).sum()) for image in images]
         tile_length = getattr(self.processor, "image_seq_length", getattr(self.processor, "image_seq_len", None))
-        return token_grids(is_image, lengths, [image.size for image in images], tile_length=tile_length, shapes=shapes)
+        layouts = None
+        if hasattr(self.processor, "tile_grid"):
+            layouts = [self.processor.tile_grid(image.height, image.width) for image in images]
+        sizes = [image.size for image in images]
+        return token_grids(is_image, lengths, sizes, tile_length=tile_length, shapes=shapes, layouts=layouts)
 
     def _is_image(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Returns which tokens of a prompt are image tokens, `(T,)` of type bool."""

@@ -54,6 +54,7 @@ def token_grids(
     *,
     tile_length: int | None = None,
     shapes: Sequence[tuple[int, int]] | None = None,
+    layouts: Sequence[tuple[int, int]] | None = None,
 ) -> list[TokenGrid]:
     """
     Finds the tokens of every image.
@@ -69,6 +70,9 @@ def token_grids(
             Number of tokens of a tile, for models that may split images into tiles.
         shapes (`Sequence[tuple[int, int]]`, *optional*):
             Rows and columns of every image, where the processor returns them. By default the tokens form a square.
+        layouts (`Sequence[tuple[int, int]]`, *optional*):
+            Rows and columns of tiles of every image, where the processor tells them. By default, they are those whose
+            aspect ratio is closest to that of the image.
 
     Returns:
         `list[TokenGrid]`: One grid per image.
@@ -90,7 +94,9 @@ def token_grids(
             check(rows * columns == length, f"{length} image tokens do not form a grid of {rows} × {columns}.")
             grids.append(TokenGrid(own.reshape(rows, columns)))
         elif tile_length and length > tile_length and length % tile_length == 0:
-            grids.append(_tiled(own.reshape(-1, tile_length), sizes[number]))
+            tiles = own.reshape(-1, tile_length)
+            layout = tile_layout(len(tiles) - 1, sizes[number]) if layouts is None else layouts[number]
+            grids.append(_tiled(tiles, layout))
         else:
             grids.append(TokenGrid(_square(own)))
     return grids
@@ -109,8 +115,8 @@ def _square(positions: np.ndarray) -> np.ndarray:
     return positions.reshape(side, side)
 
 
-def _tiled(tiles: np.ndarray, size: tuple[int, int]) -> TokenGrid:
+def _tiled(tiles: np.ndarray, layout: tuple[int, int]) -> TokenGrid:
     """Arranges the tokens of tiles, which are in row-major order and followed by the overview."""
     *own, overview = (_square(tile) for tile in tiles)
-    rows, columns = tile_layout(len(own), size)
+    rows, columns = layout
     return TokenGrid(np.block([own[row * columns : (row + 1) * columns] for row in range(rows)]), overview)

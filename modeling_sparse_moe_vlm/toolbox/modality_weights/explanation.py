@@ -26,7 +26,8 @@ MAX_NUMBERED_SIDE = 6  # with more tokens, the numbers of the experts do not fit
 @dataclass
 class Explanation:
     """
-    Attention and routing of a model that answered one question about one image of S × S image tokens.
+    Attention and routing of a model that answered one question about one image of S × S image tokens. If the processor
+    cuts the image into tiles, these are the tokens of its thumbnail.
 
     Args:
         words (`list[str]`):
@@ -36,8 +37,7 @@ class Explanation:
         count_free_alpha (`torch.Tensor` of shape `(words,)`):
             Count-free α of each word, which does not depend on the number of image tokens.
         looked (`torch.Tensor` of shape `(S, S)`):
-            Distribution of the attention to the image over its tokens, averaged over words, layers and heads. Its sum
-            is 1.
+            Distribution of the attention to these tokens, averaged over words, layers and heads. Its sum is 1.
         experts (`torch.Tensor` of shape `(sparse layers, S, S)`):
             Number of the routed expert with the highest score, for every image token.
     """
@@ -103,14 +103,16 @@ def explain(
         )
     finally:
         model.set_attn_implementation(before)
-    is_image = model.model.get_mm_token_type_ids(outputs.sequences)[0] == 1
-    side = int(is_image.sum() ** 0.5)
+    # With tiles, the last ones are those of the thumbnail, which shows the whole image.
+    (positions,) = torch.nonzero(model.model.get_mm_token_type_ids(outputs.sequences)[0] == 1, as_tuple=True)
+    positions = positions[-getattr(processor, "image_seq_length", len(positions)) :]
+    side = int(len(positions) ** 0.5)
     # The last token of the prompt predicts the first word.
     queries = torch.tensor(list(words)) + inputs["input_ids"].shape[1] - 1
-    attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., is_image]
+    attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., positions]
     looked = attention.mean(dim=(0, 1, 2))
     # `router_indices`, not `router_logits`: the logits do not include the biases of the routers.
-    experts = torch.stack([chosen[is_image, 0] for chosen in whole.router_indices])
+    experts = torch.stack([chosen[positions, 0] for chosen in whole.router_indices])
     return Explanation(
         words=list(words.values()),
         alpha=alpha,

@@ -53,7 +53,13 @@ def to_retrieval(
         f"`to_retrieval` needs a model of Transformers, but got {type(model).__name__}. Merge adapters into it first.",
     )
     config_class, model_class = _classes_for(model.config)
-    fields.setdefault("image_prompt_ids", image_prompt(processor))
+    if "image_prompt_ids" not in fields:
+        prompt = image_prompt(processor)
+        reads_images = not isinstance(processor, PreTrainedTokenizerBase)
+        if reads_images and config_class is SparseMoeVlmRetrievalConfig:
+            num_tokens = (prompt or []).count(model.config.image_token_id)
+            prompt = prompt if num_tokens == model.config.image_seq_length else []  # images have several tiles
+        fields["image_prompt_ids"] = prompt
     config = with_head(config_class, model.config, fields)
     with no_init_weights():  # the trained weights stay as they are
         made = model_class(config, model.base_model)

@@ -21,6 +21,7 @@ from .own_evaluation import RETRIEVAL
 from .own_report import OwnReport
 from .parts import describe_parts, train_parts
 from .processes import make_arguments, part, save_complete, start_processes
+from .processor_options import set_processor_options
 from .recipes import Recipe, find_model
 from .run_data import OwnRows, ScenesData, new_skipped_rows
 from .scenes_report import ScenesReport, resizing_note
@@ -75,6 +76,7 @@ class TrainingRun:
             self.model, self.processor = self._create(model_path)
         else:
             self._load_model(model_path)
+        set_processor_options(self.processor, recipe.processor)
         self.data.use(self.processor)
         experts = our_experts_config(self.model.config)
         self.is_upcycled = bool(getattr(experts, "start", None))  # the configuration then names the base model
@@ -98,7 +100,10 @@ class TrainingRun:
         print(describe_size(self.model))
         for stage, parts in zip(self.stages, self.plan, strict=True):
             print(f"\nStage {stage.name}:\n{parts}" if stage.name else parts)
-        size = self.data.splits["train"][0]["image"].size if isinstance(self.data, ScenesData) else None
+        has_one_tile = getattr(self.processor, "max_tiles", 1) == 1
+        size = (
+            self.data.splits["train"][0]["image"].size if isinstance(self.data, ScenesData) and has_one_tile else None
+        )
         if size is not None and (note := resizing_note(self.model, size)):
             print(note)
         if self.first > 0 or (self.checkpoint is not None and self.stages[0].name):

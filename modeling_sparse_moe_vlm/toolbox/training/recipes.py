@@ -20,6 +20,7 @@ from .model_parts import PARTS
 from .own_data import is_own, own_data_arguments
 from .own_evaluation import EVALUATION_ARGUMENTS, RETRIEVAL, check_task
 from .parts import check_parts
+from .processor_options import PROCESSOR_ARGUMENTS
 
 # Arguments that a run sets itself.
 SET_BY_RUN = {"output_dir", "remove_unused_columns"}
@@ -63,6 +64,9 @@ class Recipe:
             `early_stopping_patience` (see [`~toolbox.training.own_callbacks.callbacks_of`]).
         retrieval (`dict`):
             Fields of the head for `task: retrieval`: `pooling`, `contrastive_loss` and `matryoshka_dims`.
+        processor (`dict`):
+            How images are cut into tiles: `min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` of
+            [`SparseMoeVlmProcessor`]. By default, as in the checkpoint, and one tile for models from scratch.
     """
 
     model: str
@@ -75,10 +79,11 @@ class Recipe:
     task: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
-        return dump_recipe(self, optional=("stages", "dtype", "task", "retrieval", "evaluation"))
+        return dump_recipe(self, optional=("stages", "dtype", "task", "retrieval", "evaluation", "processor"))
 
 
 def dump_recipe(recipe: Any, optional: Collection[str] = ()) -> str:
@@ -117,6 +122,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[
         "parts": dict.fromkeys(PARTS, Any),
         "evaluation": EVALUATION_ARGUMENTS,
         "retrieval": RETRIEVAL_ARGUMENTS,
+        "processor": PROCESSOR_ARGUMENTS,
     }
     recipe = Recipe(**read_recipe(path, overrides, sections, ("stages", "dtype", "task"), given))
     check(

@@ -19,6 +19,7 @@ from .models import from_scratch, is_retrieval_model, load_config, retrieval_fro
 from .own_callbacks import early_stopping, options_of_callback
 from .own_data import has_evaluation
 from .own_evaluation import DURING_TRAINING, score_lines
+from .processor_options import set_processor_options
 from .recipe_run import TrainingRun
 from .retrieval_metrics import RetrievalMetrics
 from .run_data import ScenesData
@@ -169,6 +170,7 @@ class RetrievalRun(TrainingRun):
     def _with_head(self, model: Any, processor: Any) -> Any:
         from ..retrieval import to_retrieval
 
+        set_processor_options(processor, self.recipe.processor)  # the prompt of an image depends on them
         return to_retrieval(model, processor, **self.recipe.retrieval)
 
     def _make_report(self) -> Any:

@@ -210,6 +210,21 @@ def test_shapes_of_the_image_processor():
     assert second.positions.tolist() == [[7, 8]]
 
 
+def test_the_processor_knows_how_tiles_are_arranged():
+    """An image of 10 × 17 pixels has 2 × 3 tiles, although 1 × 6 or 3 × 2 would be possible."""
+    grids = {(17, 10): (2, 3), (3, 9): (6, 1)}
+    chat = Parts(
+        {size: [1] + [3] * 7 for size in grids},
+        image_seq_length=1,
+        tile_grid=lambda height, width: grids[width, height],
+    )
+    inputs = {"input_ids": torch.tensor([[1] + [3] * 7 + [1] + [3] * 7])}
+    first, second = chat._grids(inputs, [Image.new("RGB", size) for size in grids])
+    assert first.positions.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert first.overview.tolist() == [[7]]
+    assert second.positions.tolist() == [[9], [10], [11], [12], [13], [14]]
+
+
 @pytest.mark.parametrize("name", ["image_seq_length", "image_seq_len"])
 def test_images_with_different_numbers_of_tiles(name):
     """The tokens of each image are counted in a separate prompt."""

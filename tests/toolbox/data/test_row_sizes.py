@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
 from modeling_sparse_moe_vlm.toolbox.data.row_sizes import RowSize, SizedBatch
 from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
-from tests.support.processors import make_processor, make_tokenizer
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, make_tokenizer
 from tests.toolbox.data.data_files import write_image, write_lines
 
 
@@ -132,6 +132,30 @@ def test_rows_that_the_processor_cannot_process_are_bad_rows(data):
         load_rows(data, processor=tokenizer)
     rows = load_rows(data, processor=tokenizer, on_bad_row="skip", max_image_tokens=1)
     assert [row["row"] for row in rows] == [0, 3]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_tiles_are_counted(packing):
+    """The first image has 2 × 3 tiles and a thumbnail, and the second one tile."""
+    processor, model = make_processor(max_tiles=6), make_speaking_model()
+    wide, square = make_image(0, width=70, height=45), make_image(1, width=20, height=20)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Which?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, assistant("Both")], "images": [wide, square]},
+        {"messages": [{"role": "user", "content": content[1:]}, assistant("One")], "images": [wide]},
+    ]
+    options = {"packing": packing, "model": model if packing else None}
+    batch = VisionLanguageCollator(processor, max_image_tokens=32, max_image_tokens_per_batch=60, **options)(rows)
+    assert [(size.images, size.image_tokens) for size in batch.row_sizes] == [(2, 32), (1, 28)]
+    assert batch["pixel_values"].shape == (8 + 7, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"row 0 of the batch has 32 image tokens in 2 images, more than .* \(31\)"):
+        VisionLanguageCollator(processor, max_image_tokens=31, **options)(rows)
+    with pytest.raises(ValueError, match=r"the batch has 60 image tokens, more than `max_image_tokens_per_batch` \(59"):
+        VisionLanguageCollator(processor, max_image_tokens_per_batch=59, **options)(rows)
+    if packing:
+        padded = VisionLanguageCollator(processor)(rows)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**batch).loss, model(**padded).loss)
 
 
 def test_limits_of_the_collator(data, processor):

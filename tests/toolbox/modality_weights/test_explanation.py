@@ -76,6 +76,15 @@ class Model:
         )
 
 
+def test_with_tiles_the_thumbnail_is_explained():
+    """The image tokens are those of 3 tiles and, at place 5 of the prompt, that of the thumbnail."""
+    model, processor = Model([11]), Processor()
+    processor.image_seq_length = 1
+    explanation = explain(model, processor, make_image(0), "Why?")
+    assert explanation.looked.tolist() == [[1.0]]
+    assert explanation.experts.tolist() == [[[chosen[5, 0].item()]] for chosen in model.router_indices]
+
+
 @pytest.mark.parametrize(
     ("answer", "steps"),
     [([11, 12, 13], [0, 1, 2]), ([12, END], [0]), ([SPECIAL, 11, SPECIAL, 13, END], [1, 3])],

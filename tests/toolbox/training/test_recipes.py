@@ -1,5 +1,6 @@
 import pytest
 
+from modeling_sparse_moe_vlm.toolbox.training.processor_options import set_processor_options
 from modeling_sparse_moe_vlm.toolbox.training.recipes import (
     Recipe,
     data_arguments,
@@ -10,6 +11,7 @@ from modeling_sparse_moe_vlm.toolbox.training.recipes import (
     training_arguments,
 )
 from tests.support.processes import ROOT
+from tests.support.processors import make_processor
 
 
 def write(tmp_path, text: str):
@@ -69,6 +71,33 @@ def test_sections_can_be_empty_and_overridden(tmp_path):
 def test_a_recipe_reads_what_it_writes(tmp_path):
     recipe = Recipe("m", {"grid": [2, 3]}, {"learning_rate": 1e-5, "run_name": "2024"}, {"vocab_size": 300})
     assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_tiles_in_a_recipe(tmp_path):
+    path = write(tmp_path, "model: m\nprocessor: {max_tiles: 4, do_pad: true}\n")
+    recipe = load_recipe(path, ["processor.max_image_tokens=80", "processor.min_tiles=2"])
+    assert recipe.processor == {"max_tiles": 4, "do_pad": True, "max_image_tokens": 80, "min_tiles": 2}
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert "processor" not in load_recipe(write(tmp_path, "model: m")).to_yaml()
+    with pytest.raises(ValueError, match=r"`processor.max_tiles` must be a whole number, got 1.5"):
+        load_recipe(path, ["processor.max_tiles=1.5"])
+    with pytest.raises(
+        ValueError, match=r"`processor` of the recipe .* has keys \['tiles'\].* It can have min_tiles, "
+    ):
+        load_recipe(path, ["processor.tiles=2"])
+
+
+def test_tiles_of_the_processor_of_a_run():
+    processor = make_processor()
+    set_processor_options(processor, {})
+    assert processor.tile_grid(20, 50) == (1, 1)
+    set_processor_options(processor, {"max_tiles": 6, "max_image_tokens": 27})
+    assert processor.tile_grid(45, 70) == (1, 2)
+    with pytest.raises(ValueError, match=r"`min_tiles` \(7\) must not be larger than `max_tiles` \(6\)"):
+        set_processor_options(processor, {"min_tiles": 7})
+    with pytest.raises(ValueError, match=r"`processor` of a recipe is for `SparseMoeVlmProcessor`, .* remove"):
+        set_processor_options(processor.tokenizer, {"max_tiles": 2})
+    set_processor_options(processor.tokenizer, {})
 
 
 def test_parts_of_a_recipe_and_their_overrides(tmp_path):
