@@ -120,14 +120,54 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
         (["first", "captions", "--split", "none"], "has no split 'none'"),
         (["first", "second", "--data", "data.jsonl", "--adapter", "adapter"], "`--adapter` only works with one model"),
         (["missing/local/model", "data.jsonl"], "no trained model"),
+        (["data.jsonl", "first"], "data.jsonl is a file, not a trained model"),
+        (["tiny", "data.jsonl"], "tiny is a file, not a trained model"),
+        (["first", "data.jsonl", "--model", "second"], "got a model both as first and with `--model second`"),
+        (["first", "data.jsonl", "--set", "data.num_train=5"], "`--set` only has an effect with the built-in data"),
+        (["first", "data.jsonl", "--recipe", "quickstart"], "`--recipe` only has an effect with the built-in data"),
+        (["--model", "first", "--metrics", "anls"], "`--metrics` only has an effect with own data"),
+        (["first", "data.jsonl", "--bad-rows", "a.jsonl"], "`--bad-rows` only has an effect with `--on-bad-row skip`"),
+        (
+            ["first", "data.jsonl", "--split", "test"],
+            "`--split` only has an effect with a folder",
+        ),
+        (
+            ["first", "data.jsonl", "--adapter", "second"],
+            "second is not a PEFT adapter",
+        ),
+        (
+            ["user/name", "data.jsonl", "--update-card"],
+            "a local folder, but user/name is not a folder",
+        ),
     ],
 )
 def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    output = [] if arguments[0] == "--model" else ["--output-dir", tmp_path]
     with pytest.raises(SystemExit) as ended:
-        run_verb("evaluate", *arguments, "--output-dir", tmp_path)
+        run_verb("evaluate", *arguments, *output)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_training_data_are_read_before_the_model_answers(folder, run_verb, tmp_path, capsys):
+    """Rows that are skipped there are listed, too, but not counted as rows of the evaluation."""
+    options = ["--output-dir", tmp_path / "out", "--max-new-tokens", "2"]
+    with pytest.raises(SystemExit):
+        run_verb("evaluate", folder / "first", folder / "captions", "--train-data", folder / "gone.jsonl", *options)
+    assert "there is no file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    listed = tmp_path / "skipped.jsonl"
+    options += ["--train-data", folder / "data.jsonl", "--on-bad-row", "skip", "--bad-rows", listed, "--json"]
+    (tmp_path / "test.jsonl").write_text('{"question": "cat?", "answer": "no"}\n{"question": "mat?", "answer": " "}\n')
+    report = json.loads(run_verb("evaluate", folder / "first", tmp_path / "test.jsonl", *options))
+    assert report["data"]["skipped"] == 1
+    assert report["most_frequent_answer"]["exact_match"] == 100
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(entry["source"], entry["row"]) for entry in entries] == [
+        (str(tmp_path / "test.jsonl"), 1),
+        (str(folder / "data.jsonl"), 3),
+    ]
 
 
 def test_names_of_models(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,16 @@ from .mistakes import mistakes_in_one_line
 from .options import only_json, trained_model
 
 if TYPE_CHECKING:
+    from ..data.bad_rows import SkippedRows
     from ..data.sources import Part
     from ..evaluation import Evaluation
 
+# Options that only apply to own data.
+OF_DATA = (
+    *("format", "image_root", "split", "subset", "on_bad_row", "bad_rows", "max_rows", "task", "metrics", "adapter"),
+    *("batch_size", "max_new_tokens", "no_blind", "train_data", "output_dir", "resume", "update_card"),
+    "trust_remote_code",
+)
 # Splits to try, if none is named.
 SPLITS = ("test", "validation", "train")
 PLAIN_TEMPLATE = (
@@ -55,15 +62,25 @@ def models_and_data(arguments: argparse.Namespace) -> tuple[list[str], str] | No
     Returns the models and the data of the arguments, or `None` if the built-in data is meant.
 
     Raises:
-        ValueError: If the arguments do not name both models and data.
+        ValueError: If the arguments do not name both models and data, or if an option has no effect.
     """
+    if arguments.data is None and not arguments.paths:
+        _check_unused(arguments, OF_DATA, "own data: `evaluate MODEL DATA`")
+        return None
+    _check_unused(arguments, ("set",), "the built-in data")
+    if arguments.recipe != arguments.default_recipe:
+        raise ValueError("`--recipe` only has an effect with the built-in data.")
+    if arguments.paths and arguments.model is not None:
+        raise ValueError(
+            f"got a model both as {arguments.paths[0]} and with `--model {arguments.model}`: leave out `--model`."
+        )
+    if arguments.on_bad_row != "skip":
+        _check_unused(arguments, ("bad_rows",), "`--on-bad-row skip`")
     if arguments.data is not None:
         models = list(arguments.paths) or ([arguments.model] if arguments.model else [])
         if not models:
             raise ValueError("`--data` needs a model: `evaluate MODEL DATA`, or `evaluate MODEL MODEL --data DATA`.")
         return models, arguments.data
-    if not arguments.paths:
-        return None
     if len(arguments.paths) != 2:
         raise ValueError(
             f"got {len(arguments.paths)} paths: pass one model and the data (`evaluate MODEL DATA`), or name the data "
@@ -72,10 +89,18 @@ def models_and_data(arguments: argparse.Namespace) -> tuple[list[str], str] | No
     return [arguments.paths[0]], arguments.paths[1]
 
 
+def _check_unused(arguments: argparse.Namespace, options: Sequence[str], needed: str) -> None:
+    """Raises `ValueError` if one of the options is given, because it only has an effect with `needed`."""
+    for option in options:
+        if getattr(arguments, option) not in (None, False, []):
+            raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with {needed}.")
+
+
 def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> None:
     """Evaluates models on data, prints the scores and writes them to the output folder."""
     from accelerate import PartialState
 
+    from ..data.loading import new_skipped_rows
     from ..evaluation.own_data import evaluate_rows, result_table
     from ..evaluation.scores import check_metrics
     from ..training.own_evaluation import TASK_OF_FORMAT, TASKS_OF_HUB, metrics_of
@@ -88,6 +113,7 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         if arguments.max_rows is not None and arguments.max_rows < 1:
             raise ValueError(f"`--max-rows` must be at least 1, but got {arguments.max_rows}.")
         paths = {name: trained_model(name) for name in models}
+        _check_folders(arguments, paths, data)
         is_retrieval = are_retrieval_models(arguments, paths)
     if is_retrieval:
         run_on_pairs(arguments, paths, data, folder)
@@ -97,14 +123,16 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         split, format_name = _find_split(arguments, data)
         task = arguments.task or TASK_OF_FORMAT.get(format_name)
         metrics = chosen or metrics_of(task, format_name, {})
-        rows = _load(arguments, data, split)
+        skipped = new_skipped_rows(arguments.bad_rows)
+        rows = _load(arguments, data, split, skipped)
         named_split = None if Path(data).is_file() else split  # a file has no splits
-        num_skipped = rows.reader.skipped.counts.total()
+        num_skipped = skipped.counts.total()
         if arguments.max_rows is not None:
             rows = rows.select(range(min(arguments.max_rows, len(rows))))
         if PartialState().is_main_process:
             of_split = "" if named_split is None else f", split {named_split}"
             print(f"data: {data}{of_split}, format {format_name}: {len(rows)} rows, {num_skipped} skipped")
+        guesses = _guesses(arguments, rows, metrics, skipped)
         sizes = {"batch_size": arguments.batch_size, "max_new_tokens": arguments.max_new_tokens}
         sizes = {name: value for name, value in sizes.items() if value is not None}
         results: dict[str, Evaluation] = {}
@@ -131,7 +159,6 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
             del network  # before the next model is loaded
         if not results:
             return  # the main process does the rest
-        guesses = _guesses(arguments, rows, metrics)
     report: dict[str, Any] = {
         "data": {
             "source": data,
@@ -146,6 +173,25 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         report["most_frequent_answer"] = guesses
     (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(report) if arguments.json else result_table(results, guesses))
+
+
+def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data: str) -> None:
+    """Raises `ValueError` if a model, an adapter or an option does not fit the kind of its path."""
+    for name, path in paths.items():
+        if Path(path).is_file():
+            raise ValueError(
+                f"{name} is a file, not a trained model: a model is a folder or a name on the Hub. Write "
+                "`evaluate MODEL DATA`."
+            )
+        if arguments.update_card and not Path(arguments.adapter or path).is_dir():
+            raise ValueError(
+                f"`--update-card` needs a model in a local folder, but {arguments.adapter or path} is not a folder."
+            )
+    adapter = None if arguments.adapter is None else Path(arguments.adapter)
+    if adapter is not None and adapter.is_dir() and not (adapter / "adapter_config.json").exists():
+        raise ValueError(f"{adapter} is not a PEFT adapter: it has no `adapter_config.json`.")
+    if Path(data).is_file():
+        _check_unused(arguments, ("split", "subset"), f"a folder or a dataset of the Hub, but {data} is a file")
 
 
 def _find_split(arguments: argparse.Namespace, data: str) -> tuple[str, str]:
@@ -171,7 +217,7 @@ def find_parts_of_split(arguments: argparse.Namespace, data: str) -> tuple[str, 
     raise failure
 
 
-def _load(arguments: argparse.Namespace, data: str, split: str) -> Any:
+def _load(arguments: argparse.Namespace, data: str, split: str, skipped: SkippedRows) -> Any:
     from ..data import load_rows
 
     return load_rows(
@@ -181,7 +227,7 @@ def _load(arguments: argparse.Namespace, data: str, split: str) -> Any:
         subset=arguments.subset,
         image_root=arguments.image_root,
         on_bad_row=arguments.on_bad_row or "error",
-        skipped_file=arguments.bad_rows,
+        skipped_file=skipped,
     )
 
 
@@ -214,14 +260,16 @@ def with_adapter(model: Any, adapter: str | None) -> Any:
     return model.to(PartialState().device)
 
 
-def _guesses(arguments: argparse.Namespace, rows: Any, metrics: list[str]) -> dict[str, float] | None:
+def _guesses(
+    arguments: argparse.Namespace, rows: Any, metrics: list[str], skipped: SkippedRows
+) -> dict[str, float] | None:
     """Returns the scores of the most frequent answer of the training data, if there is training data."""
     if arguments.train_data is None:
         return None
     from ..evaluation import references_of, score_answers
     from ..evaluation.own_data import most_frequent_reference
 
-    train = _load(arguments, arguments.train_data, "train").remove_columns("images")
+    train = _load(arguments, arguments.train_data, "train", skipped).remove_columns("images")
     guess = most_frequent_reference(list(train))
     references = [references_of(row) for row in rows.remove_columns("images")]
     return score_answers(metrics, [guess] * len(references), references)
@@ -247,14 +295,10 @@ def update_card(
         task (`str`):
             Task of the Hub.
 
-    Raises:
-        ValueError: If the model is not in a local folder.
     """
     from ..hub import add_results_to_card
 
     folder = Path(arguments.adapter or path)
-    if not folder.is_dir():
-        raise ValueError(f"`--update-card` needs a model in a local folder, but {folder} is not a folder.")
     name = Path(data).resolve().stem if Path(data).exists() else data
     add_results_to_card(folder, scores, dataset=name, split=split, task=task)
 

@@ -7,12 +7,12 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
@@ -110,18 +110,8 @@ def load_rows(
         atexit.register(reader.skipped.warn_of_new)  # rows that workers skipped
         return RowStream(rows, raw, reader, is_text=all(is_text_file(part.name) for part in parts))
     # The rows are written to a file that is mapped into memory. It is not reused: files can change between runs.
-    folder = _temporary_folder()
-    try:
-        arguments["max_rows"] = max_rows
-        rows = Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
-    except Exception as error:
-        # `datasets` wraps the errors of generators.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, BadRowError):
-            cause = cause.__cause__
-        if cause is None and "corresponds to no data" in str(error) and (summary := reader.skipped.summary()):
-            raise ValueError(f"all rows of {parts[0].name} are bad. {summary}") from None
-        raise (cause or error) from None
+    arguments["max_rows"] = max_rows
+    rows = generated(_generate, FEATURES, arguments, parts[0].name, reader.skipped)
     reader.skipped.warn()
     atexit.register(reader.skipped.warn_of_new)  # rows whose images broke later
     return Rows.of(rows, reader)
@@ -136,6 +126,50 @@ def new_skipped_rows(file: str | Path | SkippedRows | None) -> SkippedRows:
     if process_number() == 0:
         Path(file).unlink(missing_ok=True)
     return SkippedRows(file)
+
+
+def generated(
+    generate: Callable[..., Iterator[dict[str, Any]]],
+    features: Features,
+    arguments: dict[str, Any],
+    name: str,
+    skipped: SkippedRows | None,
+) -> Dataset:
+    """
+    Writes the rows of a generator to a file that is mapped into memory.
+
+    Args:
+        generate (`Callable`):
+            Function that yields the rows.
+        features (`Features`):
+            Columns of the rows.
+        arguments (`dict[str, Any]`):
+            Arguments of `generate`.
+        name (`str`):
+            Name of the data, for error messages.
+        skipped (`SkippedRows`, *optional*):
+            The rows that `generate` skips.
+
+    Returns:
+        `Dataset`: The rows.
+
+    Raises:
+        BadRowError: If `generate` raises it.
+        ValueError: If there are no rows.
+    """
+    try:
+        return Dataset.from_generator(generate, features=features, gen_kwargs=arguments, cache_dir=_temporary_folder())
+    except Exception as error:
+        # `datasets` wraps the errors of generators.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, BadRowError):
+            cause = cause.__cause__
+        if cause is None and "corresponds to no data" in str(error):
+            summary = None if skipped is None else skipped.summary()
+            raise ValueError(
+                f"{name} has no rows." if summary is None else f"all rows of {name} are bad. {summary}"
+            ) from None
+        raise (cause or error) from None
 
 
 def _temporary_folder() -> str:

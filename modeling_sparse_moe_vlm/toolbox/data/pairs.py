@@ -20,7 +20,7 @@ from .bad_rows import (
     RowFault,
     SkippedRows,
 )
-from .loading import _temporary_folder, new_skipped_rows
+from .loading import generated, new_skipped_rows
 from .reading import raw_rows
 from .retrieval import CAPTION_COLUMNS, row_images
 from .sources import Part, find_parts
@@ -106,19 +106,7 @@ def pairs_of(parts: list[Part], skipped: SkippedRows | None) -> Dataset:
         BadRowError: If a row cannot be used and there is no `skipped`.
         ValueError: If no row can be used.
     """
-    arguments = {"parts": parts, "skipped": skipped}
-    folder = _temporary_folder()
-    try:
-        rows = Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=arguments, cache_dir=folder)
-    except Exception as error:
-        # `datasets` wraps the errors of generators.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, BadRowError):
-            cause = cause.__cause__
-        raise (cause or error) from None
-    if not len(rows):
-        raise ValueError(f"{parts[0].name} has no rows that can be used.")
-    return rows
+    return generated(_generate, FEATURES, {"parts": parts, "skipped": skipped}, parts[0].name, skipped)
 
 
 def _generate(parts: list[Part], skipped: SkippedRows | None) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,7 @@ from .scores import references_of, text_of
 
 PREDICTIONS = "predictions.jsonl"
 OWNER = "run.json"
+REMEDY = "Evaluate without `--resume`, or use another output folder."
 _ANSWERS = "answers"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
@@ -46,18 +47,27 @@ class AnswerFiles:
         Returns whether the folder has answers that can be resumed.
 
         Raises:
-            ValueError: If they belong to another model, other data or other options. The message names the difference.
+            ValueError: If they belong to another model, other data or other options, or if a file cannot be read. The
+                message names the difference.
         """
         path = self.folder / OWNER
         if not path.exists():
             return False
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}). {REMEDY}") from None
         for key, value in self.owner.items():
             if earlier.get(key) != value:
                 raise ValueError(
                     f"the predictions in {self.folder} cannot be resumed: `{key}` was {earlier.get(key)!r} and is now "
-                    f"{value!r}. Evaluate without `--resume`, or use another output folder."
+                    f"{value!r}. {REMEDY}"
                 )
+        path = self.folder / PREDICTIONS
+        if path.exists() and (number := len(_read_lines(path))) != self.owner["rows"]:
+            raise ValueError(
+                f"{path} has {number} readable lines for {self.owner['rows']} rows: the file was changed. {REMEDY}"
+            )
         return True
 
     def read(self, name: str) -> dict[int, str]:

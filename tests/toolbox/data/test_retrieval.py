@@ -199,3 +199,12 @@ def test_bad_pairs_are_named_or_skipped(tmp_path):
     assert skipped[2]["kind"] == "missing file"
     with pytest.raises(ValueError, match="`on_bad_row` must be one of error, skip"):
         load_pairs(file, on_bad_row="drop")
+
+
+def test_data_without_good_rows(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl has no rows\.$"):
+        load_pairs(tmp_path / "empty.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"image": "gone.png", "caption": "a"}\n' * 2)
+    with pytest.raises(ValueError, match=r"all rows of .*bad.jsonl are bad\. Skipped bad rows: 2 \(2 × missing file\)"):
+        load_pairs(tmp_path / "bad.jsonl", on_bad_row="skip")

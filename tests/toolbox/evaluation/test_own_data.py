@@ -149,6 +149,20 @@ def test_resuming_needs_the_same_model_and_data(model, processor, rows, tmp_path
         evaluate_rows(model, processor, rows, METRICS, tmp_path, max_new_tokens=5, resume=True, identity={"model": "a"})
 
 
+def test_resuming_needs_unchanged_files(model, processor, rows, tmp_path):
+    evaluate(model, processor, rows, tmp_path)
+    predictions = (tmp_path / "predictions.jsonl").read_text()
+    (tmp_path / "predictions.jsonl").write_text(predictions.partition("\n")[2])
+    with pytest.raises(ValueError, match=r"predictions.jsonl has 3 readable lines for 4 rows: the file was changed"):
+        evaluate(model, processor, rows, tmp_path, resume=True)
+    (tmp_path / "predictions.jsonl").write_text(predictions)
+    evaluate(model, processor, rows, tmp_path, resume=True)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json cannot be read \(.*\)\. Evaluate without `--resume`"):
+        evaluate(model, processor, rows, tmp_path, resume=True)
+    evaluate(model, processor, rows, tmp_path)
+
+
 def test_rows_without_images_have_no_blind_baseline(model, processor, rows, tmp_path, batches):
     result = evaluate(model, processor, rows.select([1]), tmp_path)
     assert result.blind is None
