@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-SHIPPED = ["configuration", "model_card.md"]
+SHIPPED = ["configuration", "model_card.md", "LICENSE"]
 
 
 class BuildWithShippedFiles(build_py):

@@ -168,7 +168,12 @@ def test_the_wheel_contains_only_the_package(tmp_path):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"modeling_sparse_moe_vlm"}
     expected = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     assert expected <= set(names)
-    shipped = {"py.typed", "model_card.md", *(path.relative_to(ROOT).as_posix() for path in _files("configuration"))}
+    shipped = {
+        "py.typed",
+        "model_card.md",
+        "LICENSE",
+        *(path.relative_to(ROOT).as_posix() for path in _files("configuration")),
+    }
     assert {f"modeling_sparse_moe_vlm/{name}" for name in shipped} <= set(names)
     assert not [name for name in names if "__pycache__" in name]
 

@@ -37,7 +37,7 @@ NEEDS_A_NETWORK = "Qwen/"
 
 def test_verbs():
     of_models = ["upcycle", "train", "evaluate", "generate", "explain", "app", "lora"]
-    assert list(VERBS) == [*of_models, "place", "routing-report", "info"]
+    assert list(VERBS) == [*of_models, "place", "routing-report", "push", "info"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -112,6 +112,7 @@ def test_version(capsys):
         (["generate", "--model", "m"], "required: --question"),
         (["place", "tiny"], "required: --max-memory"),
         (["info"], "required: model"),
+        (["push", "outputs/demo/model"], "required: user/name"),
     ],
 )
 def test_wrong_usage_has_exit_code_2(arguments, message, capsys):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ... import __version__
-from . import app, evaluate, explain, generate, info, lora, place, routing_report, train, upcycle
+from . import app, evaluate, explain, generate, info, lora, place, push, routing_report, train, upcycle
 
 COMMAND = "sparse-moe-vlm"
 EXIT_CODE_OF_INTERRUPTS = 130  # 128 + the number of SIGINT
@@ -23,6 +23,7 @@ VERBS: dict[str, ModuleType] = {
     "lora": lora,
     "place": place,
     "routing-report": routing_report,
+    "push": push,
     "info": info,
 }
 

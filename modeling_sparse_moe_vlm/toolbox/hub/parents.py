@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import yaml
@@ -12,6 +14,18 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils import cached_file
 
 README = "README.md"
+
+_without_network = ContextVar("_without_network", default=False)
+
+
+@contextmanager
+def without_network() -> Iterator[None]:
+    """Context manager in which model cards are read from folders and the cache only."""
+    previous = _without_network.set(True)
+    try:
+        yield
+    finally:
+        _without_network.reset(previous)
 
 
 def is_on_hub(name: str) -> bool:
@@ -64,6 +78,7 @@ def _card_of(name: str) -> ModelCard | None:
         path = _in_cache(name) or cached_file(
             name,
             README,
+            local_files_only=_without_network.get(),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

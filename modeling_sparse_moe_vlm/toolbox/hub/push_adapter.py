@@ -1,0 +1,119 @@
+"""Adapters: the model that they were trained on, and their model cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .parents import README, inherited_metadata, link_to
+from .push_errors import PushError
+from .push_files import ADAPTER_CONFIG, PushedFiles
+from .push_private import check_no_tokens, clean_json, is_local_path, name_in_cache
+
+BASE = "base_model_name_or_path"
+# Title of the empty template that PEFT saves with an adapter.
+_EMPTY_CARD = "# Model Card for Model ID"
+_CARD = """\
+---
+{data}
+---
+
+# {name}
+
+A LoRA adapter of rank {rank} for {base}.
+
+## Use
+
+```python
+from peft import PeftModel
+from transformers import {auto_class}
+
+base = {auto_class}.from_pretrained("{base_name}", {revision}trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{name}")
+```
+
+Code from the Hub runs on your machine: read that of the base model, and pin a revision.
+"""
+
+
+def name_base(found: PushedFiles, base_model: str | None) -> str:
+    """
+    Makes an adapter name its base model by its name on the Hub.
+
+    Args:
+        found ([`PushedFiles`]):
+            The files, of which `adapter_config.json` is changed.
+        base_model (`str`, *optional*):
+            Name of the base model on the Hub. By default, the one that the adapter names.
+
+    Returns:
+        `str`: The name of the base model.
+
+    Raises:
+        PushError: If the adapter names a local path or nothing, and `base_model` is not given.
+    """
+    config = found.json(ADAPTER_CONFIG)
+    named = config.get(BASE) or ""
+    base = base_model or name_in_cache(named) or named
+    if not base or is_local_path(base):
+        where = f"a path of this machine ({base})" if base else "nothing"
+        raise PushError(
+            f"{ADAPTER_CONFIG} names {where} as the base model of the adapter, which others cannot load: upload the "
+            "base model first, and give its name on the Hub with `base_model=` (--base-model user/name)."
+        )
+    if base != named:
+        found.add(ADAPTER_CONFIG, (json.dumps(config | {BASE: base}, indent=2) + "\n").encode())
+        found.notes.append(f"{ADAPTER_CONFIG}: names {base} as the base model instead of {named or 'nothing'}")
+    text, removed = clean_json(ADAPTER_CONFIG, found.text(ADAPTER_CONFIG))
+    if removed:
+        found.add(ADAPTER_CONFIG, text.encode())
+        found.notes.append(f"{ADAPTER_CONFIG}: paths of this machine removed ({', '.join(removed)})")
+    return base
+
+
+def adapter_card(folder: Path, found: PushedFiles, repo_id: str, base: str) -> str:
+    """
+    Returns the model card of an adapter: that of the folder with the name of the base model in its metadata, or a new
+    one if there is none or only the empty template of PEFT.
+    """
+    path = folder / README
+    if path.is_file() and _EMPTY_CARD not in (text := path.read_text(encoding="utf-8")):
+        check_no_tokens(README, text)
+        card = ModelCard(text, ignore_metadata_errors=True)
+        data: Any = card.data
+        data.base_model = base
+        old, new = "base_model:adapter:", f"base_model:adapter:{base}"
+        data.tags = [new if tag.startswith(old) else tag for tag in data.tags or []] or None
+        return str(card)
+    config = found.json(ADAPTER_CONFIG)
+    found.notes.append(f"{README}: written")
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation="adapter",
+        library_name="peft",
+        tags=["lora", "moe"],
+        **inherited_metadata([base]),
+    )
+    revision = f'revision="{config["revision"]}", ' if config.get("revision") else ""
+    return _CARD.format(
+        data=data.to_yaml(),
+        name=repo_id,
+        rank=config.get("r"),
+        base=link_to(base),
+        base_name=base,
+        revision=revision,
+        auto_class=_auto_class(config),
+    )
+
+
+def _auto_class(config: dict) -> str:
+    """Returns the auto class of the base model: that of its architecture if the adapter names it."""
+    name = (config.get("auto_mapping") or {}).get("base_model_class") or ""
+    if config.get("task_type") == "CAUSAL_LM" or name.endswith("ForCausalLM"):
+        return "AutoModelForCausalLM"
+    if name.endswith(("Retrieval", "Model")):
+        return "AutoModel"
+    return "AutoModelForImageTextToText"
