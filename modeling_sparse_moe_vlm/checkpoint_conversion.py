@@ -31,8 +31,9 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import load_state_dict
 
+from .checks import check
 from .expert_shards import SparseMoeVlmExpertShards
-from .experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock
+from .experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock, SparseMoeVlmUnfusedExperts
 from .experts_config import experts_config_of
 
 # The matrices of an expert that are concatenated in each stacked parameter.
@@ -506,6 +507,42 @@ def _own_name(stack: str, stacks: Mapping[str, ExpertStack], prefix: str) -> str
     """Returns the model's name of a stack in a checkpoint, which can be that of a base model or a model with a head."""
     names = stack, f"{prefix}.{stack}", stack.removeprefix(f"{prefix}.")
     return next((name for name in names if name in stacks), None)
+
+
+def check_unfused_experts(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """
+    Checks that a checkpoint contained the experts of a model with `unfused_experts`, after the weights were loaded.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model that was loaded.
+        missing (`Iterable[str]`):
+            Names of the tensors that the checkpoint lacks.
+        unexpected (`Iterable[str]`):
+            Names of the tensors of the checkpoint that the model does not have.
+
+    Raises:
+        ValueError: If the experts of the checkpoint are stacked, if an expert is missing, or if there are more experts
+            than in the model. The message names the keys. Modules without any expert in the checkpoint are not checked;
+            Transformers reports them as missing.
+    """
+    missing, unexpected = set(missing), sorted(unexpected)
+    lacking, surplus = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, SparseMoeVlmUnfusedExperts):
+            continue
+        stacked = [key for key in unexpected if key.endswith(tuple(f"{name}.{matrix}" for matrix in MATRICES))]
+        check(
+            not stacked,
+            f"{stacked[:1]} is a stack of experts, which cannot be loaded with `unfused_experts=True`: load the "
+            "checkpoint without it and save it again.",
+        )
+        names = {f"{name}.{key}" for key in module.state_dict() if key.endswith("_proj.weight")}
+        if not names <= missing:
+            lacking += sorted(names & missing)
+        surplus += [key for key in unexpected if (split := _split(key)) is not None and split[0] == name]
+    if lacking or surplus:
+        raise ValueError(_message(lacking, surplus, []))
 
 
 def check_device_map(model: nn.Module, device_map: Mapping[str, Any]) -> None:

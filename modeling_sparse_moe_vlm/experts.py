@@ -20,6 +20,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from .checks import check
 from .expert_groups import ExpertGroup
 from .expert_shards import SparseMoeVlmExpertShards, run_at_once, send, shard_sizes
 from .experts_config import SparseMoeVlmExpertsConfig
@@ -172,6 +173,44 @@ class SparseMoeVlmMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
+class SparseMoeVlmUnfusedExperts(nn.ModuleList):
+    """
+    The routed experts of one group as separate networks, whose linear layers quantisers and PEFT find
+    (`unfused_experts=True`). It has the interface of [`SparseMoeVlmExperts`]. In memory, the tensors have the same
+    names as in checkpoints.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration with `hidden_size` and `hidden_act`.
+        num_experts (`int`):
+            Number of experts.
+        intermediate_size (`int`):
+            Width of their intermediate layer.
+    """
+
+    has_separate_experts = True  # for tools, because a checkpoint that contains its own code has its own classes
+
+    def __init__(self, config: PreTrainedConfig, num_experts: int, intermediate_size: int):
+        super().__init__(SparseMoeVlmMLP(config, intermediate_size) for _ in range(num_experts))
+        self.num_experts = num_experts
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs the experts: see [`SparseMoeVlmExperts.forward`]."""
+        output = torch.zeros_like(hidden_states)
+        chosen = set(top_k_index.unique().tolist())
+        # With several processes, each must run all experts. Otherwise, they would wait for gradients of experts that
+        # are chosen in another process.
+        runs_all = torch.is_grad_enabled() and is_one_of_several_processes()
+        for number, expert in enumerate(self):
+            if number in chosen or runs_all:
+                token, slot = torch.where(top_k_index == number)
+                weighted = expert(hidden_states[token]) * top_k_weights[token, slot, None]
+                output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
 class SparseMoeVlmSharedExperts(nn.ModuleDict):
     """
     The always-on groups of a layer by name. n always-on experts of width I equal one feed-forward network of width n·I,
@@ -314,7 +353,7 @@ def init_expert_weights(module: nn.Module, std: float) -> None:
 
 def make_experts(
     config: SparseMoeVlmExpertsConfig, groups: tuple[ExpertGroup, ...]
-) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards | SparseMoeVlmExpertGroups:
+) -> SparseMoeVlmExperts | SparseMoeVlmUnfusedExperts | SparseMoeVlmExpertShards | SparseMoeVlmExpertGroups:
     """
     Creates the routed experts of a layer or of an expert pool.
 
@@ -326,7 +365,8 @@ def make_experts(
 
     Returns:
         `nn.Module`: A module per group if the model has several routed groups, otherwise the experts themselves, which
-        are split into shards if `config.num_expert_shards` is more than 1.
+        are split into shards if `config.num_expert_shards` is more than 1, and separate networks with
+        `config.unfused_experts`.
     """
     if len(config.routed_group_names) > 1:
         return SparseMoeVlmExpertGroups(config, groups)
@@ -338,7 +378,14 @@ def make_experts(
 
 def _make_stack(
     config: SparseMoeVlmExpertsConfig, group: ExpertGroup
-) -> SparseMoeVlmExperts | SparseMoeVlmExpertShards:
+) -> SparseMoeVlmExperts | SparseMoeVlmUnfusedExperts | SparseMoeVlmExpertShards:
+    if config.unfused_experts:
+        check(
+            config.num_expert_shards == 1,
+            "`num_expert_shards` and `unfused_experts` cannot be combined: a device map can place each expert of a "
+            "model with `unfused_experts` by its name.",
+        )
+        return SparseMoeVlmUnfusedExperts(config, group.num_experts, group.intermediate_size)
     sizes = shard_sizes(group.num_experts, config.num_expert_shards)
     if len(sizes) == 1:
         return SparseMoeVlmExperts(config, group)

@@ -99,6 +99,10 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
             Capacity of an expert as a multiple of its load in balanced routing. Tokens beyond the capacity are dropped,
             the least confident ones first (batch priority routing of V-MoE, arXiv 2106.05974). With a capacity, the
             routing of a token depends on the other tokens of the batch. With `None`, the capacity is unlimited.
+        unfused_experts (`bool`, defaults to `False`):
+            Whether the routed experts are separate linear layers instead of stacked parameters. Quantisers and adapters
+            that only know linear layers then find them; without quantisation, they are slower. It does not affect the
+            format of checkpoints, so it can be changed when a model is loaded.
 
     Raises:
         ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
@@ -133,6 +137,7 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
     router_global_entropy_threshold: float | dict[str, float] | None = None
     router_bias_update_rate: float | None = None
     expert_capacity_factor: float | None = None
+    unfused_experts: bool = False
 
     def __post_init__(self, **kwargs):
         check_spelling(kwargs, {field.name for field in fields(type(self))})

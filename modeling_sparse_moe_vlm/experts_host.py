@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .checkpoint_conversion import (
     check_device_map,
     check_experts,
+    check_unfused_experts,
     convert_from_disk,
     loading_conversions,
     own_names,
@@ -37,7 +38,7 @@ from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .kept_names import check_names_on_disk, keep_names, signature
 from .lora_targets import AdapterConfigs
 from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
-from .quantization import warn_of_unquantised_experts
+from .quantization import run_quantised_experts_eagerly, warn_of_unquantised_experts
 
 logger = logging.get_logger(__name__)
 
@@ -169,7 +170,9 @@ class ExpertsHost(PreTrainedModel):
                 "configuration, or pass `ignore_mismatched_sizes=True` to initialise the tensors that differ."
             )
         if expected_keys is None:
+            check_unfused_experts(model, info.missing_keys, info.unexpected_keys)
             warn_of_unquantised_experts(model, load_config.hf_quantizer)
+            run_quantised_experts_eagerly(model, load_config.hf_quantizer)
         return loaded
 
     def library_conversions(self, found: list[WeightTransform] | None = None) -> list[WeightTransform]:
@@ -250,6 +253,12 @@ class ExpertsHost(PreTrainedModel):
             model.config.num_expert_shards == 1 or max(distributed_config.tp_size, distributed_config.ep_size) == 1,
             "`num_expert_shards` is for device maps in one process: leave it out with tensor and expert parallelism.",
         )
+        check(
+            not experts_config_of(model.config).unfused_experts
+            or max(distributed_config.tp_size, distributed_config.ep_size) == 1,
+            "`unfused_experts` cannot be combined with tensor and expert parallelism, which distribute stacks of "
+            "experts: load the model with `unfused_experts=False`.",
+        )
         prepare_plans(model, distributed_config)
         receivers = [module for module in model.modules() if getattr(module, "_is_expert_parallel", False)]
         num_experts = {module: module.num_experts for module in receivers}
@@ -313,6 +322,8 @@ class ExpertsHost(PreTrainedModel):
         """Checks the names of the tensors that `save_pretrained` with these arguments would write."""
         if not arguments.get("save_original_format", True) or getattr(self, "_hf_peft_config_loaded", False):
             return  # these names are those in memory
+        if getattr(self, "hf_quantizer", None) is not None:
+            return  # the quantiser chooses the names
         state_dict = arguments.get("state_dict")
         state_dict = self.state_dict() if state_dict is None else state_dict
         ignored = {*(self._keys_to_ignore_on_save or ()), *self.all_tied_weights_keys}

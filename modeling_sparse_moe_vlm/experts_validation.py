@@ -27,7 +27,7 @@ ROUTERS = ("softmax", "sigmoid", "top_p")
 # Fields whose values are integers of at least 1, numbers of at least 0, and True or False.
 _COUNTS = ("hidden_size", "decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
 _NUMBERS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef")
-_FLAGS = ("norm_topk_prob", "output_router_logits")
+_FLAGS = ("norm_topk_prob", "output_router_logits", "unfused_experts")
 
 
 def _builtin(position: int) -> str | None:

@@ -1,4 +1,4 @@
-"""A warning for quantisers that skip the routed experts, because these are stacked parameters."""
+"""Routed experts of quantised models: a warning if they are not quantised, and the implementation if they are."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
         quantizer (`HfQuantizer`, *optional*):
             The quantiser.
     """
-    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
-        return
-    names = [f"{part}.{name}" for stack in expert_stacks(model) for part in stack.parts for name in MATRICES]
-    # Quantised weights have another class or a dtype of one byte.
-    left = [weight for weight in map(model.get_parameter, names) if _is_plain(weight)]
+    left = [weight for weight in _weights(model, quantizer) if _is_plain(weight)]
     if not left:
         return
     size = sum(weight.numel() * weight.element_size() for weight in left)
@@ -35,12 +31,37 @@ def warn_of_unquantised_experts(model: PreTrainedModel, quantizer: Any) -> None:
     share = sum(weight.numel() for weight in left) / sum(weight.numel() for weight in model.parameters())
     logger.warning_once(
         f"`quantization_config` leaves the routed experts as they are: {size / 1e6:,.1f} MB, {share:.0%} of the "
-        "model's parameters. Quantisers convert linear layers, but the routed experts are stacked parameters. torchao "
-        "can quantise them with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': "
-        "Int8WeightOnlyConfig()}))` and `experts_implementation='eager'`. Add a pattern for the linear layers of the "
-        rf"decoder as well, such as `r're:.*{decoder.rpartition('.')[2]}.*_proj\.weight'`."
+        "model's parameters. Quantisers convert linear layers, but the routed experts are stacked parameters. Pass "
+        "`unfused_experts=True` to `from_pretrained` to load them as linear layers. torchao can also quantise the "
+        "stacks with `TorchAoConfig(FqnToConfig({r're:.*experts.*(gate_up|down)_proj': Int8WeightOnlyConfig()}))` and "
+        "`experts_implementation='eager'`. Add a pattern for the linear layers of the decoder as well, such as "
+        rf"`r're:.*{decoder.rpartition('.')[2]}.*_proj\.weight'`."
     )
 
 
+def run_quantised_experts_eagerly(model: PreTrainedModel, quantizer: Any) -> None:
+    """
+    Sets `experts_implementation="eager"` if a model was loaded with quantised stacks of experts, which the other
+    implementations do not support.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model with its weights loaded.
+        quantizer (`HfQuantizer`, *optional*):
+            The quantiser.
+    """
+    if not all(map(_is_plain, _weights(model, quantizer))):
+        model.set_experts_implementation("eager")
+
+
+def _weights(model: PreTrainedModel, quantizer: Any) -> list[nn.Parameter]:
+    """Returns the stacked weights of the routed experts; an empty list if the model is not quantised."""
+    if quantizer is None or getattr(quantizer.quantization_config, "dequantize", False):
+        return []
+    names = [f"{part}.{name}" for stack in expert_stacks(model) for part in stack.parts for name in MATRICES]
+    return [model.get_parameter(name) for name in names]
+
+
 def _is_plain(weight: nn.Parameter) -> bool:
+    # Quantised weights have another class or a dtype of one byte.
     return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1

@@ -111,15 +111,28 @@ class ExpertBank:
     parts: dict[str, nn.Module]
 
     @property
+    def is_unfused(self) -> bool:
+        """Whether the routed experts are separate networks (`unfused_experts=True`)."""
+        return any(hasattr(part, "has_separate_experts") for part in self.parts.values())
+
+    @property
     def sizes(self) -> list[int]:
         """Number of experts of each part."""
+        if self.is_unfused:
+            return [len(part) for part in self.parts.values()]  # type: ignore[arg-type]
         return [next(iter(stacks(part).values())).shape[0] for part in self.parts.values()]
 
     @property
     def weights(self) -> dict[str, set[str]]:
-        """Projections in each matrix (or stack of matrices) of the experts, by its name within the part."""
+        """
+        Projections in each matrix (or stack of matrices) of the experts, by its name within the part, or within the
+        expert if the experts are separate networks.
+        """
         first = next(iter(self.parts.values()))
-        names = [name for name, _ in first.named_children()] if self.always_on else list(stacks(first))
+        if self.is_unfused:
+            first = first[0]  # type: ignore[index]
+        is_network = self.always_on or self.is_unfused
+        names = [name for name, _ in first.named_children()] if is_network else list(stacks(first))
         return {
             name: {projection for projection in PROJECTIONS if projection in name}
             for name in names
@@ -141,7 +154,7 @@ def expert_banks(model: PreTrainedModel) -> list[ExpertBank]:
     for name, module in modules_of(model):
         parent, _, last = name.rpartition(".")
         always_on = last in groups and parent.endswith("shared_experts")
-        if not always_on and not is_experts(module):
+        if not always_on and not is_experts(module) and not hasattr(module, "has_separate_experts"):
             continue
         bank_name = name.rsplit(".shards.", 1)[0]
         if bank_name not in banks:

@@ -142,7 +142,8 @@ def expert_lora_config(
         **options,
     )
     prepare_for_adapters(model, lora)
-    run_factored(lora, [part for bank in banks if not bank.always_on for part in bank.parts.values()])
+    stacked = [bank for bank in banks if not bank.always_on and not bank.is_unfused]
+    run_factored(lora, [part for bank in stacked for part in bank.parts.values()])
     tell_token_rows(model)
     return lora
 
@@ -283,10 +284,19 @@ def _targets(
     for bank in banks:
         of_experts = None if given is None else _ranks(bank, experts, expert_ranks, r)
         for part, of_part in _by_part(bank, of_experts):
-            names = [f"{part}.{weight}" for weight, of in bank.weights.items() if of & projections]
+            weights = [weight for weight, of in bank.weights.items() if of & projections]
+            names = [f"{part}.{weight}" for weight in weights]
             if bank.always_on:
                 # A choice by index only applies to routed experts.
                 modules += names if given is None else []
+            elif bank.is_unfused:
+                check(
+                    expert_ranks is None,
+                    "`expert_ranks` is for stacked experts, but this model has `unfused_experts`: choose experts with "
+                    "`experts`.",
+                )
+                numbers = [i for i in range(sum(bank.sizes)) if of_part is None or of_part[i]]
+                modules += [f"{part}.{i}.{weight}" for i in numbers for weight in weights]
             elif of_part is None:
                 parameters += names
             elif any(of_part):

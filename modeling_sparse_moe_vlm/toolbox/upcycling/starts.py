@@ -32,7 +32,7 @@ from torch import nn
 
 from ...expert_groups import ExpertGroup
 from ...expert_shards import SparseMoeVlmExpertShards
-from ...experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock
+from ...experts import SparseMoeVlmExpertGroups, SparseMoeVlmSparseMoeBlock, SparseMoeVlmUnfusedExperts
 from ...experts_config import SparseMoeVlmExpertsConfig
 from .arrangement import Start, dense_carriers
 from .router_rows import BlockInputs, data_rows, random_rows
@@ -189,19 +189,24 @@ def _check_shapes(weights: GatedWeights, config: SparseMoeVlmExpertsConfig, what
         )
 
 
-def _places(experts: nn.Module, group: ExpertGroup) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the fused weights `(2 I, D)` and `(D, I)` of every expert of a group, in the order of their ids."""
+def _places(experts: nn.Module, group: ExpertGroup) -> Iterator[GatedWeights]:
+    """Yields the weights of every expert of a group, which [`_write`] changes, in the order of their ids."""
     stack = experts[group.name] if isinstance(experts, SparseMoeVlmExpertGroups) else experts
+    if isinstance(stack, SparseMoeVlmUnfusedExperts):
+        expert: Any
+        for expert in stack:
+            yield GatedWeights(expert.gate_proj.weight, expert.up_proj.weight, expert.down_proj.weight)
+        return
     parts: Iterable[Any] = stack.shards if isinstance(stack, SparseMoeVlmExpertShards) else [stack]
     for part in parts:
-        yield from zip(part.gate_up_proj.unbind(), part.down_proj.unbind(), strict=True)
+        for gate_up, down in zip(part.gate_up_proj.unbind(), part.down_proj.unbind(), strict=True):
+            gate, up = gate_up.chunk(2)
+            yield GatedWeights(gate, up, down)
 
 
-def _write(place: tuple[torch.Tensor, torch.Tensor], expert: GatedWeights) -> None:
-    gate_up, down = place
-    gate_up[: expert.width].copy_(expert.gate)
-    gate_up[expert.width :].copy_(expert.up)
-    down.copy_(expert.down)
+def _write(place: GatedWeights, expert: GatedWeights) -> None:
+    for target, source in zip(place, expert, strict=True):
+        target.copy_(source)
 
 
 def _routed_expert(
