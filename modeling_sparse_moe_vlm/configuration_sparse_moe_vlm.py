@@ -93,6 +93,7 @@ TEXT_AUTO_MAP = {
     "AutoConfig": f"{_CONFIG_FILE}.SparseMoeVlmTextConfig",
     "AutoModel": f"{_MODEL_FILE}.SparseMoeVlmTextModel",
     "AutoModelForCausalLM": f"{_MODEL_FILE}.SparseMoeVlmForCausalLM",
+    "AutoModelForMultimodalLM": f"{_MODEL_FILE}.SparseMoeVlmForCausalLM",  # for `transformers serve`
 }
 
 
@@ -451,6 +452,7 @@ SparseMoeVlmTextConfig.fields_of_loading = SparseMoeVlmConfig.fields_of_loading 
 # contain only names, which are the same in every revision of this code.
 for _table in ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
     getattr(modeling_auto, _table)[SparseMoeVlmConfig.model_type] = "SparseMoeVlmForConditionalGeneration"
+modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[SparseMoeVlmTextConfig.model_type] = "SparseMoeVlmForCausalLM"
 
 # Makes `save_pretrained` copy this code into checkpoints. The auto classes find it through `auto_map`; only the
 # installed package registers its classes with the auto classes.

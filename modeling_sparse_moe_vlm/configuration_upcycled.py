@@ -32,6 +32,7 @@ _TABLES = {
     "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
+_SERVED = ("AutoModelForMultimodalLM", "AutoModelForImageTextToText")
 # Fields that trainers read from the decoder's configuration. In upcycled models, the experts' configuration has them.
 _OF_EXPERTS = ("output_router_logits", "router_aux_loss_coef")
 
@@ -253,6 +254,9 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
     names = {"AutoConfig": f"{__name__.rpartition('.')[2]}.{config_class.__name__}"}
     for auto_class, name in models_of_type(base_type).items():
         names[auto_class] = f"{_MODELING}.{upcycled_name(getattr(transformers, name), config_class)}"
+    if "AutoModelForCausalLM" in names:
+        # `transformers serve` loads all models of remote code with this class, also those of text.
+        names.setdefault("AutoModelForMultimodalLM", names["AutoModelForCausalLM"])
     return names
 
 
@@ -294,12 +298,16 @@ def _make_config_class(name: str, base: Any) -> type:
         namespace["__init__"] = base.__init__  # otherwise, a generated `__init__` would hide the base's own
     made: Any = type(name, (UpcycledConfigMixin, base), namespace | _delegates_of(base))
     made.register_for_auto_class()
-    for table in (_TABLES["AutoModelForMultimodalLM"], _TABLES["AutoModelForImageTextToText"]):
-        # `transformers serve` looks up the model type in these tables, which contain only names.
-        of_base = getattr(modeling_auto, table).get(base.model_type)
-        if isinstance(of_base, str):
-            getattr(modeling_auto, table)[made.model_type] = PREFIX + of_base
+    _let_serve_load(made)
     return made
+
+
+def _let_serve_load(config_class: Any) -> None:
+    """Adds a model type to the tables in which `transformers serve` looks it up. They contain only names."""
+    paths = auto_map_of(config_class)
+    names = {auto_class: paths[auto_class].rpartition(".")[2] for auto_class in _SERVED if auto_class in paths}
+    for auto_class, name in names.items():
+        getattr(modeling_auto, _TABLES[auto_class])[config_class.model_type] = name
 
 
 def __getattr__(name: str) -> Any:

@@ -335,7 +335,8 @@ def test_auto_classes_by_registration(tmp_path):
     processor.tokenizer.save_pretrained(tmp_path / "text")
     assert type(AutoConfig.from_pretrained(tmp_path / "text")) is SparseMoeVlmTextConfig
     assert type(AutoModel.from_pretrained(tmp_path / "text")) is SparseMoeVlmTextModel
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "text")) is SparseMoeVlmForCausalLM
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):  # `transformers serve` uses the second one
+        assert type(auto.from_pretrained(tmp_path / "text")) is SparseMoeVlmForCausalLM
     assert AutoTokenizer.from_pretrained(tmp_path / "text").get_vocab() == processor.tokenizer.get_vocab()
 
 

@@ -37,7 +37,8 @@ for _config in (SparseMoeVlmTextConfig, SparseMoeVlmConfig, SparseMoeVlmRetrieva
 AutoModel.register(SparseMoeVlmTextConfig, SparseMoeVlmTextModel, exist_ok=True)
 AutoModel.register(SparseMoeVlmConfig, SparseMoeVlmModel, exist_ok=True)
 AutoModel.register(SparseMoeVlmRetrievalConfig, SparseMoeVlmForImageTextRetrieval, exist_ok=True)
-AutoModelForCausalLM.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
+for _auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+    _auto_class.register(SparseMoeVlmTextConfig, SparseMoeVlmForCausalLM, exist_ok=True)
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, exist_ok=True)
 for _config in (SparseMoeVlmConfig, SparseMoeVlmRetrievalConfig):
