@@ -23,7 +23,13 @@ pytestmark = pytest.mark.newest
 
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 # Files that only the processor needs. They are saved with it.
-OF_THE_PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading"}
+OF_THE_PROCESSOR = {
+    "control_tokens",
+    "image_reading",
+    "image_tiles",
+    "processing_sparse_moe_vlm",
+    "processor_arguments",
+}
 # Files that only upcycled models need.
 OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
 OF_UPCYCLED_RETRIEVAL = {"configuration_upcycled_retrieval", "modeling_upcycled_retrieval"}

@@ -23,6 +23,7 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.models.auto import modeling_auto
 
 import modeling_sparse_moe_vlm
 from modeling_sparse_moe_vlm import (
@@ -335,7 +336,10 @@ def test_auto_classes_by_registration(tmp_path):
     processor.tokenizer.save_pretrained(tmp_path / "text")
     assert type(AutoConfig.from_pretrained(tmp_path / "text")) is SparseMoeVlmTextConfig
     assert type(AutoModel.from_pretrained(tmp_path / "text")) is SparseMoeVlmTextModel
-    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):  # `transformers serve` uses the second one
+    # `transformers serve` finds the type in this table and uses the second class.
+    served = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    assert served[SparseMoeVlmTextConfig.model_type] == "SparseMoeVlmForCausalLM"
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
         assert type(auto.from_pretrained(tmp_path / "text")) is SparseMoeVlmForCausalLM
     assert AutoTokenizer.from_pretrained(tmp_path / "text").get_vocab() == processor.tokenizer.get_vocab()
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration, Qwen3VLConfig
 from transformers.generation import GenerationMixin
+from transformers.models.auto import modeling_auto
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from modeling_sparse_moe_vlm import configuration_upcycled, losses, modeling_upcycled
@@ -61,6 +62,23 @@ def test_configurations_are_those_of_the_base_with_an_experts_configuration(base
         assert type(again) is config_class
         assert again.to_dict() == config.to_dict()
         assert experts_config_of(again.get_text_config()) is again.experts_config
+
+
+@pytest.mark.parametrize(
+    ("base", "model", "has_images"),
+    [
+        (LlamaConfig, "UpcycledLlamaForCausalLM", False),
+        (LlavaConfig, "UpcycledLlavaForConditionalGeneration", True),
+    ],
+)
+def test_transformers_serve_finds_the_model(base, model, has_images):
+    """It looks up the model type in these tables and then uses `AutoModelForMultimodalLM`, also for text."""
+    config = upcycled_config_class(base)(experts_config=EXPERTS)
+    assert config.auto_map["AutoModelForMultimodalLM"] == f"modeling_upcycled.{model}"
+    assert modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[config.model_type] == model
+    of_images = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    assert of_images == (model if has_images else None)
+    assert ("AutoModelForImageTextToText" in config.auto_map) == has_images
 
 
 @pytest.mark.parametrize("base", [LlamaConfig, LlavaConfig])
