@@ -27,7 +27,8 @@ def test_in_a_clone():
     assert shipped_files.PACKAGE == ROOT / "modeling_sparse_moe_vlm"
     assert shipped_root() == working_root() == ROOT
     recipes = {
-        name: ROOT / f"configuration/training/{name}.yaml" for name in ("demo", "finetune", "quickstart", "retrieval")
+        name: ROOT / f"configuration/training/{name}.yaml"
+        for name in ("demo", "finetune", "quickstart", "retrieval", "tiles")
     }
     assert shipped_presets("training") == recipes
     assert list(shipped_presets("lora")) == ["all", "attention", "experts", "finetune", "image_experts"]

@@ -45,7 +45,7 @@ from .options import add_json_option, add_recipe_options, only_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "demo", "demo, quickstart, finetune, retrieval", "finetune")
+    add_recipe_options(parser, "demo", "demo, quickstart, tiles, finetune, retrieval", "finetune")
     parser.add_argument("--output-dir", help="folder to write to (default: outputs/RECIPE, such as outputs/demo)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     parser.add_argument("--model", help="model to train: preset, folder or name on the Hub (default: of the recipe)")

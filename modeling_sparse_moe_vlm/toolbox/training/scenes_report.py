@@ -48,7 +48,11 @@ class ScenesReport:
         """Answers the questions, and returns the scores of [`~toolbox.evaluation.by_kind.score_by_kind`] by split."""
         for split in self.heldout:
             rows = self.data[split]
-            self.answers[split] = generate_answers(model, processor, conversations(rows))
+            lengths = [
+                len(ids) + 1 for ids in processor.tokenizer(rows["answer"][:])["input_ids"]
+            ]  # with the end token
+            limit = max(32, *lengths)  # descriptions of many cells are longer than usual answers
+            self.answers[split] = generate_answers(model, processor, conversations(rows), max_new_tokens=limit)
             self.scores[split] = score_by_kind(self.data["train"], rows, self.answers[split])
         return self.scores
 
