@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .blank_images import BLANK_ROW, mask_last_row
 from .packing import IGNORE_INDEX, RowPacker
 from .packing_check import make_packer
-from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, find_excess, sizes_of
+from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, count_images, find_excess, sizes_of
 from .rows import has_origin, row_name, with_images
 from .targets import apply_marked_template
 
@@ -40,6 +41,10 @@ class VisionLanguageCollator:
         model (`PreTrainedModel`, *optional*):
             The model, which packing needs: it runs a few short rows to check that the model separates packed rows (see
             [`~toolbox.data.check_packing`]). The collator does not keep the model.
+        blank_images (`bool`, *optional*, defaults to `False`):
+            Whether batches without images get a row with a blank image, which has no weight. Processes that each have
+            only a part of the model (FSDP2) must all run the vision encoder in a step, or none. `SparseMoeTrainer` sets
+            it where it is needed; models of our architecture never need it.
 
     Raises:
         ValueError: With `packing=True`, if there is no model or if the model does not support packed rows.
@@ -51,6 +56,7 @@ class VisionLanguageCollator:
     max_image_tokens_per_batch: int | None = None
     packing: bool = False
     model: InitVar[PreTrainedModel | None] = None
+    blank_images: bool = False
 
     def __post_init__(self, model: PreTrainedModel | None) -> None:
         check_limits(
@@ -89,6 +95,9 @@ class VisionLanguageCollator:
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
         conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
+        adds_blank = self.blank_images and not any(map(count_images, conversations.values()))
+        if adds_blank:
+            conversations[len(rows)], rows = with_images(BLANK_ROW, len(rows)), [*rows, {}]
         # Packing needs each row on its own, because padding and the images of other rows cannot be told apart later.
         calls = [list(conversations)] if self._packer is None else [[number] for number in conversations]
         batches, targets, sizes = [], [], []
@@ -103,14 +112,19 @@ class VisionLanguageCollator:
                 f"{_names_in_batch(rows, without_target)} have no assistant turn, so there is nothing to learn from "
                 "them: drop them, or mark what the assistant says with `{% generation %}` in the chat template."
             )
+        tokens = [size.tokens for size in sizes]
+        if adds_blank:
+            sizes.pop()  # it does not count for limits
         for size in sizes:
             if fault := find_excess(size, self.max_length, self.max_image_tokens):
                 raise ValueError(f"{size.name} {fault.reason}")
         check_batch(sizes, self.max_image_tokens_per_batch)
         if self._packer is None:
-            return SizedBatch(batches[0], row_sizes=sizes)
-        sequences = self._packer.assign([size.tokens for size in sizes])
-        return SizedBatch(self._packer.pack(batches, sequences), row_sizes=sizes)
+            batch = mask_last_row(batches[0]) if adds_blank else batches[0]
+        else:
+            padding = {len(rows) - 1} if adds_blank else set()
+            batch = self._packer.pack(batches, self._packer.assign(tokens), padding)
+        return SizedBatch(batch, row_sizes=sizes)
 
     def _process(
         self, rows: Sequence[Mapping[str, Any]], conversations: dict[int, list[dict[str, Any]]]

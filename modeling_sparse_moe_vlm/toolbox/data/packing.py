@@ -9,7 +9,7 @@ has the position -1, so that no token attends to another padding token, and mode
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -94,7 +94,9 @@ class RowPacker:
             return [list(range(len(lengths)))]
         return assign_rows([length + self.separators for length in lengths])
 
-    def pack(self, rows: Sequence[Mapping[str, Any]], sequences: Sequence[Sequence[int]]) -> BatchFeature:
+    def pack(
+        self, rows: Sequence[Mapping[str, Any]], sequences: Sequence[Sequence[int]], padding: Collection[int] = ()
+    ) -> BatchFeature:
         """
         Packs rows into sequences.
 
@@ -103,6 +105,8 @@ class RowPacker:
                 Model inputs of each row, a batch of one row without padding, with `labels`.
             sequences (`Sequence[Sequence[int]]`):
                 Numbers of the rows of each sequence.
+            padding (`Collection[int]`, *optional*):
+                Numbers of rows that are padding and not targets. They are moved to the end of their sequence.
 
         Returns:
             `BatchFeature`: Model inputs with `position_ids` of shape `(sequences, length)`, or `(axes, sequences,
@@ -112,7 +116,8 @@ class RowPacker:
         Raises:
             ValueError: If a row has a field whose layout is not known.
         """
-        rows = [self._with_positions(row) for row in rows]
+        rows = [self._with_positions(row, number in padding) for number, row in enumerate(rows)]
+        sequences = [sorted(sequence, key=lambda row: row in padding) for sequence in sequences]
         unknown = [name for row in rows for name in row if name not in self.layouts and name != "position_ids"]
         if unknown:
             raise ValueError(
@@ -158,13 +163,18 @@ class RowPacker:
         if not self.separators:
             return parts
         places = [0, *accumulate(part.shape[-1] + 1 for part in parts[:-1])]
-        return [part + place for part, place in zip(parts, places, strict=True)]
+        return [
+            torch.where(part == PADDING_POSITION, part, part + place) for part, place in zip(parts, places, strict=True)
+        ]
 
-    def _with_positions(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _with_positions(self, row: Mapping[str, Any], is_padding: bool) -> dict[str, Any]:
         row = dict(row) | {"position_ids": self.positions(row)}
         row.pop("attention_mask", None)
         row["labels"] = row["labels"].clone()
         row["labels"][:, 0] = IGNORE_INDEX  # otherwise, the last token of the row before would predict it
+        if is_padding:
+            row["labels"].fill_(IGNORE_INDEX)
+            row["position_ids"] = torch.full_like(row["position_ids"], PADDING_POSITION)
         return row
 
 

@@ -96,7 +96,7 @@ def sizes_of(
     ids = torch.tensor(_image_token_ids(processor), dtype=input_ids.dtype, device=input_ids.device)
     tokens = is_token.sum(dim=1).tolist()
     image_tokens = (torch.isin(input_ids, ids) & is_token).sum(dim=1).tolist()
-    images = [_count_images(messages) for messages in conversations]
+    images = [count_images(messages) for messages in conversations]
     return [RowSize(*values) for values in zip(names, tokens, images, image_tokens, strict=True)]
 
 
@@ -168,6 +168,7 @@ def _image_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> lis
     return ids
 
 
-def _count_images(messages: list[dict[str, Any]]) -> int:
+def count_images(messages: list[dict[str, Any]]) -> int:
+    """Returns the number of images of a conversation."""
     contents = [message.get("content") for message in messages]
     return sum(part["type"] == "image" for parts in contents if isinstance(parts, list) for part in parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.utils import gather_object, send_to_device
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
+from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from ..data import VisionLanguageCollator
 from ..data.reading import Rows
 from ..data.repeated_rows import CollatorForTraining
 from ..data.stream import RowStream, StreamBatches, StreamCollator
@@ -42,6 +46,11 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        handler, options = self.accelerator.ddp_handler, checkpointing_options(self.args)
+        if self.args.ddp_find_unused_parameters is None and handler is not None and not options.get("use_reentrant"):
+            # By default, `Trainer` sets this to `False` with activation checkpointing. The parameters of the vision
+            # encoder are unused if a process has no image.
+            handler.find_unused_parameters = True
         if self.accelerator.dataloader_config.dispatch_batches is None:
             # By default, Accelerate splits the batches of an iterable dataset by the numbers of their rows. This is
             # wrong for images, whose number differs between rows.
@@ -73,8 +82,7 @@ class ResumableTrainer(Trainer):
         """Returns the batches of this process."""
         if not isinstance(self.train_dataset, RowStream):
             collator = self.data_collator
-            if isinstance(self.train_dataset, Rows):
-                self.data_collator = self._collator_for_training(collator)
+            self.data_collator = self._collator_for_training(collator)
             try:
                 return super().get_train_dataloader()
             finally:
@@ -98,11 +106,21 @@ class ResumableTrainer(Trainer):
         )
 
     def _collator_for_training(self, collator: Callable) -> Callable:
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(collator, VisionLanguageCollator) and self._needs_blank_images(collator, model):
+            collator = copy(collator)
+            collator.blank_images = True
         # Otherwise, the loss is a mean over the targets of a batch, which would be NaN for a batch without targets.
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             return collator
-        config = self.accelerator.unwrap_model(self.model).config
-        return CollatorForTraining(collator, marks_padding=our_experts_config(config) is not None)
+        return CollatorForTraining(collator, marks_padding=our_experts_config(model.config) is not None)
+
+    def _needs_blank_images(self, collator: VisionLanguageCollator, model: Any) -> bool:
+        """Whether all processes have to run the vision encoder: they only have parts of its tensors."""
+        is_sharded = self.is_fsdp_enabled or any(isinstance(module, FSDPModule) for module in model.modules())
+        reads_images = isinstance(collator.processor, ProcessorMixin)
+        encodes_one_itself = model.config.model_type == SparseMoeVlmConfig.model_type
+        return self.args.world_size > 1 and is_sharded and reads_images and not encodes_one_itself
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         number = super()._get_num_items_in_batch(batch_samples, device)
@@ -165,6 +183,12 @@ class ResumableTrainer(Trainer):
 
     def _skipped_rows(self):
         return self.train_dataset.reader.skipped if isinstance(self.train_dataset, RowStream | Rows) else None
+
+
+def checkpointing_options(arguments: TrainingArguments) -> dict[str, Any]:
+    """Returns the options of activation checkpointing. Transformers renamed the field in version 5.24."""
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    return next((options for name in names if (options := getattr(arguments, name, None))), {})
 
 
 class _Undivided(torch.utils.data.IterableDataset):

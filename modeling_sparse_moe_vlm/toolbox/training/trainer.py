@@ -50,6 +50,7 @@ class SparseMoeTrainer(MemoryErrorsNameRows, ResumableTrainer):
     - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
       newer, incomplete ones. The resumed run equals the uninterrupted one, also with a stream of
       [`~toolbox.data.load_rows`], whose earlier rows are not read again.
+    - A process whose batch has no image does not stop the others (DDP, FSDP2, expert parallelism).
     - An error about missing memory names the rows of the batch, with their sizes.
     - Saved models do not keep `config.output_router_logits`, which router losses require in training.
 
