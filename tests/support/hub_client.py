@@ -27,6 +27,7 @@ def hub(monkeypatch):
     """A running Hub, on which this process is logged in as `user`."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # keeps its address
     waits = Mock(wraps=time)
     waits.sleep = lambda seconds: None  # between repetitions
     monkeypatch.setattr("huggingface_hub.utils._http.time", waits)

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import CommitInfo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -74,12 +75,15 @@ class PushedCheckpoint:
             Hash of the commit, which can be pinned with `revision=`.
         deleted (`list[str]`):
             Files of an earlier upload that were deleted.
+        info (`huggingface_hub.CommitInfo`):
+            The commit as `huggingface_hub` describes it.
     """
 
     plan: PushPlan
     url: str
     commit: str
     deleted: list[str]
+    info: CommitInfo
 
 
 def plan_push(folder: str | os.PathLike, repo_id: str, *, base_model: str | None = None) -> PushPlan:
@@ -171,7 +175,7 @@ def push_checkpoint(
         message=commit_message or f"Upload {plan.kind} with sparse-moe-vlm",
         token=token,
     )
-    return PushedCheckpoint(plan, done.url, done.commit, done.deleted)
+    return PushedCheckpoint(plan, done.url, done.commit, done.deleted, done.info)
 
 
 def _plan(folder: Path, repo_id: str, base_model: str | None) -> PushPlan:

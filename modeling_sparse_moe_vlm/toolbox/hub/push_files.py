@@ -270,25 +270,34 @@ def _add_code(folder: Path, found: PushedFiles) -> None:
         if found.json(CONFIG).get("model_type", "").startswith(("sparse_moe", "upcycled_")):
             raise PushError(f"{CONFIG} has no `auto_map`, which names the code of the model: save the model again.")
         return
-    present = {name for entry in entries for name in _with_imports(folder, f"{entry}.py") if (folder / name).is_file()}
-    missing = {name for entry in entries for name in _with_imports(folder, f"{entry}.py")} - present
+    needed = {name for entry in entries for name in _with_imports(folder, f"{entry}.py")}
+    missing = {name for name in needed if not (folder / name).is_file()}
     if missing:
-        complete = {name for entry in entries for name in _with_imports(PACKAGE, f"{entry}.py")}
-        unknown = sorted(name for name in complete | missing if not (PACKAGE / name).is_file())
-        if unknown:
-            raise PushError(f"{folder} lacks {unknown[0]}, which its code needs: save the model again.")
-        differ = [name for name in sorted(present) if (folder / name).read_bytes() != (PACKAGE / name).read_bytes()]
-        if differ:
-            raise PushError(
-                f"{folder} lacks {', '.join(sorted(missing))}, and its other code is of another version of this "
-                f"package ({differ[0]} differs), so it cannot be completed: save the model again."
-            )
-        added = sorted(complete - present)
+        needed |= {name for entry in entries for name in _with_imports(PACKAGE, f"{entry}.py")}
+        _check_completion(folder, needed, missing)
+        added = sorted(name for name in needed if not (folder / name).is_file())
         found.notes.append(f"{', '.join(added)}: added from the installed package")
-        for name in added:
-            found.add(name, PACKAGE / name)
-    for name in sorted(present):
-        found.add(name, folder / name)
+    for name in sorted(needed):
+        found.add(name, (folder if (folder / name).is_file() else PACKAGE) / name)
+
+
+def _check_completion(folder: Path, needed: set[str], missing: set[str]) -> None:
+    """Raises `PushError` unless the code of a checkpoint is this package's, of the same version."""
+    if unknown := sorted(name for name in needed if not (PACKAGE / name).is_file()):
+        raise PushError(
+            f"{folder} lacks {', '.join(sorted(missing))}, which cannot be completed, since {unknown[0]} is not a file "
+            "of this package: save the model again."
+        )
+    differ = [
+        name
+        for name in sorted(needed)
+        if (folder / name).is_file() and (folder / name).read_bytes() != (PACKAGE / name).read_bytes()
+    ]
+    if differ:
+        raise PushError(
+            f"{folder} lacks {', '.join(sorted(missing))}, and its other code is of another version of this package "
+            f"({differ[0]} differs), so it cannot be completed: save the model again."
+        )
 
 
 def _modules(found: PushedFiles, name: str) -> Iterator[str]:

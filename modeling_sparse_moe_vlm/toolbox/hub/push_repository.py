@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
@@ -50,11 +50,13 @@ class Uploaded:
         url (`str`): Address of the commit, or of the pull request.
         commit (`str`): Hash of the commit.
         deleted (`list[str]`): Files of an earlier upload that were deleted.
+        info (`CommitInfo`): The answer of `huggingface_hub`.
     """
 
     url: str
     commit: str
     deleted: list[str]
+    info: CommitInfo
 
 
 def upload(
@@ -104,7 +106,7 @@ def upload(
             create_pr=destination.create_pr,
             parent_commit=api.repo_info(repo_id, revision=start).sha,
         )
-    return Uploaded(commit.pr_url or commit.commit_url, commit.oid, outdated)
+    return Uploaded(commit.pr_url or commit.commit_url, commit.oid, outdated, commit)
 
 
 def _prepare(api: HfApi, destination: Destination) -> None:

@@ -11,6 +11,7 @@ from ...checks import check
 from ...experts_config import experts_config_of
 from ...losses import weighted_router_loss
 from ..expert_modules import our_experts_config
+from ..hub.push_trainer import PushesCheckpoints
 from ..routing.monitor import RoutingMonitor
 from .global_batch import global_batch
 from .memory_errors import MemoryErrorsNameRows
@@ -38,7 +39,7 @@ def _with_router_loss(function: Callable) -> Callable:
     return loss_with_router_loss
 
 
-class SparseMoeTrainer(MemoryErrorsNameRows, ResumableTrainer):
+class SparseMoeTrainer(PushesCheckpoints, MemoryErrorsNameRows, ResumableTrainer):
     """
     A `Trainer` for models with experts. It takes the same arguments as `Trainer`. In addition:
 
@@ -52,6 +53,8 @@ class SparseMoeTrainer(MemoryErrorsNameRows, ResumableTrainer):
       [`~toolbox.data.load_rows`], whose earlier rows are not read again.
     - A process whose batch has no image does not stop the others (DDP, FSDP2, expert parallelism).
     - An error about missing memory names the rows of the batch, with their sizes.
+    - Uploads (`push_to_hub`) contain the whole checkpoint and nothing else, as those of
+      [`~toolbox.hub.push_checkpoint`], also during training (`args.push_to_hub`).
     - Saved models do not keep `config.output_router_logits`, which router losses require in training.
 
     Raises:
