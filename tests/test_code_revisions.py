@@ -256,5 +256,5 @@ def check_saved(saved: Path, number: int, code: dict[str, str]) -> None:
         folder = saved / f"{number}-{name}"
         assert code_of(folder) == (code if name == "model" else of_model)
         classes = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert len(classes) == (3 if name == "text_config" else 5)
+        assert len(classes) == (4 if name == "text_config" else 5)
         assert {value.partition(".")[0] + ".py" for value in classes.values()} <= set(of_model), classes
