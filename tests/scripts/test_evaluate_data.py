@@ -121,6 +121,9 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
         (["first", "second", "--data", "data.jsonl", "--adapter", "adapter"], "`--adapter` only works with one model"),
         (["missing/local/model", "data.jsonl"], "no trained model"),
         (["data.jsonl", "first"], "data.jsonl is a file, not a trained model"),
+        (["run", "data.jsonl"], "run is the output folder of a training: pass its model, run/model."),
+        (["first", "images"], "images has no data: it needs files that end with .jsonl"),
+        (["first", "data.jsonl", "--output-dir", "."], "would write the predictions into the folder of the model"),
         (["tiny", "data.jsonl"], "tiny is a file, not a trained model"),
         (["first", "data.jsonl", "--model", "second"], "got a model both as first and with `--model second`"),
         (["first", "data.jsonl", "--set", "data.num_train=5"], "`--set` only has an effect with the built-in data"),
@@ -143,7 +146,11 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
 )
 def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    output = [] if arguments[0] == "--model" else ["--output-dir", tmp_path]
+    (folder / "run/model").mkdir(parents=True, exist_ok=True)
+    (folder / "run/model/config.json").touch()
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / "images/0.png").write_bytes((folder / "0.png").read_bytes())
+    output = [] if {"--model", "--output-dir"} & set(arguments) else ["--output-dir", tmp_path]
     with pytest.raises(SystemExit) as ended:
         run_verb("evaluate", *arguments, *output)
     assert ended.value.code == 2

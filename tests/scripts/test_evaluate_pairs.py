@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
+from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import write_report
 from modeling_sparse_moe_vlm.toolbox.commands.evaluate_pairs import recall_table
 from modeling_sparse_moe_vlm.toolbox.data import load_pairs
 from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_retrieval
@@ -138,3 +139,12 @@ def test_mistakes(arguments, message, folder, run_verb, tmp_path, monkeypatch, c
         run_verb("evaluate", *arguments, *([] if arguments[0] == "--model" else ["--output-dir", tmp_path]))
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_report(tmp_path, capsys):
+    """Where the files are is printed to stderr, because stdout may have to be JSON."""
+    write_report(tmp_path, {"a": 1})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"Wrote the scores and the results of each row to {tmp_path}.\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +115,7 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         if arguments.max_rows is not None and arguments.max_rows < 1:
             raise ValueError(f"`--max-rows` must be at least 1, but got {arguments.max_rows}.")
         paths = {name: trained_model(name) for name in models}
-        _check_folders(arguments, paths, data)
+        _check_folders(arguments, paths, data, folder)
         is_retrieval = are_retrieval_models(arguments, paths)
     if is_retrieval:
         run_on_pairs(arguments, paths, data, folder)
@@ -171,13 +173,25 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
     }
     if guesses is not None:
         report["most_frequent_answer"] = guesses
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(folder, report)
     print(json.dumps(report) if arguments.json else result_table(results, guesses))
 
 
-def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data: str) -> None:
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Writes `results.json` and prints to stderr where it is."""
+    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"Wrote the scores and the results of each row to {folder}.", file=sys.stderr)
+
+
+def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data: str, folder: Path) -> None:
     """Raises `ValueError` if a model, an adapter or an option does not fit the kind of its path."""
+    names = short_names(list(paths))
     for name, path in paths.items():
+        if (folder / names[name]).resolve() == Path(path).resolve():
+            raise ValueError(
+                f"`--output-dir {folder}` would write the predictions into the folder of the model ({path}): choose "
+                "another folder."
+            )
         if Path(path).is_file():
             raise ValueError(
                 f"{name} is a file, not a trained model: a model is a folder or a name on the Hub. Write "
@@ -211,7 +225,9 @@ def find_parts_of_split(arguments: argparse.Namespace, data: str) -> tuple[str, 
     for split in tried:
         try:
             return split, find_parts(data, split, arguments.subset, arguments.image_root)
-        except ValueError as error:  # there is no such split
+        except ValueError as error:
+            if re.search("has no split|Unknown split", str(error)) is None:
+                raise
             failure = failure or error
     assert failure is not None
     raise failure

@@ -90,7 +90,7 @@ def run_on_pairs(arguments: argparse.Namespace, paths: Mapping[str, str], data: 
     from ..data.pairs import load_pairs
     from ..evaluation.retrieval import rank_rows
     from ..training.models import retrieval_from_checkpoint
-    from .evaluate_data import find_parts_of_split, short_names, update_card, with_adapter
+    from .evaluate_data import find_parts_of_split, short_names, update_card, with_adapter, write_report
 
     with only_json(arguments.json), mistakes_in_one_line():
         is_first = PartialState().is_main_process
@@ -137,7 +137,7 @@ def run_on_pairs(arguments: argparse.Namespace, paths: Mapping[str, str], data: 
         },
         "models": {name: {"scores": scores} for name, scores in results.items()},
     }
-    (folder / "results.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(folder, report)
     print(json.dumps(report) if arguments.json else recall_table(results))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from pathlib import Path
 
 DEMO_MODEL = "outputs/demo/model"
+CONFIG_NAME = "config.json"
 
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, names: str, own_recipe: str | None = None) -> None:
@@ -60,13 +62,17 @@ def trained_model(name: str) -> str:
 
     Raises:
         FileNotFoundError: If there is no such folder and `name` cannot be a name on the Hub.
+        ValueError: If it is the output folder of a training, and not the folder of its model.
     """
     from ..training.recipes import find_model
 
     try:
-        return find_model(name)
+        path = find_model(name)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There is no trained model {name!r} yet: `make demo` (or `sparse-moe-vlm train`) trains one in a few "
             "minutes. Pass `--model` to use another model."
         ) from error
+    if not (Path(path) / CONFIG_NAME).exists() and (Path(path) / "model" / CONFIG_NAME).exists():
+        raise ValueError(f"{name} is the output folder of a training: pass its model, {Path(name) / 'model'}.")
+    return path
