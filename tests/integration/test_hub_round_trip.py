@@ -3,7 +3,6 @@ What is uploaded loads in a process without this package: through the Auto class
 revision. With the unmodified client of the Hub in its oldest supported and its installed release, through Xet and LFS.
 """
 
-import os
 import subprocess
 import sys
 
@@ -123,11 +122,11 @@ def client(request, tmp_path_factory):
     return request.param, str(folder)
 
 
-def run(program, hub_, home, client, *arguments, **environment):
+def run(program, server, home, client, *arguments, **environment):
     _, folder = client
     program = f"import sys; sys.path[:0] = {[folder] if folder else []}\n{program}"
     command = [sys.executable, "-I", "-c", program, *map(str, arguments)]
-    variables = hub_environment(hub_.endpoint, home) | {"HF_TOKEN": TOKEN} | environment
+    variables = hub_environment(server.endpoint, home) | {"HF_TOKEN": TOKEN} | environment
     result = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
@@ -138,16 +137,16 @@ def run(program, hub_, home, client, *arguments, **environment):
 @pytest.mark.parametrize("transfer", ["xet", "lfs"])
 def test_round_trip(transfer, client, saved, tmp_path):
     variables = {"HF_HUB_DISABLE_XET": "1"} if transfer == "lfs" else {}
-    with running_hub() as hub:
-        run(PUSH, hub, tmp_path, client, ROOT, saved, **variables)
-        own, adapter = hub.repository("user/own"), hub.repository("user/adapter")
+    with running_hub() as server:
+        run(PUSH, server, tmp_path, client, ROOT, saved, **variables)
+        own, adapter = server.repository("user/own"), server.repository("user/adapter")
         assert (own.is_private, adapter.is_private) == (True, False)
         assert own.history()[0].title == "Second version (sparse-moe-vlm)"
         is_xet = {file.xet_hash is not None for file in own.at("main").files.values() if file.is_large}
         assert is_xet == {transfer == "xet"}
         first = own.history()[1].sha
         (home := tmp_path / "home").mkdir()
-        assert run(LOAD, hub, home, client, saved, first, client[0], **variables).splitlines()[-1] == "loaded"
+        assert run(LOAD, server, home, client, saved, first, client[0], **variables).splitlines()[-1] == "loaded"
 
 
 def test_push_to_hub_of_models_and_processors(hub, lfs, saved):  # noqa: F811
