@@ -4,11 +4,17 @@ and interrupted uploads, and repositories of others.
 """
 
 import copy
+import inspect
 import json
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
+from transformers import Trainer
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from modeling_sparse_moe_vlm.toolbox.hub import PushError, PushInterruptedError, plan_push, push_checkpoint
 from tests.support.hub_client import hub, lfs, transfer  # noqa: F401
@@ -259,8 +265,6 @@ def test_a_change_between_reading_and_committing_is_not_overwritten(hub, lfs, ch
     push_checkpoint(checkpoint, "user/model")
     repository = hub.repository("user/model")
     (checkpoint / "README.md").write_text(CARD + "mine\n")
-    from huggingface_hub import HfApi
-
     create_commit = HfApi.create_commit
 
     def late(*args, **kwargs):
@@ -289,3 +293,20 @@ def test_without_a_network(checkpoint, monkeypatch):
     with pytest.raises(PushInterruptedError, match=r"connection to http://127\.0\.0\.1:1 failed while uploading"):
         push_checkpoint(checkpoint, "user/model")
     assert "config.json" in plan_push(checkpoint, "user/model").files
+
+
+def test_what_uploads_of_the_trainer_use_of_transformers():
+    """Contract: `SparseMoeTrainer` replaces these methods, which `Trainer` calls, and calls the others."""
+    assert list(inspect.signature(Trainer._push_from_checkpoint).parameters) == ["self", "checkpoint_folder"]
+    given = list(inspect.signature(Trainer.push_to_hub).parameters)
+    assert given[:5] == ["self", "commit_message", "blocking", "token", "revision"]
+    assert "self._push_from_checkpoint(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "push_in_progress.wait_until_done()" in inspect.getsource(Trainer._finish_current_push)
+    assert PushInProgress([]).is_done()
+    assert {strategy.value for strategy in HubStrategy} == {"end", "every_save", "checkpoint", "all_checkpoints"}
+
+
+def test_imports_of_remote_code(tmp_path):
+    """Contract: Transformers finds the files of remote code by these imports."""
+    (tmp_path / "a.py").write_text("import os\nfrom .b import x\nfrom .c import (\n    y,\n)\n")
+    assert sorted(get_relative_imports(tmp_path / "a.py")) == ["b", "c"]

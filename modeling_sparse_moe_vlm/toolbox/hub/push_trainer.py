@@ -31,6 +31,7 @@ class PushesCheckpoints(Trainer):
     model while it trains.
     """
 
+    hub_model_id: str | None
     push_in_progress: PushInProgress | None
 
     def push_to_hub(
@@ -74,17 +75,19 @@ class PushesCheckpoints(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token if token is not None else self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+        private = private if private is not None else self.args.hub_private_repo
         self.save_model(_internal_call=True)  # in all processes
         if not self.is_world_process_zero():
             return None
+        if self.hub_model_id is None:
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = _full_name(name, token, private)
         if kwargs:
             name = kwargs.pop("model_name", None) or str(self.hub_model_id)
             self.create_model_card(model_name=name, **kwargs)
         self._finish_current_push()
         options = {"token": token, "revision": revision or self.args.hub_revision}
-        options |= {"commit_message": commit_message, "base_model": base_model, "force": force}
+        options |= {"commit_message": commit_message, "base_model": base_model, "force": force, "private": private}
         if not blocking:
             return _in_background(_push, self.args.output_dir, self.hub_model_id, options)
         return _push(self.args.output_dir, self.hub_model_id, options)
@@ -113,6 +116,18 @@ class PushesCheckpoints(Trainer):
             self.push_in_progress = PushInProgress([job])
         else:
             self.push_in_progress.jobs.append(job)
+
+
+def _full_name(name: str, token: str | None, private: bool | None) -> str:
+    """Returns the name of a repository as `"user/name"`. A name without a user is one of the owner of the token."""
+    from huggingface_hub import HfApi
+
+    from .push_errors import errors_of_the_hub
+
+    if "/" in name:
+        return name
+    with errors_of_the_hub(name):
+        return HfApi(token=token).create_repo(name, private=private, exist_ok=True).repo_id
 
 
 def _push(folder: str | Path, repo_id: str, options: dict[str, Any]):

@@ -58,6 +58,12 @@ def test_at_the_end(hub, lfs, tmp_path, monkeypatch):  # noqa: F811
     assert trainer.push_to_hub("Again", blocking=False).result().oid == info.oid
 
 
+def test_a_name_without_a_user(hub, lfs, tmp_path):  # noqa: F811
+    make_trainer(tmp_path / "run", hub_model_id=None).push_to_hub(private=True)
+    assert "model.safetensors" in hub.repository("user/run").files()
+    assert hub.repository("user/run").is_private
+
+
 def test_during_training(hub, lfs, tmp_path):  # noqa: F811
     options = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(tmp_path / "run", hub_always_push=True, **options)
