@@ -76,6 +76,7 @@ BENCHMARKS = (
     Benchmark("expert_pools", "expert_pools", is_long=True),
     Benchmark("upcycling", "upcycling", is_long=True),
     Benchmark("modality_ablation", "modality_ablation", is_long=True),
+    Benchmark("quantization", "quantization", is_long=True),
 )
 TESTS_LIMIT = 300
 

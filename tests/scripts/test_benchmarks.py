@@ -169,7 +169,7 @@ def test_all_benchmarks_are_run(load_gpu):
     others = {"harness", "upcycling_tasks"}
     scripts = {path.stem for path in (SCRIPTS / "benchmarks").glob("*.py")} - others
     assert {benchmark.script for benchmark in load_gpu().BENCHMARKS} == scripts
-    tested = {*SPEED, "expert_offload", "modality_ablation", "upcycling"}
+    tested = {*SPEED, "expert_offload", "modality_ablation", "quantization", "upcycling"}
     assert scripts == tested
 
 

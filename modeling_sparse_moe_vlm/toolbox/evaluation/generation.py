@@ -13,7 +13,7 @@ from ..data.rows import apply_chat_template, row_name, with_images
 from ..evaluation_mode import evaluating
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -56,7 +56,7 @@ def generate_answers(
     return answers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_batch(
     model: PreTrainedModel, processor: ProcessorMixin, batch: dict[int, dict[str, Any]], **generate_kwargs: Any
 ) -> list[str]:

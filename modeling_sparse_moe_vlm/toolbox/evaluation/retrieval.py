@@ -21,7 +21,7 @@ CHUNK_SIZE = 2048
 TIE = 1e-6
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,

@@ -159,7 +159,7 @@ def _count(index: torch.Tensor, num_experts: int, modality_ids: torch.Tensor, sh
     return counts.index_add(0, cell, torch.ones_like(cell)).view(num_modalities, width + 1)[:, :width]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_routing(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> RoutingCounts | None:
     """
     Runs the model over batches and counts its routing. The model keeps its mode (training or evaluation).

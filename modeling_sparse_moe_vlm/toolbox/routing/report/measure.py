@@ -79,7 +79,7 @@ def routing_report(
     measured = _Measured()
     handles = watch_passes(model, measured.add)
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.no_grad():
             for numbers, batch in _batches(processor, rows, collate, batch_size) if handles else ():
                 measured.numbers += numbers
                 model(**send_to_device(dict(batch), model.device))
