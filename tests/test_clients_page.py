@@ -33,8 +33,9 @@ def test_rows_name_tests_that_exist(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
 def test_rows_lead_to_lines_that_can_be_pasted(row):
-    (anchor,) = re.findall(r"\]\(#([\w-]+)\)", row[0])
-    sections = dict(re.findall(r"^#+ (.+)\n((?:(?!^#+ ).*\n?)*)", PAGE, flags=re.MULTILINE))
+    ((page, anchor),) = re.findall(r"\]\(([\w.]*)#([\w-]+)\)", row[0])
+    text = (ROOT / "docs" / page).read_text() if page else PAGE
+    sections = dict(re.findall(r"^#+ (.+)\n((?:(?!^#+ ).*\n?)*)", text, flags=re.MULTILINE))
     by_anchor = {
         re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower())): text for title, text in sections.items()
     }
