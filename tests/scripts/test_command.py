@@ -127,7 +127,7 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
     [
         (
             ["train", "--recipe", "nope"],
-            "there is no file 'nope': pass a path, or one of the names demo, finetune, quickstart, retrieval, tiles",
+            "pass a path, or one of the names captioning, demo, easy_vqa, finetune, quickstart, retrieval, stamps_",
         ),
         (["train", "--set", "training.max_step=3"], "has keys ['max_step'], which a recipe cannot set"),
         (["train", "--set", "model=nope.json"], "there is no model "),

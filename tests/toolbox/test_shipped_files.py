@@ -28,7 +28,17 @@ def test_in_a_clone():
     assert shipped_root() == working_root() == ROOT
     recipes = {
         name: ROOT / f"configuration/training/{name}.yaml"
-        for name in ("demo", "finetune", "quickstart", "retrieval", "tiles")
+        for name in (
+            "captioning",
+            "demo",
+            "easy_vqa",
+            "finetune",
+            "quickstart",
+            "retrieval",
+            "stamps_captioning",
+            "stamps_retrieval",
+            "tiles",
+        )
     }
     assert shipped_presets("training") == recipes
     assert list(shipped_presets("lora")) == ["all", "attention", "experts", "finetune", "image_experts"]

@@ -10,6 +10,8 @@ from typing import Any
 FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
 TASK_NAMES = ("vqa", "captioning", "document_vqa", "chart_vqa", "chat")
 RETRIEVAL = "retrieval"
+# Tasks of the built-in data that have a recipe of the same name.
+TASKS_OF_SCENES = ("captioning", RETRIEVAL)
 # Keys of the section `data` of a recipe, by option.
 _KEYS = {
     "data": "train",
@@ -55,8 +57,8 @@ def check_data_options(arguments: argparse.Namespace, check: str | None = None) 
     if arguments.data is not None:
         return
     for option in (*_WITH_DATA, *_WITH_CHECK):
-        # Retrieval is also a task of the built-in data.
-        if getattr(arguments, option) is not None and (option, arguments.task) != ("task", RETRIEVAL):
+        is_scenes = option == "task" and arguments.task in TASKS_OF_SCENES
+        if getattr(arguments, option) is not None and not is_scenes:
             needed = f"{check} or `--data DATA`" if check is not None and option in _WITH_CHECK else "`--data DATA`"
             raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with {needed}.")
 
@@ -78,6 +80,6 @@ def recipe_name(arguments: argparse.Namespace) -> str:
     """Returns the name of the recipe: another one by default for retrieval, and if own data are given."""
     if arguments.recipe is not None:
         return arguments.recipe
-    if arguments.task == RETRIEVAL:
-        return RETRIEVAL
+    if arguments.task == RETRIEVAL or (arguments.task in TASKS_OF_SCENES and arguments.data is None):
+        return arguments.task
     return arguments.own_recipe if arguments.data is not None else arguments.default_recipe

@@ -25,6 +25,9 @@ Instead of figures, the command writes `predictions.jsonl` and `example.png`, an
 `skipped_rows.jsonl`. `--task retrieval` trains a model that embeds images and their captions, with the recipe
 `retrieval`, whose hyperparameters are for a small model from scratch.
 
+The recipe `captioning` trains a model that describes the scenes. `easy_vqa`, `stamps_captioning` and `stamps_retrieval`
+train on public data: the recipes say how to get the data, and which figures to expect.
+
 `--check` reads all data once and prints the format, the number of rows, images and turns, the sizes of the images, and
 the bad rows with file, row number (from 0) and reason. The exit code is 2 if there are bad rows, unless `--on-bad-row
 skip` says that they can be skipped.
@@ -37,7 +40,7 @@ import json
 import sys
 from pathlib import Path
 
-from ..shipped_files import find_preset, working_root
+from ..shipped_files import find_preset, shipped_presets, working_root
 from .data_options import FORMAT_NAMES as FORMAT_NAMES
 from .data_options import RETRIEVAL, TASK_NAMES, add_data_options, check_data_options, given_values, recipe_name
 from .mistakes import mistakes_in_one_line
@@ -45,7 +48,7 @@ from .options import add_json_option, add_recipe_options, only_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe_options(parser, "demo", "demo, quickstart, tiles, finetune, retrieval", "finetune")
+    add_recipe_options(parser, "demo", ", ".join(shipped_presets("training")), "finetune")
     parser.add_argument("--output-dir", help="folder to write to (default: outputs/RECIPE, such as outputs/demo)")
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     parser.add_argument("--model", help="model to train: preset, folder or name on the Hub (default: of the recipe)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -32,9 +33,20 @@ from .recipes import find_model
 # About this many images are enough to estimate the mean and the standard deviation of the pixels.
 NUM_IMAGES_LOOKED_AT = 1000
 
+# Fields of the configuration of a new model whose values come from its tokenizer.
+SET_BY_TOKENIZER = (
+    "image_token_id",
+    "text_config.vocab_size",
+    "text_config.pad_token_id",
+    "text_config.eos_token_id",
+)
+
 
 def from_scratch(
-    config_file: str, examples: Dataset | IterableDataset, vocab_size: int = 1024
+    config_file: str,
+    examples: Dataset | IterableDataset,
+    vocab_size: int = 1024,
+    config_fields: Mapping[str, Any] | None = None,
 ) -> tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]:
     """
     Creates a new model from a preset, with a tokenizer trained on the texts of the examples, and an image processor
@@ -49,6 +61,9 @@ def from_scratch(
             with the columns `question`, `answer` and `image`. Only the first 10,000 rows of a stream are read.
         vocab_size (`int`, *optional*, defaults to 1024):
             Maximum size of the vocabulary.
+        config_fields (`Mapping[str, Any]`, *optional*):
+            Fields of the configuration that replace those of the file. Those of sub-configurations are nested, such as
+            `{"vision_config": {"image_size": 64, "patch_size": 8}}`.
 
     Returns:
         `tuple[SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor]`: The model, with random weights, and its
@@ -56,7 +71,8 @@ def from_scratch(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is neither a JSON file nor a preset.
+        ValueError: If it is neither a JSON file nor a preset, or if a field of `config_fields` does not exist or is set
+            by the tokenizer.
     """
     path = find_model(config_file)
     check(
@@ -69,7 +85,7 @@ def from_scratch(
         rows = first_rows(examples, NUM_IMAGES_LOOKED_AT)
         with_images = rows[:NUM_IMAGES_LOOKED_AT]
     tokenizer = train_tokenizer(texts_of(rows), vocab_size)
-    raw = SparseMoeVlmConfig.from_json_file(path).to_dict()
+    raw = _with_fields(SparseMoeVlmConfig.from_json_file(path).to_dict(), config_fields or {})
     raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
     raw["text_config"] |= {
         "vocab_size": len(tokenizer),
@@ -87,6 +103,20 @@ def from_scratch(
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     image_processor.image_mean, image_processor.image_std = _pixel_statistics(with_images, image_processor)
     return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+
+
+def _with_fields(config: dict[str, Any], fields: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Returns the fields of a configuration with other values. Fields of sub-configurations are nested."""
+    merged = dict(config)
+    for key, value in fields.items():
+        name = f"{section}{key}"
+        check(key in config, f"the configuration of the model has no field `{name}`: {', '.join(config)}.")
+        check(name not in SET_BY_TOKENIZER, f"`{name}` of the configuration is set by the tokenizer: remove it.")
+        if "model_type" in (config[key] if isinstance(config[key], dict) else ()):
+            check(isinstance(value, Mapping), f"`{name}` of the configuration must be a mapping, got {value!r}.")
+            value = _with_fields(config[key], value, f"{name}.")
+        merged[key] = value
+    return merged
 
 
 def _pixel_statistics(examples: Examples, image_processor: SiglipImageProcessorPil) -> tuple[list[float], list[float]]:

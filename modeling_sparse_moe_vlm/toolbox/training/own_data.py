@@ -79,7 +79,7 @@ def needs_processor(data: Mapping[str, Any], processor: Any) -> bool:
 
 
 def load_training_rows(
-    data: Mapping[str, Any], skipped: SkippedRows, processor: Any | None = None
+    data: Mapping[str, Any], skipped: SkippedRows | None, processor: Any | None = None
 ) -> Dataset | IterableDataset:
     """
     Loads the rows to train on.
@@ -87,7 +87,7 @@ def load_training_rows(
     Args:
         data (`Mapping[str, Any]`):
             The section `data` of a recipe.
-        skipped (`SkippedRows`):
+        skipped (`SkippedRows`, *optional*):
             Where skipped rows are counted and listed.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*):
             Processor of the model. Without it, limits are not applied.
@@ -98,11 +98,11 @@ def load_training_rows(
     return _load(data, data["train"], data.get("split") or "train", skipped, processor, bool(data.get("streaming")))
 
 
-def load_evaluation_rows(data: Mapping[str, Any], skipped: SkippedRows, processor: Any) -> Dataset | None:
+def load_evaluation_rows(data: Mapping[str, Any], skipped: SkippedRows | None, processor: Any) -> Dataset | None:
     """Loads the rows to evaluate on, in memory, or returns `None` if the recipe names none."""
     if not has_evaluation(data):
         return None
-    path, split = _eval_source(data)
+    path, split = data.get("eval") or data["train"], data.get("eval_split") or "train"
     return _load(data, path, split, skipped, processor, streaming=False)
 
 
@@ -130,7 +130,7 @@ def _normal(path: str) -> str:
 
 
 def _load(
-    data: Mapping[str, Any], path: str, split: str, skipped: SkippedRows, processor: Any | None, streaming: bool
+    data: Mapping[str, Any], path: Any, split: str, skipped: SkippedRows | None, processor: Any | None, streaming: bool
 ) -> Any:
     arguments = {
         key: value for key, value in data.items() if key not in {*_OF_FILES, *_OF_BATCHES, "split", "streaming"}

@@ -68,13 +68,11 @@ class OwnReport:
     def add_to_card(self, model_dir: Path) -> None:
         """Adds the scores to the `model-index` of the model card."""
         if self.scores is not None:
-            data = self.data.data
-            path = data.get("eval") or data["train"]
             add_results_to_card(
                 model_dir,
                 self.scores,
-                dataset=Path(path).resolve().stem if Path(path).exists() else path,
-                split=data.get("eval_split"),
+                dataset=self.data.name,
+                split=self.data.data.get("eval_split"),
                 task=TASKS_OF_HUB.get(task_of(self.task, self.data.format), "image-text-to-text"),
             )
 

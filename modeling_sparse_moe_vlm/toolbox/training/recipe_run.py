@@ -23,11 +23,13 @@ from .parts import describe_parts, train_parts
 from .processes import make_arguments, part, save_complete, start_processes
 from .processor_options import set_processor_options
 from .recipes import Recipe, find_model
-from .run_data import OwnRows, ScenesData, new_skipped_rows
+from .run_data import OwnRows, SceneCaptions, ScenesData, new_skipped_rows
 from .scenes_report import ScenesReport, resizing_note
 from .stages import StageFolders, stages_of
 from .trainer import SparseMoeTrainer
 from .training_settings import compute_router_losses
+
+CAPTIONING = "captioning"
 
 
 class TrainingRun:
@@ -62,8 +64,11 @@ class TrainingRun:
         for stage, arguments in zip(self.stages, self.stage_arguments, strict=True):
             if self.is_own:
                 check_own_data(stage.data, arguments.max_steps)
-            if self.is_own or recipe.task == RETRIEVAL:
-                check_evaluation(recipe.evaluation, arguments, not self.is_own or has_evaluation(stage.data))
+                check_evaluation(recipe.evaluation, arguments, has_evaluation(stage.data))
+            elif recipe.task in (CAPTIONING, RETRIEVAL):
+                check_evaluation(recipe.evaluation, arguments, has_rows=True)
+            else:
+                check(recipe.task in (None, "vqa"), f"`task: {recipe.task}` needs your own data: set `data.train`.")
         self.first = self.folders.num_finished() if resume else 0
         self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
         self.arguments = self.stage_arguments[self.first]
@@ -75,6 +80,10 @@ class TrainingRun:
         elif model_path.endswith(".json"):
             self.model, self.processor = self._create(model_path)
         else:
+            check(
+                not recipe.config,
+                f"`config` of the recipe is for a model from scratch, but `model` is the checkpoint {recipe.model}.",
+            )
             self._load_model(model_path)
         set_processor_options(self.processor, recipe.processor)
         self.data.use(self.processor)
@@ -188,11 +197,13 @@ class TrainingRun:
 
     def _load_data(self, number: int) -> ScenesData | OwnRows:
         data = self.stages[number].data
-        return ScenesData(data) if self.skipped is None else OwnRows(data, self.skipped)
+        if self.is_own:
+            return OwnRows(data, self.skipped)
+        return SceneCaptions(data) if self.recipe.task == CAPTIONING else ScenesData(data)
 
     def _create(self, path: str) -> tuple[Any, Any]:
         """Returns a new model and its processor."""
-        return from_scratch(path, self.data.examples, **self.recipe.tokenizer)
+        return from_scratch(path, self.data.examples, **self.recipe.tokenizer, config_fields=self.recipe.config)
 
     def _load(self, path: str) -> tuple[Any, Any]:
         """Returns the model of a checkpoint and its processor."""

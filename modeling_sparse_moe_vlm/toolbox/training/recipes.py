@@ -48,6 +48,9 @@ class Recipe:
             Arguments of [`~transformers.TrainingArguments`], except `output_dir` and `remove_unused_columns`.
         tokenizer (`dict`):
             Arguments of [`~toolbox.demo.train_tokenizer`], for a model from scratch.
+        config (`dict`):
+            Fields of the model configuration that replace those of the file, for a model from scratch: `config_fields`
+            of [`~toolbox.training.from_scratch`].
         parts (`dict`):
             Parts of the model to freeze, or their learning rates, as in [`~toolbox.training.train_parts`].
         stages (`list[dict]`):
@@ -73,6 +76,7 @@ class Recipe:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
     stages: list[dict[str, Any]] = field(default_factory=list)
     dtype: str | None = None
@@ -83,7 +87,8 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_recipe`] reads."""
-        return dump_recipe(self, optional=("stages", "dtype", "task", "retrieval", "evaluation", "processor"))
+        optional = ("config", "stages", "dtype", "task", "retrieval", "evaluation", "processor")
+        return dump_recipe(self, optional=optional)
 
 
 def dump_recipe(recipe: Any, optional: Collection[str] = ()) -> str:
@@ -119,6 +124,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), given: Mapping[
         "data": keys_of_data,
         "training": training_arguments(),
         "tokenizer": tokenizer_arguments(),
+        "config": lambda values: dict.fromkeys(values, Any),  # `from_scratch` knows the fields
         "parts": dict.fromkeys(PARTS, Any),
         "evaluation": EVALUATION_ARGUMENTS,
         "retrieval": RETRIEVAL_ARGUMENTS,

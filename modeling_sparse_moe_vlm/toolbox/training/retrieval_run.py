@@ -15,7 +15,7 @@ from ..data.bad_rows import SkippedRows
 from ..data.pairs import pairs_of
 from ..data.sources import find_parts
 from ..demo import scene_pairs
-from .models import from_scratch, is_retrieval_model, load_config, retrieval_from_checkpoint
+from .models import is_retrieval_model, load_config, retrieval_from_checkpoint
 from .own_callbacks import early_stopping, options_of_callback
 from .own_data import has_evaluation
 from .own_evaluation import DURING_TRAINING, score_lines
@@ -158,7 +158,7 @@ class RetrievalRun(TrainingRun):
         return ScenePairs(data) if self.skipped is None else OwnPairs(data, self.skipped)
 
     def _create(self, path: str) -> tuple[Any, Any]:
-        model, processor = from_scratch(path, self.data.examples, **self.recipe.tokenizer)
+        model, processor = super()._create(path)
         return self._with_head(model, processor), processor
 
     def _load(self, path: str) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data import VisionLanguageCollator
 from ..data.bad_rows import SkippedRows, process_number
-from ..demo import conversations, load_scenes
+from ..demo import conversations, load_scenes, scene_pairs
 from .own_data import has_evaluation, load_evaluation_rows, load_training_rows, make_collator, needs_processor
 
 
@@ -58,7 +58,7 @@ class OwnRows:
             Where skipped rows are counted and listed.
     """
 
-    def __init__(self, data: Mapping[str, Any], skipped: SkippedRows) -> None:
+    def __init__(self, data: Mapping[str, Any], skipped: SkippedRows | None) -> None:
         self.data, self.skipped = data, skipped
         self._train: Dataset | IterableDataset | None = None
         self.eval: Dataset | None = None
@@ -81,6 +81,12 @@ class OwnRows:
         assert self.eval is not None
         return self.eval.reader.format  # type: ignore[attr-defined]
 
+    @property
+    def name(self) -> str:
+        """Name of the rows for evaluation in the model card."""
+        path = self.data.get("eval") or self.data["train"]
+        return Path(path).resolve().stem if Path(path).exists() else path
+
     def use(self, processor: Any) -> None:
         """Loads the rows, and validates them with the processor where this is needed."""
         if self._train is None or needs_processor(self.data, processor):
@@ -91,6 +97,23 @@ class OwnRows:
     def collator(self, processor: Any, model: PreTrainedModel) -> VisionLanguageCollator:
         """Returns the collator. Packing runs the model to check that it supports packed rows."""
         return make_collator(self.data, processor, model)
+
+
+class SceneCaptions(OwnRows):
+    """
+    The built-in scenes with a description of each image, as if they were own data.
+
+    Args:
+        data (`Mapping[str, Any]`):
+            The section `data` of a recipe: arguments of [`~toolbox.demo.load_scenes`].
+    """
+
+    name = "scenes"
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        splits, grid = load_scenes(**data), tuple(data.get("grid", (2, 2)))
+        pairs = {name: scene_pairs(splits[split], grid) for name, split in (("train", "train"), ("eval", "test"))}
+        super().__init__(pairs, skipped=None)
 
 
 def new_skipped_rows(output_dir: Path, resume: bool) -> SkippedRows:

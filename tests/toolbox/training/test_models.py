@@ -74,6 +74,41 @@ def test_presets_by_name_in_any_folder(fresh, tmp_path, monkeypatch):
         from_scratch("tny", rows)
 
 
+FIELDS = {"pixel_shuffle_factor": 2, "vision_config": {"image_size": 64, "patch_size": 8, "num_hidden_layers": 2}}
+
+
+def test_fields_of_the_configuration(fresh):
+    examples = [{"question": "zebra?", "answer": "quagga", "image": plain_image(colour)} for colour in COLOURS]
+    features = Features({"question": Value("string"), "answer": Value("string"), "image": Image()})
+    model, processor = from_scratch(
+        PRESET, Dataset.from_list(examples, features=features), vocab_size=280, config_fields=FIELDS
+    )
+    expected = fresh[0].config.to_dict()
+    expected["pixel_shuffle_factor"] = 2
+    expected["vision_config"] |= FIELDS["vision_config"]
+    assert model.config.to_dict() == expected
+    assert processor.image_seq_length == 16  # 8 by 8 patches, of which 2 by 2 become a token
+    assert processor.image_processor.size == {"height": 64, "width": 64}
+    assert len(model.model.vision_tower.encoder.layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pixel_shufle": 2}, "has no field `pixel_shufle`"),
+        ({"text_config": {"num_expert": 2}}, r"has no field `text_config\.num_expert`"),
+        ({"vision_config": 64}, "`vision_config` of the configuration must be a mapping, got 64"),
+        ({"text_config": {"vocab_size": 9}}, r"`text_config\.vocab_size` of the configuration is set by the tokenizer"),
+        ({"image_token_id": 9}, "`image_token_id` of the configuration is set by the tokenizer"),
+        ({"text_config": {"num_experts": 0}}, "num_experts"),
+    ],
+)
+def test_wrong_fields_of_the_configuration(fields, message):
+    rows = [{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "images": []}]
+    with pytest.raises(ValueError, match=message):
+        from_scratch(PRESET, Dataset.from_list(rows), vocab_size=280, config_fields=fields)
+
+
 def test_everything_else_is_as_in_the_preset(fresh):
     preset, config = AutoConfig.from_pretrained(PRESET), fresh[0].config
     changed = {"vocab_size", "pad_token_id", "eos_token_id"}

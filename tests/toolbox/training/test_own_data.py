@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -20,11 +22,13 @@ from transformers import (
 )
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
-from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows, own_data
+from modeling_sparse_moe_vlm.toolbox.demo import scene_pairs, scenes
+from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows, own_data, score_answers
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_checkpoint, from_scratch, model_parts
 from modeling_sparse_moe_vlm.toolbox.training.recipe_run import TrainingRun
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
 from tests.support.models import TINY_DECODER
+from tests.support.processes import ROOT
 from tests.support.processors import VOCAB_SIZE, make_processor, make_speaking_model, make_tokenizer
 from tests.toolbox.data.data_files import GREEN, RED, write_image, write_lines
 from tests.toolbox.upcycling.test_processors import make_llava_processor
@@ -458,3 +462,50 @@ def test_splits_of_a_folder(folder, tmp_path):
     assert {row["source"] for row in training.data.train} == {str(folder / "train.jsonl")}
     assert [row["source"] for row in training.data.eval] == [str(folder / "test.jsonl")] * 2
     assert training.report.metrics == ["vqa_accuracy", "exact_match"]
+
+
+def test_fields_of_the_configuration_are_for_new_models(folder, tmp_path):
+    recipe = write_recipe(folder, "config: {pixel_shuffle_factor: 1}\n", "config")
+    with pytest.raises(ValueError, match=r"`config` of the recipe is for a model from scratch, but .* checkpoint"):
+        TrainingRun(load_recipe(recipe), tmp_path / "run")
+
+
+CAPTIONS = [
+    "task=captioning",
+    "data.num_train=44",
+    "data.num_heldout=11",
+    "training.max_steps=2",
+    "training.per_device_train_batch_size=4",
+    "training.use_cpu=true",
+    "training.eval_strategy=steps",
+    "training.eval_steps=1",
+    "evaluation.sample=2",
+    "config.text_config.num_hidden_layers=1",
+]
+
+
+def test_captions_of_the_built_in_scenes(tmp_path):
+    training = run(ROOT / "configuration/training/captioning.yaml", tmp_path, *CAPTIONS)
+    assert training.model.config.text_config.num_hidden_layers == 1
+    vocabulary = training.recipe.data["vocabulary"]
+    pairs = scene_pairs(scenes("test", 11, grid=(2, 2), cell_size=16, vocabulary=vocabulary))
+    metrics = training.evaluate()
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [prediction["references"] for prediction in predictions] == [[row["caption"]] for row in pairs]
+    answers = [prediction["prediction"] for prediction in predictions]
+    expected = score_answers(
+        ["cider", "bleu", "rouge_l"], answers, [prediction["references"] for prediction in predictions]
+    )
+    assert metrics["eval"] == expected
+    card = ModelCard.load(tmp_path / "model/README.md").data
+    assert [(result.task_type, result.dataset_name) for result in card.eval_results] == [
+        ("image-to-text", "scenes")
+    ] * 3
+    training.draw()
+    question, image = training.report.example()
+    assert (question, image) == ("Describe the image.", tmp_path / "example.png")
+    assert PILImage.open(image).tobytes() == pairs[0]["image"].convert("RGB").tobytes()
+    saved = load_recipe(tmp_path / "recipe.yaml")
+    assert saved.config == {"text_config": {"num_hidden_layers": 1}}
+    with pytest.raises(ValueError, match=r"`task: chat` needs your own data: set `data\.train`"):
+        TrainingRun(load_recipe(tmp_path / "recipe.yaml", ["task=chat"]), tmp_path / "chat")
