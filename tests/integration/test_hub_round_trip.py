@@ -144,6 +144,8 @@ def test_round_trip(transfer, client, saved, tmp_path):
         assert own.history()[0].title == "Second version (sparse-moe-vlm)"
         is_xet = {file.xet_hash is not None for file in own.at("main").files.values() if file.is_large}
         assert is_xet == {transfer == "xet"}
+        assert b"license: apache-2.0" in adapter.files()["README.md"]  # that of the base model
+        assert adapter.files().keys() >= {"LICENSE", "adapter_model.safetensors"}
         first = own.history()[1].sha
         (home := tmp_path / "home").mkdir()
         assert run(LOAD, server, home, client, saved, first, client[0], **variables).splitlines()[-1] == "loaded"

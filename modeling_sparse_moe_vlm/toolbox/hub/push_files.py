@@ -22,6 +22,8 @@ from .push_private import check_no_paths, check_no_tokens, check_weights_metadat
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Shards that `save_pretrained` writes have up to 50 GB of tensors, and a header.
+MAX_FILE_SIZE = 50 * 2**30
 LICENCE, LICENCE_OF_CODE = "LICENSE", "LICENSE-CODE"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -214,16 +216,29 @@ def add_card(found: PushedFiles, card: str, replacements: dict[str, str]) -> Non
 
 
 def with_new_name(card: str, names: set[str], repo_id: str) -> str:
-    """Returns a model card in which programs load the model by its name on the Hub."""
+    """
+    Returns a model card in which the model has its name on the Hub: in programs that load it, in the title and in the
+    metadata.
+
+    Args:
+        card (`str`):
+            The model card.
+        names (`set[str]`):
+            What the model was called before: its folder.
+        repo_id (`str`):
+            Name of the repository.
+    """
     known = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    return re.sub(
+    card = re.sub(
         rf"(\b(?:from_pretrained|SentenceTransformer)\(\s*[\"'])(?:{known})([\"'])", rf"\g<1>{repo_id}\2", card
     )
+    short = repo_id.partition("/")[2]
+    return re.sub(rf"^(# |model_name: |- name: )(?:{known})$", rf"\g<1>{short}", card, flags=re.MULTILINE)
 
 
 def _metadata(card: str) -> dict[str, Any]:
     try:
-        return ModelCard(card).data.to_dict()
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
         raise PushError(f"The metadata at the top of {README} cannot be read: {message}") from error
@@ -234,6 +249,7 @@ def _weights(folder: Path) -> list[Path]:
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         files = [folder / SAFE_WEIGHTS_NAME]
         check_weights(files)
+        _check_sizes(files)
         return files
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
@@ -244,7 +260,17 @@ def _weights(folder: Path) -> list[Path]:
         raise PushError(f"{index} lists {foreign[0]!r}, which is not a file of weights: save the model again.")
     files = [folder / name for name in names]
     check_weights(files, weight_map)
+    _check_sizes(files)
     return [index, *files]
+
+
+def _check_sizes(files: list[Path]) -> None:
+    for path in files:
+        if path.stat().st_size > MAX_FILE_SIZE:
+            raise PushError(
+                f"{path} has {path.stat().st_size / 1e9:.1f} GB, but files on the Hub should have at most 50 GB: load "
+                'the model and save it again, which splits the weights (`max_shard_size="50GB"` by default).'
+            )
 
 
 def _no_weights(folder: Path, name: str) -> PushError:

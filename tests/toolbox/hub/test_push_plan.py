@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
-from modeling_sparse_moe_vlm.toolbox.hub import PushError, plan_push, write_model_card
+from modeling_sparse_moe_vlm.toolbox.hub import PushError, plan_push, push_files, write_model_card
 from modeling_sparse_moe_vlm.toolbox.shipped_files import PACKAGE
 from modeling_sparse_moe_vlm.toolbox.upcycling import to_native, upcycle
 from tests.support.in_tree_models import make_llava, prepare
@@ -211,14 +211,15 @@ def test_paths_in_cards_are_shortened(copy, tmp_path, monkeypatch):
     )
 
 
-def test_programs_in_cards_load_the_model_by_its_name_on_the_hub(copy):
+def test_cards_call_the_model_by_its_name_on_the_hub(copy):
     folder = copy("native")
-    card = 'AutoModel.from_pretrained(\'native\')\nSentenceTransformer("native")\nfrom_pretrained("native-2")\nnative\n'
-    (folder / "README.md").write_text(card)
-    assert plan_push(folder, "user/model").files["README.md"].text == (
-        'AutoModel.from_pretrained(\'user/model\')\nSentenceTransformer("user/model")\nfrom_pretrained("native-2")\n'
-        "native\n"
+    card = "---\nmodel_name: {short}\nmodel-index:\n- name: {short}\n---\n# {short}\n\n## native too\n"
+    card += (
+        'AutoModel.from_pretrained(\'{long}\')\nSentenceTransformer("{long}")\nfrom_pretrained("native-2")\nnative\n'
     )
+    (folder / "README.md").write_text(card.format(short="native", long="native"))
+    shown = plan_push(folder, "user/model").files["README.md"].text
+    assert shown == card.format(short="model", long="user/model")
 
 
 def test_missing_code_is_completed(copy):
@@ -288,6 +289,16 @@ def test_damaged_weights_are_refused(copy):
         plan_push(folder, "user/model")
 
 
+def test_files_that_are_too_large_are_refused(copy, monkeypatch):
+    folder = copy("native")
+    size = (folder / "model.safetensors").stat().st_size
+    monkeypatch.setattr(push_files, "MAX_FILE_SIZE", size)
+    assert "model.safetensors" in plan_push(folder, "user/model").files
+    monkeypatch.setattr(push_files, "MAX_FILE_SIZE", size - 1)
+    with pytest.raises(PushError, match=r"model\.safetensors has 0\.0 GB, .* at most 50 GB: .*max_shard_size"):
+        plan_push(folder, "user/model")
+
+
 def test_the_folder_of_a_run(copy, tmp_path):
     copy("native")
     with pytest.raises(PushError, match=f"did you mean {tmp_path / 'native'}\\?"):
@@ -320,7 +331,8 @@ def test_licences(copy):
     assert "names no licence" in plan_push(folder, "user/model").notes[-1]
 
 
-def test_adapters(copy):
+def test_adapters(copy, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("it used the network"))
     folder = copy("adapter")
     with pytest.raises(PushError, match="names nothing as the base model"):
         plan_push(folder, "user/adapter")
