@@ -126,8 +126,6 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
         (["first", "data.jsonl", "--output-dir", "."], "would write the predictions into the folder of the model"),
         (["tiny", "data.jsonl"], "tiny is a file, not a trained model"),
         (["first", "data.jsonl", "--model", "second"], "got a model both as first and with `--model second`"),
-        (["first", "data.jsonl", "--set", "data.num_train=5"], "`--set` only has an effect with the built-in data"),
-        (["first", "data.jsonl", "--recipe", "quickstart"], "`--recipe` only has an effect with the built-in data"),
         (["--model", "first", "--metrics", "anls"], "`--metrics` only has an effect with own data"),
         (["first", "data.jsonl", "--bad-rows", "a.jsonl"], "`--bad-rows` only has an effect with `--on-bad-row skip`"),
         (

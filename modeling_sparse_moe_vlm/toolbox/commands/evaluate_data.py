@@ -69,9 +69,6 @@ def models_and_data(arguments: argparse.Namespace) -> tuple[list[str], str] | No
     if arguments.data is None and not arguments.paths:
         _check_unused(arguments, OF_DATA, "own data: `evaluate MODEL DATA`")
         return None
-    _check_unused(arguments, ("set",), "the built-in data")
-    if arguments.recipe != arguments.default_recipe:
-        raise ValueError("`--recipe` only has an effect with the built-in data.")
     if arguments.paths and arguments.model is not None:
         raise ValueError(
             f"got a model both as {arguments.paths[0]} and with `--model {arguments.model}`: leave out `--model`."
