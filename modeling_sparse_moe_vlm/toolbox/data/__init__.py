@@ -6,11 +6,13 @@ from .collator import VisionLanguageCollator
 from .loading import load_rows
 from .packing_check import check_packing
 from .pairs import load_pairs
+from .preferences import PreferenceCollator
 from .retrieval import RetrievalCollator, retrieval_inputs
 
 __all__ = [
     "BadRowError",
     "DataReport",
+    "PreferenceCollator",
     "RetrievalCollator",
     "VisionLanguageCollator",
     "check_data",

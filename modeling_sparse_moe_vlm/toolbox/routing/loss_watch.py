@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
 from ...experts_config import experts_config_of
@@ -99,6 +100,30 @@ def warn_of_scaled_losses(args: Any, model: nn.Module) -> None:
             f"{config.router_aux_loss_coef} in the model's configuration. The trainer therefore multiplies "
             f"{', '.join(f'`{name}`' for name in scaled)} by {coefficient / config.router_aux_loss_coef:g} as well. "
             "Set `router_aux_loss_coef` only in the model's configuration."
+        )
+
+
+def warn_of_classifiers(model: nn.Module) -> None:
+    """
+    Logs a warning if a model for sequence classification, such as a reward model, has coefficients of router losses.
+    Only models with a language head add them to their loss.
+
+    Args:
+        model (`nn.Module`):
+            The model. It can be wrapped or have adapters.
+    """
+    if not any(isinstance(module, GenericForSequenceClassification) for module in model.modules()):
+        return
+    ours = next((module for module in model.modules() if hasattr(module, "routing_planner")), None)
+    if ours is None:
+        return
+    config = experts_config_of(ours.config)
+    left_out = [name for name in ("router_aux_loss_coef", *OTHER_COEFFICIENTS) if getattr(config, name)]
+    if left_out and config.sparse_layers:
+        logger.warning(
+            f"{', '.join(f'`{name}`' for name in left_out)} have no effect: models for sequence classification do not "
+            "add router losses to their loss. Set them to 0 to silence this warning, and `router_bias_update_rate` to "
+            "balance the load without a loss."
         )
 
 

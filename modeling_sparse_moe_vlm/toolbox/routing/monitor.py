@@ -18,7 +18,7 @@ from ...token_modalities import TokenModalities
 from ..throughput import Throughput, largest_peak_memory
 from ..trainer_figures import FiguresCallback
 from .counts import RoutingCounts, count_batch, count_layers
-from .loss_watch import mean_losses, warn_of_scaled_losses, watch_losses
+from .loss_watch import mean_losses, warn_of_classifiers, warn_of_scaled_losses, watch_losses
 from .router_bias import update_router_bias
 from .statistics import RoutingStatistics, routing_statistics
 from .watch import decoders, watch_routing
@@ -96,6 +96,7 @@ class RoutingMonitor(FiguresCallback):
         """Called by `Trainer`. From now on, every forward pass in training is counted."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
         warn_of_scaled_losses(args, model)
+        warn_of_classifiers(model)
         self._remove_hooks()  # hooks of an interrupted training
         self._step, self._since_report, self._losses = [], None, []
         self._evaluated, self._evaluated_losses = [], []

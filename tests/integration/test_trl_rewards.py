@@ -1,0 +1,114 @@
+"""A reward model with images in TRL's RewardTrainer."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from modeling_sparse_moe_vlm.routing import router_biases
+from modeling_sparse_moe_vlm.toolbox.data import PreferenceCollator, VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, loss_watch, measure_routing, update_router_bias
+from tests.integration.test_trl import ARGUMENTS
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_config
+from tests.test_model_values import SparseMoeVlmForSequenceClassification
+
+trl = pytest.importorskip("trl")
+
+pytestmark = pytest.mark.newest
+
+
+def make_scorer(**text_config):
+    config = make_speaking_config(**text_config)
+    config.num_labels = 1
+    torch.manual_seed(0)
+    return SparseMoeVlmForSequenceClassification(config)
+
+
+def question(text: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+
+
+def make_rows(margins=None) -> list[dict]:
+    rows = []
+    for number, text in enumerate(("What?", "What is the cat on the mat?")):
+        row = {"prompt": question(text), "chosen": [assistant("A cat.")], "rejected": [assistant("The mat, the mat.")]}
+        rows.append(row | {"images": [make_image(number)]})
+        if margins is not None:
+            rows[-1]["margin"] = margins[number]
+    return rows
+
+
+@pytest.mark.parametrize("margins", [None, [0.5, 2.0]], ids=["no margins", "margins"])
+def test_reward_trainer_with_images(margins, monkeypatch, tmp_path):
+    warnings: list[str] = []
+    monkeypatch.setattr(loss_watch.logger, "warning", warnings.append)
+    model, processor = make_scorer(router_bias_update_rate=0.01, router_z_loss_coef=0.5), make_processor()
+    processor.tokenizer.chat_template = processor.chat_template
+    rows, collator = make_rows(margins), PreferenceCollator(processor)
+    batch = collator(rows)
+    start = copy.deepcopy(model).train()
+    arguments = ARGUMENTS | {"max_steps": 1, "remove_unused_columns": False}
+    trainer = trl.RewardTrainer(
+        model,
+        trl.RewardConfig(str(tmp_path), **arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor.tokenizer,
+        data_collator=collator,
+        callbacks=[RoutingMonitor()],
+    )
+    trainer.train()
+    inputs = {name: value for name, value in batch.items() if name != "margin"}
+    chosen, rejected = start(**inputs).logits.squeeze(1).chunk(2)
+    expected = -F.logsigmoid(chosen - rejected - torch.tensor(margins or [0.0, 0.0])).mean()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    other = start(**inputs | {"pixel_values": inputs["pixel_values"].flip(0)}).logits.squeeze(1).chunk(2)[0]
+    assert (other - chosen).abs().min() > 1e-3, "the images matter"
+    changed = [name for name, weight in model.named_parameters() if not torch.equal(weight, start.get_parameter(name))]
+    assert {"score.weight", "model.language_model.layers.0.mlp.experts.gate_up_proj"} <= set(changed)
+    assert any("vision_tower" in name for name in changed)
+    update_router_bias(start, measure_routing(start, [inputs]))
+    for bias, by_hand in zip(router_biases(model), router_biases(start), strict=True):
+        assert bias.any()
+        assert torch.equal(bias, by_hand)
+    (message,) = warnings
+    assert message.startswith("`router_aux_loss_coef`, `router_z_loss_coef` have no effect: models for sequence")
+
+
+def test_batches():
+    processor, rows = make_processor(), make_rows([1, 2])
+    batch = PreferenceCollator(processor)(rows)
+    conversations = [
+        {"messages": row["prompt"] + row[side], "images": row["images"]}
+        for side in ("chosen", "rejected")
+        for row in rows
+    ]
+    expected = VisionLanguageCollator(processor)(conversations)
+    assert batch.keys() == (expected.keys() - {"labels"}) | {"margin"}
+    assert all(torch.equal(batch[name], expected[name]) for name in batch if name != "margin")
+    assert torch.equal(batch["margin"], torch.tensor([1.0, 2.0]))
+    # As `RewardTrainer` changes rows; and without a prompt.
+    full = [row | {side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in rows]
+    without = [{name: value for name, value in row.items() if name != "prompt"} for row in full]
+    for changed in (full, without):
+        assert torch.equal(PreferenceCollator(processor)(changed)["input_ids"], batch["input_ids"])
+
+
+def test_rows_that_cannot_be_compared():
+    rows = make_rows()
+    with pytest.raises(ValueError, match="row 1 of the batch has no `rejected`"):
+        PreferenceCollator(make_processor())([rows[0], rows[1] | {"rejected": []}])
+    with pytest.raises(ValueError, match=r"pairs\.jsonl.*max_length"):
+        PreferenceCollator(make_processor(), max_length=5)([rows[0] | {"source": "pairs.jsonl", "row": 3}])
+
+
+def test_models_without_router_losses_are_not_warned_of(monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(loss_watch.logger, "warning", warnings.append)
+    loss_watch.warn_of_classifiers(make_scorer(router_aux_loss_coef=0.0))
+    loss_watch.warn_of_classifiers(make_scorer(mlp_only_layers=[0, 1]))
+    loss_watch.warn_of_classifiers(make_scorer().model)
+    loss_watch.warn_of_classifiers(torch.nn.Linear(1, 1))
+    assert warnings == []
