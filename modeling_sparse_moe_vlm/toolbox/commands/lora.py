@@ -15,6 +15,9 @@ repository:
 The command writes to the output folder: the adapter (folder `adapter`), which PEFT can load, `metrics.json`, and the
 recipe with all overrides (`recipe.yaml`).
 
+The model can have experts or not. In models without experts, such as LLaVA, the feed-forward blocks of the language
+model get adapters instead of experts.
+
 `--data` trains on your own data, with the recipe `finetune`. The model is scored on the rows of `--eval-data` without
 and with the adapter. The command then also writes `predictions.jsonl`, and lists skipped rows in `skipped_rows.jsonl`.
 """

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from ..training.model_parts import PARTS
 from ..training.own_evaluation import EVALUATION_ARGUMENTS
-from ..training.recipes import check_values, dump_recipe, keys_of_data, read_recipe, training_arguments
+from ..training.recipes import check_stages, check_values, dump_recipe, keys_of_data, read_recipe, training_arguments
 from .selection import expert_lora_config
 
 # Arguments that a recipe cannot set: `expert_lora_config` sets them itself.
@@ -36,6 +36,8 @@ class LoraRecipe:
             Arguments of [`~transformers.TrainingArguments`], as in [`~toolbox.training.recipes.Recipe`].
         parts (`dict`):
             Parts of the adapted model to freeze, or their learning rates, as in [`~toolbox.training.train_parts`].
+        stages (`list[dict]`):
+            Stages, which train the same adapters one after the other, as in [`~toolbox.training.recipes.Recipe`].
         task (`str`, *optional*):
             Task of own data, as in [`~toolbox.training.recipes.Recipe`].
         evaluation (`dict`):
@@ -47,12 +49,13 @@ class LoraRecipe:
     data: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
     task: str | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
 
     def to_yaml(self) -> str:
         """Returns the recipe as YAML that [`load_lora_recipe`] reads."""
-        return dump_recipe(self, optional=("parts", "task", "evaluation"))
+        return dump_recipe(self, optional=("parts", "stages", "task", "evaluation"))
 
 
 def load_lora_recipe(
@@ -83,7 +86,8 @@ def load_lora_recipe(
         "parts": dict.fromkeys(PARTS, Any),
         "evaluation": EVALUATION_ARGUMENTS,
     }
-    recipe = LoraRecipe(**read_recipe(path, overrides, sections, ("task",), given))
+    recipe = LoraRecipe(**read_recipe(path, overrides, sections, ("stages", "task"), given))
+    recipe.stages = check_stages(recipe.stages, recipe.data, path)
     check_values(recipe, path)
     return recipe
 

@@ -115,7 +115,11 @@ def expert_lora_config(
         "`experts` and `expert_ranks` both choose experts: pass only one (rank 0 means no adapter).",
     )
     banks = expert_banks(model)
-    check(bool(banks), f"{type(model).__name__} has no experts that run through Transformers' experts interface.")
+    check(
+        bool(banks),
+        f"{type(model).__name__} has no experts that run through Transformers' experts interface. Use "
+        "`decoder_lora_config` for adapters on its attention and feed-forward blocks.",
+    )
     without = experts is not None and not experts
     banks = _in_groups(_in_layers(banks, layers, config, some=without), groups, modalities, config)
     chosen = set() if without else _projections(banks, projections)

@@ -12,32 +12,6 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ...registered.staged_saves import put_in_place
-from .checkpoints import last_whole_checkpoint
-
-
-def start_run(output_dir: Path, resume: bool, **training: Any) -> tuple[TrainingArguments, str | None]:
-    """
-    Starts a run: initialises the group of processes, creates the output folder and sets the seed.
-
-    Args:
-        output_dir (`Path`):
-            Folder for all outputs of the run. Its checkpoints go to the subfolder `checkpoints`.
-        resume (`bool`):
-            Whether to resume from the last complete checkpoint.
-        **training:
-            Arguments of [`~transformers.TrainingArguments`].
-
-    Returns:
-        `tuple[TrainingArguments, str | None]`: The arguments of the training, and the checkpoint from which to resume.
-
-    Raises:
-        ValueError: If an argument is invalid, or if there is no checkpoint to resume from.
-        OSError: If the folder cannot be created.
-    """
-    arguments = make_arguments(output_dir / "checkpoints", **training)
-    checkpoint = last_whole_checkpoint(arguments) if resume else None
-    start_processes(output_dir, arguments)
-    return arguments, checkpoint
 
 
 def make_arguments(folder: Path, **training: Any) -> TrainingArguments:

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import set_seed
 
-from ...checks import check
 from ..expert_modules import our_experts_config
 from ..hub import write_model_card
 from ..model_size import describe_size
@@ -19,13 +18,13 @@ from .own_callbacks import check_evaluation
 from .own_data import check_own_data, has_evaluation, is_own
 from .own_evaluation import RETRIEVAL
 from .own_report import OwnReport
-from .parts import describe_parts, train_parts
+from .parts import train_parts
 from .processes import make_arguments, part, save_complete, start_processes
 from .processor_options import set_processor_options
 from .recipes import Recipe, find_model
 from .run_data import OwnRows, SceneCaptions, ScenesData, new_skipped_rows
 from .scenes_report import ScenesReport, resizing_note
-from .stages import StageFolders, stages_of
+from .stages import StageFolders, describe_stage, stages_of
 from .trainer import SparseMoeTrainer
 from .training_settings import compute_router_losses
 
@@ -91,7 +90,10 @@ class TrainingRun:
         self.is_upcycled = bool(getattr(experts, "start", None))  # the configuration then names the base model
         self.base_model = None if Path(model_path).exists() else model_path
         self.collator = self.data.collator(self.processor, self.model)
-        self.plan = [self._describe(number) for number in range(len(self.stages))]
+        self.plan = [
+            describe_stage(self.model, stage, arguments)
+            for stage, arguments in zip(self.stages, self.stage_arguments, strict=True)
+        ]
         self.report = self._make_report()
         self.metrics: dict[str, Any] = {}
 
@@ -115,9 +117,8 @@ class TrainingRun:
         )
         if size is not None and (note := resizing_note(self.model, size)):
             print(note)
-        if self.first > 0 or (self.checkpoint is not None and self.stages[0].name):
-            where = "its start" if self.checkpoint is None else self.checkpoint
-            print(f"\nThe training resumes in the stage {self.stages[self.first].name} from {where}.")
+        if note := self.folders.resume_note(self.first, self.checkpoint):
+            print(f"\n{note}")
 
     def train(self) -> bool:
         """
@@ -213,20 +214,6 @@ class TrainingRun:
         self.model, self.processor = self._load(path)
         compute_router_losses(self.model)
 
-    def _describe(self, number: int) -> str:
-        """Describes what trains in a stage. The model stays as it is."""
-        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        stage, arguments = self.stages[number], self.stage_arguments[number]
-        try:
-            train_parts(self.model, stage.parts, arguments)
-            return describe_parts(self.model, stage.parts, arguments.learning_rate)
-        except ValueError as error:
-            check(not stage.name, f"{error} (in the stage {stage.name!r})")
-            raise
-        finally:
-            for parameter, requires_grad in before:
-                parameter.requires_grad_(requires_grad)
-
     def _enter(self, number: int) -> None:
         """Loads the model after the stage before, as a resumed run does, and the data if they differ."""
         self.arguments = self.stage_arguments[number]
@@ -244,7 +231,7 @@ class TrainingRun:
         if checkpoint is None and arguments.process_index == 0:
             self.folders.begin(number)
         if stage.name and arguments.process_index == 0:
-            print(f"\nStage {stage.name} ({number + 1} of {len(self.stages)})")
+            print(f"\n{self.folders.title(number)}")
         optimizer = train_parts(self.model, stage.parts, arguments)
         start = time.time()
         trainer = SparseMoeTrainer(
@@ -258,17 +245,7 @@ class TrainingRun:
             callbacks=self.report.callbacks(arguments, self.processor),
         )
         output = trainer.train(resume_from_checkpoint=checkpoint)
-        if stage.name and arguments.process_index == 0:
-            metrics = {
-                "steps": output.global_step,
-                "training_seconds": round(time.time() - start, 1),
-                "train_loss": output.training_loss,
-                "num_trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
-            }
-            evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-            if evaluations:
-                metrics["eval_loss"] = evaluations[-1]["eval_loss"]
-            self.folders.write_metrics(number, metrics)
+        self.folders.write_metrics(number, trainer, output, time.time() - start)
         return trainer
 
     def _make_report(self) -> ScenesReport | OwnReport:

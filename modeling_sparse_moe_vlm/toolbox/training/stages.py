@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
+from ...checks import check
 from .checkpoints import last_whole_checkpoint
+from .parts import describe_parts, train_parts
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,25 @@ def stages_of(
         )
         for stage in stages
     ]
+
+
+def describe_stage(model: PreTrainedModel, stage: Stage, arguments: TrainingArguments) -> str:
+    """
+    Describes what trains in a stage, as [`~toolbox.training.describe_parts`] does. The model stays as it is.
+
+    Raises:
+        ValueError: If the model does not have one of the parts, or if nothing would train. The message names the stage.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        train_parts(model, stage.parts, arguments)
+        return describe_parts(model, stage.parts, arguments.learning_rate)
+    except ValueError as error:
+        check(not stage.name, f"{error} (in the stage {stage.name!r})")
+        raise
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
 class StageFolders:
@@ -106,13 +128,36 @@ class StageFolders:
         if self.stages[0].name:
             shutil.rmtree(self.output_dir / "stages", ignore_errors=True)
 
+    def resume_note(self, number: int, checkpoint: str | None) -> str | None:
+        """Returns a sentence about where a resumed run continues, or `None` for other runs."""
+        if number == 0 and (checkpoint is None or not self.stages[0].name):
+            return None
+        where = "its start" if checkpoint is None else checkpoint
+        return f"The training resumes in the stage {self.stages[number].name} from {where}."
+
+    def title(self, number: int) -> str:
+        """Returns the title of a stage for progress messages."""
+        return f"Stage {self.stages[number].name} ({number + 1} of {len(self.stages)})"
+
     def begin(self, number: int) -> None:
         """Removes checkpoints of an earlier run of a stage."""
         if self.stages[number].name:
             shutil.rmtree(self.checkpoints(number), ignore_errors=True)
 
-    def write_metrics(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the metrics of a stage."""
+    def write_metrics(self, number: int, trainer: Trainer, output: TrainOutput, seconds: float) -> None:
+        """Writes the metrics of a stage after its training. Runs without stages have none."""
+        if not self.stages[number].name or not trainer.is_world_process_zero():
+            return
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        metrics = {
+            "steps": output.global_step,
+            "training_seconds": round(seconds, 1),
+            "train_loss": output.training_loss,
+            "num_trained_parameters": sum(parameter.numel() for parameter in trained),
+        }
+        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        if evaluations:
+            metrics["eval_loss"] = evaluations[-1]["eval_loss"]
         path = self.output_dir / "stages" / f"{self.stages[number].name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
