@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from ...checks import check
 from ..expert_modules import our_experts_config
 from ..hub import write_model_card
 from ..model_size import describe_size
