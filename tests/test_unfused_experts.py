@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration, expert
 from modeling_sparse_moe_vlm.experts import SparseMoeVlmExperts, SparseMoeVlmUnfusedExperts
 from modeling_sparse_moe_vlm.experts_config import experts_config_of
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
+from modeling_sparse_moe_vlm.toolbox.paging import page_experts
+from modeling_sparse_moe_vlm.toolbox.placement import plan_expert_placement
 from modeling_sparse_moe_vlm.toolbox.quantization import unfuse_experts
 from modeling_sparse_moe_vlm.toolbox.training import model_parts
-from modeling_sparse_moe_vlm.toolbox.upcycling import upcycle
+from modeling_sparse_moe_vlm.toolbox.upcycling import to_native, upcycle
 from tests.support import upcycled
 from tests.support.in_tree_models import make_qwen3_vl_moe
 from tests.support.models import make_inputs, make_model
@@ -303,3 +306,18 @@ def test_parts_of_training():
         )
     assert unfused["routers"].keys() == stacked["routers"].keys()
     assert experts_config_of(model.config).unfused_experts
+
+
+def test_export_to_a_class_of_transformers():
+    model = upcycled.make_upcycled("llama", "joint", num_experts=3, modalities=["text"])
+    expected = to_native(copy.deepcopy(model)).state_dict()
+    exported = to_native(unfuse_experts(model)).state_dict()
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in expected.items())
+
+
+def test_paging_and_placement_need_stacks():
+    model = unfuse_experts(make_model())
+    for refuse in (partial(page_experts, model), partial(plan_expert_placement, model, {"cpu": "1GB"})):
+        with pytest.raises(ValueError, match="load the model with `unfused_experts=False`"):
+            refuse()

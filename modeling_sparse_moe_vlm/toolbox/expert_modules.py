@@ -49,6 +49,13 @@ def experts_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
+def unfused_hint(model: nn.Module) -> str:
+    """Returns the end of an error message about missing stacks, if the experts of the model are separate networks."""
+    if not any(hasattr(module, "has_separate_experts") for module in model.modules()):
+        return ""
+    return " Its experts are separate linear layers: load the model with `unfused_experts=False`."
+
+
 def stacks(experts: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the stacked matrices of an experts module, by name."""
     return {name: value for name, value in experts.named_parameters(recurse=False) if value.dim() == 3}

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from ...experts_config import experts_config_of
 from .. import expert_seam
-from ..expert_modules import base_model_of, experts_modules, parameters_by_expert
+from ..expert_modules import base_model_of, experts_modules, parameters_by_expert, unfused_hint
 from .saved_stacks import save_experts_for_backward
 from .slots import ExpertSlots, MappedSlots
 from .sources import ExpertSource, FileSource, MemorySource, find_sources
@@ -165,7 +165,7 @@ def page_experts(
     if not modules:
         raise ValueError(
             f"{type(base).__name__} has no experts to page: no module of it uses Transformers' experts interface "
-            "(`use_experts_implementation`)."
+            f"(`use_experts_implementation`).{unfused_hint(base)}"
         )
     if any(isinstance(getattr(module, "_hf_hook", None), PagingHook) for module in modules.values()):
         raise ValueError("the experts of the model are paged already: call `unpage_experts` first.")

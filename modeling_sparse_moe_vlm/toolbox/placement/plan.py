@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ...experts_config import experts_config_of
-from ..expert_modules import experts_modules, experts_of_base
+from ..expert_modules import experts_modules, experts_of_base, unfused_hint
 from ..meta_model import model_on_meta_device
 from .budgets import Device, fast_devices, read_budgets, readable_size
 from .load import Loads, expert_loads, with_unmeasured_layers
@@ -86,7 +86,7 @@ def plan_expert_placement(
     if not experts_modules(model):
         raise ValueError(
             f"{type(model).__name__} has no experts modules of Transformers' experts interface: use "
-            '`device_map="balanced"`.'
+            f'`device_map="balanced"`.{unfused_hint(model)}'
         )
     parts = parts_of(model, _loads(model, routing), is_measured=routing is not None)
     budgets = read_budgets(max_memory)

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ...checkpoint_conversion import MATRICES
 from ...configuration_upcycled import OTHER_CONFIG, PREFIX
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...modeling_upcycled import full_path
@@ -440,8 +441,13 @@ def _shared(
 
 
 def _stack(state: dict[str, torch.Tensor], prefix: str, suffix: str) -> torch.Tensor:
-    """Returns a stack of the experts of one layer, which may be sharded."""
-    first, *others = _ending(state, prefix, suffix)
+    """Returns a stack of the experts of one layer, which may be sharded or unfused."""
+    found = _ending(state, prefix, suffix)
+    if not found:
+        return torch.cat(
+            [torch.stack(_ending(state, prefix, f".{matrix}.weight")) for matrix in MATRICES[suffix]], dim=1
+        )
+    first, *others = found
     return torch.cat([first, *(shard.to(first.device) for shard in others)]) if others else first
 
 
