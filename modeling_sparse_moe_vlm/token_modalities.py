@@ -211,7 +211,8 @@ def find_modalities(
             is_said_to_be = ids == modality_id
             if modality_id == BUILTIN_MODALITIES.index("image"):
                 is_shifted = (is_said_to_be & ~is_placeholder).any(dim=1, keepdim=True)
-                is_placeholder = torch.where(is_shifted, is_placeholder, is_said_to_be)
+                # ONNX Runtime has no `torch.where` for values of type bool.
+                is_placeholder = (is_shifted & is_placeholder) | (~is_shifted & is_said_to_be)
             ids = ids.masked_fill(is_said_to_be, 0)
         ids = ids.masked_fill(is_placeholder, modality_id)
     return ids
