@@ -163,6 +163,13 @@ def test_pull_requests(hub, transfer, checkpoint):  # noqa: F811
     assert pushed.url == f"{hub.endpoint}/someone/model/discussions/1"
     assert repository.files() == before
     assert repository.files("refs/pr/1") == contents(plan_push(checkpoint, "someone/model"))
+    own = hub.store.repositories["user/model"] = Repository.new("user/model", False)
+    push_checkpoint(checkpoint, "user/model", create_pr=True)
+    (checkpoint / "README.md").write_text(CARD + "More.\n")
+    push_checkpoint(checkpoint, "user/model", revision="refs/pr/1")  # a further commit of the pull request
+    assert own.files("refs/pr/1")["README.md"] == (CARD + "More.\n").encode()
+    assert own.refs.keys() == {"main", "refs/pr/1"}
+    assert own.files() == {}
     with pytest.raises(PushError, match=r"no write access to someone/model \(.*Forbidden"):
         push_checkpoint(checkpoint, "someone/model", force=True)
     with pytest.raises(PushError, match="cannot be combined"):

@@ -161,7 +161,6 @@ class _Handler(Uploads, BaseHTTPRequestHandler):
             return self._cut()
         if self.fault is not None and isinstance(self.fault.effect, int):
             self.body()
-            self.close_connection = True
             return self.refuse(self.fault.effect, "", message=self.fault.message, headers=self.fault.headers)
         answer(url.path, parse_qs(url.query))
 

@@ -24,6 +24,7 @@ from .push_files import (
     adapter_files,
     add_card,
     add_licence,
+    check_and_clean,
     model_files,
     with_new_name,
 )
@@ -185,11 +186,13 @@ def _plan(folder: Path, repo_id: str, base_model: str | None) -> PushPlan:
     if _is_adapter(folder):
         kind, found = "adapter", adapter_files(folder)
         base = name_base(found, base_model)
+        check_and_clean(found)
         add_card(found, adapter_card(folder, found, repo_id, base), _replacements(folder, repo_id))
     elif (folder / CONFIG).is_file():
         if base_model is not None:
             raise PushError("`base_model` (--base-model) is only for adapters.")
         kind, found = "model", model_files(folder)
+        check_and_clean(found)
         add_card(found, _model_card(folder, found, repo_id), _replacements(folder, repo_id))
     else:
         inner = sorted(path.parent for name in (CONFIG, ADAPTER_CONFIG) for path in folder.glob(f"*/{name}"))

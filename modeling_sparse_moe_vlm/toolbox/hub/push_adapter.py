@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .parents import README, inherited_metadata, link_to
 from .push_errors import PushError
 from .push_files import ADAPTER_CONFIG, PushedFiles
-from .push_private import check_no_tokens, clean_json, is_local_path, name_in_cache
+from .push_private import check_no_tokens, is_local_path, name_in_cache
 
 BASE = "base_model_name_or_path"
 # Title of the empty template that PEFT saves with an adapter.
@@ -67,10 +67,6 @@ def name_base(found: PushedFiles, base_model: str | None) -> str:
     if base != named:
         found.add(ADAPTER_CONFIG, (json.dumps(config | {BASE: base}, indent=2) + "\n").encode())
         found.notes.append(f"{ADAPTER_CONFIG}: names {base} as the base model instead of {named or 'nothing'}")
-    text, removed = clean_json(ADAPTER_CONFIG, found.text(ADAPTER_CONFIG))
-    if removed:
-        found.add(ADAPTER_CONFIG, text.encode())
-        found.notes.append(f"{ADAPTER_CONFIG}: paths of this machine removed ({', '.join(removed)})")
     return base
 
 

@@ -143,10 +143,10 @@ def model_files(folder: Path) -> PushedFiles:
             Folder of the checkpoint.
 
     Returns:
-        [`PushedFiles`]: The files, checked, and without paths of this machine.
+        [`PushedFiles`]: The files.
 
     Raises:
-        PushError: If something is missing or must not be published.
+        PushError: If something is missing.
         OSError: If the weights are damaged.
     """
     found = PushedFiles()
@@ -159,7 +159,6 @@ def model_files(folder: Path) -> PushedFiles:
         found.add(path.name, path)
     _add_code(folder, found)
     _check_processor(folder, found)
-    _check_and_clean(found)
     return found
 
 
@@ -174,6 +173,7 @@ def adapter_files(folder: Path) -> PushedFiles:
     for name in PROCESSOR_FILES:  # saved with an adapter that adds tokens
         if (folder / name).is_file():
             found.add(name, folder / name)
+    _add_code(folder, found)  # of the processor
     check_weights([path])
     return found
 
@@ -372,8 +372,13 @@ def _check_processor(folder: Path, found: PushedFiles) -> None:
         found.notes.append("no chat template: the model cannot be used for chat")
 
 
-def _check_and_clean(found: PushedFiles) -> None:
-    """Cleans the configurations, and checks that nothing else contains tokens or paths of this machine."""
+def check_and_clean(found: PushedFiles) -> None:
+    """
+    Removes paths of this machine from configurations, and checks that no file contains tokens or such paths.
+
+    Raises:
+        PushError: If a file must not be published.
+    """
     for name, file in list(found.files.items()):
         if name.endswith(".safetensors") and isinstance(file.content, Path):
             check_weights_metadata(file.content, name)

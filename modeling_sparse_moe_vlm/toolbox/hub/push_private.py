@@ -25,7 +25,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "entity_vo
 _TOKENS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}"
     r"|sk-[A-Za-z0-9_-]{32,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abpr]-[\w-]{10,})"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[a-z]+://[^\s/:@]+:[^\s/@]+@"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\b[a-z]+://[^\s/:@\"']+:[^\s/@\"']+@"
 )
 _SECRET_FIELD = re.compile(r"(?:hub|auth|use_auth|access|api)_(?:token|key)|password|secret")
 _END = r"[^\s\"'`<>|()\[\]{},;]"

@@ -92,7 +92,7 @@ def upload(
         outdated = [name for name in there if is_own_file(name) and name not in files]
         if not (destination.force or destination.create_pr):
             _check_ours(repo_id, there, files, outdated)
-        if destination.revision is not None:
+        if destination.revision is not None and not destination.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=destination.revision, exist_ok=True)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(name) for name in outdated),

@@ -353,6 +353,31 @@ def test_adapters(copy, monkeypatch):
     assert 'PeftModel.from_pretrained(base, "user/adapter")' in card
 
 
+def test_processors_and_weights_of_adapters(copy):
+    folder = copy("adapter")
+    make_processor().save_pretrained(folder)
+    edit(folder / "tokenizer_config.json", name_or_path="/home/me/base")
+    plan = plan_push(folder, "user/adapter", base_model="user/base")
+    assert plan.files.keys() >= PROCESSOR | {"processing_sparse_moe_vlm.py", "image_reading.py", "LICENSE-CODE"}
+    assert "modeling_sparse_moe_vlm.py" not in plan.files
+    assert "name_or_path" not in json.loads(plan.files["tokenizer_config.json"].text)
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path), path, metadata={"run": TOKEN})
+    with pytest.raises(PushError, match=r"adapter_model\.safetensors \(metadata 'run'\)"):
+        plan_push(folder, "user/adapter", base_model="user/base")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors is incomplete"):
+        plan_push(folder, "user/adapter", base_model="user/base")
+
+
+def test_vocabularies_with_parts_of_addresses_and_paths(copy):
+    folder = copy("native")
+    edit(folder / "tokenizer.json", parts=["http://", "@", "/home/", "/tmp/x"])
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(tokens, separators=(",", ":")) + '\n["http://":1,"@":2]\n')
+    assert plan_push(folder, "user/model").files["tokenizer.json"].content == folder / "tokenizer.json"
+
+
 @pytest.mark.parametrize("base", ["/home/me/base", "outputs/demo/model"])
 def test_adapters_of_local_models(base, copy):
     folder = copy("adapter")
