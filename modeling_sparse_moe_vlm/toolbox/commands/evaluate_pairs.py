@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # Options that only apply to models that generate answers.
 OF_ANSWERS = ("format", "metrics", "max_new_tokens", "no_blind", "train_data", "resume")
-TASK_OF_HUB = "image-text-retrieval"
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -90,6 +89,7 @@ def run_on_pairs(arguments: argparse.Namespace, paths: Mapping[str, str], data: 
     from ..data.pairs import load_pairs
     from ..evaluation.retrieval import rank_rows
     from ..training.models import retrieval_from_checkpoint
+    from ..training.own_evaluation import TASKS_OF_HUB
     from .evaluate_data import find_parts_of_split, short_names, update_card, with_adapter, write_report
 
     with only_json(arguments.json), mistakes_in_one_line():
@@ -122,7 +122,7 @@ def run_on_pairs(arguments: argparse.Namespace, paths: Mapping[str, str], data: 
             if is_first:
                 _write_ranks(folder / names[model] / "ranks.jsonl", rows, ranks)
                 if arguments.update_card:
-                    update_card(arguments, path, results[names[model]], data, named_split, TASK_OF_HUB)
+                    update_card(arguments, path, results[names[model]], data, named_split, TASKS_OF_HUB[RETRIEVAL])
             del network  # before the next model is loaded
     if not is_first:
         return

@@ -23,6 +23,7 @@ TASKS_OF_HUB = {
     "captioning": "image-to-text",
     "document_vqa": "document-question-answering",
     "chart_vqa": "visual-question-answering",
+    RETRIEVAL: "image-text-retrieval",
 }
 # Keys of `evaluation` about evaluation during training.
 DURING_TRAINING = ("sample", "early_stopping_patience")

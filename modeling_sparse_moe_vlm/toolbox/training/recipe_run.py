@@ -171,8 +171,7 @@ class TrainingRun:
             recipe=self.recipe,
             base_model=None if self.is_upcycled else self.base_model,
         )
-        if isinstance(self.report, OwnReport):
-            self.report.add_to_card(self.model_dir)
+        self.report.add_to_card(self.model_dir)
         self.report.print_scores()
         return self.metrics
 

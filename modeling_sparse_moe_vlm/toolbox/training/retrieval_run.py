@@ -15,14 +15,15 @@ from ..data.bad_rows import SkippedRows
 from ..data.pairs import pairs_of
 from ..data.sources import find_parts
 from ..demo import scene_pairs
+from ..hub.results import add_results_to_card
 from .models import is_retrieval_model, load_config, retrieval_from_checkpoint
 from .own_callbacks import early_stopping, options_of_callback
 from .own_data import has_evaluation
-from .own_evaluation import DURING_TRAINING, score_lines
+from .own_evaluation import DURING_TRAINING, RETRIEVAL, TASKS_OF_HUB, score_lines
 from .processor_options import set_processor_options
 from .recipe_run import TrainingRun
 from .retrieval_metrics import RetrievalMetrics
-from .run_data import ScenesData
+from .run_data import ScenesData, name_of_evaluation
 
 # Keys of `evaluation` that apply to pairs.
 OF_EVALUATION = ("batch_size", *DURING_TRAINING)
@@ -137,6 +138,17 @@ class RetrievalReport:
             return {}
         self.scores = evaluate_retrieval(model, processor, self.data.eval, self.evaluation.get("batch_size", 64))
         return {"eval": self.scores}
+
+    def add_to_card(self, model_dir: Path) -> None:
+        """Adds the figures of own data to the `model-index` of the model card."""
+        if self.scores is not None and isinstance(self.data, OwnPairs):
+            add_results_to_card(
+                model_dir,
+                self.scores,
+                dataset=name_of_evaluation(self.data.data),
+                split=self.data.data.get("eval_split"),
+                task=TASKS_OF_HUB[RETRIEVAL],
+            )
 
     def print_scores(self) -> None:
         """Prints the figures."""

@@ -84,8 +84,7 @@ class OwnRows:
     @property
     def name(self) -> str:
         """Name of the rows for evaluation in the model card."""
-        path = self.data.get("eval") or self.data["train"]
-        return Path(path).resolve().stem if Path(path).exists() else path
+        return name_of_evaluation(self.data)
 
     def use(self, processor: Any) -> None:
         """Loads the rows, and validates them with the processor where this is needed."""
@@ -114,6 +113,12 @@ class SceneCaptions(OwnRows):
         splits, grid = load_scenes(**data), tuple(data.get("grid", (2, 2)))
         pairs = {name: scene_pairs(splits[split], grid) for name, split in (("train", "train"), ("eval", "test"))}
         super().__init__(pairs, skipped=None)
+
+
+def name_of_evaluation(data: Mapping[str, Any]) -> str:
+    """Returns the name of the rows for evaluation of the section `data` of a recipe, for model cards."""
+    path = data.get("eval") or data["train"]
+    return Path(path).resolve().stem if Path(path).exists() else path
 
 
 def new_skipped_rows(output_dir: Path, resume: bool) -> SkippedRows:

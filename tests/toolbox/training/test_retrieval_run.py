@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModel, AutoProcessor
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForImageTextRetrieval
@@ -70,6 +71,10 @@ def test_own_pairs_and_a_trained_model(tmp_path, capsys):
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     expected = evaluate_retrieval(model, make_processor(), load_pairs(tmp_path / "test.jsonl"))
     assert metrics["eval"] == pytest.approx(expected)
+    results = ModelCard.load(tmp_path / "run/model/README.md").data.eval_results
+    assert {(r.task_type, r.dataset_name, r.dataset_split, r.metric_type, r.metric_value) for r in results} == {
+        ("image-text-retrieval", "test", None, name, round(value, 2)) for name, value in expected.items()
+    }
     assert "Skipped bad rows: 1 (1 × missing file)" in capsys.readouterr().out
     # A retrieval model is trained further.
     again = ["--model", str(tmp_path / "run/model"), "--output-dir", str(tmp_path / "again")]
