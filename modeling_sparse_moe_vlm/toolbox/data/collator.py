@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .blank_images import BLANK_ROW, mask_last_row
 from .packing import IGNORE_INDEX, RowPacker
@@ -47,7 +47,8 @@ class VisionLanguageCollator:
             it where it is needed; models of our architecture never need it.
 
     Raises:
-        ValueError: With `packing=True`, if there is no model or if the model does not support packed rows.
+        ValueError: With `packing=True`, if there is no model or if the model does not support packed rows. With
+            `blank_images=True`, if the processor is a tokenizer.
     """
 
     processor: ProcessorMixin
@@ -64,6 +65,8 @@ class VisionLanguageCollator:
             max_image_tokens=self.max_image_tokens,
             max_image_tokens_per_batch=self.max_image_tokens_per_batch,
         )
+        if self.blank_images and isinstance(self.processor, PreTrainedTokenizerBase):
+            raise ValueError("`blank_images=True` needs a processor that reads images, but got a tokenizer.")
         self._packer: RowPacker | None = None
         if self.packing:
             if model is None:

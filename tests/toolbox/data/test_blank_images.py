@@ -8,7 +8,7 @@ from modeling_sparse_moe_vlm.toolbox.data.blank_images import mask_last_row
 from tests.support import upcycled
 from tests.support.batches import collate
 from tests.support.packed_rows import make_base, make_packer, make_rows
-from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, user
+from tests.support.processors import assistant, make_image, make_processor, make_speaking_model, make_tokenizer, user
 
 ROUTER_LOSSES = {"output_router_logits": True, "router_aux_loss_coef": 0.5, "router_z_loss_coef": 0.1}
 TEXTS = [
@@ -91,3 +91,10 @@ def test_padding_rows_are_packed_last(name):
     assert (batch["labels"][0, -9:] == -100).all()
     assert (batch["labels"][0, 1:6] != -100).all()
     assert batch["pixel_values"].shape[0] == 1
+
+
+def test_blank_images_need_a_processor():
+    with pytest.raises(
+        ValueError, match="`blank_images=True` needs a processor that reads images, but got a tokenizer"
+    ):
+        VisionLanguageCollator(make_tokenizer(), blank_images=True)
