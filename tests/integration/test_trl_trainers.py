@@ -1,6 +1,7 @@
-"""KTO, GRPO and RLOO of TRL on conversations with images: the router losses, the biases and the modality of tokens."""
+"""DPO, KTO, GRPO and RLOO of TRL with images: the router losses, the biases, and the modality of tokens."""
 
 import copy
+import math
 
 import peft
 import pytest
@@ -25,11 +26,12 @@ SETTINGS = {
     "router_global_entropy_coef": 3.0,
     "router_bias_update_rate": 0.01,
 }
-# The loss without router losses while the trained model equals the reference model: the preference loss of KTO is
-# 1 - sigmoid(0), and the advantages of GRPO and RLOO sum to 0.
-START = {"KTO": 0.5, "GRPO": 0.0, "RLOO": 0.0}
+# The loss without router losses while the trained model equals the reference model: the preference loss of DPO is
+# log 2, that of KTO is 1 - sigmoid(0), and the advantages of GRPO and RLOO sum to 0.
+START = {"DPO": math.log(2), "KTO": 0.5, "GRPO": 0.0, "RLOO": 0.0}
 GENERATION = {"num_generations": 2, "max_completion_length": 3, "temperature": 1.0}
 OPTIONS = {
+    "DPO": {"max_length": None},
     "KTO": {"max_length": None},
     "GRPO": GENERATION | {"loss_type": "grpo"},
     "RLOO": GENERATION | {"beta": 0.0},  # without a reference model
@@ -46,6 +48,8 @@ def make_rows(name: str) -> Dataset:
         "prompt": [question("What?"), question("What is the cat on the mat?")],
         "images": [[make_image(i)] for i in range(2)],
     }
+    if name == "DPO":
+        columns |= {"chosen": [[assistant("A cat.")]] * 2, "rejected": [[assistant("A mat.")]] * 2}
     if name == "KTO":
         columns |= {"completion": [[assistant("A cat.")], [assistant("A mat.")]], "label": [True, False]}
     return Dataset.from_dict(columns)
@@ -58,7 +62,7 @@ def make_reward(completions, **kwargs) -> list[float]:
 def make_trainer(name: str, model, folder, **kwargs):
     arguments = {key: value for key, value in ARGUMENTS.items() if key != "max_length"} | OPTIONS[name]
     arguments |= {"max_steps": 1, "shuffle_dataset": False} if name in ("GRPO", "RLOO") else {"max_steps": 1}
-    if name == "KTO":
+    if name in ("DPO", "KTO"):
         if "peft_config" not in kwargs:
             kwargs["ref_model"] = copy.deepcopy(model)
     else:
@@ -105,7 +109,7 @@ def train_and_compare(name: str, model, folder, **kwargs):
     assert len(counted) == 1
     # The modality ids that TRL passes belong to the tokens, although it pads the prompts on the left.
     is_image = (inputs["input_ids"] == 3) & (inputs["attention_mask"] == 1)
-    assert is_image.sum(dim=1).tolist() == [4, 4]
+    assert is_image.sum(dim=1).tolist() == [4] * (4 if name == "DPO" else 2)
     inputs = inputs | {"mm_token_type_ids": is_image.long()}
     own = router_loss(start, inputs)
     assert own > 0.1
@@ -121,6 +125,8 @@ def train_and_compare(name: str, model, folder, **kwargs):
         ("KTO", make_speaking_model),
         ("GRPO", upcycled.make_speaking),
         ("RLOO", make_speaking_model),
+        pytest.param("DPO", make_speaking_model, marks=pytest.mark.extensive),
+        pytest.param("DPO", upcycled.make_speaking, marks=pytest.mark.extensive),
         pytest.param("KTO", upcycled.make_speaking, marks=pytest.mark.extensive),
         pytest.param("GRPO", make_speaking_model, marks=pytest.mark.extensive),
         pytest.param("RLOO", upcycled.make_speaking, marks=pytest.mark.extensive),
