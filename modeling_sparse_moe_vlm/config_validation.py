@@ -129,6 +129,7 @@ def check_fields(config: PreTrainedConfig) -> None:
         f"`vision_config` splits an image ({vision.image_size} / {vision.patch_size}).",
     )
     _check_modality_encoders(config)
+    _check_videos(config)
 
 
 def _check_placeholder(field: str, token_id: int, vocab_size: int) -> None:
@@ -145,6 +146,27 @@ def _check_placeholder(field: str, token_id: int, vocab_size: int) -> None:
             "    model.resize_token_embeddings(len(tokenizer))\n"
             f"    model.config.{field} = {token_id}"
         ) from None
+
+
+def _check_videos(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if the fields for videos are invalid."""
+    check_integer("video_temporal_pooling", config.video_temporal_pooling)
+    token_id, text = config.video_token_id, config.text_config
+    if token_id is None:
+        return
+    _check_placeholder("video_token_id", token_id, text.vocab_size)
+    check(
+        "video" in text.modalities,
+        f"`video_token_id` needs 'video' in `text_config.modalities`, got {list(text.modalities)}: set them to "
+        "['text', 'image', 'video'].",
+    )
+    check(
+        "video" not in (config.modality_encoders or {}),
+        "`video_token_id` and `modality_encoders['video']` exclude each other: the vision tower encodes the frames of "
+        "videos.",
+    )
+    for field, other in (("image_token_id", config.image_token_id), ("text_config.pad_token_id", text.pad_token_id)):
+        check(token_id != other, f"`video_token_id` ({token_id}) is also `{field}`: choose another token for videos.")
 
 
 def _check_modality_encoders(config: PreTrainedConfig) -> None:

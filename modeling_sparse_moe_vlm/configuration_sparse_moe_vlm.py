@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from .steering import initial_log_priors  # noqa: F401
     from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401
+    from .visual_features import SparseMoeVlmVisualFeatures  # noqa: F401
 
 # Outputs that `Trainer` ignores during prediction, so that it gathers only the logits.
 _NOT_PREDICTIONS = [
@@ -289,6 +290,12 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             Configuration of the decoder.
         image_token_id (`int`, defaults to 1):
             Id of the placeholder token that image features replace.
+        video_token_id (`int`, *optional*):
+            Id of the placeholder token that the features of video frames replace. The vision tower and the connector
+            encode frames like images. Needs `"video"` among `text_config.modalities`, so that `expert_groups` says
+            which experts serve it.
+        video_temporal_pooling (`int`, defaults to 1):
+            Number of consecutive frames of a video whose tokens are averaged.
         modality_encoders (`dict[str, dict]`, *optional*):
             Encoders of further modalities, by the name of the modality (one of `text_config.modalities`). Each value
             contains the `model_type` and the fields of a configuration for which `AutoModel` creates an encoder
@@ -334,6 +341,8 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     vision_config: PreTrainedConfig | Given = None
     text_config: SparseMoeVlmTextConfig | Given = None
     image_token_id: int = 1
+    video_token_id: int | None = None
+    video_temporal_pooling: int = 1
     modality_encoders: dict[str, dict[str, Any]] | None = None
     pixel_shuffle_factor: int = 2
     projector_hidden_act: str = "gelu"
@@ -386,12 +395,15 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     @property
     def placeholder_ids(self) -> dict[int, int]:
-        """Ids of the placeholder tokens by modality id, for images (modality id 1) and further modalities."""
+        """
+        Ids of the placeholder tokens by modality id, for images (modality id 1), videos (2) and further modalities.
+        """
         further = {
             self.text_config.modalities.index(name): encoder["token_id"]
             for name, encoder in (self.modality_encoders or {}).items()
         }
-        return {1: self.image_token_id} | further
+        videos = {} if self.video_token_id is None else {2: self.video_token_id}
+        return {1: self.image_token_id} | videos | further
 
     @property
     def num_expert_shards(self) -> int:

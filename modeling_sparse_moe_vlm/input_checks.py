@@ -66,7 +66,7 @@ def check_shapes(
 
 def check_only_tokens(unknown: Mapping[str, Any]) -> None:
     """Raises `ValueError` if the decoder is called with images or similar inputs, which would be ignored."""
-    for name in ("pixel_values", "mm_encoder_outputs", "modality_values"):
+    for name in ("pixel_values", "pixel_values_videos", "mm_encoder_outputs", "modality_values"):
         if unknown.get(name) is not None:
             raise ValueError(
                 f"a language model takes tokens only, but got `{name}`: load the whole model with "
@@ -97,22 +97,23 @@ def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner
 
 def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None) -> None:
     """
-    Raises `ValueError` unless the encoder outputs are a dict whose only key is `"image"` and whose value is the output
-    of [`SparseMoeVlmModel.get_image_features`].
+    Raises `ValueError` unless the encoder outputs are a dict with no keys other than `"image"` and `"video"`, whose
+    values are the outputs of [`SparseMoeVlmModel.get_image_features`] and [`SparseMoeVlmModel.get_video_features`].
     """
     if mm_encoder_outputs is None:
         return
     if not isinstance(mm_encoder_outputs, Mapping):
         raise ValueError(f"`mm_encoder_outputs` must be a dict, got {type(mm_encoder_outputs).__name__}.")
     for name, outputs in mm_encoder_outputs.items():
-        if name != "image":
+        if name not in ("image", "video"):
             raise ValueError(
-                f"`mm_encoder_outputs` has the key {name!r}, but the only one that the model reads is 'image'."
+                f"`mm_encoder_outputs` has the key {name!r}, but the only one that the model reads is 'image' "
+                "(and 'video', if it reads videos)."
             )
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError(
-                "`mm_encoder_outputs['image']` must be what `get_image_features` returns, with a `pooler_output`, got "
-                f"{type(outputs).__name__}. To read the text without its images, pass an empty dict."
+                f"`mm_encoder_outputs[{name!r}]` must be what `get_{name}_features` returns, with a `pooler_output`, "
+                f"got {type(outputs).__name__}. To read the text without its images, pass an empty dict."
             )
 
 

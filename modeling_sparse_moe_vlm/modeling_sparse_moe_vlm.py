@@ -8,7 +8,6 @@ Data flow::
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -40,14 +39,13 @@ from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
     SparseMoeVlmModelOutputWithPast,
     SparseMoeVlmTextModelOutputWithPast,
-    join_image_tokens,
 )
 from .parallel_plans import is_one_of_several_processes, plan_by_group
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .routing import RoutingPlanner, RoutingRecord, warn_of_resting_biases
 from .steering import check_steering_arguments
 from .token_modalities import TokenModalities, check_tokens, find_modalities
-from .vision_tower import patch_features
+from .visual_features import SparseMoeVlmVisualFeatures
 
 logger = logging.get_logger(__name__)
 
@@ -199,7 +197,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
 # ------------------------------------------------------------------------------------------------ vision and language
 
 
-class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
+class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
     """The whole model without a language head: vision tower, connector and decoder."""
 
     def __init__(self, config: SparseMoeVlmConfig):
@@ -218,61 +216,6 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        r"""
-        Encodes images into image tokens.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                The images, as returned by the image processor.
-
-        Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower, with a list
-            of one tensor of shape `(image_seq_length, hidden_size)` per image as `pooler_output`.
-        """
-        # A processor called with an empty list of images returns an empty tensor.
-        if pixel_values.numel() == 0:
-            return BaseModelOutputWithPooling(pooler_output=[])
-        outputs, features = self._encode_images(pixel_values, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            # A list would fix the number of images in a traced graph.
-            pooler_output=features if is_tracing(features) else list(features),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _encode_images(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[Any, torch.Tensor]:
-        """Returns the output of the vision tower and the image tokens `(num_images, image_seq_length, hidden_size)`."""
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = patch_features(outputs.last_hidden_state, self.config.vision_config)
-        if self.training and outputs.get("pooler_output") is not None and is_one_of_several_processes():
-            # The pooled output is not used, but data parallelism waits for the gradients of the head that computes it.
-            features = features + (0.0 * outputs.pooler_output).sum().to(features)
-        return outputs, self.multi_modal_projector(features)
-
-    def has_placeholders(self, input_ids: torch.Tensor | None, past_key_values: Cache | None = None) -> bool:
-        """
-        Returns whether the token ids `(B, T)` contain image placeholders. Returns `False` during tracing (the ids are
-        unknown), with a filled cache, and in continuous batching (which refuses placeholders before it runs the model).
-        """
-        if input_ids is None or is_tracing(input_ids):
-            return False
-        if past_key_values is not None and (is_paged(past_key_values) or past_key_values.get_seq_length() > 0):
-            return False
-        return bool((input_ids == self.config.image_token_id).any())
-
-    def _blank_image_features(self) -> torch.Tensor:
-        config = self.config.vision_config
-        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        blank = torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return self._encode_images(blank)[1]
 
     def get_mm_token_type_ids(
         self,
@@ -313,6 +256,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         modality_values: Mapping[str, torch.Tensor] | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
@@ -320,12 +264,14 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         the arguments and errors.
         """
         check_tokens(input_ids, inputs_embeds)
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("You cannot specify both `pixel_values` and `mm_encoder_outputs`.")
+        for name, pixels in (("pixel_values", pixel_values), ("pixel_values_videos", pixel_values_videos)):
+            if pixels is not None and mm_encoder_outputs is not None:
+                raise ValueError(f"You cannot specify both `{name}` and `mm_encoder_outputs`.")
         check_encoder_outputs(mm_encoder_outputs)
         tokens = kwargs.pop("token_modalities", None)  # passed by the enclosing model, if there is one
         if tokens is None:
-            has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
+            has_pixels = pixel_values is not None or pixel_values_videos is not None
+            has_features = any((has_pixels, mm_encoder_outputs, modality_values))
             tokens = self.get_token_modalities(
                 input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features, position_ids
             )
@@ -342,19 +288,7 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
         elif image_outputs is not None and len(image_outputs.pooler_output) == 0:
             image_outputs = None
         if image_outputs is not None:
-            image_features = join_image_tokens(image_outputs.pooler_output)
-            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            is_image = (tokens.ids == 1).to(inputs_embeds.device)
-            num_image_tokens = is_image.sum()
-            torch_compilable_check(
-                num_image_tokens == image_features.shape[0],
-                lambda: (
-                    f"Image features and image tokens do not match: tokens: {num_image_tokens}, features: "
-                    f"{image_features.shape[0]}. Every image needs one image placeholder in the text, expanded to "
-                    f"{self.config.image_seq_length} tokens by the processor."
-                ),
-            )
-            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_features)
+            inputs_embeds = self.insert_features(inputs_embeds, image_outputs, tokens, "image")
         else:
             cache = past_key_values if past_key_values is not None else kwargs.get("cache")
             if mm_encoder_outputs is None and self.has_placeholders(input_ids, cache):
@@ -366,6 +300,19 @@ class SparseMoeVlmModel(SparseMoeVlmPreTrainedModel):
                 # Other processes may have images, and all processes must run the same modules: data parallelism waits
                 # for the gradient of every parameter, and all processes gather sharded weights together.
                 inputs_embeds = inputs_embeds + (0.0 * self._blank_image_features()).sum().to(inputs_embeds)
+
+        video_outputs = (mm_encoder_outputs or {}).get("video")
+        if pixel_values_videos is not None and pixel_values_videos.numel() > 0:
+            video_outputs = self.get_video_features(pixel_values_videos, return_dict=True)
+        if video_outputs is not None and len(video_outputs.pooler_output) > 0:
+            inputs_embeds = self.insert_features(inputs_embeds, video_outputs, tokens, "video")
+        elif mm_encoder_outputs is None and self.config.video_token_id is not None:
+            cache = past_key_values if past_key_values is not None else kwargs.get("cache")
+            if self.has_placeholders(input_ids, cache, self.config.video_token_id):
+                raise ValueError(
+                    "The text has video placeholders, but there are no videos: pass the `pixel_values_videos` that the "
+                    "processor returns, or `mm_encoder_outputs={}` to read the text without its videos."
+                )
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -483,6 +430,12 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         """Encodes images into image tokens: see [`SparseMoeVlmModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
+        """Encodes frames of videos into video tokens: see [`SparseMoeVlmModel.get_video_features`]."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
     @takes_cache_by_name
     @can_return_tuple
     def forward(
@@ -496,6 +449,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         mm_token_type_ids: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         modality_values: Mapping[str, torch.Tensor] | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -510,8 +464,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The images of the batch, in the order of their placeholders.
+            pixel_values (`torch.FloatTensor` of shape `(num_tiles, channels, height, width)`, *optional*):
+                The tiles of all images of the batch, in the order of their placeholders.
             attention_mask (`torch.Tensor` of shape `(B, number of cached tokens + T)`, *optional*):
                 0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -523,11 +477,14 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
                 Modality id of every token (its position in `modalities` of the decoder's configuration), as returned by
                 the processor. Derived from the placeholders by default; models without a vision tower assume text.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                Image features to use instead of `pixel_values`: `{"image": model.get_image_features(…)}`. With `{}`,
+                Features to use instead of `pixel_values` and `pixel_values_videos`:
+                `{"image": model.get_image_features(…), "video": model.get_video_features(…)}`. With `{}`,
                 the model reads a text with image placeholders without its images.
             modality_values (`Mapping[str, torch.Tensor]`, *optional*):
                 Inputs of the encoders of further modalities, by the name of the modality. The rows of each tensor are
                 the items of the batch, in the order of their placeholders.
+            pixel_values_videos (`torch.FloatTensor` of shape `(num_frames, channels, height, width)`, *optional*):
+                The frames of all videos of the batch, in the order of their placeholders.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Target tokens of the language loss. The model shifts them, and ignores positions with -100.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the key/value cache.
@@ -556,7 +513,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         if output_router_logits is None:
             output_router_logits = self.config.text_config.output_router_logits
         check_tokens(input_ids, inputs_embeds)
-        has_features = any((pixel_values is not None, mm_encoder_outputs, modality_values))
+        has_pixels = pixel_values is not None or pixel_values_videos is not None
+        has_features = any((has_pixels, mm_encoder_outputs, modality_values))
         tokens = self.model.get_token_modalities(
             input_ids, inputs_embeds, mm_token_type_ids, attention_mask, has_features, position_ids
         )
@@ -570,6 +528,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
             token_modalities=tokens,
             mm_encoder_outputs=mm_encoder_outputs,
             modality_values=modality_values,
+            pixel_values_videos=pixel_values_videos,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_modality_weights=output_modality_weights,

@@ -29,7 +29,7 @@ class SparseMoeVlmPreTrainedModel(ExpertsHost):
 
     config: SparseMoeVlmConfig
     base_model_prefix = "model"
-    input_modalities: tuple[str, ...] = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "video", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["SparseMoeVlmDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache", "pooled_experts"]

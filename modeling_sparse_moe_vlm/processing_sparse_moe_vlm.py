@@ -13,11 +13,12 @@ import torch
 from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .checks import check
+from .checks import check, check_integer
 from .control_tokens import ControlTokens, as_schemas, check_encodable, control_tokens
 from .image_reading import CHANNELS_LAST, read_images
 from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_of, tile_size_of
 from .processor_arguments import SparseMoeVlmProcessorKwargs
+from .video_reading import FrameSampling, Video, metadata_of, read_video, split_videos
 
 DEFAULT_CHAT_TEMPLATE = """\
 {%- set image = namespace(number=0) -%}
@@ -34,6 +35,8 @@ DEFAULT_CHAT_TEMPLATE = """\
 {{- image_token | default('<image>') -}}
 {%- elif part['type'] == 'text' -%}
 {{- part['text'] -}}
+{%- elif part['type'] == 'video' and video_token is defined and video_token -%}
+{{- video_token -}}
 {%- else -%}
 {{- raise_exception("content parts must be of type 'text' or 'image', got '" ~ part['type'] ~ "'") -}}
 {%- endif -%}
@@ -99,6 +102,15 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             right, has the mean colour of the image processor (zeros). Otherwise, images are stretched.
         row_separator (`str`, *optional*):
             A token of the vocabulary that follows every row of tiles. The thumbnail has none.
+        video_token (`str`, *optional*):
+            Placeholder token of a video in the text, with the id `config.video_token_id`. Without it, there are no
+            videos.
+        max_frames (`int`, *optional*, defaults to 32):
+            Largest number of frames of a video. Longer videos are sampled evenly.
+        video_fps (`float`, *optional*, defaults to 1.0):
+            Number of frames per second of video, if its frame rate is known.
+        video_temporal_pooling (`int`, *optional*, defaults to 1):
+            Number of consecutive frames whose tokens the model averages. Set it to `config.video_temporal_pooling`.
 
     `min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` can also be passed per call.
 
@@ -129,6 +141,10 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         max_image_tokens: int | None = None,
         do_pad: bool = False,
         row_separator: str | None = None,
+        video_token: str | None = None,
+        max_frames: int = 32,
+        video_fps: float = 1.0,
+        video_temporal_pooling: int = 1,
     ):
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -156,20 +172,100 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 "replace_extra_special_tokens=False)`.",
             )
             _make_special(tokenizer, row_separator)
+        self.max_frames = max_frames
+        self.video_fps = video_fps
+        self.video_temporal_pooling = video_temporal_pooling
+        FrameSampling(max_frames, video_fps)  # checks the options
+        check_integer("video_temporal_pooling", video_temporal_pooling)
+        self.video_token = video_token
+        if video_token is not None:
+            check(
+                video_token in tokenizer.get_vocab() and video_token not in (image_token, row_separator),
+                f"`video_token` must be a token of the vocabulary other than the image token and the separator, got "
+                f"{video_token!r}: add it with `tokenizer.add_special_tokens({{'extra_special_tokens': "
+                f"[{video_token!r}]}}, replace_extra_special_tokens=False)`.",
+            )
+            self.video_token_id = _make_special(tokenizer, video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
         self._tiling({})  # checks the options
         self._last_control_tokens: tuple[Any, ControlTokens] | None = None
         self._control_tokens(self._template(None) or "")  # prepares the tokenizer
 
     @property
+    def video_processor(self) -> Any:
+        """The image processor, which also processes the frames of videos. Missing if the processor takes no videos."""
+        if self.video_token is None:
+            raise AttributeError("the processor takes no videos: it has no `video_token`.")
+        return self.image_processor
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of the model inputs that the processor can return."""
-        return [*super().model_input_names, "mm_token_type_ids"]
+        names = [*super().model_input_names, "mm_token_type_ids"]
+        return names if self.video_token is None else [*dict.fromkeys([*names, "pixel_values_videos"])]
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """
+        Converts texts with images and videos to model inputs. See the class for the forms of images.
+
+        Args:
+            images (`Any`, *optional*):
+                The images: see [`SparseMoeVlmProcessor.prepare_inputs_layout`].
+            text (`str` or `list[str]`, *optional*):
+                The texts, with one image token per image and one video token per video.
+            videos (`Any`, *optional*):
+                A video, a list of videos, or a list of lists of videos, one per text: see
+                [`~video_reading.split_videos`]. Long videos are sampled to at most `max_frames` frames.
+            audio (`Any`, *optional*):
+                Not supported.
+            kwargs (`Any`):
+                Arguments of the tokenizer and the image processor, options for tiles and, for videos, `num_frames`,
+                `fps`, `do_sample_frames` and `video_metadata` (a dict with `fps` for every video that is given as
+                frames).
+
+        Returns:
+            `BatchFeature`: The model inputs.
+
+        Raises:
+            ValueError: As [`SparseMoeVlmProcessor.prepare_inputs_layout`] does, if a video cannot be read, or if the
+                number of videos differs from the number of video tokens.
+        """
+        if videos is not None and self.video_token is not None:
+            options = dict(kwargs.pop("videos_kwargs", None) or {})
+            for name in ("num_frames", "fps", "do_sample_frames", "video_metadata"):
+                if name in kwargs:
+                    options[name] = kwargs.pop(name)
+            read = self._read_videos(videos, options)
+            texts = [text] if isinstance(text, str) else list(text or [])
+            num_tokens = sum(row.count(self.video_token) for row in texts if isinstance(row, str))
+            check(
+                text is None or num_tokens == len(read),
+                f"the number of {self.video_token} tokens in the prompts should be the same as the number of videos "
+                f"passed: there are {num_tokens} tokens, but {len(read)} videos.",
+            )
+            videos = [video.frames for video in read] or None
+            kwargs["videos_kwargs"] = options | {"video_metadata": [video.metadata for video in read]}
+        return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _read_videos(self, videos: Any, options: dict[str, Any]) -> list[Video]:
+        """Returns the frames of videos. Removes the options of sampling from `options`."""
+        sampling = FrameSampling(
+            self.max_frames,
+            options.pop("fps", None) or self.video_fps,
+            options.pop("num_frames", None),
+            options.pop("do_sample_frames", None) is not False,
+        )
+        sources = split_videos(videos)
+        metadata = metadata_of(options.pop("video_metadata", None), len(sources))
+        return [
+            read_video(source, f"videos[{number}]", sampling, own)
+            for number, (source, own) in enumerate(zip(sources, metadata, strict=True))
+        ]
 
     @property
     def unused_input_names(self) -> list[str]:
         """Names of outputs that the model does not use and the processor therefore drops."""
-        return ["token_type_ids", "tile_grids"]
+        return ["token_type_ids", "tile_grids", "video_metadata"]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
@@ -182,7 +278,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             text (`str` or `list[str]`, *optional*):
                 The texts.
             videos (`Any`, *optional*):
-                Not supported.
+                The frames of the videos.
             audio (`Any`, *optional*):
                 Not supported.
             kwargs (`Any`):
@@ -196,8 +292,11 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 be read or is absurdly large, or if the number of images differs from the number of image tokens. The
                 message names the text or the image.
         """
-        if videos is not None or audio is not None:
-            raise ValueError("the processor accepts images and text, but neither `videos` nor `audio`.")
+        if audio is not None or (videos is not None and self.video_token is None):
+            raise ValueError(
+                "the processor accepts images and text, but neither `videos` nor `audio`. For videos, set its "
+                "`video_token`, and `video_token_id` of the model's configuration."
+            )
         rows = None
         if text is not None:
             rows = list(text) if isinstance(text, Sequence) and not isinstance(text, str) else [text]
@@ -223,7 +322,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                     "`text`, or remove None."
                 )
             images = [image for image in flat if image is not None] or None
-        return super().prepare_inputs_layout(images=images, text=rows, **kwargs)
+        return super().prepare_inputs_layout(images=images, text=rows, videos=videos, **kwargs)
 
     def _process_images(self, images, **kwargs):
         # The images that were read have the channels last, regardless of the format of the user's arrays.
@@ -250,6 +349,35 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         processed = BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
         processed["tile_grids"] = grids
         return processed, [self.replace_image_token(processed, i) for i in range(len(images))]
+
+    def _process_videos(self, videos, video_metadata, **kwargs):
+        options = {name: value for name, value in kwargs.items() if name not in ("do_pad", "return_metadata")}
+        options["return_tensors"] = "pt"
+        tiling = self._tiling({"max_tiles": 1, "do_pad": kwargs.get("do_pad")})
+        pixels = []
+        for frames in videos:
+            frames = [*frames, *[frames[-1]] * (-len(frames) % self.video_temporal_pooling)]
+            if tiling.tile_size is None:
+                pixels.append(self.image_processor(frames, **options)["pixel_values"])
+            else:
+                pixels += [cut_into_tiles(frame, (1, 1), tiling, self.image_processor, options) for frame in frames]
+        processed = BatchFeature({"pixel_values_videos": list(torch.cat(pixels).cpu().numpy())})
+        processed = BatchFeature(processed.data, tensor_type=kwargs.get("return_tensors"))
+        processed["video_metadata"] = video_metadata
+        return processed, [self.replace_video_token(processed, i) for i in range(len(videos))]
+
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+        """
+        Returns the text that replaces one video token: for every frame, or for every group of frames that the model
+        averages, the time of its first frame and the video token, repeated `image_seq_length` times.
+        """
+        metadata = video_inputs["video_metadata"][video_idx]
+        if metadata.fps is None:
+            names = [f"<frame {index + 1}>" for index in metadata.frames_indices]
+        else:
+            names = [f"<{seconds:.1f} seconds>" for seconds in metadata.timestamps]
+        names = names[:: self.video_temporal_pooling]
+        return "".join(f"{name}{str(self.video_token) * self.image_seq_length}" for name in names)
 
     def _tiling(self, kwargs: dict[str, Any]) -> Tiling:
         """Returns how images are cut into tiles, according to the options of the call and of the processor."""
@@ -366,6 +494,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         # Other templates do not use this variable. It would be passed to the tokenizer as an argument.
         if "image_token" in template:
             kwargs.setdefault("image_token", self.image_token)
+        if self.video_token is not None and "video_token" in template:
+            kwargs.setdefault("video_token", self.video_token)
         return super().apply_chat_template(tokens.as_text(conversation, "conversation"), chat_template, **kwargs)
 
     def _template(self, name: str | None) -> str | None:
@@ -374,7 +504,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         return named.get(name or "default")
 
     def _control_tokens(self, template: str, sanitize: bool = True) -> ControlTokens:
-        tokens = control_tokens(self.tokenizer, template, self.image_token) if sanitize else ([self.image_token], [])
+        placeholders = [token for token in (self.image_token, self.video_token) if token is not None]
+        tokens = control_tokens(self.tokenizer, template, self.image_token) if sanitize else (placeholders, [])
         key = (id(self.tokenizer), tokens)
         if self._last_control_tokens is None or self._last_control_tokens[0] != key:
             self._last_control_tokens = (key, ControlTokens(self.tokenizer, *tokens))

@@ -40,7 +40,14 @@ NAMES = [
     "SparseMoeVlmTextModel",
 ]
 TEXT_INPUTS = ["input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "mm_token_type_ids"]
-IMAGE_INPUTS = ["input_ids", "pixel_values", *TEXT_INPUTS[1:], "mm_encoder_outputs", "modality_values"]
+IMAGE_INPUTS = [
+    "input_ids",
+    "pixel_values",
+    *TEXT_INPUTS[1:],
+    "mm_encoder_outputs",
+    "modality_values",
+    "pixel_values_videos",
+]
 STEERING = ["output_modality_weights", "modality_priors", "modality_guidance"]
 HEAD_INPUTS = ["labels", "use_cache", "output_router_logits", *STEERING, "logits_to_keep", "kwargs"]
 SIGNATURES = {
@@ -61,6 +68,10 @@ SIGNATURES = {
         "max_image_tokens",
         "do_pad",
         "row_separator",
+        "video_token",
+        "max_frames",
+        "video_fps",
+        "video_temporal_pooling",
     ],
 }
 

@@ -1,0 +1,225 @@
+"""Reads videos as a limited number of frames with their times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers.image_utils import PIL
+from transformers.utils import is_av_available, is_cv2_available, is_numpy_array, is_torch_tensor
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
+
+from .checks import check, check_integer, check_number
+from .image_reading import read_images
+
+# Endings of files whose frames Pillow reads.
+_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """
+    Which frames of a video are read.
+
+    Args:
+        max_frames (`int`):
+            Largest number of frames, unless `num_frames` is set.
+        fps (`float`):
+            Number of frames per second of video, if its frame rate is known and `num_frames` is not set.
+        num_frames (`int`, *optional*):
+            Number of frames, spread evenly over the video.
+        do_sample (`bool`):
+            Whether to choose frames. Otherwise, all frames are read.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
+
+    max_frames: int
+    fps: float
+    num_frames: int | None = None
+    do_sample: bool = True
+
+    def __post_init__(self) -> None:
+        check_integer("max_frames", self.max_frames)
+        check_number("video_fps", self.fps)
+        check(self.fps > 0, f"`video_fps` must be more than 0, got {self.fps}.")
+        if self.num_frames is not None:
+            check_integer("num_frames", self.num_frames)
+
+    def indices(self, metadata: VideoMetadata, **kwargs: Any) -> np.ndarray:
+        """Returns the numbers of the frames to read, from 0."""
+        total = metadata.total_num_frames
+        number = total
+        if self.do_sample and self.num_frames is not None:
+            number = self.num_frames
+        elif self.do_sample:
+            wanted = total if not metadata.fps else int(total / metadata.fps * self.fps)
+            number = min(max(1, wanted), self.max_frames)
+        return default_sample_indices_fn(metadata, num_frames=min(number, total))
+
+
+@dataclass(frozen=True)
+class Video:
+    """
+    The frames of a video that are read.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
+            The frames.
+        metadata (`VideoMetadata`):
+            The frame rate, if it is known, and the numbers of the frames in the whole video.
+    """
+
+    frames: np.ndarray
+    metadata: VideoMetadata
+
+
+def split_videos(videos: Any) -> list[Any]:
+    """
+    Returns a flat list of videos.
+
+    Args:
+        videos (`Any`):
+            A video, a list of videos, or a list with one entry per text: a video, a list of videos, or `None`. A video
+            is a path, a URL, an array or tensor with 4 dimensions, or a list of frames. A list of paths is a list of
+            videos, unless it is inside two other lists.
+
+    Returns:
+        `list[Any]`: The videos.
+    """
+    if _is_video(videos):
+        return [videos]
+    if _dimensions(videos) == 5:
+        return list(videos)
+    flat: list[Any] = []
+    for row in videos:
+        if row is None:
+            continue
+        if _is_video(row):
+            flat.append(row)
+        else:
+            flat += row
+    return flat
+
+
+def _dimensions(value: Any) -> int | None:
+    return value.ndim if is_numpy_array(value) or is_torch_tensor(value) else None
+
+
+def _is_video(value: Any) -> bool:
+    if isinstance(value, (str, os.PathLike)) or _dimensions(value) == 4:
+        return True
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return isinstance(value[0], PIL.Image.Image) or _dimensions(value[0]) in (2, 3)
+
+
+def read_video(source: Any, name: str, sampling: FrameSampling, metadata: Any = None) -> Video:
+    """
+    Reads some frames of a video.
+
+    Args:
+        source (`Any`):
+            A path or URL, an array or tensor with 4 dimensions (frames first), or a list of frames in any form that
+            [`~image_reading.read_images`] takes. Pillow reads GIF, WebP and PNG animations. Other files need one of the
+            packages `av` and `opencv-python`.
+        name (`str`):
+            Name of the video in error messages.
+        sampling ([`FrameSampling`]):
+            Which frames to read.
+        metadata (`VideoMetadata` or `dict`, *optional*):
+            Of frames: `fps`, and `frames_indices` if the frames have been chosen from a longer video.
+
+    Returns:
+        [`Video`]: The frames.
+
+    Raises:
+        ValueError: If the video has no frames, cannot be read, or has frames of different sizes. The message names
+            the video.
+        ImportError: If no package can decode the file.
+    """
+    given = dict(metadata or {})
+    fps = given.get("fps")
+    if isinstance(source, (str, os.PathLike)):
+        frames, fps, indices = _read_file(str(source), name, sampling)
+    else:
+        check(len(source) > 0, f"{name} has no frames.")
+        indices = sampling.indices(VideoMetadata(total_num_frames=len(source), fps=fps)).tolist()
+        frames = [source[index] for index in indices]
+        if given.get("frames_indices") is not None:
+            check(
+                len(given["frames_indices"]) == len(source),
+                f"{name} has {len(source)} frames, but `frames_indices` has {len(given['frames_indices'])} entries.",
+            )
+            indices = [int(given["frames_indices"][index]) for index in indices]
+    images = [_read_frame(frame, f"{name}, frame {index}") for frame, index in zip(frames, indices, strict=True)]
+    sizes = sorted({image.size for image in images})
+    check(len(sizes) == 1, f"{name} has frames of different sizes {sizes}: resize them to one size.")
+    metadata = VideoMetadata(total_num_frames=len(images), fps=fps or None, frames_indices=indices)
+    return Video(np.stack(images), metadata)
+
+
+def _read_frame(frame: Any, name: str) -> Any:
+    try:
+        (image,) = read_images([frame])
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return image
+
+
+def _read_file(path: str, name: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
+    """Returns some frames of a file, its frame rate, and the numbers of the frames."""
+    if path.lower().endswith(_ANIMATIONS) and os.path.isfile(path):
+        return _read_animation(path, sampling)
+    backend = next((name for name, found in (("pyav", is_av_available), ("opencv", is_cv2_available)) if found()), None)
+    if backend is None:
+        raise ImportError(
+            f"{name} ({path}) needs a package that decodes videos: run `pip install av`, or pass its frames."
+        )
+    try:
+        frames, metadata = load_video(path, backend=backend, sample_indices_fn=sampling.indices)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} ({path}) cannot be read as a video: {error}") from error
+    return frames, metadata.fps, [int(index) for index in metadata.frames_indices]
+
+
+def _read_animation(path: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
+    with PIL.Image.open(path) as animation:
+        total = getattr(animation, "n_frames", 1)
+        animation.load()  # some formats only tell the duration of a frame that was decoded
+        duration = animation.info.get("duration")  # of a frame, in milliseconds
+        fps = 1000 / duration if duration else None
+        indices = sampling.indices(VideoMetadata(total_num_frames=total, fps=fps)).tolist()
+        frames = []
+        for index in indices:
+            animation.seek(index)
+            frames.append(animation.convert("RGBA"))
+    return frames, fps, indices
+
+
+def metadata_of(video_metadata: Any, num_videos: int) -> list[Any]:
+    """
+    Returns the metadata of each video.
+
+    Args:
+        video_metadata (`Any`):
+            `None`, the metadata of a video, or a list of them, one per video.
+        num_videos (`int`):
+            Number of videos.
+
+    Raises:
+        ValueError: If there are metadata for another number of videos.
+    """
+    if video_metadata is None:
+        return [None] * num_videos
+    listed = [video_metadata] if isinstance(video_metadata, Mapping) else list(video_metadata)
+    listed = [item for entry in listed for item in (entry if isinstance(entry, (list, tuple)) else [entry])]
+    check(
+        len(listed) == num_videos,
+        f"`video_metadata` must have one entry per video ({num_videos}), but has {len(listed)}.",
+    )
+    return listed
