@@ -95,21 +95,22 @@ def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner
         )
 
 
-def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None) -> None:
+def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None, reads_videos: bool = False) -> None:
     """
-    Raises `ValueError` unless the encoder outputs are a dict with no keys other than `"image"` and `"video"`, whose
-    values are the outputs of [`SparseMoeVlmModel.get_image_features`] and [`SparseMoeVlmModel.get_video_features`].
+    Raises `ValueError` unless the encoder outputs are a dict with no keys other than `"image"` and, for models that
+    read videos, `"video"`. The values must be the outputs of [`SparseMoeVlmModel.get_image_features`] and
+    [`SparseMoeVlmModel.get_video_features`].
     """
     if mm_encoder_outputs is None:
         return
     if not isinstance(mm_encoder_outputs, Mapping):
         raise ValueError(f"`mm_encoder_outputs` must be a dict, got {type(mm_encoder_outputs).__name__}.")
     for name, outputs in mm_encoder_outputs.items():
-        if name not in ("image", "video"):
-            raise ValueError(
-                f"`mm_encoder_outputs` has the key {name!r}, but the only one that the model reads is 'image' "
-                "(and 'video', if it reads videos)."
-            )
+        if name != "image" and not (reads_videos and name == "video"):
+            known = "one that the model reads is 'image'"
+            if reads_videos:
+                known = "ones that the model reads are 'image' and 'video'"
+            raise ValueError(f"`mm_encoder_outputs` has the key {name!r}, but the only {known}.")
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError(
                 f"`mm_encoder_outputs[{name!r}]` must be what `get_{name}_features` returns, with a `pooler_output`, "

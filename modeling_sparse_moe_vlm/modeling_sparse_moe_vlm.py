@@ -267,7 +267,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
         for name, pixels in (("pixel_values", pixel_values), ("pixel_values_videos", pixel_values_videos)):
             if pixels is not None and mm_encoder_outputs is not None:
                 raise ValueError(f"You cannot specify both `{name}` and `mm_encoder_outputs`.")
-        check_encoder_outputs(mm_encoder_outputs)
+        check_encoder_outputs(mm_encoder_outputs, reads_videos=self.config.video_token_id is not None)
         tokens = kwargs.pop("token_modalities", None)  # passed by the enclosing model, if there is one
         if tokens is None:
             has_pixels = pixel_values is not None or pixel_values_videos is not None

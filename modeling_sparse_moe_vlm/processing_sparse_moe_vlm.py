@@ -352,7 +352,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def _process_videos(self, videos, video_metadata, **kwargs):
         options = {name: value for name, value in kwargs.items() if name not in ("do_pad", "return_metadata")}
-        options["return_tensors"] = "pt"
+        options |= {"return_tensors": "pt", "input_data_format": CHANNELS_LAST}
         tiling = self._tiling({"max_tiles": 1, "do_pad": kwargs.get("do_pad")})
         pixels = []
         for frames in videos:

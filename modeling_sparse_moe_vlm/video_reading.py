@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from transformers.image_utils import PIL
+import torch
+from transformers.image_utils import PIL, to_numpy_array
 from transformers.utils import is_av_available, is_cv2_available, is_numpy_array, is_torch_tensor
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
@@ -50,8 +50,8 @@ class FrameSampling:
         if self.num_frames is not None:
             check_integer("num_frames", self.num_frames)
 
-    def indices(self, metadata: VideoMetadata, **kwargs: Any) -> np.ndarray:
-        """Returns the numbers of the frames to read, from 0."""
+    def indices(self, metadata: VideoMetadata, **kwargs: Any) -> Any:
+        """Returns the numbers of the frames to read, from 0, as an array of integers."""
         total = metadata.total_num_frames
         number = total
         if self.do_sample and self.num_frames is not None:
@@ -69,12 +69,12 @@ class Video:
 
     Args:
         frames (`np.ndarray` of shape `(num_frames, height, width, 3)`):
-            The frames.
+            The frames, of type uint8.
         metadata (`VideoMetadata`):
             The frame rate, if it is known, and the numbers of the frames in the whole video.
     """
 
-    frames: np.ndarray
+    frames: Any
     metadata: VideoMetadata
 
 
@@ -160,7 +160,7 @@ def read_video(source: Any, name: str, sampling: FrameSampling, metadata: Any = 
     sizes = sorted({image.size for image in images})
     check(len(sizes) == 1, f"{name} has frames of different sizes {sizes}: resize them to one size.")
     metadata = VideoMetadata(total_num_frames=len(images), fps=fps or None, frames_indices=indices)
-    return Video(np.stack(images), metadata)
+    return Video(torch.stack([torch.tensor(to_numpy_array(image)) for image in images]).numpy(), metadata)
 
 
 def _read_frame(frame: Any, name: str) -> Any:

@@ -210,6 +210,14 @@ def test_pooled_frames_repeat_the_last_one():
     assert not torch.equal(pixels[4], pixels[3])
 
 
+def test_frames_of_three_rows(processor):
+    """Their height is not mistaken for channels."""
+    frames = FRAMES[:2, :3]
+    pixels = processor(text="<video>", videos=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
+    images = processor(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels["pixel_values_videos"], images)
+
+
 def test_padded_frames():
     frames = FRAMES[:2, :10]
     pixels = make_processor(do_pad=True)(text="<video>", videos=frames, return_tensors="pt")["pixel_values_videos"]
@@ -342,6 +350,8 @@ def test_errors_of_the_model(processor):
         model(**inputs, pixel_values_videos=pixels, mm_encoder_outputs={})
     with pytest.raises(ValueError, match=r"`mm_encoder_outputs\['video'\]` must be what `get_video_features` returns"):
         model(**inputs, mm_encoder_outputs={"video": pixels})
+    with pytest.raises(ValueError, match=r"has the key 'clip', but the only ones .* are 'image' and 'video'"):
+        model(**inputs, mm_encoder_outputs={"clip": pixels})
     without = make_model(video_token_id=None)
     with pytest.raises(ValueError, match="the model reads no videos: its configuration has no `video_token_id`"):
         without(**inputs, pixel_values_videos=pixels)
