@@ -227,6 +227,7 @@ def _settings(
 ) -> dict[str, Setting]:
     """Returns the value of every part of a model, where every expert group is a part."""
     settings: dict[str, Setting] = {}
+    has_adapters = hasattr(model, "peft_config")
     for name, value in parts.items():
         if name == OTHERS:
             continue
@@ -249,7 +250,8 @@ def _settings(
             check(
                 setting == FREEZE
                 or any(parameter.requires_grad for part in own for parameter in by_part[part].values()),
-                f"`parts.{entry}` is {setting!r}, but all its parameters are frozen already.",
+                f"`parts.{entry}` is {setting!r}, but all its parameters are frozen already."
+                + (" In a model with adapters, only parts that have adapters train." if has_adapters else ""),
             )
             settings |= dict.fromkeys(own, setting)
     return {part: settings.get(part, parts.get(OTHERS, TRAIN)) for part in by_part}
