@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .checks import (
+    MAX_LAYERS,
     MAX_MODALITIES,
     check,
     check_boolean,
@@ -122,6 +123,13 @@ def check_fields(config: PreTrainedConfig) -> None:
         "images.",
     )
     check_vision_config(vision)
+    if config.vision_feature_layer is not None:
+        num_layers = getattr(vision, "num_hidden_layers", MAX_LAYERS)
+        check_integer("vision_feature_layer", config.vision_feature_layer, at_least=-num_layers - 1)
+        check(
+            config.vision_feature_layer <= num_layers,
+            f"`vision_feature_layer` is {config.vision_feature_layer}, but `vision_config` has {num_layers} layers.",
+        )
     side = patches_per_side(vision)
     check(
         side % config.pixel_shuffle_factor == 0,

@@ -303,6 +303,9 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         pixel_shuffle_factor (`int`, defaults to 2):
             Side of the squares of patches that are merged before the connector's MLP (space-to-depth). An image has
             `(image_size / patch_size / pixel_shuffle_factor) ** 2` tokens.
+        vision_feature_layer (`int`, *optional*):
+            Index of the hidden states of the vision tower to use, as in LLaVA: 0 for the embeddings, 1 for the first
+            layer, -2 for the last layer but one. By default, the last hidden state, after the final normalisation.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation function of the connector's MLP.
         multimodal_projector_bias (`bool`, defaults to `True`):
@@ -345,6 +348,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     video_temporal_pooling: int = 1
     modality_encoders: dict[str, dict[str, Any]] | None = None
     pixel_shuffle_factor: int = 2
+    vision_feature_layer: int | None = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False

@@ -99,8 +99,22 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[Any, torch.Tensor]:
         """Returns the output of the vision tower and the image tokens `(num_images, image_seq_length, hidden_size)`."""
+        layer = self.config.vision_feature_layer
+        if layer is not None:
+            kwargs["output_hidden_states"] = True
         outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        features = patch_features(outputs.last_hidden_state, self.config.vision_config)
+        hidden_states = outputs.last_hidden_state
+        if layer is not None:
+            if not outputs.get("hidden_states"):
+                raise ValueError(
+                    f"the vision tower ({self.config.vision_config.model_type}) does not return the hidden states of "
+                    "its layers: leave out `vision_feature_layer`."
+                )
+            hidden_states = outputs.hidden_states[layer]
+        features = patch_features(hidden_states, self.config.vision_config)
+        if layer is not None and self.training and is_one_of_several_processes():
+            # Data parallelism waits for the gradients of the layers after this one.
+            features = features + (0.0 * outputs.last_hidden_state).sum().to(features)
         if self.training and outputs.get("pooler_output") is not None and is_one_of_several_processes():
             # The pooled output is not used, but data parallelism waits for the gradients of the head that computes it.
             features = features + (0.0 * outputs.pooler_output).sum().to(features)
