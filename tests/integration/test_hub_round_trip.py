@@ -151,6 +151,7 @@ def test_round_trip(transfer, client, saved, tmp_path):
         assert run(LOAD, server, home, client, saved, first, client[0], **variables).splitlines()[-1] == "loaded"
 
 
+@pytest.mark.extensive
 def test_push_to_hub_of_models_and_processors(hub, lfs, saved):  # noqa: F811
     """Both together upload what `push` uploads, but with the empty card of Transformers and without a licence."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
