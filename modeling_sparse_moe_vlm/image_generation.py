@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from transformers.generation import GenerationMixin
@@ -42,6 +43,16 @@ class SparseMoeVlmImageGeneration(ContinuousTextBatching, SparseMoeVlmLanguageHe
             `set[int]`: The ids.
         """
         return set(self.config.placeholder_ids.values())
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Same as in Transformers, but does not pass modality ids to an assistant that would refuse them."""
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        assistant = getattr(generator, "assistant_model", None)
+        if assistant is not None:
+            methods = (assistant.prepare_inputs_for_generation, assistant.forward)
+            if not any("mm_token_type_ids" in inspect.signature(method).parameters for method in methods):
+                generator.assistant_kwargs.pop("mm_token_type_ids", None)
+        return generator
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Same as in Transformers, but also repeats the values of further modalities, which are in a dict."""

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
-from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs, make_model
+from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_DECODER, make_inputs, make_model
 from tests.test_modeling import make_mixed_inputs, shift_left, split_rows
 
 NEW = 8
@@ -177,6 +177,15 @@ def test_assisted_decoding(model, images_last):
         close.lm_head.weight += 0.02 * torch.randn_like(close.lm_head.weight)
     assert torch.equal(new_tokens(model, inputs, assistant_model=close), expected)
     assert torch.equal(new_tokens(model, inputs, prompt_lookup_num_tokens=3), expected)
+
+
+def test_draft_model_of_another_class(model):
+    """It has no argument for the modality ids, which the processor returns."""
+    inputs = split_rows(make_mixed_inputs())[2]
+    assert "mm_token_type_ids" in inputs
+    torch.manual_seed(5)
+    draft = LlamaForCausalLM(LlamaConfig(**TINY_DECODER)).eval()
+    assert torch.equal(new_tokens(model, inputs, assistant_model=draft), greedy_reference(model, inputs))
 
 
 def test_text_model_as_assistant_and_by_itself():
