@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
 
 # Larger sizes are mistakes. They are checked before any loop over layers, groups or modalities.
 MAX_LAYERS = 4096
 MAX_EXPERTS = 1_000_000
 MAX_GROUPS = 1000
 MAX_MODALITIES = 100
+MAX_WIDTH = 2**24
+MAX_IMAGE_SIZE = 2**16
+# Number of weights of the experts of a group in one layer. More would be hundreds of terabytes.
+MAX_WEIGHTS = 2**47
+
+# Names of sizes in the configurations of Transformers, with their largest plausible value.
+_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_channels")
+_SIZES = {
+    **dict.fromkeys(_DEPTHS, MAX_LAYERS),
+    **dict.fromkeys((*_WIDTHS, "vocab_size", "patch_size"), MAX_WIDTH),
+    "image_size": MAX_IMAGE_SIZE,
+}
+_NOT_ZERO = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "patch_size", "vocab_size")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "projector_hidden_act")
+_MAX_INTEGER = 2**62  # larger integers do not fit tensors
 
 _LONGEST_SHOWN = 500
 
@@ -121,3 +142,125 @@ def check_spelling(unknown: Iterable[str], fields: Collection[str], *, kind: str
     for field in unknown:
         close = difflib.get_close_matches(field, fields, n=1, cutoff=0.88)
         check(not close, f"there is no {kind} `{field}`: did you mean `{', '.join(close)}`?")
+
+
+def check_dtype(field: str, value: Any) -> None:
+    """Raises `ValueError` unless the value of the field is a dtype of torch, its name or `None`."""
+    named = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    check(
+        value is None or isinstance(named, torch.dtype),
+        f"`{field}` must be the name of a dtype of torch, got {shown(value)}.",
+    )
+
+
+def check_library_fields(name: str, fields: Mapping[str, Any]) -> None:
+    """
+    Raises `ValueError` if a configuration of Transformers has implausible sizes or names of functions and dtypes, which
+    Transformers does not check.
+
+    Args:
+        name (`str`):
+            Name of the configuration in the error message, empty for that of the whole model.
+        fields (`Mapping[str, Any]`):
+            The fields of the configuration, with those of its sub-configurations.
+    """
+    for field, value in fields.items():
+        path = f"{name}.{field}" if name else str(field)
+        if field in ("dtype", "torch_dtype"):
+            check_dtype(path, value)
+        elif isinstance(value, Mapping):
+            check_library_fields(path, value)
+        elif field == "rope_theta":
+            check(isinstance(value, int | float) and value > 0, f"`{path}` must be more than 0, got {shown(value)}.")
+        elif field in _ACTIVATIONS and isinstance(value, str):
+            check_choice(path, value, ACT2FN)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            smallest = int(field in _NOT_ZERO) if field in _SIZES else -_MAX_INTEGER
+            check_integer(path, value, at_least=smallest, at_most=_SIZES.get(field, _MAX_INTEGER))
+
+
+# Errors about wrong values that models of Transformers raise while they are created.
+OBSCURE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError)
+
+
+@contextmanager
+def errors_of_config(name: str, kinds: tuple = (*OBSCURE_ERRORS, RuntimeError, TypeError)) -> Iterator[None]:
+    """
+    Context manager for creating a model of Transformers. Errors of any kind about wrong values become a `ValueError`.
+
+    Args:
+        name (`str`):
+            Name of the class of the model in the error message.
+        kinds (`tuple`, *optional*):
+            Classes of the errors.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
+        if "unexpected keyword argument" in str(error):  # not about the configuration
+            raise
+        raise ValueError(
+            f"the configuration does not describe a {name}, creating it failed ({type(error).__name__}: {error})."
+        ) from error
+
+
+def build_config(make: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) -> Any:
+    """
+    Creates a configuration from its fields. Errors of Transformers about wrong values, which can be of any kind, become
+    errors that name the field.
+
+    Args:
+        make (`Callable[[dict[str, Any]], Any]`):
+            Creates the configuration.
+        fields (`dict[str, Any]`):
+            The fields.
+
+    Returns:
+        `Any`: What `make` returns.
+
+    Raises:
+        ValueError: If a field is invalid. The message names the field.
+    """
+    try:
+        return make(dict(fields))
+    except Exception as error:
+        if isinstance(error, OSError | ImportError) or (isinstance(error, ValueError) and "`" in str(error)):
+            raise
+        named = _wrong_field(make, fields)
+        if named is None:
+            field = re.search(r"[Ff]ield '(\w+)'", str(error))  # as the data classes of Transformers name it
+            what = "the configuration" if field is None else f"`{field[1]}`"
+        else:
+            what = f"`{named[0]}` ({shown(named[1])})"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{what} is invalid: {reason[-1].strip()}") from error
+
+
+def _wrong_field(make: Callable[[dict[str, Any]], Any], fields: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Returns the path and value of the field without which a configuration can be created, or `None`."""
+    for path, value in _fields_from_inside(fields):
+        try:
+            make(_without(fields, path))
+        except Exception:
+            continue
+        return ".".join(path), value
+    return None
+
+
+def _fields_from_inside(
+    fields: Mapping[str, Any], before: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields the path and value of each field, those of sub-configurations before the sub-configurations."""
+    for name, value in fields.items():
+        path = (*before, str(name))
+        if isinstance(value, Mapping) and len(before) < 3:
+            yield from _fields_from_inside(value, path)
+        yield path, value
+
+
+def _without(fields: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    name, *rest = path
+    kept = {key: value for key, value in fields.items() if str(key) != name}
+    return kept | {name: _without(fields[name], rest)} if rest else kept

@@ -9,17 +9,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .checks import (
     MAX_LAYERS,
     MAX_MODALITIES,
+    MAX_WIDTH,
     check,
     check_boolean,
     check_choice,
     check_distinct,
     check_integer,
     check_layers,
+    check_library_fields,
     check_number,
     check_sequence,
     shown,
 )
-from .vision_tower import check_depths, check_vision_config, patches_per_side
+from .vision_tower import check_vision_config, patches_per_side
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
 # Fields of the decoder whose values are positive integers, and fields whose values are True or False.
@@ -28,7 +30,6 @@ _COUNTS = (
     "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
-    "max_position_embeddings",
 )
 _FLAGS = (
     "use_cache",
@@ -42,7 +43,8 @@ _FLAGS = (
 def check_text_fields(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if a field of the decoder's configuration, other than those of the experts, is invalid."""
     for field in _COUNTS:
-        check_integer(field, getattr(config, field))
+        check_integer(field, getattr(config, field), at_most=MAX_WIDTH)
+    check_integer("max_position_embeddings", config.max_position_embeddings, at_most=2**62)
     check_number("rms_norm_eps", config.rms_norm_eps)
     for field in _FLAGS:
         check_boolean(field, getattr(config, field))
@@ -74,7 +76,7 @@ def check_text_fields(config: PreTrainedConfig) -> None:
             f"({config.num_attention_heads}), for rotary embeddings: change one of them, or set `head_dim`.",
         )
     else:
-        check_integer("head_dim", config.head_dim)
+        check_integer("head_dim", config.head_dim, at_most=MAX_WIDTH // config.num_attention_heads)
         check(config.head_dim % 2 == 0, f"`head_dim` must be even for rotary embeddings, got {config.head_dim}.")
 
 
@@ -93,9 +95,9 @@ def _check_eos_token_ids(config: PreTrainedConfig) -> None:
 def check_rope(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if the rotary embedding parameters, as completed by Transformers, are invalid."""
     check_choice("rope_parameters['rope_type']", config.rope_parameters["rope_type"], ("default", *ROPE_INIT_FUNCTIONS))
-    theta = config.rope_parameters.get("rope_theta")
-    if theta is not None:
-        check_number("rope_parameters['rope_theta']", theta)
+    if "rope_theta" in config.rope_parameters:
+        theta = config.rope_parameters["rope_theta"]
+        check_number("rope_parameters['rope_theta']", theta, at_most=2**62)
         check(theta > 0, f"`rope_parameters['rope_theta']` must be more than 0, got {theta!r}.")
     try:
         config.validate_rope()
@@ -194,7 +196,7 @@ def _check_modality_encoders(config: PreTrainedConfig) -> None:
             f"`modality_encoders[{name!r}]` must be a dict with `model_type`, the encoder's fields and `token_id`, got "
             f"{shown(encoder)}.",
         )
-        check_depths(f"modality_encoders[{name!r}]", encoder)
+        check_library_fields(f"modality_encoders[{name!r}]", encoder)
         _check_placeholder(
             f"modality_encoders[{name!r}]['token_id']", encoder["token_id"], config.text_config.vocab_size
         )

@@ -7,13 +7,14 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 # isort: split
 
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from .checks import check, check_spelling
+from .checks import build_config, check, check_dtype, check_spelling
 from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
 from .experts_config import Given, SparseMoeVlmExpertsConfig
 from .parameters import count_parameters
@@ -364,6 +365,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
                 f"`{field}` must be a configuration or a dict, got {value!r}.",
             )
         super().__post_init__(**kwargs)
+        check_dtype("dtype", self.dtype)
         check_fields(self)
         # The language head belongs to the whole model, so both flags must have the same value.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -389,7 +391,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
             if isinstance(text_config, PreTrainedConfig):
                 text_config = text_config.to_dict()
             config_dict = config_dict | {"text_config": text_config | given}
-        return super().from_dict(config_dict, **kwargs)
+        return build_config(partial(super().from_dict, **kwargs), config_dict)
 
     def validate_architecture(self) -> None:
         """Checks the fields again when a model is created: see [`SparseMoeVlmExpertsConfig.validate_architecture`]."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from .checks import check, check_distinct, check_sequence
+from .checks import build_config, check, check_distinct, check_library_fields, check_sequence, shown
 from .expert_groups import served_as
 from .experts_config import Given, SparseMoeVlmExpertsConfig
 
@@ -64,13 +65,14 @@ class UpcycledExpertsConfig(SparseMoeVlmExpertsConfig):
 
     def _complete(self) -> None:
         super()._complete()
-        self.blocks = list(self.blocks or [])
+        self.blocks = [] if self.blocks is None else self.blocks
         check_sequence("blocks", self.blocks, str)
+        self.blocks = list(self.blocks)
         check_distinct("blocks", self.blocks)
         check(
             len(self.blocks) in (0, len(self.sparse_layers)),
             f"`blocks` names {len(self.blocks)} blocks, but the sparse layers are {self.sparse_layers}: list the "
-            "other layers in `mlp_only_layers`.",
+            "other layers in `mlp_only_layers`, or change `decoder_sparse_step`.",
         )
         self.placeholder_ids = {name: list(ids) for name, ids in (self.placeholder_ids or {}).items()}
         self.start = dict(self.start or {})
@@ -108,10 +110,19 @@ class UpcycledConfigMixin:
     experts_config: Any
 
     def __post_init__(self, **kwargs):
+        check(
+            self.experts_config is None or isinstance(self.experts_config, dict | PreTrainedConfig),
+            f"`experts_config` must be a configuration or a dict, got {shown(self.experts_config)}.",
+        )
         # Not in `sub_configs`, because Transformers expects that each of them belongs to a submodel.
         if isinstance(self.experts_config, dict):
             self.experts_config = UpcycledExpertsConfig(**self.experts_config)
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        of_base = {name: value for name, value in vars(self).items() if name != "experts_config"}
+        for name, value in of_base.items():
+            if isinstance(value, PreTrainedConfig):
+                of_base[name] = value.to_dict()
+        check_library_fields("", of_base)
         self.link_experts()
 
     def link_experts(self) -> None:
@@ -142,7 +153,7 @@ class UpcycledConfigMixin:
             if isinstance(experts, PreTrainedConfig):
                 experts = experts.to_dict()
             config_dict = config_dict | {"experts_config": experts | given}
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        return build_config(partial(super().from_dict, **kwargs), config_dict)  # type: ignore[misc]
 
     @property
     def num_expert_shards(self) -> int:

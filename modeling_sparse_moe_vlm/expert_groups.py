@@ -13,6 +13,7 @@ from .checks import (
     MAX_EXPERTS,
     MAX_GROUPS,
     MAX_MODALITIES,
+    MAX_WIDTH,
     check,
     check_boolean,
     check_distinct,
@@ -174,7 +175,7 @@ def _complete(
     )
     field = f"expert_groups[{name!r}]"
     check_integer(f"{field}.num_experts", group["num_experts"], at_most=MAX_EXPERTS)
-    check_integer(f"{field}.intermediate_size", group["intermediate_size"])
+    check_integer(f"{field}.intermediate_size", group["intermediate_size"], at_most=MAX_WIDTH)
     check_boolean(f"{field}.always_on", group["always_on"])
     check_sequence(f"{field}.modalities", group["modalities"], str, at_most=MAX_MODALITIES)
     unknown = sorted(set(group["modalities"]) - set(modalities))

@@ -7,11 +7,12 @@ sub-configuration.
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from .checks import MAX_LAYERS, check_integer, check_spelling
+from .checks import MAX_LAYERS, build_config, check_integer, check_spelling
 from .expert_groups import BUILTIN_MODALITIES, ExpertGroup
 from .experts_validation import check_expert_fields, resolve_expert_groups
 
@@ -143,6 +144,25 @@ class SparseMoeVlmExpertsConfig(PreTrainedConfig):
         check_spelling(kwargs, {field.name for field in fields(type(self))})
         self._complete()
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        Creates a configuration from a dict: see [`~transformers.PreTrainedConfig.from_dict`].
+
+        Args:
+            config_dict (`dict[str, Any]`):
+                The fields of the configuration.
+            kwargs (`Any`):
+                Fields that override those of the dict.
+
+        Returns:
+            `SparseMoeVlmExpertsConfig`: The configuration.
+
+        Raises:
+            ValueError: If a field is invalid. The message names the field.
+        """
+        return build_config(partial(super().from_dict, **kwargs), config_dict)
 
     def _complete(self) -> None:
         """Checks the fields and fills in the values of fields that were left out or given by name."""

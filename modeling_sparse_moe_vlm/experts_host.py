@@ -31,8 +31,14 @@ from .checkpoint_conversion import (
     own_names,
     saving_conversions,
 )
-from .checkpoint_integrity import check_names, check_weights, named_damage
-from .checks import check
+from .checkpoint_integrity import (
+    check_names,
+    check_names_of_tensors,
+    check_number_of_weights,
+    check_weights,
+    named_damage,
+)
+from .checks import OBSCURE_ERRORS, check, errors_of_config
 from .experts import init_expert_weights
 from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from .kept_names import check_names_on_disk, keep_names, signature
@@ -77,14 +83,16 @@ class ExpertsHost(PreTrainedModel):
                 `num_experts_per_tok`.
 
         Returns:
-            `PreTrainedModel`: The model, in evaluation mode.
+            `PreTrainedModel`: The model, in evaluation mode. With `output_loading_info=True`, also the report of
+            Transformers about missing and unexpected tensors, which are not an error then.
 
         Raises:
             TypeError: If a keyword argument is neither an argument of Transformers nor a field of a configuration.
-            OSError: If a file of the checkpoint is damaged. The message names the file.
+            OSError: If a file of the checkpoint is damaged or a pickle. The message names the file.
             RuntimeError: If the size of a tensor differs from the configuration.
-            ValueError: If a field of the configuration is invalid, or if the experts of the checkpoint or the device
-                map do not fit the model.
+            ValueError: If a field of the configuration is invalid, if the experts of the checkpoint or the device
+                map do not fit the model, or if tensors are missing or unexpected (see
+                [`~checkpoint_integrity.check_names_of_tensors`]).
         """
         if num_expert_shards is not None:
             kwargs["num_expert_shards"] = num_expert_shards
@@ -94,8 +102,21 @@ class ExpertsHost(PreTrainedModel):
         checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.get("trust_remote_code") and checkpoint is not None and cls._warn_of_other_code is not None:
             cls._warn_of_other_code(cls, checkpoint, kwargs.get("revision"))
-        with named_damage(checkpoint, kwargs.get("subfolder") or ""), _named_argument(cls.config_class):
-            return super().from_pretrained(*args, config=config, **kwargs)
+        if kwargs.setdefault("use_safetensors", None if "gguf_file" in kwargs else True) is False:
+            raise ValueError(
+                "`use_safetensors=False` asks for weights in a pickle, which can run code when it is read: leave it "
+                "out, and convert the weights to safetensors."
+            )
+        wants_report = kwargs.pop("output_loading_info", False)
+        with (
+            named_damage(checkpoint, kwargs.get("subfolder") or ""),
+            _named_argument(cls.config_class),
+            errors_of_config(cls.__name__, OBSCURE_ERRORS),
+        ):
+            model, report = super().from_pretrained(*args, config=config, output_loading_info=True, **kwargs)
+        if not (wants_report or kwargs.get("ignore_mismatched_sizes")):
+            check_names_of_tensors(model, report, str(checkpoint or "the state dict"))
+        return (model, report) if wants_report else model
 
     @classmethod
     def _from_config(cls, config, **kwargs):
@@ -149,6 +170,8 @@ class ExpertsHost(PreTrainedModel):
         files = [file for file in checkpoint_files or () if file.endswith(".safetensors")]
         check_weights(files, (load_config.sharded_metadata or {}).get("weight_map"))
         if expected_keys is None:  # the weights of the model, not of an adapter
+            if not (load_config.ignore_mismatched_sizes or load_config.is_quantized):
+                check_number_of_weights(files, sum(weight.numel() for weight in model.parameters()))
             of_library = model.library_conversions(load_config.weight_mapping or [])
             steps = loading_conversions(model, of_library, load_config.hf_quantizer)
             renamings = [step for step in steps if isinstance(step, WeightRenaming)]

@@ -9,10 +9,13 @@ from transformers.utils import logging
 from .checks import (
     MAX_LAYERS,
     MAX_MODALITIES,
+    MAX_WEIGHTS,
+    MAX_WIDTH,
     check,
     check_boolean,
     check_choice,
     check_distinct,
+    check_dtype,
     check_integer,
     check_layers,
     check_number,
@@ -25,7 +28,8 @@ logger = logging.get_logger(__name__)
 
 ROUTERS = ("softmax", "sigmoid", "top_p")
 # Fields whose values are integers of at least 1, numbers of at least 0, and True or False.
-_COUNTS = ("hidden_size", "decoder_sparse_step", "num_experts_per_tok", "moe_intermediate_size")
+_COUNTS = ("decoder_sparse_step", "num_experts_per_tok")
+_WIDTHS = ("hidden_size", "moe_intermediate_size")
 _NUMBERS = ("initializer_range", "router_aux_loss_coef", "router_z_loss_coef")
 _FLAGS = ("norm_topk_prob", "output_router_logits", "unfused_experts")
 
@@ -39,6 +43,9 @@ def check_expert_fields(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if a single field of the experts' configuration is invalid."""
     for field in _COUNTS:
         check_integer(field, getattr(config, field))
+    for field in _WIDTHS:
+        check_integer(field, getattr(config, field), at_most=MAX_WIDTH)
+    check_dtype("dtype", config.dtype)
     check_integer("num_hidden_layers", config.num_hidden_layers, at_most=MAX_LAYERS)
     for field in _NUMBERS:
         check_number(field, getattr(config, field))
@@ -98,6 +105,12 @@ def resolve_expert_groups(config: PreTrainedConfig) -> None:
 
     sparse_layers = config.sparse_layers
     for group in config.expert_groups:
+        weights = 3 * group["num_experts"] * group["intermediate_size"] * config.hidden_size
+        check(
+            weights <= MAX_WEIGHTS,
+            f"`expert_groups[{group['name']!r}]` would have {weights:,} weights per layer, which is not plausible: "
+            "lower `num_experts`, `intermediate_size` or `hidden_size`.",
+        )
         check(
             group["layers"] is None or not set(sparse_layers).isdisjoint(group["layers"]),
             f"`expert_groups[{group['name']!r}].layers` is {group['layers']}, of which none is sparse: add one of the "

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .cache_name import is_paged
 from .checkpoint_conversion import own_names
+from .checks import errors_of_config
 from .configuration_upcycled import (
     OTHER_CONFIG,
     PREFIX,
@@ -99,7 +100,8 @@ class UpcycledMixin(ExpertsHost):
         experts_config.validate_architecture()
         # The base model first creates modules without experts, which would refuse an experts implementation.
         implementation, config._experts_implementation_internal = config._experts_implementation_internal, None
-        super().__init__(config, *args, **kwargs)
+        with errors_of_config(self.dense_class().__name__):
+            super().__init__(config, *args, **kwargs)
         config._experts_implementation_internal = implementation
         put_experts_in(self)
 
@@ -333,6 +335,10 @@ def put_experts_in(model: Any) -> None:
     """
     config = model.config.experts_config
     paths = {layer: full_path(model, path) for layer, path in zip(config.sparse_layers, config.blocks, strict=True)}
+    modules = dict(model.named_modules())
+    unknown = [path for layer, path in zip(paths, config.blocks, strict=True) if paths[layer] not in modules]
+    if unknown:
+        raise ValueError(f"`experts_config.blocks` names {unknown}, which {type(model).__name__} does not have.")
     parts = _parts_around(model, list(paths.values()))
     planner = RoutingPlanner(config)
     for layer, path in paths.items():

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import MAX_LAYERS, check, check_integer
+from .checks import check, check_integer, check_library_fields
 
 # Vision towers without one feature per square patch: a field that only their configurations have, and what they do.
 _OTHER_FIELDS = {
@@ -20,8 +18,6 @@ _OTHER_TYPES = {
     "pixtral": "packs images of any size",
     "siglip2_vision_model": "takes images as lists of patches",
 }
-# Names of the number of layers in the configurations of Transformers.
-_DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "depth", "encoder_layers", "decoder_layers")
 
 
 def check_vision_config(config: PreTrainedConfig) -> None:
@@ -31,26 +27,22 @@ def check_vision_config(config: PreTrainedConfig) -> None:
     reason = _OTHER_TYPES.get(config.model_type) or next(
         (reason for field, reason in _OTHER_FIELDS.items() if getattr(config, field, None) is not None), None
     )
-    check_depths("vision_config", config.to_dict())
+    check_library_fields("vision_config", config.to_dict())
     check(reason is None, f"{name} {reason}, which the connector does not support: {advice}.")
     for field in ("image_size", "patch_size"):
         value = getattr(config, field, None)
         check(isinstance(value, int), f"{name} must give `{field}` as one integer, got {value!r}: {advice}.")
     for field in ("hidden_size", "image_size", "patch_size"):
         check_integer(f"vision_config.{field}", getattr(config, field, None))
+    heads = getattr(config, "num_attention_heads", None)
+    check(
+        heads is None or getattr(config, "head_dim", None) is not None or config.hidden_size % heads == 0,
+        f"`vision_config.hidden_size` ({config.hidden_size}) must be a multiple of `num_attention_heads` ({heads}).",
+    )
     check(
         config.image_size >= config.patch_size,
         f"`vision_config.image_size` ({config.image_size}) must be at least `patch_size` ({config.patch_size}).",
     )
-
-
-def check_depths(name: str, fields: dict[str, Any]) -> None:
-    """Raises `ValueError` if a model would have an implausible number of layers. `fields` is its configuration."""
-    for field, value in fields.items():
-        if isinstance(value, dict):
-            check_depths(f"{name}.{field}", value)
-        elif field in _DEPTHS and isinstance(value, int):
-            check_integer(f"{name}.{field}", value, at_least=0, at_most=MAX_LAYERS)
 
 
 def patches_per_side(config: PreTrainedConfig) -> int:

@@ -256,7 +256,7 @@ def test_nothing_stays_uninitialised(kind, tmp_path):
         if any(part in name for part in ("layers.0.mlp", "norm", "projector", "k_proj", "embed_tokens"))
     ]
     save_file({name: tensors[name] for name in tensors if name not in lacking}, path, metadata={"format": "pt"})
-    reloaded = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path)
+    reloaded, _ = SparseMoeVlmForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     fresh = SparseMoeVlmForConditionalGeneration(model.config)
     for (name, tensor), (_, expected) in zip(reloaded.named_parameters(), fresh.named_parameters(), strict=True):
         assert tensor.device.type == "cpu"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
-from ...checkpoint_integrity import ADVICE, check_weights
+from ...checkpoint_integrity import ADVICE, check_weights, refuse_pickles
 
 # The two factors of an adapter. Neither is of use without the other.
 _PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
@@ -31,14 +31,14 @@ def read_adapter_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Te
         their names on disk.
 
     Raises:
-        OSError: If a file is missing or damaged, or contains only one of the two factors of an adapter. The message
-            names the file.
+        OSError: If a file is missing, damaged or a pickle, or contains only one of the two factors of an adapter. The
+            message names the file.
         ValueError: If a field of the configuration is missing or wrong, or if it is not a LoRA adapter.
     """
     config = _read_config(folder / CONFIG_NAME)
     path = folder / SAFETENSORS_WEIGHTS_NAME
-    if path.exists() or not list(folder.glob("adapter_model.*")):  # PEFT also reads an older file format
-        check_weights([path])
+    refuse_pickles(folder)  # PEFT also reads them
+    check_weights([path])
     weights = load_peft_weights(str(folder), device="cpu")
     for name in weights:
         for factors in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):

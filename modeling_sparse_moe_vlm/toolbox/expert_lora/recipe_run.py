@@ -15,6 +15,7 @@ from ..data import VisionLanguageCollator
 from ..demo import conversations
 from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
+from ..hub import write_model_card
 from ..training.models import from_checkpoint, is_language_model
 from ..training.own_callbacks import check_evaluation
 from ..training.own_data import check_own_data, has_evaluation, is_own
@@ -164,6 +165,9 @@ class LoraRun:
             title = "Exact match in percent, held-out scenes in"
             rows = {name: (before[split], after[split]) for split, name in SPLIT_TITLES.items()}
         (self.output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2))
+        write_model_card(self.adapter_dir)
+        if self.own_report is not None:
+            self.own_report.add_to_card(self.adapter_dir)
         if not rows:
             print("\nThe model is not evaluated: name rows for evaluation with `data.eval` or `data.eval_split`.")
             return self.metrics

@@ -24,6 +24,7 @@ from ..upcycling.costs import costs_of, costs_table
 from ..upcycling.native import dense_config
 from ..upcycling.receipt import ParityReceipt
 from .parents import link_to
+from .sections import memory_rows
 
 IMAGE_TEXT, CAUSAL_LM = AutoModelForImageTextToText.__name__, AutoModelForCausalLM.__name__
 # By the auto class that loads a model, the task that the Hub lists it under; earlier ones are preferred.
@@ -107,6 +108,8 @@ def _ours(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Desc
         **{f"active per {modality} token": number for modality, number in active.items()},
         "expert groups": variables["expert_groups"],
         "routed experts per token": variables["num_experts_per_tok"],
+        **_routing_rows(text_config),
+        **memory_rows(config.num_parameters()),
     }
     kind, parts, experts = "language model", "a decoder", "experts"
     if has_images:
@@ -139,7 +142,7 @@ def _upcycled(config: Any, experts: Any, parents: Sequence[str], start: Mapping[
         "start": describe_start(start),
         "groups": _groups(experts),
         "routed experts per token": experts.num_experts_per_tok,
-        "sparse layers": f"{len(experts.sparse_layers)} of {experts.num_hidden_layers}",
+        **_routing_rows(experts),
     }
     named = tuple(f".{name}" for name in config.architectures or [])
     classes = [name for name, place in config.auto_map.items() if not named or place.endswith(named)]
@@ -160,6 +163,7 @@ def _of_transformers(config: PreTrainedConfig, parents: Sequence[str], start: Ma
     rows = {"parameters": f"{size.total:,}"} | {
         f"active per {modality} token": f"{number:,}" for modality, number in size.active.items()
     }
+    rows |= memory_rows(size.total)
     text = f"A `{name}`, which is a class of Transformers."
     if start:
         text = f"A sparse mixture of experts, made from {_dense(parents)} by upcycling and saved as a `{name}`."
@@ -215,6 +219,18 @@ def _groups(experts: Any) -> str:
         f"{', always on' if group['always_on'] else ''})"
         for group in experts.expert_groups
     )
+
+
+def _routing_rows(experts: Any) -> dict[str, str]:
+    """Returns the rows of the table about the router, the sparse layers and the expert pools."""
+    by_modality = experts.num_experts_per_tok_by_modality or {}
+    rows = {f"routed experts per {modality} token": str(number) for modality, number in by_modality.items()}
+    rows |= {"router": experts.router, "sparse layers": f"{len(experts.sparse_layers)} of {experts.num_hidden_layers}"}
+    if experts.pools:
+        rows["expert pools"] = ", ".join(
+            f"{pool} (layers {', '.join(map(str, of))})" for pool, of in experts.pools.items()
+        )
+    return rows
 
 
 def _table(rows: Mapping[str, Any], title: str = "") -> str:

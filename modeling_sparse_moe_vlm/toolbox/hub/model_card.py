@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -17,6 +19,9 @@ from ..training.recipes import Recipe
 from .parents import inherited_metadata, is_on_hub
 
 SPLIT_NAMES = {"test": "Emoji scenes, held-out arrangements", "test_style": "Emoji scenes, held-out drawing style"}
+
+# Type of the built-in data in results.
+SCENES = "emoji-scenes"
 
 
 def write_model_card(
@@ -32,7 +37,7 @@ def write_model_card(
 ) -> ModelCard:
     """
     Writes `README.md` into the folder of a model: of this package's architecture, upcycled, or exported as a class of
-    Transformers. Save the model and its processor there first.
+    Transformers; or of a PEFT adapter. Save the model and its processor there first.
 
     The card names the models that this one was made from, carries over their licence if their own cards (in their
     folders or on the Hub) name one, and has the parity receipt of an upcycled model.
@@ -47,7 +52,8 @@ def write_model_card(
         metrics (`dict`, *optional*):
             By split, `{"overall": {"model", "blind", "most_frequent_answer"}}` in percent, as measured.
         recipe ([`~toolbox.training.recipes.Recipe`], *optional*):
-            What the model was trained with.
+            What the model was trained with. By default, the `recipe.yaml` that the run saved, in the folder or, if the
+            folder is called `model` or `adapter`, in the folder above.
         base_model (`str` or `Sequence[str]`, *optional*):
             The model that this one was made from (a name on the Hub, or a folder); of a model from parts, the language
             model and the vision encoder. By default, what the configuration of an upcycled model says.
@@ -72,11 +78,27 @@ def write_model_card(
     ```
     """
     # Not at the top, since upcycling writes model cards itself.
+    from .adapter_card import is_adapter, make_adapter_card
     from .descriptions import CAUSAL_LM, OUR_TYPES, TASKS, describe
+    from .sections import (
+        datasets_of,
+        figures_in,
+        is_own_data,
+        limits_text,
+        recipe_text,
+        saved_recipe,
+        scores_text,
+        training_text,
+    )
     from .usage import usage
 
     folder = Path(folder)
     name = folder.resolve().name if model_name is None else model_name
+    values = saved_recipe(folder) if recipe is None else yaml.safe_load(recipe.to_yaml())
+    if config is None and is_adapter(folder):
+        card = make_adapter_card(folder, name, template=template, recipe=values, base_model=base_model)
+        card.text = re.sub(r"\n{3,}", "\n\n", card.text)
+        return save_card(card, folder)
     if config is None:
         use_installed_code(folder)
         config = AutoConfig.from_pretrained(folder)
@@ -86,9 +108,9 @@ def write_model_card(
     description = describe(config, parents, start)
     task = TASKS.get(description.auto_class)
     is_ours = getattr(config, "tower_model_type", config.model_type) in OUR_TYPES
-    is_from_scratch = is_ours and not parents
+    is_built_in = is_ours and not parents and not (values is not None and is_own_data(values))
     metadata: dict[str, Any] = (
-        {"license": "apache-2.0", "language": "en"} if is_from_scratch else inherited_metadata(parents)
+        {"license": "apache-2.0", "language": "en"} if is_built_in else inherited_metadata(parents)
     )
     results = _results(metrics or {})
     on_hub = [parent for parent in parents if is_on_hub(parent)]
@@ -97,6 +119,8 @@ def write_model_card(
         library_name="transformers",
         pipeline_tag=task,
         base_model=on_hub[0] if len(on_hub) == 1 else on_hub or None,
+        base_model_relation=("finetune" if len(parents) == 1 else "merge") if on_hub else None,
+        datasets=(datasets_of(values) if values is not None else []) or None,
         tags=description.tags,
         metrics=["exact_match"] if results else None,
         eval_results=_eval_results(results) or None,
@@ -122,12 +146,28 @@ def write_model_card(
             is_ours=is_ours,
         ),
         results=results,
-        recipe=recipe.to_yaml().strip() if recipe is not None else None,
+        recipe=recipe_text(values) if values is not None else None,
+        training=training_text(values, metrics or {}) if values is not None else None,
+        figures=figures_in(folder),
+        limits=limits_text(
+            parents=parents,
+            is_upcycled=bool(start),
+            recipe=values,
+            reads_images=description.auto_class != CAUSAL_LM,
+            needs_code=description.needs_code,
+        ),
+        scores=scores_text([]),
         **description.variables,
     )
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # empty lines of parts that the card does not have
+    return save_card(card, folder)
+
+
+def save_card(card: ModelCard, folder: Path) -> ModelCard:
+    """Writes a card to `README.md` in one step."""
     stage = folder / ".README.md.saving"
     card.save(stage)
-    stage.replace(folder / "README.md")  # in one step
+    stage.replace(folder / "README.md")
     return card
 
 
@@ -150,7 +190,7 @@ def _eval_results(results: list[dict[str, Any]]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="visual-question-answering",
-            dataset_type="emoji-scenes",
+            dataset_type=SCENES,
             dataset_name=row["name"],
             dataset_split=row["split"],  # without it, the results of all splits would merge
             metric_type="exact_match",

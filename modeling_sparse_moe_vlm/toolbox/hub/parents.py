@@ -38,8 +38,10 @@ def is_on_hub(name: str) -> bool:
 
 
 def link_to(name: str) -> str:
-    """Returns the name of a model in Markdown, with a link if it is on the Hub."""
-    return f"[{name}](https://huggingface.co/{name})" if is_on_hub(name) else f"`{name}`"
+    """Returns the name of a model in Markdown, with a link if it is on the Hub. Of a path, only the last part stays."""
+    if is_on_hub(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{name.replace(chr(92), '/').rstrip('/').rpartition('/')[2]}`"
 
 
 def inherited_metadata(parents: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
-from .model_card import write_model_card
+from .model_card import SCENES, save_card, write_model_card
+from .sections import with_scores
 
 
 def add_results_to_card(
@@ -56,11 +57,10 @@ def add_results_to_card(
     data: Any = card.data
     data.model_name = data.model_name or folder.resolve().name
     data.eval_results = [result for result in data.eval_results or [] if _key(result) not in new] + results
+    shown = [result for result in data.eval_results if result.dataset_type != SCENES]
+    card.text = with_scores(card.text, shown)
     data.metrics = list(dict.fromkeys([*(data.metrics or []), *scores]))
-    stage = folder / ".README.md.saving"
-    card.save(stage)
-    stage.replace(path)  # in one step
-    return card
+    return save_card(card, folder)
 
 
 def _key(result: EvalResult) -> tuple[str | None, ...]:

@@ -122,7 +122,11 @@ def test_tensors_of_wrong_shapes_are_named(folder):
         load_expert_lora(make_model(), folder)
 
 
-def test_adapters_of_the_older_format(folder):
+def test_pickles_are_refused(folder):
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
     assert len(read_adapter_files(folder)[1]) > 10
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        OSError, match=f"^{folder / 'adapter_model.bin'} is a pickle, which can run code when it is read"
+    ):
+        load_expert_lora(make_model(), folder)

@@ -80,7 +80,8 @@ def test_a_language_model_in_a_folder(request_, start, tmp_path):
     card, _, _ = make_card(tmp_path, str(tmp_path), model, expert_groups="joint", **request_)
     assert card.data.base_model is None
     assert card.data.pipeline_tag == "text-generation"
-    assert f"the dense model `{tmp_path}` by upcycling" in card.content
+    assert f"the dense model `{tmp_path.name}` by upcycling" in card.content
+    assert str(tmp_path) not in card.content
     lines = card.content.splitlines()
     assert f"| start | {start} |" in lines
     assert f"| sparse layers | {2 if 'layers' not in request_ else 1} of 2 |" in lines
