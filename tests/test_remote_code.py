@@ -29,6 +29,7 @@ EXPERTS = {
     "checkpoint_conversion",
     "checkpoint_integrity",
     "checks",
+    "continuous_batching",
     "expert_groups",
     "expert_shards",
     "experts",
@@ -70,7 +71,9 @@ OURS = EXPERTS | {
     "visible_keys",
     "vision_tower",
 }
-PROCESSOR = {"processing_sparse_moe_vlm", "control_tokens", "image_reading", "versions"}
+PROCESSOR = {
+    *("processing_sparse_moe_vlm", "control_tokens", "image_reading", "image_tiles", "processor_arguments", "versions")
+}
 HEAD = {"contrastive", "outputs", "retrieval_config", "retrieval_head", "sentence_transformers_files", "versions"}
 FILES = {
     "ours": OURS | PROCESSOR,
