@@ -217,7 +217,7 @@ def test_layers_without_any_expert_in_the_checkpoint_are_new(tmp_path):
     kept = {key: value for key, value in tensors.items() if ".layers.1.mlp.experts." not in key}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     logging.set_verbosity_error()
-    loaded = load(tmp_path, unfused_experts=True)
+    loaded, _ = load(tmp_path, unfused_experts=True, output_loading_info=True)
     weight = loaded.get_parameter(f"{LAYERS}.1.mlp.experts.0.up_proj.weight")
     assert weight.std().item() == pytest.approx(0.2, rel=0.1)  # `initializer_range`
     kept = loaded.get_parameter(f"{LAYERS}.0.mlp.experts.0.up_proj.weight")
