@@ -70,9 +70,11 @@ OURS = EXPERTS | {
     "versions",
     "visible_keys",
     "vision_tower",
+    "visual_features",
 }
 PROCESSOR = {
-    *("processing_sparse_moe_vlm", "control_tokens", "image_reading", "image_tiles", "processor_arguments", "versions")
+    *("processing_sparse_moe_vlm", "control_tokens", "image_reading", "image_tiles", "processor_arguments", "versions"),
+    "video_reading",
 }
 HEAD = {"contrastive", "outputs", "retrieval_config", "retrieval_head", "sentence_transformers_files", "versions"}
 FILES = {
@@ -343,6 +345,7 @@ EXCEPTIONS = {
     ("experts_host", "push_to_hub"),  # the name of an argument of `save_pretrained`
     ("fused_head", "__code__"),  # looks up from which function of TRL a `forward` was made
     ("image_reading", "open"),  # Pillow opens images that a caller passes
+    ("video_reading", "open"),  # Pillow or PyAV opens videos that a caller passes
     ("image_reading", "httpx"),  # downloads images that a caller passes as a URL
     ("sentence_transformers_files", "mkdir"),  # in `save_pretrained` of a retrieval model
     ("sentence_transformers_files", "write_text"),  # in `save_pretrained` of a retrieval model
