@@ -345,7 +345,7 @@ EXCEPTIONS = {
     ("experts_host", "push_to_hub"),  # the name of an argument of `save_pretrained`
     ("fused_head", "__code__"),  # looks up from which function of TRL a `forward` was made
     ("image_reading", "open"),  # Pillow opens images that a caller passes
-    ("video_reading", "open"),  # Pillow or PyAV opens videos that a caller passes
+    ("video_reading", "open"),  # Pillow opens animations that a caller passes
     ("image_reading", "httpx"),  # downloads images that a caller passes as a URL
     ("sentence_transformers_files", "mkdir"),  # in `save_pretrained` of a retrieval model
     ("sentence_transformers_files", "write_text"),  # in `save_pretrained` of a retrieval model
