@@ -5,7 +5,8 @@ Writes the easy-VQA data set as JSONL files that `sparse-moe-vlm train` reads.
     python scripts/data/prepare_easy_vqa.py --output outputs/easy_vqa
 
 The package `easy-vqa` (MIT licence, https://github.com/vzhou842/easy-VQA) contains 5,000 images of one shape and 48,248
-questions about them. The rows name the images where the package is installed.
+questions about them. The rows name the images where the package is installed. `train_what.jsonl` has the training
+questions that ask for a shape or a color, without those to be answered with yes or no.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ def main() -> None:
     if package is None or package.origin is None:
         parser.error("the package is not installed: run `pip install easy-vqa==1.0`")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        rows = rows_of(Path(package.origin).parent / "data", split)
-        path = arguments.output / f"{split}.jsonl"
+    data = Path(package.origin).parent / "data"
+    train, test = rows_of(data, "train"), rows_of(data, "test")
+    what = [row for row in train if row["answer"] not in ("yes", "no")]
+    for name, rows in (("train", train), ("train_what", what), ("test", test)):
+        path = arguments.output / f"{name}.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         print(f"{path}: {len(rows)} rows")
 

@@ -50,8 +50,9 @@ def test_easy_vqa(tmp_path, monkeypatch, capsys):
         {"image": str(package / "data/test/images/7.png"), "question": question, "answer": answer}
         for question, answer in (("what color is the shape?", "teal"), ("is there a circle?", "no"))
     ]
-    rows = load_rows(tmp_path / "rows/train.jsonl", "vqa")
-    assert [row["references"] for row in rows] == [["red"], ["no"]]
+    for name, answers in (("train", [["red"], ["no"]]), ("train_what", [["red"]])):
+        rows = load_rows(tmp_path / f"rows/{name}.jsonl", "vqa")
+        assert [row["references"] for row in rows] == answers
     assert f"{tmp_path / 'rows/train.jsonl'}: 2 rows" in capsys.readouterr().out
 
 
@@ -104,3 +105,5 @@ def test_recipes_read_what_the_scripts_write(recipe, script):
     folder = f"outputs/{script.removeprefix('prepare_')}"
     assert f'"{folder}"' in (SCRIPTS / f"data/{script}.py").read_text()
     assert load_recipe(path).data == {"train": f"{folder}/train.jsonl", "eval": f"{folder}/test.jsonl"}
+    stages = [stage["data"] for stage in load_recipe(path).stages if "data" in stage]
+    assert stages == ([{"train": f"{folder}/train_what.jsonl"}] if recipe == "easy_vqa" else [])
