@@ -234,7 +234,8 @@ def _text_config_class(base: type) -> type:
         return base
     if base not in _text_config_classes:
         namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__init__": base.__init__}
-        _text_config_classes[base] = type(base.__name__, (_TextConfigMixin, base), namespace | _delegates_of(base))
+        made = type(base.__name__, (_TextConfigMixin, base), namespace | _delegates_of(base))
+        _text_config_classes.setdefault(base, made)  # another thread may have been faster
     return _text_config_classes[base]
 
 
@@ -325,8 +326,7 @@ def __getattr__(name: str) -> Any:
     base = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not (isinstance(base, type) and issubclass(base, PreTrainedConfig)):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    made = globals()[name] = _make_config_class(name, base)
-    return made
+    return globals().setdefault(name, _make_config_class(name, base))  # another thread may have been faster
 
 
 __all__ = ["UpcycledConfigMixin", "UpcycledExpertsConfig", "upcycled_config_class"]

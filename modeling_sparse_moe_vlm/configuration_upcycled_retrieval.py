@@ -77,8 +77,7 @@ def __getattr__(name: str) -> Any:
         namespace["__init__"] = tower.__init__  # otherwise, a generated `__init__` would hide the base's own
     made: Any = type(name, (UpcycledRetrievalConfigMixin, tower), namespace)
     made.register_for_auto_class()
-    globals()[name] = made
-    return made
+    return globals().setdefault(name, made)  # another thread may have been faster
 
 
 __all__ = ["UpcycledRetrievalConfigMixin", "retrieval_config_class"]

@@ -434,7 +434,7 @@ def upcycled_model_class(base: type[PreTrainedModel], config_class: type | None 
     name = upcycled_name(base, config_class)
     made = globals().get(name)
     if made is None:
-        made = globals()[name] = _make_model_class(name, base, config_class)
+        made = globals().setdefault(name, _make_model_class(name, base, config_class))  # another thread may be faster
     return made
 
 
@@ -445,8 +445,8 @@ def output_class(base: type[ModelOutput]) -> Any:
         extra = [(name, Any, field(default=None)) for name in names]
         made = make_dataclass(f"{PREFIX}{base.__name__}", extra, bases=(base,)) if extra else base
         made.__module__ = __name__
+        made = _output_classes.setdefault(base, made)  # another thread may have been faster
         globals().setdefault(made.__name__, made)
-        _output_classes[base] = made
     return _output_classes[base]
 
 

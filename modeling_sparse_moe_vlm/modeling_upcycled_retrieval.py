@@ -86,8 +86,7 @@ def __getattr__(name: str) -> Any:
     }
     made: Any = type(name, (UpcycledRetrievalMixin, pretrained), namespace)
     made.register_for_auto_class("AutoModel")
-    globals()[name] = made
-    return made
+    return globals().setdefault(name, made)  # another thread may have been faster
 
 
 __all__ = ["UpcycledRetrievalMixin", "retrieval_model_class"]

@@ -204,7 +204,8 @@ def upcycled_layer_class(base: type) -> type:
         return base
     if base not in _layer_classes:
         namespace = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        _layer_classes[base] = type(base.__name__, (UpcycledLayerMixin, base), namespace)
+        # Another thread may have been faster.
+        _layer_classes.setdefault(base, type(base.__name__, (UpcycledLayerMixin, base), namespace))
     return _layer_classes[base]
 
 
