@@ -38,8 +38,9 @@ class RareOutput(ModelOutput):
 def test_two_threads_get_the_same_class(module, create, get, monkeypatch):
     barrier = threading.Barrier(2, timeout=TIMEOUT)
     made = []
+    function = getattr(module, create)
 
-    def create_with_the_other(*arguments, function=getattr(module, create), **options):
+    def create_with_the_other(*arguments, **options):
         barrier.wait()
         new = function(*arguments, **options)
         made.append(new)
