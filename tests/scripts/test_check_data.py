@@ -92,8 +92,20 @@ def test_mistakes(data, capsys):
     for given in ([], ["--data", "d"]):
         assert exit_code("--bad-rows", "c", *given) == 2
         assert capsys.readouterr().err == "error: `--bad-rows` only has an effect with `--check DATA`.\n"
-    assert exit_code("--check", data, "--data", data) == 2
-    assert "`--check` and `--data` cannot be combined" in capsys.readouterr().err
+    for option in (
+        ["--data", data],
+        ["--eval-data", data],
+        ["--eval-split", "test"],
+        ["--task", "vqa"],
+        ["--model", "tiny"],
+        ["--recipe", "finetune"],
+        ["--set", "training.max_steps=1"],
+        ["--output-dir", "a"],
+        ["--resume"],
+    ):
+        assert exit_code("--check", data, *option) == 2
+        error = f"error: `--check` and `{option[0]}` cannot be combined: `--check` trains nothing.\n"
+        assert capsys.readouterr().err == error
 
 
 def test_names_are_those_of_the_data_package():

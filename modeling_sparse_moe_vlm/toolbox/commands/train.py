@@ -46,6 +46,9 @@ from .data_options import RETRIEVAL, TASK_NAMES, add_data_options, check_data_op
 from .mistakes import mistakes_in_one_line
 from .options import add_json_option, add_recipe_options, only_json
 
+# Options that `--check` would ignore.
+_ONLY_FOR_TRAINING = ("data", "eval_data", "eval_split", "task", "model", "recipe", "set", "output_dir", "resume")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_options(parser, "demo", ", ".join(shipped_presets("training")), "finetune")
@@ -61,8 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if arguments.check is not None:
         with mistakes_in_one_line():
-            if arguments.data is not None:
-                raise ValueError("`--check` and `--data` cannot be combined: `--check` trains nothing.")
+            for option in _ONLY_FOR_TRAINING:
+                if getattr(arguments, option):
+                    name = option.replace("_", "-")
+                    raise ValueError(f"`--check` and `--{name}` cannot be combined: `--check` trains nothing.")
         _check(arguments)
         return
     with mistakes_in_one_line():

@@ -210,7 +210,8 @@ FORMATS = {
 
 def _field(row: Mapping[str, Any], field: str) -> Any:
     if row.get(field) is None:
-        raise RowFault(MISSING_FIELD, f"the row lacks `{field}`: its fields are {list(row)}.")
+        reason = "it is null" if field in row else f"its fields are {list(row)}"
+        raise RowFault(MISSING_FIELD, f"the row lacks `{field}`: {reason}.")
     return row[field]
 
 

@@ -49,7 +49,8 @@ def model_parts(model: PreTrainedModel) -> dict[str, dict[str, nn.Parameter]]:
         - `"attention"`: the attention of the decoder, including its norms of queries and keys.
         - `"experts.<group>"`: the experts of one group. Experts without a group are the part `"experts"`.
         - `"routers"`: the routers of the experts.
-        - `"rest"`: everything else: norms and dense feed-forward blocks of the decoder, encoders of other modalities.
+        - `"rest"`: everything else: norms and dense feed-forward blocks of the decoder, encoders of other modalities,
+          and the scale and the bias of a retrieval model.
     """
     rules = list(_rules(model))
     parts: dict[str, dict[str, nn.Parameter]] = {}
@@ -90,6 +91,8 @@ def _rules(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
     for module in modules.values():
         for own in getattr(module, "modality_encoders", {}).values():
             yield f"{names[own.encoder]}.", OTHERS
+    # Scale and bias of a contrastive loss. Connectors also have parameters of one element, but in modules of their own.
+    yield from ((name, OTHERS) for name, own in base.named_parameters(recurse=False) if own.numel() == 1)
     yield "", "connector" if encoders else OTHERS
 
 

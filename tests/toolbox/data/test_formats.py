@@ -311,6 +311,7 @@ def test_most_frequent_answer(answers, expected):
         ),
         ("vqa", {"question": 5, "answer": "a"}, "wrong type", "`question` must be a string, but got 5."),
         ("vqa", {"question": "a"}, "missing field", "the row lacks `answer`: its fields are ['question']."),
+        ("vqa", {"question": "a", "answer": None}, "missing field", "the row lacks `answer`: it is null."),
         ("vqa", {"question": "a", "answer": {}}, "wrong type", "`answer` must be a string, but got {}."),
         (
             "vqa",

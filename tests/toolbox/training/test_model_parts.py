@@ -11,6 +11,7 @@ from modeling_sparse_moe_vlm.toolbox.training import model_parts
 from tests import test_further_modalities
 from tests.support import in_tree_models, in_tree_moe
 from tests.support.models import make_model
+from tests.support.retrieval import make_retrieval_model
 from tests.support.upcycled import make_dense, make_upcycled
 from tests.support.upcycling_census import structure
 
@@ -120,6 +121,12 @@ def test_encoders_of_further_modalities_are_the_rest_and_their_projectors_connec
     assert parts["connector"] == PROJECTOR | projector
     assert parts["rest"] == NORMS | {f"{sensor}.encoder.embed.weight", f"{sensor}.encoder.embed.bias"}
     assert parts["experts.sensor_only"] == stack(f"{MLP}.experts.sensor_only")
+
+
+def test_scale_and_bias_of_a_retrieval_model_are_the_rest():
+    parts = names_of(make_retrieval_model(contrastive_loss="sigmoid"))
+    assert parts["rest"] == NORMS | {"logit_scale", "logit_bias"}
+    assert parts["connector"] == PROJECTOR
 
 
 def test_language_models_have_no_connector():
