@@ -19,6 +19,12 @@ from .pretrained import SparseMoeVlmPreTrainedModel
 from .token_modalities import TokenModalities
 from .vision_tower import patch_features
 
+# Other libraries look for the first of these messages.
+_MISMATCH = {
+    "image": "Image features and image tokens do not match",
+    "video": "Video features and video tokens do not match",
+}
+
 
 class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
     """Base class of the whole model without a language head, which encodes images and videos."""
@@ -131,8 +137,7 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         torch_compilable_check(
             num_tokens == features.shape[0],
             lambda: (
-                f"{kind.capitalize()} features and {kind} tokens do not match: tokens: {num_tokens}, features: "
-                f"{features.shape[0]}. Every {kind} needs one {kind} placeholder in the text, which the processor "
+                f"{_MISMATCH[kind]}: tokens: {num_tokens}, features: {features.shape[0]}. Every {kind} needs one {kind} placeholder in the text, which the processor "
                 f"expands to {self.config.image_seq_length} tokens per {'tile' if kind == 'image' else 'frame'}."
             ),
         )

@@ -29,6 +29,7 @@ OF_THE_PROCESSOR = {
     "image_tiles",
     "processing_sparse_moe_vlm",
     "processor_arguments",
+    "video_reading",
 }
 # Files that only upcycled models need.
 OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}

@@ -82,7 +82,8 @@ def test_image_features_get_the_dtype_of_the_tokens():
 
 @pytest.fixture
 def several_processes(monkeypatch):
-    monkeypatch.setattr("modeling_sparse_moe_vlm.modeling_sparse_moe_vlm.is_one_of_several_processes", lambda: True)
+    for module in ("modeling_sparse_moe_vlm", "visual_features"):
+        monkeypatch.setattr(f"modeling_sparse_moe_vlm.{module}.is_one_of_several_processes", lambda: True)
 
 
 def make_model_with_pooling() -> SparseMoeVlmForConditionalGeneration:
