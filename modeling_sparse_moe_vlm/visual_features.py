@@ -137,8 +137,8 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         torch_compilable_check(
             num_tokens == features.shape[0],
             lambda: (
-                f"{_MISMATCH[kind]}: tokens: {num_tokens}, features: {features.shape[0]}. Every {kind} needs one {kind} "
-                f"placeholder in the text, which the processor expands to {self.config.image_seq_length} tokens per "
+                f"{_MISMATCH[kind]}: tokens: {num_tokens}, features: {features.shape[0]}. Every {kind} needs one "
+                f"{kind} placeholder in the text, which the processor expands to {self.config.image_seq_length} tokens per "
                 f"{'tile' if kind == 'image' else 'frame'}."
             ),
         )
