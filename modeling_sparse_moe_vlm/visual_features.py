@@ -138,8 +138,8 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             num_tokens == features.shape[0],
             lambda: (
                 f"{_MISMATCH[kind]}: tokens: {num_tokens}, features: {features.shape[0]}. Every {kind} needs one "
-                f"{kind} placeholder in the text, which the processor expands to {self.config.image_seq_length} tokens per "
-                f"{'tile' if kind == 'image' else 'frame'}."
+                f"{kind} placeholder in the text, which the processor expands to {self.config.image_seq_length} tokens "
+                f"per {'tile' if kind == 'image' else 'frame'}."
             ),
         )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
