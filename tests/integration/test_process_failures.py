@@ -69,6 +69,7 @@ print("never said")
 """
 
 
+@pytest.mark.extensive
 def test_models_that_cannot_be_split_and_incomplete_checkpoints(tmp_path):
     groups = [
         {"name": "text", "num_experts": 4, "modalities": ["text"]},
@@ -93,6 +94,7 @@ def test_models_that_cannot_be_split_and_incomplete_checkpoints(tmp_path):
         assert result.stdout.count(message) == 2, result.stdout + result.stderr[-4000:]
 
 
+@pytest.mark.extensive
 def test_a_process_that_dies(tmp_path):
     make_model().save_pretrained(tmp_path / "good")
     result = run_in_processes(TRAINING.format(failure="os.kill(os.getpid(), signal.SIGKILL)"), tmp_path, timeout=120)

@@ -32,6 +32,7 @@ def make_uneven_rows() -> list[dict]:
     return rows
 
 
+@pytest.mark.extensive
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     program = """
         import sys

@@ -244,6 +244,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.extensive
 def test_data_parallelism_with_a_rank_without_images(tmp_path):
     """Two processes do not hang, and have the gradients of one process."""
     result = run_in_processes(DISTRIBUTED, tmp_path)

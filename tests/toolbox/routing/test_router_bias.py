@@ -118,6 +118,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.extensive
 def test_all_processes_make_the_same_update(tmp_path):
     result = run_in_processes(DISTRIBUTED, tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -311,6 +311,7 @@ torch.distributed.destroy_process_group()
 LENGTHS = {"max_new_tokens": 6}
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_processes_share_the_rows_and_have_the_same_scores(tmp_path):
     """Under data, FSDP2 and expert parallelism. Training continues after generation."""

@@ -108,6 +108,7 @@ os._exit(0)
 '''
 
 
+@pytest.mark.extensive
 def test_killed_runs_equal_uninterrupted_ones(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(PROGRAM)
