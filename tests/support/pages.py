@@ -194,7 +194,7 @@ def with_small_recipe(arguments: list[str]) -> list[str]:
     The arguments of a verb. If it takes a recipe: with changes that make it small, and with an output folder below the
     working directory, where a clone's own `outputs` would be overwritten.
     """
-    if arguments[:1] and arguments[0] in WITH_RECIPE and "--help" not in arguments:
+    if arguments[:1] and arguments[0] in WITH_RECIPE and not {"--help", "--check"} & set(arguments):
         changes = {key: value for key, value in SMALL_RUN.items() if arguments[0] != "evaluate" or "data" in key}
         if "--data" in arguments:  # own data
             changes = {key: value for key, value in changes.items() if not key.startswith("data.")}
