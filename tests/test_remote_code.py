@@ -251,7 +251,7 @@ STANDARD_LIBRARY = {
 }
 ALLOWED = STANDARD_LIBRARY | {"torch", "transformers"}
 REGISTERED = {
-    "ours": ["SparseMoeVlmForConditionalGeneration"],
+    "ours": ["SparseMoeVlmForCausalLM", "SparseMoeVlmForConditionalGeneration"],
     "upcycled": ["UpcycledQwen3VLForConditionalGeneration"],
 }
 
