@@ -23,6 +23,7 @@ from ..training.own_report import OwnReport
 from ..training.parts import train_parts
 from ..training.processes import make_arguments, save_and_part, save_complete, start_processes
 from ..training.run_data import OwnRows, new_skipped_rows
+from ..training.stage_training import train_stage
 from ..training.stages import StageFolders, describe_stage, stages_of
 from ..training.trainer import SparseMoeTrainer
 from ..training.training_settings import compute_router_losses
@@ -225,28 +226,20 @@ class LoraRun:
         self.model = self._with_adapters(number, base)
 
     def _train_stage(self, number: int) -> SparseMoeTrainer:
-        arguments, stage = self.stage_arguments[number], self.stages[number]
-        checkpoint = self.checkpoint if number == self.first else None
-        if arguments.process_index == 0:
-            if checkpoint is None:
-                self.folders.begin(number)
-            if stage.name:
-                print(f"\n{self.folders.title(number)}")
-        optimizer = train_parts(self.model, stage.parts, arguments)
-        start = time.time()
-        trainer = SparseMoeTrainer(
-            model=self.model,
-            args=arguments,
+        arguments = self.stage_arguments[number]
+        return train_stage(
+            self.folders,
+            number,
+            self.stages[number],
+            arguments,
+            self.checkpoint if number == self.first else None,
+            self.model,
             data_collator=self.collator,
             train_dataset=self.own.train if self.is_own else conversations(self.scenes["train"]),
             eval_dataset=self.own.eval if self.is_own else None,
             processing_class=self.processor,
-            optimizer_cls_and_kwargs=optimizer,
             callbacks=[] if self.own_report is None else self.own_report.callbacks(arguments, self.processor),
         )
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-        self.folders.write_metrics(number, trainer, output, time.time() - start)
-        return trainer
 
     def _score(self, rows: Dataset) -> float:
         return exact_match(generate_answers(self.model, self.processor, conversations(rows)), rows["answer"])

@@ -19,12 +19,12 @@ from .own_callbacks import check_evaluation
 from .own_data import check_own_data, has_evaluation, is_own
 from .own_evaluation import RETRIEVAL
 from .own_report import OwnReport
-from .parts import train_parts
 from .processes import make_arguments, part, save_complete, start_processes
 from .processor_options import set_processor_options
 from .recipes import Recipe, find_model
 from .run_data import OwnRows, SceneCaptions, ScenesData, new_skipped_rows
 from .scenes_report import ScenesReport, resizing_note
+from .stage_training import train_stage
 from .stages import StageFolders, describe_stage, stages_of
 from .trainer import SparseMoeTrainer
 from .training_settings import compute_router_losses
@@ -226,27 +226,20 @@ class TrainingRun:
             self.report = self._make_report()
 
     def _train_stage(self, number: int) -> SparseMoeTrainer:
-        arguments, stage = self.stage_arguments[number], self.stages[number]
-        checkpoint = self.checkpoint if number == self.first else None
-        if checkpoint is None and arguments.process_index == 0:
-            self.folders.begin(number)
-        if stage.name and arguments.process_index == 0:
-            print(f"\n{self.folders.title(number)}")
-        optimizer = train_parts(self.model, stage.parts, arguments)
-        start = time.time()
-        trainer = SparseMoeTrainer(
-            model=self.model,
-            args=arguments,
+        arguments = self.stage_arguments[number]
+        return train_stage(
+            self.folders,
+            number,
+            self.stages[number],
+            arguments,
+            self.checkpoint if number == self.first else None,
+            self.model,
             data_collator=self.collator,
             train_dataset=self.data.train,
             eval_dataset=self.data.eval,
             processing_class=self.processor,
-            optimizer_cls_and_kwargs=optimizer,
             callbacks=self.report.callbacks(arguments, self.processor),
         )
-        output = trainer.train(resume_from_checkpoint=checkpoint)
-        self.folders.write_metrics(number, trainer, output, time.time() - start)
-        return trainer
 
     def _make_report(self) -> ScenesReport | OwnReport:
         if isinstance(self.data, ScenesData):
