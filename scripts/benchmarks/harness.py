@@ -17,6 +17,7 @@ import platform
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,6 +30,9 @@ import torch
 
 MIN_REPETITIONS = 7
 LIBRARIES = ("torch", "transformers", "accelerate", "peft")
+DEMO = "outputs/demo/model"
+# The option `--model` of benchmarks of a trained model: see `find_demo`.
+MODEL_OPTION = {"default": DEMO, "help": "path to a checkpoint, or its name on the Hub (default: %(default)s)"}
 
 
 @dataclass
@@ -219,3 +223,16 @@ def print_json(benchmark: str, device: str, rows: list[dict[str, Any]], **more: 
         "holds": all(row["holds"] for row in rows),
     }
     print(json.dumps(result | more, allow_nan=False))
+
+
+def find_demo(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """
+    Sets `arguments.model` to `None` with `--quick` if the default model does not exist: a random model stands for it.
+    Without `--quick`, this is an error.
+    """
+    if arguments.model != DEMO or Path(DEMO).exists():
+        return
+    if not arguments.quick:
+        parser.error(f"there is no {DEMO} yet: run `make demo`, or pass a checkpoint with --model")
+    print(f"There is no {DEMO}: the model is a random one, and the figures are not meaningful.", file=sys.stderr)
+    arguments.model = None

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from harness import make_parser, print_json
+from harness import MODEL_OPTION, find_demo, make_parser, print_json
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin, set_seed
 
@@ -43,7 +42,6 @@ STEERING = (
 )
 BATCH_SIZE = 50
 BOOTSTRAP_SAMPLES = 1000
-DEMO = "outputs/demo/model"
 PRESET = Path(__file__).resolve().parents[2] / "configuration/models/tiny.json"
 
 
@@ -83,17 +81,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
-        model={"default": DEMO, "help": "path to a checkpoint, or its name on the Hub (default: %(default)s)"},
+        model=MODEL_OPTION,
         examples={"type": int, "default": 1000, "help": "number of held-out questions"},
         steered={"type": int, "default": 500, "help": "number of questions to answer with steering"},
         cell_size={"type": int, "default": 16, "help": "pixels per cell of a scene; use the value of the training"},
     )
     arguments = parser.parse_args()
-    if arguments.model == DEMO and not Path(DEMO).exists():
-        if not arguments.quick:
-            parser.error(f"there is no {DEMO} yet: run `make demo`, or pass a checkpoint with --model")
-        print(f"There is no {DEMO}: the model is a random one, and the figures are not meaningful.", file=sys.stderr)
-        arguments.model = None
+    find_demo(parser, arguments)
     if arguments.quick:
         arguments.examples, arguments.steered = min(arguments.examples, 100), min(arguments.steered, 50)
     if arguments.model is None:

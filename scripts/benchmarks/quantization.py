@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Row, make_parser, report
+from harness import MODEL_OPTION, Row, find_demo, make_parser, report
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -41,7 +41,6 @@ from modeling_sparse_moe_vlm.toolbox.demo import scenes, to_messages
 from modeling_sparse_moe_vlm.toolbox.evaluation import exact_match, generate_answers
 from modeling_sparse_moe_vlm.toolbox.training import from_scratch
 
-DEMO = "outputs/demo/model"
 PRESET = Path(__file__).resolve().parents[2] / "configuration/models/tiny.json"
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
@@ -60,16 +59,12 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = make_parser(
         __doc__,
-        model={"default": DEMO, "help": "path to a checkpoint, or its name on the Hub (default: %(default)s)"},
+        model=MODEL_OPTION,
         examples={"type": int, "default": 200, "help": "number of held-out questions"},
         cell_size={"type": int, "default": 16, "help": "pixels per cell of a scene; use the value of the training"},
     )
     arguments = parser.parse_args()
-    if arguments.model == DEMO and not Path(DEMO).exists():
-        if not arguments.quick:
-            parser.error(f"there is no {DEMO} yet: run `make demo`, or pass a checkpoint with --model")
-        print(f"There is no {DEMO}: the model is a random one, and the figures are not meaningful.", file=sys.stderr)
-        arguments.model = None
+    find_demo(parser, arguments)
     if arguments.quick:
         arguments.examples = min(arguments.examples, 2 if arguments.model is None else 16)
     return arguments
