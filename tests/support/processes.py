@@ -25,13 +25,32 @@ def launch(
     return _run(launcher, program, folder, timeout)
 
 
+def run_alone(program: str, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Writes the program to the folder and runs it in a process. The folder is its first argument."""
+    script = folder / "script.py"
+    script.write_text(program)
+    return subprocess.run(
+        [sys.executable, str(script), str(folder)],
+        cwd=ROOT,
+        env=_environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"}
+
+
 def _run(launcher: list[str], program: str, folder: Path, timeout: float) -> subprocess.CompletedProcess:
     script = folder / "script.py"
     script.write_text(textwrap.dedent(program) + LEAVE)
     process = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(script), str(folder)],
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "OMP_NUM_THREADS": "1"},
+        env=_environment(folder),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,11 +1,8 @@
 """Runs that are killed at any moment, also during a save, end with the results of an uninterrupted run."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.processes import ROOT
+from tests.support.processes import run_alone
 
 pytestmark = pytest.mark.slow
 
@@ -110,16 +107,6 @@ os._exit(0)
 
 @pytest.mark.extensive
 def test_killed_runs_equal_uninterrupted_ones(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(PROGRAM)
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = run_alone(PROGRAM, tmp_path)
     assert "all are equal" in result.stdout, result.stdout[-3000:] + result.stderr[-4000:]
     assert "killed 2 times" in result.stdout

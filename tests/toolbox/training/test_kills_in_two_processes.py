@@ -3,12 +3,9 @@ Two processes that train on a packed stream and of which one is killed at any mo
 results of an uninterrupted run.
 """
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.processes import ROOT
+from tests.support.processes import run_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.extensive]
 
@@ -124,15 +121,5 @@ os._exit(0)
 
 
 def test_killed_runs_equal_uninterrupted_ones(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(PROGRAM)
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = run_alone(PROGRAM, tmp_path)
     assert "all are equal" in result.stdout, result.stdout[-3000:] + result.stderr[-4000:]
