@@ -169,6 +169,6 @@ def test_push_to_hub_of_models_and_processors(hub, lfs, saved):  # noqa: F811
         for file in expected.keys() & found.keys() - {"README.md", "config.json", "tokenizer_config.json"}:
             content = expected[file].content
             assert found[file] == (content if isinstance(content, bytes) else content.read_bytes()), file
-        pushed = push_checkpoint(saved / name, f"user/{name}", force=True)
+        pushed = push_checkpoint(saved / name, f"user/{name}")  # without `force`
         assert set(pushed.deleted) == weights
         assert hub.repository(f"user/{name}").files().keys() == expected.keys()

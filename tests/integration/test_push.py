@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import Trainer
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.trainer_utils import HubStrategy
-from transformers.utils.hub import PushInProgress
+from transformers.utils.hub import PushInProgress, PushToHubMixin
 
 from modeling_sparse_moe_vlm.toolbox.hub import PushError, PushInterruptedError, plan_push, push_checkpoint
 from tests.support.hub_client import hub, lfs, transfer  # noqa: F401
@@ -118,6 +118,76 @@ def test_repositories_of_others_need_force(hub, lfs, checkpoint):  # noqa: F811
     assert hub.count("PUT /lfs/") == hub.count("POST /api/models/user/model/commit") == 0
     push_checkpoint(checkpoint, "user/model", force=True)
     assert repository.files() == before | contents(plan_push(checkpoint, "user/model"))
+
+
+OURS = {"model_type": "sparse_moe_vlm", "auto_map": {"AutoConfig": "code.Config"}, "architectures": ["OurModel"]}
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint):
+    """The same with the code of the model in the folder."""
+    (checkpoint / "config.json").write_text(json.dumps(OURS))
+    (checkpoint / "code.py").write_text("class Config:\n    pass\n")
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("title", "is_replaced"),
+    [
+        ("Upload OurModel", True),
+        ("Upload model", True),
+        ("Upload config", True),
+        ("End of training", True),
+        ("Training in progress, step 20", True),
+        ("Training in progress, epoch 2, checkpoint", True),
+        ("Upload OtherModel", False),
+        ("Upload config.json", False),  # on the website
+        ("Do not Upload model", False),
+        ("Training in progress, step 20, by hand", False),
+    ],
+)
+def test_what_transformers_uploaded_is_replaced(title, is_replaced, hub, lfs, own_checkpoint):  # noqa: F811
+    repository = hub.store.repositories["user/model"] = Repository.new("user/model", False)
+    there = {"config.json": json.dumps(OURS | {"architectures": ["OurModel", 1]}).encode(), "README.md": b"empty"}
+    repository.write(there | {"model.safetensors": b"old"}, title)
+    repository.write({"tokenizer.json": b"old"}, "Upload processor")
+    repository.write({"notes.txt": b"mine"}, "Create notes.txt")
+    if not is_replaced:
+        with pytest.raises(PushError, match=r"did not write: README\.md, config\.json, model\.safetensors\."):
+            push_checkpoint(own_checkpoint, "user/model")
+        return
+    assert push_checkpoint(own_checkpoint, "user/model").deleted == ["model.safetensors"]
+    assert repository.files() == contents(plan_push(own_checkpoint, "user/model")) | {"notes.txt": b"mine"}
+    repository.write({"README.md": b"edited"}, "Update README.md")
+    with pytest.raises(PushError, match=r"did not write: README\.md\."):
+        push_checkpoint(own_checkpoint, "user/model")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OURS | {"model_type": "llama"},
+        OURS | {"auto_map": {"AutoConfig": "other.Config"}},
+        OURS | {"auto_map": {}},
+        {"architectures": ["OurModel"]},
+        b"\xff",
+        [],
+        OURS | {"architectures": 3, "model_type": "llama"},
+    ],
+)
+def test_other_models_that_transformers_uploaded_need_force(config, hub, lfs, own_checkpoint):  # noqa: F811
+    repository = hub.store.repositories["user/model"] = Repository.new("user/model", False)
+    content = config if isinstance(config, bytes) else json.dumps(config).encode()
+    repository.write({"config.json": content}, "Upload model")
+    with pytest.raises(PushError, match=r"did not write: config\.json\."):
+        push_checkpoint(own_checkpoint, "user/model")
+
+
+def test_models_without_code_that_transformers_uploaded_need_force(hub, lfs, checkpoint):  # noqa: F811
+    repository = hub.store.repositories["user/model"] = Repository.new("user/model", False)
+    repository.write({"config.json": (checkpoint / "config.json").read_bytes() + b" "}, "Upload model")
+    with pytest.raises(PushError, match=r"did not write: config\.json\."):
+        push_checkpoint(checkpoint, "user/model")
 
 
 def test_changes_by_others_need_force(hub, lfs, checkpoint):  # noqa: F811
@@ -300,6 +370,18 @@ def test_without_a_network(checkpoint, monkeypatch):
     with pytest.raises(PushInterruptedError, match=r"connection to http://127\.0\.0\.1:1 failed while uploading"):
         push_checkpoint(checkpoint, "user/model")
     assert "config.json" in plan_push(checkpoint, "user/model").files
+
+
+def test_titles_of_uploads_by_transformers():
+    """Contract: `push` knows what Transformers uploaded by these titles."""
+    source = inspect.getsource(PushToHubMixin)
+    for name in ("model", "config", "tokenizer", "feature extractor", "processor", "{self.__class__.__name__}"):
+        assert f'"Upload {name}"' in source
+    assert 'commit_message: str | None = "End of training"' in inspect.getsource(Trainer.push_to_hub)
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert 'f"Training in progress, step {self.state.global_step}"' in source
+    assert 'f"Training in progress, epoch {int(self.state.epoch)}"' in source
+    assert 'commit_message + ", checkpoint"' in source
 
 
 def test_what_uploads_of_the_trainer_use_of_transformers():

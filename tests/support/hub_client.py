@@ -33,4 +33,6 @@ def hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time", waits)
     with running_hub() as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        files = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         yield running

@@ -144,7 +144,7 @@ def push_checkpoint(
         create_pr (`bool`, *optional*, defaults to `False`):
             Whether to open a pull request instead. It can be opened in repositories of others.
         force (`bool`, *optional*, defaults to `False`):
-            Whether files may be replaced that this package did not upload.
+            Whether files may be replaced that neither this package nor `push_to_hub` of the same model uploaded.
         base_model (`str`, *optional*):
             Name on the Hub of the model that an adapter was trained on. Needed if the adapter names a local path.
         commit_message (`str`, *optional*):

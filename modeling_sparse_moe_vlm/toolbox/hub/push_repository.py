@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from .push_errors import PushError, errors_of_the_hub
 from .push_files import PushedFile, is_own_file
+from .push_ownership import MARK, check_ours
 
-# In the title of every commit of this package. Files whose last commit has another title belong to someone else.
-MARK = "sparse-moe-vlm"
 MAIN = "main"
 _GIT_ATTRIBUTES = ".gitattributes"  # in every new repository
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,11 @@ def upload(
         message = f"{message} ({MARK})"
     with errors_of_the_hub(repo_id):
         _prepare(api, destination)
-        start = _start(api, destination)
+        start = api.repo_info(repo_id, revision=_start(api, destination)).sha
         there = _files_there(api, repo_id, start)
         outdated = [name for name in there if is_own_file(name) and name not in files]
         if not (destination.force or destination.create_pr):
-            _check_ours(repo_id, there, files, outdated)
+            check_ours(api, repo_id, start, there, files, outdated)
         if destination.revision is not None and not destination.revision.startswith("refs/"):
             api.create_branch(repo_id, branch=destination.revision, exist_ok=True)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -104,7 +101,7 @@ def upload(
             commit_message=message,
             revision=destination.revision,
             create_pr=destination.create_pr,
-            parent_commit=api.repo_info(repo_id, revision=start).sha,
+            parent_commit=start,
         )
     return Uploaded(commit.pr_url or commit.commit_url, commit.oid, outdated, commit)
 
@@ -133,50 +130,9 @@ def _start(api: HfApi, destination: Destination) -> str:
     return branch if branch in [one.name for one in branches] else MAIN
 
 
-def _files_there(api: HfApi, repo_id: str, revision: str) -> dict[str, RepoFile]:
+def _files_there(api: HfApi, repo_id: str, revision: str | None) -> dict[str, RepoFile]:
     tree = api.list_repo_tree(repo_id, recursive=True, expand=True, revision=revision)
     return {file.path: file for file in tree if isinstance(file, RepoFile) and file.path != _GIT_ATTRIBUTES}
-
-
-def _check_ours(
-    repo_id: str, there: Mapping[str, RepoFile], files: Mapping[str, PushedFile], outdated: Sequence[str]
-) -> None:
-    """Raises `PushError` for repositories of others, and if files of others would be lost."""
-    foreign = [
-        name
-        for name, file in there.items()
-        if not (_is_marked(file) or (name in files and _is_same(file, files[name])))
-    ]
-    if any(_is_marked(file) for file in there.values()):
-        foreign = [name for name in foreign if name in files or name in outdated]
-    if foreign:
-        names = ", ".join(foreign[:_SHOWN]) + (f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else "")
-        raise PushError(
-            f"{repo_id} contains files that sparse-moe-vlm did not write: {names}. Choose another repository, propose "
-            "the change with `create_pr` (--create-pr), or replace files of the same name with `force` (--force)."
-        )
-
-
-def _is_marked(file: RepoFile) -> bool:
-    return file.last_commit is not None and MARK in file.last_commit.title
-
-
-def _is_same(there: RepoFile, file: PushedFile) -> bool:
-    if there.size != file.size:
-        return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == _hash(file, hashlib.sha256())
-    return there.blob_id == _hash(file, hashlib.sha1(b"blob %d\0" % file.size))
-
-
-def _hash(file: PushedFile, digest: hashlib._Hash) -> str:
-    if isinstance(file.content, bytes):
-        digest.update(file.content)
-    else:
-        with file.content.open("rb") as opened:
-            while chunk := opened.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _content(file: PushedFile) -> str | bytes:

@@ -153,7 +153,7 @@ def _push_state(folder: Path, repo_id: str, options: dict[str, Any], name: str) 
     from huggingface_hub import HfApi
 
     from .push_errors import errors_of_the_hub
-    from .push_repository import MARK
+    from .push_ownership import MARK
 
     with errors_of_the_hub(repo_id):
         HfApi(token=options["token"]).upload_folder(
