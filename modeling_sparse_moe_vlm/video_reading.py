@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.image_utils import PIL, to_numpy_array
 from transformers.utils import is_av_available, is_cv2_available, is_numpy_array, is_torch_tensor
@@ -85,8 +88,8 @@ def split_videos(videos: Any) -> list[Any]:
     Args:
         videos (`Any`):
             A video, a list of videos, or a list with one entry per text: a video, a list of videos, or `None`. A video
-            is a path, a URL, an array or tensor with 4 dimensions, or a list of frames. A list of paths is a list of
-            videos, unless it is inside two other lists.
+            is a path, a URL, bytes, a dict, an array or tensor with 4 dimensions, or a list of frames. A list of paths
+            is a list of videos, unless it is inside two other lists.
 
     Returns:
         `list[Any]`: The videos.
@@ -111,26 +114,27 @@ def _dimensions(value: Any) -> int | None:
 
 
 def _is_video(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike)) or _dimensions(value) == 4:
+    if isinstance(value, (str, bytes, os.PathLike, Mapping)) or _dimensions(value) == 4:
         return True
     if not isinstance(value, (list, tuple)) or not value:
         return False
     return isinstance(value[0], PIL.Image.Image) or _dimensions(value[0]) in (2, 3)
 
 
-def read_video(source: Any, name: str, sampling: FrameSampling, metadata: Any = None) -> Video:
+def read_video(source: Any, name: str, sampling: Any, metadata: Any = None) -> Video:
     """
     Reads some frames of a video.
 
     Args:
         source (`Any`):
-            A path or URL, an array or tensor with 4 dimensions (frames first), or a list of frames in any form that
-            [`~image_reading.read_images`] takes. Pillow reads GIF, WebP and PNG animations. Other files need one of the
-            packages `av` and `opencv-python`.
+            A path or URL, the bytes of a file, an array or tensor with 4 dimensions (frames first), a list of frames in
+            any form that [`~image_reading.read_images`] takes, or a dict with `path`, `bytes` or `frames`, the latter
+            possibly with their frame rate as `fps`. Pillow reads GIF, WebP and PNG animations. Other files need one of
+            the packages `av` and `opencv-python`.
         name (`str`):
             Name of the video in error messages.
         sampling ([`FrameSampling`]):
-            Which frames to read.
+            Which frames to read. Another object needs a method `indices`.
         metadata (`VideoMetadata` or `dict`, *optional*):
             Of frames: `fps`, and `frames_indices` if the frames have been chosen from a longer video.
 
@@ -142,53 +146,102 @@ def read_video(source: Any, name: str, sampling: FrameSampling, metadata: Any = 
             the video.
         ImportError: If no package can decode the file.
     """
-    given = dict(metadata or {})
-    fps = given.get("fps")
-    if isinstance(source, (str, os.PathLike)):
-        frames, fps, indices = _read_file(str(source), name, sampling)
+    given = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+    if isinstance(source, Mapping):
+        # Rows of tables have all keys, with `None` for those that are missing.
+        given |= {key: value for key, value in source.items() if value is not None}
+        source = next((given[key] for key in ("frames", "bytes", "path") if key in given), None)
+        check(source is not None, f"{name} must have `path`, `bytes` or `frames`, but its keys are {list(given)}.")
+    if isinstance(source, (str, bytes, os.PathLike)):
+        frames, fps, indices = _read_file(source if isinstance(source, bytes) else str(source), name, sampling)
     else:
+        fps = given.get("fps")
         check(len(source) > 0, f"{name} has no frames.")
         indices = sampling.indices(VideoMetadata(total_num_frames=len(source), fps=fps)).tolist()
         frames = [source[index] for index in indices]
-        if given.get("frames_indices") is not None:
+        if "frames_indices" in given:
             check(
                 len(given["frames_indices"]) == len(source),
                 f"{name} has {len(source)} frames, but `frames_indices` has {len(given['frames_indices'])} entries.",
             )
             indices = [int(given["frames_indices"][index]) for index in indices]
-    images = [_read_frame(frame, f"{name}, frame {index}") for frame, index in zip(frames, indices, strict=True)]
+    images = read_frames(frames, [f"{name}, frame {index}" for index in indices])
     sizes = sorted({image.size for image in images})
     check(len(sizes) == 1, f"{name} has frames of different sizes {sizes}: resize them to one size.")
     metadata = VideoMetadata(total_num_frames=len(images), fps=fps or None, frames_indices=indices)
     return Video(torch.stack([torch.tensor(to_numpy_array(image)) for image in images]).numpy(), metadata)
 
 
-def _read_frame(frame: Any, name: str) -> Any:
+def read_frames(frames: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """
+    Reads frames as RGB PIL images. Frames that are arrays of the same type and shape are read together, because the
+    range of their values is that of the whole video: a dark frame can have values up to 1 only.
+
+    Args:
+        frames (`Sequence`):
+            The frames, in any form that [`~image_reading.read_images`] takes.
+        names (`Sequence[str]`):
+            Name of each frame in error messages.
+
+    Raises:
+        ValueError: If a frame cannot be read. The message names it.
+    """
+    if len({(type(frame), *_array_type(frame)) for frame in frames}) == 1 and _dimensions(frames[0]) in (2, 3):
+        whole: Any = torch.stack(list(frames)) if is_torch_tensor(frames[0]) else np.stack(list(frames))
+        # A batch has channels.
+        return _read_named([whole[..., None] if whole.ndim == 3 else whole], names[0])
+    return [image for frame, name in zip(frames, names, strict=True) for image in _read_named([frame], name)]
+
+
+def _array_type(frame: Any) -> tuple[Any, ...]:
+    return () if _dimensions(frame) is None else (frame.dtype, *frame.shape)
+
+
+def _read_named(images: list[Any], name: str) -> list[Any]:
     try:
-        (image,) = read_images([frame])
+        return read_images(images)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
-    return image
 
 
-def _read_file(path: str, name: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
+def _read_file(file: str | bytes, name: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
     """Returns some frames of a file, its frame rate, and the numbers of the frames."""
-    if path.lower().endswith(_ANIMATIONS) and os.path.isfile(path):
-        return _read_animation(path, sampling)
+    shown = name if isinstance(file, bytes) else f"{name} ({file})"
+    if _is_animation(file):
+        try:
+            return _read_animation(BytesIO(file) if isinstance(file, bytes) else file, sampling)
+        except (OSError, EOFError, SyntaxError) as error:
+            raise ValueError(f"{shown} cannot be read as a video: {error}") from error
     backend = next((name for name, found in (("pyav", is_av_available), ("opencv", is_cv2_available)) if found()), None)
     if backend is None:
-        raise ImportError(
-            f"{name} ({path}) needs a package that decodes videos: run `pip install av`, or pass its frames."
-        )
+        raise ImportError(f"{shown} needs a package that decodes videos: run `pip install av`, or pass its frames.")
+    if isinstance(file, bytes):
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as copy:
+            copy.write(file)
+            copy.flush()
+            return _decode(copy.name, shown, backend, sampling)
+    return _decode(file, shown, backend, sampling)
+
+
+def _decode(
+    path: str, shown: str, backend: str, sampling: FrameSampling
+) -> tuple[Sequence[Any], float | None, list[int]]:
     try:
         frames, metadata = load_video(path, backend=backend, sample_indices_fn=sampling.indices)
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} ({path}) cannot be read as a video: {error}") from error
+        raise ValueError(f"{shown} cannot be read as a video: {error}") from error
     return frames, metadata.fps, [int(index) for index in metadata.frames_indices]
 
 
-def _read_animation(path: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
-    with PIL.Image.open(path) as animation:
+def _is_animation(file: str | bytes) -> bool:
+    """Whether a file is an animation that Pillow reads: by its name, or by its first bytes."""
+    if isinstance(file, bytes):
+        return file.startswith((b"GIF8", b"\x89PNG")) or (file[:4] == b"RIFF" and file[8:12] == b"WEBP")
+    return file.lower().endswith(_ANIMATIONS) and os.path.isfile(file)
+
+
+def _read_animation(file: str | BytesIO, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
+    with PIL.Image.open(file) as animation:
         total = getattr(animation, "n_frames", 1)
         animation.load()  # some formats only tell the duration of a frame that was decoded
         duration = animation.info.get("duration")  # of a frame, in milliseconds

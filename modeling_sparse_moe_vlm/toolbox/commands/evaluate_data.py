@@ -282,9 +282,9 @@ def _guesses(
     from ..evaluation import references_of, score_answers
     from ..evaluation.own_data import most_frequent_reference
 
-    train = _load(arguments, arguments.train_data, "train", skipped).remove_columns("images")
+    train = _load(arguments, arguments.train_data, "train", skipped).remove_columns(["images", "videos"])
     guess = most_frequent_reference(list(train))
-    references = [references_of(row) for row in rows.remove_columns("images")]
+    references = [references_of(row) for row in rows.remove_columns(["images", "videos"])]
     return score_answers(metrics, [guess] * len(references), references)
 
 

@@ -21,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 # Kinds of faults, as they are counted in reports.
 BROKEN_IMAGE = "broken image"
+BROKEN_VIDEO = "broken video"
 EMPTY_ANSWER = "empty answer"
 LARGE_IMAGE = "absurdly large image"
 MISSING_FIELD = "missing field"
@@ -31,8 +32,10 @@ NO_ASSISTANT_TURN = "no assistant turn"
 TOO_LONG = "too long"
 TOO_MANY_IMAGE_TOKENS = "too many image tokens"
 TYPED_IMAGE_TOKEN = "typed image token"
+TYPED_VIDEO_TOKEN = "typed video token"
 UNKNOWN_ROLE = "unknown role"
 WRONG_NUMBER_OF_IMAGES = "wrong number of images"
+WRONG_NUMBER_OF_VIDEOS = "wrong number of videos"
 WRONG_TYPE = "wrong type"
 
 ON_BAD_ROW = ("error", "skip")

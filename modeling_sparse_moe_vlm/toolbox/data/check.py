@@ -40,6 +40,8 @@ class DataReport:
             Number of bad rows by kind of fault.
         examples (`list[str]`):
             The first bad rows, with file, row and reason.
+        videos_per_row (`Counter[int]`):
+            Number of good rows by number of videos.
     """
 
     format: str
@@ -51,6 +53,7 @@ class DataReport:
     largest_image: tuple[int, int] | None = None
     bad_rows: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    videos_per_row: Counter[int] = field(default_factory=Counter)
 
     def add(self, item: tuple[dict[str, Any], list[tuple[int, int]]] | BadRowError) -> None:
         """Counts a row, or a bad row."""
@@ -62,6 +65,7 @@ class DataReport:
             return
         row, sizes = item
         self.images_per_row[len(sizes)] += 1
+        self.videos_per_row[len(row["videos"])] += 1
         self.turns_per_row[len(row["messages"])] += 1
         for size in sizes:
             pixels = size[0] * size[1]
@@ -71,12 +75,16 @@ class DataReport:
                 self.largest_image = size
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the report as a dict that can be written as JSON."""
+        """Returns the report as a dict that can be written as JSON. It counts videos if there are any."""
+        videos = {}
+        if self._has_videos():
+            videos["videos_per_row"] = {str(n): self.videos_per_row[n] for n in sorted(self.videos_per_row)}
         return {
             "format": self.format,
             "sources": self.sources,
             "rows": self.rows,
             "images_per_row": {str(number): self.images_per_row[number] for number in sorted(self.images_per_row)},
+            **videos,
             "turns_per_row": {str(number): self.turns_per_row[number] for number in sorted(self.turns_per_row)},
             "smallest_image": None if self.smallest_image is None else list(self.smallest_image),
             "largest_image": None if self.largest_image is None else list(self.largest_image),
@@ -92,6 +100,8 @@ class DataReport:
             f"images per row: {_histogram(self.images_per_row)}",
             f"turns per row: {_histogram(self.turns_per_row)}",
         ]
+        if self._has_videos():
+            lines.insert(3, f"videos per row: {_histogram(self.videos_per_row)}")
         if self.smallest_image is not None and self.largest_image is not None:
             (width, height), (largest_width, largest_height) = self.smallest_image, self.largest_image
             lines.append(f"image sizes: {width}×{height} to {largest_width}×{largest_height} pixels")
@@ -100,6 +110,9 @@ class DataReport:
         if num_bad > len(self.examples):
             lines.append(f"  … and {num_bad - len(self.examples)} more")
         return "\n".join(lines)
+
+    def _has_videos(self) -> bool:
+        return any(number > 0 for number in self.videos_per_row)
 
 
 def check_data(

@@ -1,4 +1,4 @@
-"""The data collator, which turns conversations with images into training batches."""
+"""The data collator, which turns conversations with images and videos into training batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from .blank_images import BLANK_ROW, mask_last_row
 from .packing import IGNORE_INDEX, RowPacker
 from .packing_check import make_packer
-from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, count_images, find_excess, sizes_of
+from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, count_parts, find_excess, sizes_of
 from .rows import has_origin, row_name, with_images
 from .targets import apply_marked_template
 
@@ -20,7 +20,7 @@ from .targets import apply_marked_template
 @dataclass
 class VisionLanguageCollator:
     """
-    Data collator that turns conversations with images into training batches.
+    Data collator that turns conversations with images and videos into training batches.
 
     Only the turns of the assistant have labels. All other tokens have the label -100, which the loss ignores. If the
     chat template of the processor does not mark the turns with `{% generation %}`, they are found by rendering the
@@ -32,7 +32,8 @@ class VisionLanguageCollator:
         max_length (`int`, *optional*):
             Largest number of tokens in a row. Longer rows are an error: rows are never truncated.
         max_image_tokens (`int`, *optional*):
-            Largest number of image tokens in a row. Rows with more are an error: image tokens are never cut.
+            Largest number of image tokens in a row, those of videos included. Rows with more are an error: image tokens
+            are never cut.
         max_image_tokens_per_batch (`int`, *optional*):
             Largest number of image tokens in a batch. Batches with more are an error, before the model receives them.
         packing (`bool`, *optional*, defaults to `False`):
@@ -42,9 +43,9 @@ class VisionLanguageCollator:
             The model, which packing needs: it runs a few short rows to check that the model separates packed rows (see
             [`~toolbox.data.check_packing`]). The collator does not keep the model.
         blank_images (`bool`, *optional*, defaults to `False`):
-            Whether batches without images get a row with a blank image, which has no weight. Processes that each have
-            only a part of the model (FSDP2) must all run the vision encoder in a step, or none. `SparseMoeTrainer` sets
-            it where it is needed; models of our architecture never need it.
+            Whether batches without images and videos get a row with a blank image, which has no weight. Processes that
+            each have only a part of the model (FSDP2) must all run the vision encoder in a step, or none.
+            `SparseMoeTrainer` sets it where it is needed; models of our architecture never need it.
 
     Raises:
         ValueError: With `packing=True`, if there is no model or if the model does not support packed rows. With
@@ -79,10 +80,11 @@ class VisionLanguageCollator:
 
         Args:
             rows (`Sequence[Mapping]`):
-                Rows with the fields `messages` and `images`. `messages` is a list of chat messages, whose content parts
-                of type `"image"` are placeholders, unless they contain an image themselves. `images` is the list of
-                images for the placeholders, in order (PIL images, arrays, paths or URLs). It may be missing or `None`
-                if there are no placeholders.
+                Rows with the fields `messages`, `images` and `videos`. `messages` is a list of chat messages, whose
+                content parts of type `"image"` and `"video"` are placeholders, unless they contain an image or a video
+                themselves. `images` is the list of images for the placeholders, in order (PIL images, arrays, paths or
+                URLs), and `videos` that of the videos (see [`~video_reading.read_video`]), which are decoded now. They
+                may be missing or `None` if there are no placeholders.
 
         Returns:
             [`~toolbox.data.row_sizes.SizedBatch`]: The inputs of the model, as the processor returns them, padded on
@@ -98,7 +100,9 @@ class VisionLanguageCollator:
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
         conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
-        adds_blank = self.blank_images and not any(map(count_images, conversations.values()))
+        adds_blank = self.blank_images and not any(
+            count_parts(kind, messages) for messages in conversations.values() for kind in ("image", "video")
+        )
         if adds_blank:
             conversations[len(rows)], rows = with_images(BLANK_ROW, len(rows)), [*rows, {}]
         # Packing needs each row on its own, because padding and the images of other rows cannot be told apart later.

@@ -1,25 +1,28 @@
-"""Formats of data: recognises the format of rows by their fields, and turns a row into messages and images."""
+"""Formats of data: recognises the format of rows by their fields, and turns a row into messages, images and videos."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...checks import shown
-from .bad_rows import MISSING_FIELD, UNKNOWN_ROLE, WRONG_TYPE, RowFault
+from .bad_rows import MISSING_FIELD, UNKNOWN_ROLE, WRONG_NUMBER_OF_VIDEOS, WRONG_TYPE, RowFault
+from .columns import IMAGE_FIELDS, VIDEO_FIELDS, column_images, column_videos, video_of_part
 
 CAPTION_PROMPT = "Describe the image."
-# LLaVA marks the places of images in texts with it.
-LLAVA_IMAGE_TOKEN = "<image>"
-IMAGE_FIELDS = ("images", "image", "file_names", "file_name")
+VIDEO_CAPTION_PROMPT = "Describe the video."
+# LLaVA marks the places of images and videos in texts with them.
+LLAVA_IMAGE_TOKEN, LLAVA_VIDEO_TOKEN = "<image>", "<video>"
 CAPTION_FIELDS = ("caption", "captions", "text")
 ANSWER_FIELDS = ("answer", "multiple_choice_answer", "answers")
 _SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _PART_IMAGE_KEYS = ("image", "path", "url", "image_url")
 
 Messages = list[dict[str, Any]]
+Contents = tuple[Messages, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class DataFormat:
             Returns whether rows with these fields have the format.
         convert (`Callable[[Mapping], tuple[list, list]]`):
             Returns the messages and the images of a row. The content of each message is a list of parts, in which
-            `{"type": "image"}` is the place of the next image.
+            `{"type": "image"}` is the place of the next image, and `{"type": "video", "video": …}` contains a video.
         references (`Callable[[Mapping], list[str]]`, *optional*):
             Returns all right answers of a row. By default, the only one is the text of the last assistant turn.
     """
@@ -44,7 +47,7 @@ class DataFormat:
     name: str
     fields: str
     fits: Callable[[Collection[str]], bool]
-    convert: Callable[[Mapping[str, Any]], tuple[Messages, list[Any]]]
+    convert: Callable[[Mapping[str, Any]], Contents]
     references: Callable[[Mapping[str, Any]], list[str]] | None = None
 
 
@@ -96,12 +99,12 @@ def most_frequent_answer(answers: Sequence[str]) -> str:
 # ---------------------------------------------------------------------------------------------------- the formats
 
 
-def _from_messages(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_messages(row: Mapping[str, Any]) -> Contents:
     messages, inside = _read_messages(_field(row, "messages"), "messages")
-    return _with_column_images(messages, inside, row)
+    return _with_columns(messages, inside, row)
 
 
-def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_prompt_completion(row: Mapping[str, Any]) -> Contents:
     messages: Messages = []
     inside: list[Any] = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
@@ -112,11 +115,12 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> tuple[Messages, list[Any]
             read, images = _read_messages(value, field)
             messages += read
             inside += images
-    return _with_column_images(messages, inside, row)
+    return _with_columns(messages, inside, row)
 
 
-def _from_conversations(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_conversations(row: Mapping[str, Any]) -> Contents:
     messages: Messages = []
+    images, videos = column_images(row), column_videos(row)
     for i, turn in enumerate(_list_field(row, "conversations")):
         name = f"conversations[{i}]"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
@@ -126,11 +130,15 @@ def _from_conversations(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
             known = ", ".join(map(repr, _SHAREGPT_ROLES))
             raise RowFault(UNKNOWN_ROLE, f"{name} has the unknown role {turn['from']!r}: use one of {known}.")
         value = _string(turn["value"], f"{name}.value")
-        messages.append({"role": role, "content": _split_at_images(value) if role == "user" else [_text(value)]})
-    return messages, _column_images(row)
+        messages.append({"role": role, "content": _split_at_places(value) if role == "user" else [_text(value)]})
+    if videos and not images and not any(part["type"] == "video" for m in messages for part in m["content"]):
+        # Data for LLaVA also marks the places of videos with "<image>".
+        for message in messages:
+            message["content"] = [{"type": "video"} if part["type"] == "image" else part for part in message["content"]]
+    return _with_videos(messages, videos), images
 
 
-def _from_texts(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_texts(row: Mapping[str, Any]) -> Contents:
     messages: Messages = []
     for i, turn in enumerate(_list_field(row, "texts")):
         name = f"texts[{i}]"
@@ -141,12 +149,12 @@ def _from_texts(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
         messages += [
             {"role": role, "content": [_text(_string(turn[role], f"{name}.{role}"))]} for role in ("user", "assistant")
         ]
-    return _images_first(messages, _column_images(row))
+    return _places_first(messages, row)
 
 
-def _from_vqa(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_vqa(row: Mapping[str, Any]) -> Contents:
     question = _string(_field(row, "question"), "question")
-    return _images_first([_user(question), _assistant(_answer(row))], _column_images(row))
+    return _places_first([_user(question), _assistant(_answer(row))], row)
 
 
 def _vqa_references(row: Mapping[str, Any]) -> list[str]:
@@ -155,9 +163,10 @@ def _vqa_references(row: Mapping[str, Any]) -> list[str]:
     return _texts(_field(row, field), field)
 
 
-def _from_captions(row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _from_captions(row: Mapping[str, Any]) -> Contents:
     captions = _captions(row)
-    return _images_first([_user(CAPTION_PROMPT), _assistant(captions[0] if captions else "")], _column_images(row))
+    prompt = VIDEO_CAPTION_PROMPT if column_videos(row) and not column_images(row) else CAPTION_PROMPT
+    return _places_first([_user(prompt), _assistant(captions[0] if captions else "")], row)
 
 
 def _captions(row: Mapping[str, Any]) -> list[str]:
@@ -173,7 +182,7 @@ FORMATS = {
     for format in (
         DataFormat(
             "messages",
-            "`messages`, with images inside or in `images`",
+            "`messages`, with images and videos inside or in `images` and `videos`",
             lambda fields: "messages" in fields,
             _from_messages,
         ),
@@ -184,20 +193,25 @@ FORMATS = {
             _from_prompt_completion,
         ),
         DataFormat(
-            "llava", "`conversations` and `image`", lambda fields: "conversations" in fields, _from_conversations
+            "llava",
+            "`conversations`, and `image` or `video`",
+            lambda fields: "conversations" in fields,
+            _from_conversations,
         ),
-        DataFormat("texts", "`texts` and `images`", lambda fields: "texts" in fields, _from_texts),
+        DataFormat("texts", "`texts`, and `images` or `videos`", lambda fields: "texts" in fields, _from_texts),
         DataFormat(
             "vqa",
-            "`image`, `question`, and `answer` or `answers`",
+            "`image` or `video`, `question`, and `answer` or `answers`",
             lambda fields: "question" in fields and any(field in fields for field in ANSWER_FIELDS),
             _from_vqa,
             _vqa_references,
         ),
         DataFormat(
             "captions",
-            "`image` or `file_name`, and `caption`, `captions` or `text`",
-            lambda fields: any(f in fields for f in IMAGE_FIELDS) and any(f in fields for f in CAPTION_FIELDS),
+            "`image`, `video` or `file_name`, and `caption`, `captions` or `text`",
+            lambda fields: (
+                any(f in fields for f in (*IMAGE_FIELDS, *VIDEO_FIELDS)) and any(f in fields for f in CAPTION_FIELDS)
+            ),
             _from_captions,
             _captions,
         ),
@@ -265,42 +279,63 @@ def _texts(value: Any, field: str) -> list[str]:
     ]
 
 
-def _column_images(row: Mapping[str, Any]) -> list[Any]:
-    """Returns the images in the columns of a row. An image that is `None` is not there."""
-    given = [field for field in IMAGE_FIELDS if row.get(field) is not None]
-    if len(given) > 1:
-        raise RowFault(WRONG_TYPE, f"the row has images in {given[0]!r} and in {given[1]!r}: use one of these fields.")
-    if not given:
-        return []
-    value = row[given[0]]
-    return [image for image in value if image is not None] if isinstance(value, list | tuple) else [value]
-
-
-def _images_first(messages: Messages, images: list[Any]) -> tuple[Messages, list[Any]]:
-    """Puts the places of all images before the text of the first user turn, as TRL does."""
-    places = [{"type": "image"} for _ in images]
+def _places_first(messages: Messages, row: Mapping[str, Any]) -> Contents:
+    """Puts the places of all images and all videos before the text of the first user turn, as TRL does with images."""
+    images, videos = column_images(row), column_videos(row)
+    places = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
     for i, message in enumerate(messages):
         if message["role"] == "user":
             changed = message | {"content": [*places, *message["content"]]}
-            return [*messages[:i], changed, *messages[i + 1 :]], images
-    return messages, images
+            messages = [*messages[:i], changed, *messages[i + 1 :]]
+            break
+    return _with_videos(messages, videos), images
 
 
-def _with_column_images(messages: Messages, inside: list[Any], row: Mapping[str, Any]) -> tuple[Messages, list[Any]]:
+def _with_columns(messages: Messages, inside: list[Any], row: Mapping[str, Any]) -> Contents:
     """
-    Returns messages with all images of a row, in order: each place without an image gets the next image of the column.
+    Returns messages with all images and videos of a row, in order: each place without one gets the next one of the
+    column.
 
     `inside` has the images of the parts of type `"image"`, with `None` for those that contain none.
     """
-    images = _column_images(row)
     given = row["messages"] if "messages" in row else row["prompt"]
     # TRL only adds the places of images if the contents are strings.
     if isinstance(given, str) or all(isinstance(message["content"], str) for message in given):
-        return _images_first(messages, images)
+        return _places_first(messages, row)
+    images = column_images(row)
+    messages = _with_videos(messages, column_videos(row))
     if inside.count(None) != len(images):  # the number of images is wrong, which the validation reports
         return messages, [image for image in inside if image is not None] + images
     remaining = iter(images)
     return messages, [next(remaining) if image is None else image for image in inside]
+
+
+def _with_videos(messages: Messages, videos: list[Any]) -> Messages:
+    """
+    Puts the videos of a row into the parts of type `"video"` that contain none.
+
+    Raises:
+        RowFault: If the number of videos differs from the number of these parts.
+    """
+    places = [part for message in messages for part in message["content"] if part["type"] == "video"]
+    num_inside = sum("video" in part for part in places)
+    if len(places) - num_inside != len(videos):
+        raise RowFault(
+            WRONG_NUMBER_OF_VIDEOS,
+            f"the row has {num_inside + len(videos)} videos, but {len(places)} placeholders for videos: give one video "
+            "for each placeholder.",
+        )
+    remaining = iter(videos)
+    return [
+        message
+        | {
+            "content": [
+                part | {"video": next(remaining)} if part["type"] == "video" and "video" not in part else part
+                for part in message["content"]
+            ]
+        }
+        for message in messages
+    ]
 
 
 def _read_messages(value: Any, name: str) -> tuple[Messages, list[Any]]:
@@ -342,17 +377,22 @@ def _read_part(part: Any, name: str) -> tuple[dict[str, Any], Any]:
         if isinstance(image, Mapping) and "url" in image:  # as in OpenAI's API
             image = image["url"]
         return {"type": "image"}, image
+    if kind == "video":
+        video = video_of_part(part, name)
+        return {"type": "video"} | ({} if video is None else {"video": video}), None
     raise RowFault(
-        WRONG_TYPE, f"{name} must be a dict of type 'text' or 'image', such as {_text('…')}, but got {shown(part)}."
+        WRONG_TYPE,
+        f"{name} must be a dict of type 'text', 'image' or 'video', such as {_text('…')}, but got {shown(part)}.",
     )
 
 
-def _split_at_images(text: str) -> list[dict[str, Any]]:
-    """Returns the parts of a text of LLaVA: texts, and the places of images between them."""
+def _split_at_places(text: str) -> list[dict[str, Any]]:
+    """Returns the parts of a text of LLaVA: texts, and the places of images and videos between them."""
+    kinds = {LLAVA_IMAGE_TOKEN: "image", LLAVA_VIDEO_TOKEN: "video"}
     parts: list[dict[str, Any]] = []
-    for i, piece in enumerate(text.split(LLAVA_IMAGE_TOKEN)):
-        if i > 0:
-            parts.append({"type": "image"})
-        if piece := piece.strip("\n"):
+    for piece in re.split(f"({'|'.join(kinds)})", text):
+        if piece in kinds:
+            parts.append({"type": kinds[piece]})
+        elif piece := piece.strip("\n"):
             parts.append(_text(piece))
     return parts

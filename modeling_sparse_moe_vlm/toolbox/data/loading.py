@@ -42,12 +42,13 @@ def load_rows(
     max_rows: int | None = None,
 ) -> Dataset | IterableDataset:
     """
-    Loads data of any supported format as rows with `messages`, `images` and `references` (all right answers). The
-    fields `source` and `row` name the file and the number of the row in it.
+    Loads data of any supported format as rows with `messages`, `images`, `videos` and `references` (all right answers).
+    The fields `source` and `row` name the file and the number of the row in it.
 
-    Every row is validated, and its images are decoded once to find broken ones. With `streaming=False`, this happens
-    now; otherwise, it happens when the rows are read. The returned rows contain the paths or bytes of their images,
-    which are decoded again when a row is read.
+    Every row is validated. Its images and some frames of its videos are decoded once to find broken ones. With
+    `streaming=False`, this happens now; otherwise, it happens when the rows are read. The returned rows contain the
+    paths or bytes of their images and videos. Images are decoded again when a row is read, and videos when a batch is
+    made.
 
     Args:
         data (`str`, `Path`, `Dataset`, `IterableDataset` or a dict of splits):
@@ -61,7 +62,8 @@ def load_rows(
         subset (`str`, *optional*):
             Subset (configuration) of a dataset of the Hub.
         image_root (`str` or `Path`, *optional*):
-            Folder to which paths of images are relative. By default, the folder of the file that names them.
+            Folder to which paths of images and videos are relative. By default, the folder of the file that names
+            them.
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to return an `IterableDataset`, whose shards are the files (or the shards of a streamed dataset).
         on_bad_row (`str`, *optional*, defaults to `"error"`):
@@ -75,7 +77,7 @@ def load_rows(
         max_length (`int`, *optional*):
             Largest number of tokens in a row, image tokens included. Longer rows are bad rows; nothing is truncated.
         max_image_tokens (`int`, *optional*):
-            Largest number of image tokens in a row. Rows with more are bad rows.
+            Largest number of image tokens in a row, those of videos included. Rows with more are bad rows.
         max_rows (`int`, *optional*):
             Number of good rows after which to stop reading. By default, all rows are read. Use `take` for streams.
 
@@ -155,6 +157,7 @@ def generated(
 
     Raises:
         BadRowError: If `generate` raises it.
+        ImportError: If no package can decode a video.
         ValueError: If there are no rows.
     """
     try:
@@ -162,7 +165,7 @@ def generated(
     except Exception as error:
         # `datasets` wraps the errors of generators.
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, BadRowError):
+        while cause is not None and not isinstance(cause, (BadRowError, ImportError)):
             cause = cause.__cause__
         if cause is None and "corresponds to no data" in str(error):
             summary = None if skipped is None else skipped.summary()

@@ -11,9 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
 
 from .packing import RowPacker, RowPositions
 from .rows import apply_chat_template, with_images
+from .videos import takes_videos
+
+logger = logging.get_logger(__name__)
 
 # Largest effect of other rows on the logits of a row, relative to the effect that they have without separation.
 LARGEST_EFFECT = 0.02
@@ -55,7 +59,27 @@ def make_packer(model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTo
     layouts = {name: value.shape[0] == 1 for name, value in two_images.items()}
     packer = RowPacker(tokenizer.pad_token_id, layouts, RowPositions(model))
     fit_packer(packer, model, rows)
+    if takes_videos(processor) and getattr(model.config, "video_token_id", None) is not None:
+        _allow_videos(packer, model, processor)
     return packer
+
+
+def _allow_videos(packer: RowPacker, model: PreTrainedModel, processor: Any) -> None:
+    """Adds the fields of videos to the layouts of a packer, if the model supports packed rows with videos."""
+    layouts = packer.layouts
+    try:
+        rows = [_inputs_of(processor, messages) for messages in _conversations(1, num_videos=1)]
+        two_videos = _inputs_of(processor, _conversations(0, num_videos=2)[1])
+        packer.layouts = {name: value.shape[0] == 1 for name, value in two_videos.items()} | layouts
+        with _undisturbed(model):
+            expected = _run(model, _padded(rows, packer))
+            sequences = [[0, 1, 2]] if packer.one_sequence else [[0, 1], [2]]
+            reason = _difference(model, packer, rows, sequences, expected)
+    except Exception as error:
+        reason = f"it fails with {type(error).__name__}: {error}"
+    if reason is not None:
+        packer.layouts = layouts  # so that rows with videos are refused
+        logger.info(f"{type(model).__name__} does not support packed rows with videos: {reason}")
 
 
 def fit_packer(packer: RowPacker, model: PreTrainedModel, rows: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -92,22 +116,24 @@ def fit_packer(packer: RowPacker, model: PreTrainedModel, rows: Sequence[Mapping
     raise ValueError(f"{type(model).__name__} does not support packed rows: {reasons[0]} Set `packing=False`.")
 
 
-def _conversations(num_images: int) -> list[list[dict[str, Any]]]:
-    """Returns the messages of three rows. The first one has images."""
+def _conversations(num_images: int, num_videos: int = 0) -> list[list[dict[str, Any]]]:
+    """Returns the messages of three rows. The first one has images, and the second one videos."""
     images = [Image.new("RGB", _IMAGE_SIZE, color) for color in ("red", "blue")][:num_images]
-    rows = [
-        ("What is this?", "A color.", images),
-        ("Name three numbers.", "One, two and three.", []),
-        ("Who?", "Me.", []),
+    frames = [Image.new("RGB", _IMAGE_SIZE, color) for color in ("green", "white")]
+    videos = [{"frames": frames, "fps": 1.0}] * num_videos
+    rows: list[tuple[str, str, list[Any], list[Any]]] = [
+        ("What is this?", "A color.", images, []),
+        ("Name three numbers.", "One, two and three.", [], videos),
+        ("Who?", "Me.", [], []),
     ]
     conversations = []
-    for question, answer, its_images in rows:
-        placeholders = [{"type": "image"} for _ in its_images]
+    for question, answer, its_images, its_videos in rows:
+        placeholders = [*({"type": "image"} for _ in its_images), *({"type": "video"} for _ in its_videos)]
         messages = [
             {"role": "user", "content": [*placeholders, {"type": "text", "text": question}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
-        conversations.append(with_images({"messages": messages, "images": its_images}, 0))
+        conversations.append(with_images({"messages": messages, "images": its_images, "videos": its_videos}, 0))
     return conversations
 
 

@@ -21,10 +21,11 @@ from .bad_rows import (
     SkippedRows,
 )
 from .loading import generated, new_skipped_rows
+from .media_sources import check_image, image_source
 from .reading import raw_rows
 from .retrieval import CAPTION_COLUMNS, row_images
 from .sources import Part, find_parts
-from .validation import IMAGE_TOKENS, _image_source, check_image
+from .validation import IMAGE_TOKENS
 
 FEATURES = Features(
     {
@@ -172,7 +173,7 @@ def _negative(item: Any, name: str, number: int, image_root: str | Path | None) 
 
 
 def _source(image: Any, number: int, image_root: str | Path | None) -> Any:
-    source = _image_source(image, number, image_root)
+    source = image_source(image, f"images[{number}]", image_root)
     check_image(source, number)
     return source
 

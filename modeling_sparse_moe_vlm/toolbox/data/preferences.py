@@ -19,8 +19,8 @@ ORIGIN = ("source", "row")  # fields with which errors name a row
 class PreferenceCollator:
     """
     Data collator for TRL's `RewardTrainer`, which by itself takes texts only. The first half of a batch are the
-    conversations with the chosen answers, the second half those with the rejected answers. Both have the images of
-    their row.
+    conversations with the chosen answers, the second half those with the rejected answers. Both have the images and
+    videos of their row.
 
     Args:
         processor (`ProcessorMixin`):
@@ -54,8 +54,8 @@ class PreferenceCollator:
 
         Args:
             rows (`Sequence[Mapping]`):
-                Rows with the messages `chosen` and `rejected`, the messages `prompt` before both, if any, `images`, and
-                possibly a `margin` for the loss.
+                Rows with the messages `chosen` and `rejected`, the messages `prompt` before both, if any, `images`,
+                `videos`, and possibly a `margin` for the loss.
 
         Returns:
             `dict[str, torch.Tensor]`: The inputs of the model, and `margin` `(B,)` if the rows have it.
@@ -65,7 +65,8 @@ class PreferenceCollator:
         """
         conversations = [
             {name: row[name] for name in ORIGIN if name in row}
-            | {"messages": _conversation(row, side, number), "images": list(row.get("images") or [])}
+            | {"messages": _conversation(row, side, number)}
+            | {name: list(row.get(name) or []) for name in ("images", "videos")}
             for side in SIDES
             for number, row in enumerate(rows)
         ]

@@ -10,17 +10,27 @@ from datasets import Dataset, Features, Image, List, Value
 
 from .bad_rows import BROKEN_IMAGE, BadRowError, RowFault, SkippedRows
 from .formats import DataFormat, find_format
+from .media_sources import check_image
 from .repeated_rows import RepeatedRow
 from .sources import Part
-from .validation import check_image, validated_row
+from .validation import validated_row
 
-# Images are decoded when a row is read. `source` and `row` say where the row comes from.
+# Images are decoded when a row is read, and videos when a batch is made. `source` and `row` say where a row comes from.
 FEATURES = Features(
     {
         "messages": List(
             {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
         ),
         "images": List(Image()),
+        # A video has `path`, `bytes` or `frames`. `fps` is the frame rate of the frames.
+        "videos": List(
+            {
+                "path": Value("string"),
+                "bytes": Value("binary"),
+                "frames": List(Image(decode=False)),
+                "fps": Value("float64"),
+            }
+        ),
         "references": List(Value("string")),
         "source": Value("string"),
         "row": Value("int64"),

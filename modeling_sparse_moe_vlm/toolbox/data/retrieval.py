@@ -13,7 +13,8 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from ...checks import shown
 from ...control_tokens import check_encodable
 from ...image_reading import read_images
-from .formats import CAPTION_FIELDS, IMAGE_FIELDS
+from .columns import IMAGE_FIELDS
+from .formats import CAPTION_FIELDS
 from .rows import apply_chat_template
 
 NO_PARTNER = -1

@@ -27,16 +27,20 @@ class RowSize:
         images (`int`):
             Number of images.
         image_tokens (`int`):
-            Number of image tokens.
+            Number of image tokens, those of videos included.
+        videos (`int`, *optional*, defaults to 0):
+            Number of videos.
     """
 
     name: str
     tokens: int
     images: int
     image_tokens: int
+    videos: int = 0
 
     def __str__(self) -> str:
-        return f"{self.name} (tokens: {self.tokens}, images: {self.images}, image tokens: {self.image_tokens})"
+        videos = f", videos: {self.videos}" if self.videos else ""
+        return f"{self.name} (tokens: {self.tokens}, images: {self.images}{videos}, image tokens: {self.image_tokens})"
 
 
 class SizedBatch(BatchFeature):
@@ -96,8 +100,9 @@ def sizes_of(
     ids = torch.tensor(_image_token_ids(processor), dtype=input_ids.dtype, device=input_ids.device)
     tokens = is_token.sum(dim=1).tolist()
     image_tokens = (torch.isin(input_ids, ids) & is_token).sum(dim=1).tolist()
-    images = [count_images(messages) for messages in conversations]
-    return [RowSize(*values) for values in zip(names, tokens, images, image_tokens, strict=True)]
+    images = [count_parts("image", messages) for messages in conversations]
+    videos = [count_parts("video", messages) for messages in conversations]
+    return [RowSize(*values) for values in zip(names, tokens, images, image_tokens, videos, strict=True)]
 
 
 def find_excess(size: RowSize, max_length: int | None, max_image_tokens: int | None) -> RowFault | None:
@@ -109,10 +114,12 @@ def find_excess(size: RowSize, max_length: int | None, max_image_tokens: int | N
             "shorten the row.",
         )
     if max_image_tokens is not None and size.image_tokens > max_image_tokens:
+        videos = f" and {size.videos} videos" if size.videos else ""
+        frames = "let the processor read fewer frames of videos, " if size.videos else ""
         return RowFault(
             TOO_MANY_IMAGE_TOKENS,
-            f"has {size.image_tokens} image tokens in {size.images} images, more than `max_image_tokens` "
-            f"({max_image_tokens}): increase `max_image_tokens`, use fewer or smaller images, or drop the row.",
+            f"has {size.image_tokens} image tokens in {size.images} images{videos}, more than `max_image_tokens` "
+            f"({max_image_tokens}): increase `max_image_tokens`, use fewer or smaller images, {frames}or drop the row.",
         )
     return None
 
@@ -134,12 +141,12 @@ def check_size(
         max_length (`int`, *optional*):
             Largest number of tokens.
         max_image_tokens (`int`, *optional*):
-            Largest number of image tokens.
+            Largest number of image tokens, those of videos included.
 
     Raises:
         RowFault: If the processor fails, or if the row exceeds a limit.
     """
-    messages = with_images({"messages": row["messages"], "images": read_images(row["images"])}, 0)
+    messages = with_images(dict(row) | {"images": read_images(row["images"])}, 0)
     try:
         batch = apply_chat_template(processor, {0: messages}, padding_side="right", names={0: "the row"})
     except ValueError as error:
@@ -160,15 +167,20 @@ def check_batch(sizes: Sequence[RowSize], limit: int | None) -> None:
 
 
 def _image_token_ids(processor: ProcessorMixin | PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids of the tokens that stand for images."""
-    ids = [id for id in getattr(processor, "image_token_ids", []) if id is not None]
-    token = getattr(processor, "image_token", None)
-    if not ids and token is not None and isinstance(processor, ProcessorMixin):
-        ids = [processor.tokenizer.convert_tokens_to_ids(str(token))]  # type: ignore[attr-defined]
+    """Returns the ids of the tokens that stand for images and videos."""
+    if not isinstance(processor, ProcessorMixin):
+        return []
+    ids: list[int] = []
+    for kind in ("image", "video"):
+        of_kind = [id for id in getattr(processor, f"{kind}_token_ids", []) if id is not None]
+        token = getattr(processor, f"{kind}_token", None)
+        if not of_kind and token is not None:
+            of_kind = [processor.tokenizer.convert_tokens_to_ids(str(token))]  # type: ignore[attr-defined]
+        ids += of_kind
     return ids
 
 
-def count_images(messages: list[dict[str, Any]]) -> int:
-    """Returns the number of images of a conversation."""
+def count_parts(kind: str, messages: list[dict[str, Any]]) -> int:
+    """Returns the number of content parts of a type in a conversation."""
     contents = [message.get("content") for message in messages]
-    return sum(part["type"] == "image" for parts in contents if isinstance(parts, list) for part in parts)
+    return sum(part["type"] == kind for parts in contents if isinstance(parts, list) for part in parts)

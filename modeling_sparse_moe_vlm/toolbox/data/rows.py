@@ -1,6 +1,6 @@
 """
-Rows of conversations with images: checks them, puts images at their placeholders and makes model inputs of them. Error
-messages name the row.
+Rows of conversations with images and videos: checks them, puts images and videos at their placeholders and makes model
+inputs of them. Error messages name the row.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Any
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from ...control_tokens import check_encodable
+from .videos import VIDEO_KEYS, read_videos
 
-# Keys under which a content part of type "image" may contain its image.
+# Keys under which a content part of type "image" or "video" may contain its image or video.
 IMAGE_KEYS = ("image", "url", "path", "base64")
+_KEYS = {"image": IMAGE_KEYS, "video": VIDEO_KEYS}
 
 
 def row_name(row: Any, number: int) -> str:
@@ -42,7 +44,7 @@ def has_origin(row: Any) -> bool:
 
 def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
     """
-    Returns the messages of a row, with every image at its placeholder.
+    Returns the messages of a row, with every image and video at its placeholder.
 
     Args:
         row (`Mapping`):
@@ -51,28 +53,37 @@ def with_images(row: Mapping[str, Any], number: int) -> list[dict[str, Any]]:
             Position of the row, for error messages about rows that do not know their source.
 
     Returns:
-        `list[dict]`: Chat messages. A content part of type `"image"` that contains an image keeps it.
+        `list[dict]`: Chat messages. A content part of type `"image"` or `"video"` that contains an image or a video
+        keeps it.
 
     Raises:
         ValueError: If a field is missing or has a wrong type, if a text cannot be encoded as UTF-8, or if the number of
-            images differs from the number of placeholders. The message names the row and the field.
+            images or videos differs from the number of their placeholders. The message names the row and the field.
     """
     name = row_name(row, number)
     if not isinstance(row, Mapping):
         raise ValueError(f"{name} must be a dict with `messages` and `images`, got {type(row)}.")
     messages = _messages(row, name)
-    images = _images(row.get("images"), name)
-    num_placeholders = sum(_is_placeholder(part) for message in messages for part in _parts(message))
-    if num_placeholders != len(images):
-        raise ValueError(
-            f"{name} has {len(images)} images in `images`, but {num_placeholders} placeholders in `messages` "
-            "(content parts of type 'image' that do not contain an image): give one image for each placeholder."
-        )
-    remaining = iter(images)
+    remaining = {"image": iter(_placed(_images(row.get("images"), name), "image", messages, name))}
+    # Without the field `videos`, the processor decides what a place of a video is.
+    if row.get("videos") is not None:
+        remaining["video"] = iter(_placed(_videos(row["videos"], name), "video", messages, name))
     return [
         message | {"content": [_filled(part, remaining) for part in _parts(message)]} if _parts(message) else message
         for message in messages
     ]
+
+
+def _placed(items: list[Any], kind: str, messages: list[dict[str, Any]], name: str) -> list[Any]:
+    """Returns images or videos. Raises `ValueError` if their number is not that of their placeholders."""
+    num_placeholders = sum(_is_placeholder(part, kind) for message in messages for part in _parts(message))
+    if num_placeholders != len(items):
+        article = "an image" if kind == "image" else "a video"
+        raise ValueError(
+            f"{name} has {len(items)} {kind}s in `{kind}s`, but {num_placeholders} placeholders in `messages` "
+            f"(content parts of type '{kind}' that do not contain {article}): give one {kind} for each placeholder."
+        )
+    return items
 
 
 def apply_chat_template(
@@ -111,15 +122,26 @@ def apply_chat_template(
     else:
         kwargs["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
     try:
-        return BatchFeature(dict(processor.apply_chat_template(list(conversations.values()), **kwargs)))
+        return _applied(processor, list(conversations.values()), kwargs)
+    except ImportError:
+        raise
     except Exception:
         # Processes the conversations one by one to find the one that failed.
         for number, conversation in conversations.items():
             try:
-                processor.apply_chat_template([conversation], **kwargs)
+                _applied(processor, [conversation], kwargs)
             except Exception as error:
                 raise ValueError(f"{names[number]} cannot be processed: {error}") from error
         raise
+
+
+def _applied(
+    processor: ProcessorMixin | PreTrainedTokenizerBase, conversations: list[list[dict[str, Any]]], kwargs: Any
+) -> BatchFeature:
+    conversations, options = read_videos(processor, conversations)
+    if options:
+        kwargs = kwargs | {"processor_kwargs": kwargs["processor_kwargs"] | options}
+    return BatchFeature(dict(processor.apply_chat_template(conversations, **kwargs)))
 
 
 def joined_texts(messages: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -189,15 +211,25 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return [] if content is None or isinstance(content, str) else list(content)
 
 
-def _is_placeholder(part: dict[str, Any]) -> bool:
-    return part["type"] == "image" and all(part.get(key) is None for key in IMAGE_KEYS)
+def _videos(videos: Any, name: str) -> list[Any]:
+    """Returns the videos of a row without entries that are `None`."""
+    if not isinstance(videos, list | tuple):
+        raise ValueError(
+            f"{name}: `videos` must be a list of videos, got {type(videos)}: put a single video in a list."
+        )
+    return [video for video in videos if video is not None]
 
 
-def _filled(part: dict[str, Any], images: Iterator[Any]) -> dict[str, Any]:
-    """Returns a content part. If it is a placeholder, it gets the next image."""
-    if part["type"] != "image":
+def _is_placeholder(part: dict[str, Any], kind: str) -> bool:
+    return part["type"] == kind and all(part.get(key) is None for key in _KEYS[kind])
+
+
+def _filled(part: dict[str, Any], remaining: Mapping[str, Iterator[Any]]) -> dict[str, Any]:
+    """Returns a content part. If it is a placeholder, it gets the next image or video."""
+    kind = part["type"]
+    if kind not in _KEYS:
         return part
-    if _is_placeholder(part):
-        part = part | {"image": next(images)}
+    if kind in remaining and _is_placeholder(part, kind):
+        part = part | {kind: next(remaining[kind])}
     # Parts from a table have the keys of all parts, with `None` as value. Transformers' processors do not take `Path`.
     return {key: str(value) if isinstance(value, Path) else value for key, value in part.items() if value is not None}

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from .bad_rows import NOT_JSON, RowFault
-from .formats import IMAGE_FIELDS
+from .columns import IMAGE_FIELDS, VIDEO_FIELDS
 
 NUM_ROWS_AT_ONCE = 16  # few, because rows can contain images
 
@@ -39,8 +39,8 @@ class Part:
 
     def rows(self) -> Iterator[Any]:
         """
-        Yields the rows, with images as dicts with `bytes` or `path`. A `RowFault` instead of a row says that the row
-        cannot be read.
+        Yields the rows, with images and videos as dicts with `bytes` or `path`. A `RowFault` instead of a row says that
+        the row cannot be read.
         """
         if self.dataset is not None:
             yield from _without_decoding(self.dataset)
@@ -137,7 +137,7 @@ def _shards(dataset: Dataset | IterableDataset, name: str, image_root: str | Non
 
 
 def _without_decoding(dataset: Dataset | IterableDataset) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset with images as dicts with `bytes` and `path`."""
+    """Yields the rows of a dataset with images and videos as dicts with `bytes` and `path`."""
     if isinstance(dataset, Dataset):
         if dataset.format["type"] == "custom":  # a transform, which makes its own rows
             yield from dataset
@@ -208,8 +208,9 @@ def _read_csv(path: str) -> Iterator[dict[str, Any]]:
         keep_default_na=False,
     )
     for row in _all_rows(files):
-        # An empty cell of an image column is a row without an image.
-        yield {key: None if value == "" and key in IMAGE_FIELDS else value for key, value in row.items()}
+        # An empty cell of a column of images or videos is a row without them.
+        fields = (*IMAGE_FIELDS, *VIDEO_FIELDS)
+        yield {key: None if value == "" and key in fields else value for key, value in row.items()}
 
 
 def _read_parquet(path: str) -> Iterator[dict[str, Any]]:

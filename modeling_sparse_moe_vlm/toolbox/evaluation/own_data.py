@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -21,6 +22,7 @@ from .scores import references_of, score_answers, score_rows, text_of
 
 ANSWER, BLIND = "prediction", "prediction_without_images"
 NUM_SAMPLES = 1000  # of the bootstrap
+_MEDIA = ("images", "videos")  # columns of rows
 
 
 @dataclass
@@ -168,14 +170,14 @@ class _OneProcess:
 
 
 def without_images(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a row without its images and their places. A message that only had images has an empty text."""
+    """Returns a row without its images, videos and their places. A message that only had these has an empty text."""
     messages = []
     for message in row["messages"]:
         content = message["content"]
         if not isinstance(content, str):
-            content = [part for part in content if part["type"] != "image"] or [{"type": "text", "text": ""}]
+            content = [part for part in content if part["type"] == "text"] or [{"type": "text", "text": ""}]
         messages.append({**message, "content": content})
-    return {**row, "messages": messages, "images": []}
+    return {**row, "messages": messages, "images": [], **({"videos": []} if "videos" in row else {})}
 
 
 def most_frequent_reference(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -242,8 +244,8 @@ def texts_of_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             Rows of [`~toolbox.data.load_rows`].
 
     Returns:
-        `list[dict]`: The rows without `images`, with the number of their images as `num_images` and the last text of
-        the user as `question`.
+        `list[dict]`: The rows without `images` and `videos`, with the number of both as `num_images` and the last text
+        of the user as `question`.
 
     Raises:
         ValueError: If there are no rows, or if the last message of a row is not from the assistant. The message names
@@ -251,7 +253,9 @@ def texts_of_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     if not len(rows):
         raise ValueError("there are no rows to evaluate.")
-    table = rows.remove_columns("images") if hasattr(rows, "remove_columns") else rows
+    table: Any = rows
+    if isinstance(rows, Dataset):
+        table = rows.remove_columns([name for name in _MEDIA if name in rows.column_names])
     texts = []
     for number in range(len(table)):
         row = table[number]
@@ -262,8 +266,8 @@ def texts_of_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             )
         questions = [text_of(message) for message in messages if message["role"] == "user"]
         parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
-        num_images = sum(part["type"] == "image" for part in parts)
-        kept = {key: value for key, value in row.items() if key != "images"}
+        num_images = sum(part["type"] in ("image", "video") for part in parts)
+        kept = {key: value for key, value in row.items() if key not in _MEDIA}
         texts.append(kept | {"num_images": num_images, "question": questions[-1] if questions else ""})
     return texts
 

@@ -14,16 +14,18 @@ Examples: TypeAlias = Dataset | Sequence[dict[str, Any]]
 
 
 def first_rows(rows: IterableDataset, num_with_images: int) -> list[dict[str, Any]]:
-    """Returns the first 10,000 rows of a stream. To save memory, only the first `num_with_images` keep their images."""
+    """
+    Returns the first 10,000 rows of a stream. To save memory, only the first `num_with_images` keep their images.
+    """
     return [
-        row if number < num_with_images else row | {"images": []}
+        row if number < num_with_images else row | {"images": [], "videos": []}
         for number, row in enumerate(itertools.islice(rows, NUM_ROWS_OF_STREAM))
     ]
 
 
 def texts_of(examples: Examples) -> Iterator[str]:
     """Yields a text for each row of messages or of questions and answers, with its turns on separate lines."""
-    for row in examples.remove_columns(_image_columns(examples)) if isinstance(examples, Dataset) else examples:
+    for row in examples.remove_columns(_media_columns(examples)) if isinstance(examples, Dataset) else examples:
         if "messages" in row:
             yield "\n".join(_text_of(message["content"]) for message in row["messages"])
         else:
@@ -36,8 +38,8 @@ def images_of(examples: Examples, number: int) -> list[Any]:
     return [image for row in chosen for image in ([row["image"]] if "image" in row else row["images"])]
 
 
-def _image_columns(examples: Dataset) -> list[str]:
-    return [column for column in ("image", "images") if column in examples.column_names]
+def _media_columns(examples: Dataset) -> list[str]:
+    return [column for column in ("image", "images", "videos") if column in examples.column_names]
 
 
 def _text_of(content: str | list[dict[str, Any]]) -> str:

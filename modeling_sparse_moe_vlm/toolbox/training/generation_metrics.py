@@ -151,10 +151,10 @@ class GenerationMetrics(SampledMetrics):
 
 
 def _has_image(row: dict[str, Any]) -> bool:
-    """Whether a row has an image, in the column `images` or in a message."""
+    """Whether a row has an image or a video, in the columns `images` and `videos` or in a message."""
     contents = [message["content"] for message in row["messages"]]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
-    return bool(row.get("images")) or any(part.get("type") == "image" for part in parts)
+    return bool(row.get("images") or row.get("videos")) or any(part.get("type") in ("image", "video") for part in parts)
 
 
 def _tp_size(model: nn.Module) -> int:

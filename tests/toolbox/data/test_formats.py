@@ -249,10 +249,10 @@ def test_most_frequent_answer(answers, expected):
         ),
         (
             "messages",
-            {"messages": [HI | {"content": [text("x"), {"type": "video"}]}]},
+            {"messages": [HI | {"content": [text("x"), {"type": "audio"}]}]},
             "wrong type",
-            "messages[0].content[1] must be a dict of type 'text' or 'image', such as {'type': 'text', 'text': '…'}, "
-            "but got {'type': 'video'}.",
+            "messages[0].content[1] must be a dict of type 'text', 'image' or 'video', such as {'type': 'text', "
+            "'text': '…'}, but got {'type': 'audio'}.",
         ),
         (
             "messages",
