@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.image_utils import PIL, to_numpy_array
-from transformers.utils import is_av_available, is_cv2_available, is_numpy_array, is_torch_tensor
+from transformers.utils import is_av_available, is_cv2_available, is_numpy_array, is_torch_tensor, to_numpy
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn, load_video
 
 from .checks import check, check_integer, check_number
@@ -187,7 +186,7 @@ def read_frames(frames: Sequence[Any], names: Sequence[str]) -> list[Any]:
         ValueError: If a frame cannot be read. The message names it.
     """
     if len({(type(frame), *_array_type(frame)) for frame in frames}) == 1 and _dimensions(frames[0]) in (2, 3):
-        whole: Any = torch.stack(list(frames)) if is_torch_tensor(frames[0]) else np.stack(list(frames))
+        whole: Any = torch.stack(list(frames)) if is_torch_tensor(frames[0]) else to_numpy(list(frames))
         # A batch has channels.
         return _read_named([whole[..., None] if whole.ndim == 3 else whole], names[0])
     return [image for frame, name in zip(frames, names, strict=True) for image in _read_named([frame], name)]
