@@ -21,10 +21,11 @@ from .experts_config import Given, SparseMoeVlmExpertsConfig
 
 if TYPE_CHECKING:
     # Never executed. It makes Transformers copy and check these files when it loads the configuration.
-    from .modeling_upcycled import UpcycledMixin  # noqa: F401
+    from .modeling_upcycled_classification import UpcycledClassificationMixin  # noqa: F401
 
 PREFIX = "Upcycled"
 OTHER_CONFIG = "_of_"  # precedes the configuration in the name of a model class with another class's configuration
+CLASSIFIER = "ForSequenceClassification"  # ends the names of classes with a layer of scores instead of a language head
 _MODELING = "modeling_upcycled"
 # Name of the table of models by model type in Transformers, for each auto class.
 _TABLES = {
@@ -269,6 +270,9 @@ def auto_map_of(config_class: Any) -> dict[str, str]:
     if "AutoModelForCausalLM" in names:
         # `transformers serve` loads all models of remote code with this class, also those of text.
         names.setdefault("AutoModelForMultimodalLM", names["AutoModelForCausalLM"])
+    if "AutoModel" in names:
+        kind = config_class.__name__.removesuffix("Config")
+        names["AutoModelForSequenceClassification"] = f"{_MODELING}_classification.{kind}{CLASSIFIER}"
     return names
 
 

@@ -77,6 +77,28 @@ def with_own_router_losses(model: nn.Module, forward: Callable) -> MethodType:
     return MethodType(forward_with_router_losses, model)
 
 
+def unused_losses(config: SparseMoeVlmExpertsConfig) -> str:
+    """
+    Returns a warning for models for sequence classification, which do not add router losses to their loss.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+
+    Returns:
+        `str`: The warning, which names the coefficients without effect. Empty if there are none.
+    """
+    coefficients = [name for name in ("router_aux_loss_coef", *OTHER_COEFFICIENTS) if getattr(config, name)]
+    if not (coefficients and config.sparse_layers):
+        return ""
+    names = ", ".join(f"`{name}`" for name in coefficients)
+    return (
+        f"{names} {'have' if coefficients[1:] else 'has'} no effect: models for sequence classification do not add "
+        "router losses to their loss. Set them to 0 to silence this warning, and `router_bias_update_rate` to balance "
+        "the load without a loss."
+    )
+
+
 def _router_losses(config: SparseMoeVlmExpertsConfig, record: RoutingRecord) -> dict[str, torch.Tensor]:
     """Returns the router losses of a forward pass as model outputs. Empty for models without sparse layers."""
     layers, tokens = record.layers(), record.tokens

@@ -9,6 +9,7 @@ processing and the processor.
 import functools
 import inspect
 import sys
+from collections.abc import Iterable
 from dataclasses import field, make_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -459,7 +460,7 @@ def _make_model_class(name: str, base: Any, config_class: Any) -> type:
         "__module__": __name__,
         "__doc__": f"[`~transformers.{base.__name__}`] with experts: see [`UpcycledMixin`].",
         "config_class": config_class,
-        "forward": _forward_of(base),
+        "forward": forward_of(base.forward),
     }
     if issubclass(base, GenerationMixin):
         namespace["prepare_inputs_for_generation"] = _prepare_inputs_of(base)
@@ -480,16 +481,31 @@ def _make_model_class(name: str, base: Any, config_class: Any) -> type:
     return made
 
 
-def _forward_of(base: Any) -> Any:
-    """Returns `forward` of the upcycled class, with the signature of the base class and the additional arguments."""
-    base_forward = base.forward
+def forward_of(base_forward: Any, others: Iterable[inspect.Parameter] = ()) -> Any:
+    """
+    Returns the `forward` of an upcycled class.
+
+    Args:
+        base_forward (`Callable`):
+            `forward` of the base class.
+        others (`Iterable[inspect.Parameter]`, *optional*):
+            Parameters of a submodel, to which `base_forward` passes its keyword arguments.
+
+    Returns:
+        `Callable`: A function with the signature of the base class and the additional arguments of [`UpcycledMixin`].
+    """
     signature = inspect.signature(base_forward)
+    parameters = list(signature.parameters.values())
     names = [
-        name
-        for name, parameter in signature.parameters.items()
+        parameter.name
+        for parameter in parameters
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ][1:]
-    takes = frozenset(signature.parameters)
+    variadic = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    of_others = [parameter for parameter in others if parameter.name not in signature.parameters]
+    named += [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in of_others]
+    takes = frozenset(parameter.name for parameter in (*named, *variadic))
 
     @functools.wraps(base_forward)
     def forward(self, *args, **kwargs):
@@ -501,9 +517,6 @@ def _forward_of(base: Any) -> Any:
         for name in ("mm_token_type_ids", "output_router_logits")
         if name not in takes
     ]
-    parameters = list(signature.parameters.values())
-    variadic = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
-    named = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=[*named, *own, *variadic])  # type: ignore[attr-defined]
     return forward
 

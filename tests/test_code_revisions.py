@@ -32,7 +32,13 @@ OF_THE_PROCESSOR = {
     "video_reading",
 }
 # Files that only upcycled models need.
-OF_UPCYCLED = {"configuration_upcycled", "modeling_upcycled", "upcycled_layers", "upcycled_plans"}
+OF_UPCYCLED = {
+    "configuration_upcycled",
+    "modeling_upcycled",
+    "modeling_upcycled_classification",
+    "upcycled_layers",
+    "upcycled_plans",
+}
 OF_UPCYCLED_RETRIEVAL = {"configuration_upcycled_retrieval", "modeling_upcycled_retrieval"}
 # Files that only retrieval models need.
 OF_RETRIEVAL = {

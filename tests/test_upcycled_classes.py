@@ -8,7 +8,7 @@ import torch
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 from transformers.utils import ModelOutput
 
-from modeling_sparse_moe_vlm import configuration_upcycled, modeling_upcycled
+from modeling_sparse_moe_vlm import configuration_upcycled, modeling_upcycled, modeling_upcycled_classification
 from tests.support.threads import TIMEOUT, run_at_once
 
 pytestmark = pytest.mark.newest
@@ -31,6 +31,11 @@ class RareOutput(ModelOutput):
             modeling_upcycled,
             "_make_model_class",
             lambda: modeling_upcycled.upcycled_model_class(Starcoder2ForCausalLM),
+        ),
+        (
+            modeling_upcycled_classification,
+            "_make_class",
+            lambda: modeling_upcycled_classification.classification_model_class(Starcoder2Config),
         ),
         (modeling_upcycled, "make_dataclass", lambda: modeling_upcycled.output_class(RareOutput)),
     ],

@@ -9,13 +9,17 @@ import transformers
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .. import modeling_upcycled
+from .. import modeling_upcycled, modeling_upcycled_classification
 from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
 from ..configuration_upcycled_retrieval import TYPE_SUFFIX, UpcycledRetrievalConfigMixin, retrieval_config_class
 from ..modeling_upcycled_retrieval import retrieval_model_class
 
 # Prefix of the model types of upcycled models.
 TYPE_PREFIX = f"{PREFIX.lower()}_"
+# Modules of the model classes, by their names in `auto_map`.
+_MODULES = {
+    module.__name__.rpartition(".")[2]: module for module in (modeling_upcycled, modeling_upcycled_classification)
+}
 
 
 def use_installed_code(checkpoint: str | os.PathLike) -> None:
@@ -46,7 +50,8 @@ def register(config_class: Any) -> None:
         AutoModel.register(config_class, retrieval_model_class(config_class), exist_ok=True)
         return
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    for auto_class, name in auto_map_of(config_class).items():
+    for auto_class, path in auto_map_of(config_class).items():
         if auto_class != AutoConfig.__name__:
-            model_class = getattr(modeling_upcycled, name.rpartition(".")[2])
+            module, _, name = path.rpartition(".")
+            model_class = getattr(_MODULES[module], name)
             getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)

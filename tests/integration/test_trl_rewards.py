@@ -6,17 +6,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
 
+from modeling_sparse_moe_vlm import modeling_upcycled_classification
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.data import PreferenceCollator, VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.installed_code import use_installed_code
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, loss_watch, measure_routing, update_router_bias
 from tests.integration.test_trl import ARGUMENTS
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_config
+from tests.support.upcycled import make_speaking
 from tests.test_model_values import SparseMoeVlmForSequenceClassification
 
 trl = pytest.importorskip("trl")
 
 pytestmark = pytest.mark.newest
+
+
+def make_upcycled_scorer(folder, **fields):
+    """Loads an upcycled LLaVA for sequence classification, by which `RewardTrainer` also loads models by name."""
+    make_speaking("llava", **fields).save_pretrained(folder)
+    use_installed_code(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
 
 
 def make_scorer(**text_config):
@@ -40,15 +51,22 @@ def make_rows(margins=None) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("margins", [None, [0.5, 2.0]], ids=["no margins", "margins"])
-def test_reward_trainer_with_images(margins, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("is_upcycled", "margins"), [(False, None), (False, [0.5, 2.0]), (True, None)], ids=["ours", "margins", "upcycled"]
+)
+def test_reward_trainer_with_images(is_upcycled, margins, monkeypatch, tmp_path):
     warnings: list[str] = []
     monkeypatch.setattr(loss_watch.logger, "warning", warnings.append)
-    model, processor = make_scorer(router_bias_update_rate=0.01, router_z_loss_coef=0.5), make_processor()
+    monkeypatch.setattr(modeling_upcycled_classification.logger, "warning", warnings.append)
+    fields = {"router_bias_update_rate": 0.01, "router_z_loss_coef": 0.5}
+    model = make_upcycled_scorer(tmp_path / "upcycled", **fields) if is_upcycled else make_scorer(**fields)
+    processor = make_processor()
     processor.tokenizer.chat_template = processor.chat_template
     rows, collator = make_rows(margins), PreferenceCollator(processor)
     batch = collator(rows)
     start = copy.deepcopy(model).train()
+    start.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
+    start.may_warn_of_losses = False
     arguments = ARGUMENTS | {"max_steps": 1, "remove_unused_columns": False}
     trainer = trl.RewardTrainer(
         model,

@@ -13,6 +13,7 @@ SCRIPT = """
 import pickle, sys
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForSequenceClassification
 
 root, *names = sys.argv[1:]
 for name in names:
@@ -29,10 +30,20 @@ for name in names:
                 torch.testing.assert_close(again(**inputs).logits, expected)
             assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), generated)
             torch.testing.assert_close(model.lm_head(base(**inputs).last_hidden_state), expected)
+            scorer = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True, num_labels=1)
+            scorer.config.get_text_config().pad_token_id = 1
+            assert type(scorer).__module__.startswith("transformers_modules."), type(scorer)
+            assert type(scorer.base_model).__name__ == type(base).__name__
+            last = base(**inputs).last_hidden_state[:, -1]
+            torch.testing.assert_close(scorer(**inputs).logits, scorer.score(last))
             losses = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
             assert losses.router_loss > 0 and len(losses.router_logits) == 2
             if folder == f"{root}/{name}":
                 model.save_pretrained(f"{root}/{name}-again")
+                saved = f"{root}/{name}-scorer"
+                scorer.save_pretrained(saved)
+                again = AutoModelForSequenceClassification.from_pretrained(saved, trust_remote_code=True)
+                torch.testing.assert_close(again(**inputs).logits, scorer(**inputs).logits)
     try:
         auto_class.from_pretrained(f"{root}/{name}")
     except ValueError as error:
@@ -57,10 +68,10 @@ def test_checkpoints_contain_all_code_that_they_need(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     for name in names:
-        code, again = (
+        code, *others = (
             {path.name: path.read_text() for path in (tmp_path / folder).glob("*.py")}
-            for folder in (name, f"{name}-again")
+            for folder in (name, f"{name}-again", f"{name}-scorer")
         )
-        assert code == again
+        assert others == [code, code]
         assert "modeling_upcycled.py" in code
         assert "modeling_sparse_moe_vlm.py" not in code

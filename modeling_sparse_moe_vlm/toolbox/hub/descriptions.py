@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
 )
 
@@ -27,11 +28,13 @@ from .parents import link_to
 from .sections import memory_rows
 
 IMAGE_TEXT, CAUSAL_LM = AutoModelForImageTextToText.__name__, AutoModelForCausalLM.__name__
+CLASSIFICATION = AutoModelForSequenceClassification.__name__
 # By the auto class that loads a model, the task that the Hub lists it under; earlier ones are preferred.
 TASKS = {
     IMAGE_TEXT: "image-text-to-text",
     CAUSAL_LM: "text-generation",
     AutoModelForMultimodalLM.__name__: "any-to-any",
+    CLASSIFICATION: "text-classification",
     AutoModel.__name__: None,
 }
 OUR_TYPES = {SparseMoeVlmConfig.model_type: IMAGE_TEXT, SparseMoeVlmTextConfig.model_type: CAUSAL_LM}
@@ -146,11 +149,17 @@ def _upcycled(config: Any, experts: Any, parents: Sequence[str], start: Mapping[
     }
     named = tuple(f".{name}" for name in config.architectures or [])
     classes = [name for name, place in config.auto_map.items() if not named or place.endswith(named)]
+    auto_class = next(name for name in TASKS if name in classes)
+    text = (
+        f"A sparse mixture of experts, made from {_dense(parents)} by upcycling: its feed-forward blocks became "
+        "experts, and everything else is the dense model's own, including the processor."
+    )
+    if auto_class == CLASSIFICATION:
+        text += f" A layer for sequence classification (`num_labels={config.num_labels}`) replaces the language head."
     return Description(
-        text=f"A sparse mixture of experts, made from {_dense(parents)} by upcycling: its feed-forward blocks became "
-        "experts, and everything else is the dense model's own, including the processor.",
+        text=text,
         facts="\n\n".join([costs, _table(rows, "experts")]),
-        auto_class=next(name for name in TASKS if name in classes),
+        auto_class=auto_class,
         tags=["moe", "upcycled", "custom_code"],
         needs_code=True,
         origin=_parity(start),

@@ -79,7 +79,7 @@ def write_model_card(
     """
     # Not at the top, since upcycling writes model cards itself.
     from .adapter_card import is_adapter, make_adapter_card
-    from .descriptions import CAUSAL_LM, OUR_TYPES, TASKS, describe
+    from .descriptions import CAUSAL_LM, CLASSIFICATION, OUR_TYPES, TASKS, describe
     from .sections import (
         datasets_of,
         figures_in,
@@ -141,7 +141,7 @@ def write_model_card(
             name,
             description.auto_class,
             reads_images=description.auto_class != CAUSAL_LM,
-            generates=task is not None,
+            generates=task is not None and description.auto_class != CLASSIFICATION,
             needs_code=description.needs_code,
             is_ours=is_ours,
         ),

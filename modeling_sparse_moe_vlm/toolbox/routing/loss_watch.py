@@ -14,7 +14,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import logging
 
 from ...experts_config import experts_config_of
-from ...fused_head import OTHER_COEFFICIENTS
+from ...fused_head import OTHER_COEFFICIENTS, unused_losses
 from ...parallel_plans import is_one_of_several_processes
 
 logger = logging.get_logger(__name__)
@@ -117,14 +117,12 @@ def warn_of_classifiers(model: nn.Module) -> None:
     ours = next((module for module in model.modules() if hasattr(module, "routing_planner")), None)
     if ours is None:
         return
-    config = experts_config_of(ours.config)
-    left_out = [name for name in ("router_aux_loss_coef", *OTHER_COEFFICIENTS) if getattr(config, name)]
-    if left_out and config.sparse_layers:
-        logger.warning(
-            f"{', '.join(f'`{name}`' for name in left_out)} have no effect: models for sequence classification do not "
-            "add router losses to their loss. Set them to 0 to silence this warning, and `router_bias_update_rate` to "
-            "balance the load without a loss."
-        )
+    warning = unused_losses(experts_config_of(ours.config))
+    if warning:
+        logger.warning(warning)
+    for module in model.modules():
+        if getattr(module, "may_warn_of_losses", False):
+            module.may_warn_of_losses = False  # type: ignore[assignment]  # it would log the same warning
 
 
 def mean_losses(passes: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:

@@ -166,7 +166,8 @@ def check_base(model: Any) -> None:
     if any(name in table.values() for table in _OTHER_HEADS):
         raise UpcyclingError(
             f"{name} has a head that upcycling does not support. Upcycle the language model that it is based on "
-            "(`AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModel`)."
+            "(`AutoModelForCausalLM`, `AutoModelForImageTextToText` or `AutoModel`). For sequence classification, save "
+            "the result and load it with `AutoModelForSequenceClassification`."
         )
     for kind in (type(model), type(model.config)):
         if getattr(transformers, kind.__name__, None) is not kind:
