@@ -84,6 +84,7 @@ def scenes(
     vocabulary: Sequence[str] | None = None,
     held_out_style: str | None = HELD_OUT_STYLE,
     jitter: int = 0,
+    kinds: Sequence[str] | None = None,
 ) -> Dataset:
     """
     Makes a dataset of scenes of emoji on a grid, with one question about each scene.
@@ -129,6 +130,8 @@ def scenes(
         jitter (`int`, *optional*, defaults to 0):
             Largest distance in pixels between an emoji and the middle of its cell, horizontally and vertically, at most
             a quarter of `cell_size`. The emoji are drawn smaller to leave room for it.
+        kinds (`Sequence[str]`, *optional*):
+            Kinds of question to ask. Defaults to all that are possible with the grid and the vocabulary.
 
     Returns:
         `datasets.Dataset`: A dataset with the columns `image`, `question`, `answer`, `kind`, `scene` (the names of the
@@ -136,7 +139,8 @@ def scenes(
 
     Raises:
         ValueError: If an argument is out of its range, if `vocabulary` has unknown or repeated emoji or emoji that look
-            the same, or if the split does not have `num_examples` different examples.
+            the same, if a kind of `kinds` is impossible or repeated, or if the split does not have `num_examples`
+            different examples.
     """
     _check_arguments(split, num_examples, grid, cell_size, held_out_style, jitter)
     if split == "test_style":
@@ -144,7 +148,7 @@ def scenes(
     else:
         styles = [style for style in STYLES if style != held_out_style]
     entries = _look_up(DEFAULT_VOCABULARY if vocabulary is None else vocabulary)
-    writer = _SceneWriter(grid, entries)
+    writer = _SceneWriter(grid, entries, kinds)
     tiles = {style: _tiles(style, writer.names, cell_size - 2 * jitter) for style in styles}
 
     examples = _examples(split, num_examples, seed, cell_size, writer, tiles, jitter)
@@ -299,7 +303,9 @@ class _SceneWriter:
     possible answers, so that these are equally frequent even if scenes are rejected.
     """
 
-    def __init__(self, grid: tuple[int, int], entries: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, grid: tuple[int, int], entries: list[dict[str, Any]], asked: Sequence[str] | None = None
+    ) -> None:
         self.rows, self.columns = grid
         self.cells = self.rows * self.columns
         # If one object filled the whole grid, there would be too few different scenes.
@@ -322,7 +328,9 @@ class _SceneWriter:
         if self.rows > 1:
             kinds["row"] = self._row
         kinds["caption"] = self._caption
-        self.kinds = list(kinds.items())
+        if asked is not None:
+            _check_kinds(asked, list(kinds))
+        self.kinds = [(kind, write) for kind, write in kinds.items() if asked is None or kind in asked]
 
     def _neighbour(self, words: str, row_step: int, column_step: int, rng: random.Random, turn: int) -> _Draft:
         row = rng.randrange(max(0, -row_step), self.rows - max(0, row_step))
@@ -493,6 +501,14 @@ def _look_up(vocabulary: Sequence[str]) -> list[dict[str, Any]]:
                     "questions about them have no right answer. Drop one of them."
                 )
     return entries
+
+
+def _check_kinds(kinds: Sequence[str], possible: list[str]) -> None:
+    if isinstance(kinds, str) or not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(possible):
+        raise ValueError(
+            f"`kinds` must be a list of different kinds of question that are possible with this grid and vocabulary "
+            f"({', '.join(possible)}), not {kinds!r}."
+        )
 
 
 def _check_num_rows(name: str, value: int) -> None:

@@ -141,6 +141,13 @@ def test_images_show_the_scene():
                 assert shown.tobytes() == expected.tobytes()
 
 
+def test_only_the_kinds_asked_for(train):
+    rows = texts(scenes("train", 30, kinds=["row", "count", "left_of"], **SMALL))
+    assert [row["kind"] for row in rows] == ["left_of", "count", "row"] * 10  # in the order of all kinds
+    assert all(re.match("What is directly left|How often can you see the|What is in row", r["question"]) for r in rows)
+    assert texts(scenes("train", 22, kinds=tuple(dict.fromkeys(train["kind"])), **SMALL)) == texts(train)[:22]
+
+
 def test_jitter_moves_emoji_within_their_cells_and_changes_no_scene():
     still, moved = scenes("train", 44), scenes("train", 44, jitter=4)
     assert texts(still) == texts(moved)
@@ -315,6 +322,11 @@ def test_messages():
         ({"cell_size": 4}, "`cell_size` must be at least 8 pixels, not 4"),
         ({"jitter": -1}, "`jitter` must be from 0 to a quarter of `cell_size`, here 8 pixels, not -1"),
         ({"jitter": 9}, "`jitter` must be .* here 8 pixels, not 9"),
+        ({"kinds": []}, r"`kinds` must be a list of different kinds .*\(left_of, .*, row, caption\), not \[\]"),
+        ({"kinds": ["colour"]}, r"`kinds` must be .* not \['colour'\]"),
+        ({"kinds": ["row", "row"]}, r"`kinds` must be .* not \['row', 'row'\]"),
+        ({"kinds": "row"}, "`kinds` must be .* not 'row'"),
+        ({"kinds": ["above"], "grid": (1, 4)}, r"`kinds` must be .* with this grid .* not \['above'\]"),
         (
             {"vocabulary": ["1F408", "cat", "🐈"]},
             "`vocabulary` contains 'cat', '🐈', which `load_emoji.*such as '1F408'",

@@ -143,7 +143,17 @@ def test_keys_that_a_recipe_can_set():
     assert {"max_steps", "learning_rate", "seed"} <= training_arguments().keys()
     assert not {"output_dir", "remove_unused_columns"} & training_arguments().keys()
     assert training_arguments()["max_steps"] is int
-    expected = {"num_train", "num_heldout", "seed", "grid", "cell_size", "vocabulary", "held_out_style", "jitter"}
+    expected = {
+        "num_train",
+        "num_heldout",
+        "seed",
+        "grid",
+        "cell_size",
+        "vocabulary",
+        "held_out_style",
+        "jitter",
+        "kinds",
+    }
     assert data_arguments().keys() == expected
     assert data_arguments()["num_heldout"] is int
     assert tokenizer_arguments() == {"vocab_size": int}
