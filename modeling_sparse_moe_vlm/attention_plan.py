@@ -20,6 +20,8 @@ from .visible_keys import visible_counts
 
 # Maximum number of attention weights that every layer keeps to compute the modality weights of all layers together.
 MAX_KEPT_ROW = 2**20
+# Attention implementations of serving engines, which keep the keys themselves.
+ENGINES = ("vllm", "sglang")
 
 
 def plan_attention(
@@ -69,8 +71,8 @@ def plan_attention(
         result.
 
     Raises:
-        ValueError: If `modality_priors` or `modality_guidance` are invalid, or if the cache was filled without the
-            modality ids that are needed now.
+        ValueError: If `modality_priors` or `modality_guidance` are invalid, if the cache was filled without the
+            modality ids that are needed now, or if a serving engine computes the attention.
     """
     check_guidance(modality_guidance)
     log_priors = fixed_log_priors(config, modality_priors)
@@ -98,6 +100,12 @@ def plan_attention(
     if not (output_modality_weights or traced) and not (key_ids != key_ids[:1, :1]).any():
         return None  # there is only one part, which has weight 1
 
+    check(
+        config._attn_implementation not in ENGINES,
+        f"distributed attention needs the keys, but the engine {config._attn_implementation!r} keeps them itself: only "
+        "serve models with equal attention priors (`alpha_init` = `beta_init`, `learned_modality_priors=False`), and "
+        "do not pass `modality_priors`, `modality_guidance` or `output_modality_weights`.",
+    )
     num_modalities = len(config.modalities)
     parts: dict[str, Any] = {
         "key_ids": key_ids,

@@ -44,6 +44,15 @@ def test_prompts_use_runs_and_single_tokens_use_rows(plans):
     assert plans[1].rows == plans[1].weights == [], "nobody reads out"
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@torch.no_grad()
+def test_engines_that_keep_the_keys_raise_an_error(engine, plans):
+    model, inputs = make_model(**UNEQUAL), make_inputs()
+    model.config.text_config._attn_implementation = engine
+    with pytest.raises(ValueError, match=f"needs the keys, but the engine '{engine}' keeps them .*`alpha_init`"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize(
     ("settings", "arguments", "form"),
     [
