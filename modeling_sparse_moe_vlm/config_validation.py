@@ -21,9 +21,12 @@ from .checks import (
     check_sequence,
     shown,
 )
-from .vision_tower import check_vision_config, patches_per_side
+from .native_towers import merge_size_of, patches_per_side
+from .vision_tower import check_vision_config
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
+# How images get their size: that of the vision tower, or one close to their own.
+IMAGE_SIZINGS = ("fixed", "native")
 # Fields of the decoder whose values are positive integers, and fields whose values are True or False.
 _COUNTS = (
     "vocab_size",
@@ -124,7 +127,8 @@ def check_fields(config: PreTrainedConfig) -> None:
         f"`image_token_id` ({config.image_token_id}) is also `text_config.pad_token_id`: choose another token for "
         "images.",
     )
-    check_vision_config(vision)
+    check_choice("image_sizing", config.image_sizing, IMAGE_SIZINGS)
+    check_vision_config(vision, config.image_sizing)
     if config.vision_feature_layer is not None:
         num_layers = getattr(vision, "num_hidden_layers", MAX_LAYERS)
         check_integer("vision_feature_layer", config.vision_feature_layer, at_least=-num_layers - 1)
@@ -132,14 +136,33 @@ def check_fields(config: PreTrainedConfig) -> None:
             config.vision_feature_layer <= num_layers,
             f"`vision_feature_layer` is {config.vision_feature_layer}, but `vision_config` has {num_layers} layers.",
         )
-    side = patches_per_side(vision)
-    check(
-        side % config.pixel_shuffle_factor == 0,
-        f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side into which "
-        f"`vision_config` splits an image ({vision.image_size} / {vision.patch_size}).",
-    )
+    if config.image_sizing == "native":
+        _check_native_sizes(config)
+    else:
+        side = patches_per_side(vision)
+        check(
+            side % config.pixel_shuffle_factor == 0,
+            f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side into "
+            f"which `vision_config` splits an image ({vision.image_size} / {vision.patch_size}).",
+        )
     _check_modality_encoders(config)
     _check_videos(config)
+
+
+def _check_native_sizes(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if a field does not fit images of different sizes."""
+    vision = config.vision_config
+    check(
+        config.vision_feature_layer is None or merge_size_of(vision) == 1,
+        f"`vision_feature_layer` ({config.vision_feature_layer}) must be left out: `vision_config` "
+        f"({vision.model_type}) merges the patches of its last layer.",
+    )
+    side, patches = patches_per_side(vision), merge_size_of(vision) * config.pixel_shuffle_factor
+    check(
+        patches <= side,
+        f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) makes one token of {patches} × {patches} patches, but "
+        f"`vision_config` splits a square image into {side} × {side}.",
+    )
 
 
 def _check_placeholder(field: str, token_id: int, vocab_size: int) -> None:

@@ -40,8 +40,8 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
         image_prompt_ids (`list[int]`, *optional*):
             Token ids of the prompt for an image that is given only as `pixel_values`, with all placeholders of the
             image. Defaults to the placeholders only. [`~toolbox.retrieval.to_retrieval`] takes the ids from the chat
-            template. Empty if the number of tokens depends on the size of the image (tiles); images then need
-            `input_ids`.
+            template. Empty if the number of tokens depends on the size of the image (tiles and native sizes); images
+            then need `input_ids`.
 
     Raises:
         ValueError: If a field is invalid or fields contradict each other. The message names the field and the fix.
@@ -63,12 +63,13 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
         super().__post_init__(**kwargs)
         self.check_head()
         if self.image_prompt_ids is None:
-            self.image_prompt_ids = [self.image_token_id] * self.image_seq_length
+            is_fixed = self.image_sizing == "fixed"
+            self.image_prompt_ids = [self.image_token_id] * self.image_seq_length if is_fixed else []
         num_places = self.image_prompt_ids.count(self.image_token_id)
         check(
-            num_places == self.image_seq_length or not self.image_prompt_ids,
+            not self.image_prompt_ids or (num_places == self.image_seq_length and self.image_sizing == "fixed"),
             f"`image_prompt_ids` has {num_places} placeholders (id {self.image_token_id}), but an image has "
-            f"{self.image_seq_length} tokens.",
+            f"{self.image_seq_length if self.image_sizing == 'fixed' else 'as many as its size needs'} tokens.",
         )
 
     def validate_architecture(self) -> None:

@@ -17,8 +17,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from .checks import build_config, check, check_dtype, check_spelling
 from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
 from .experts_config import Given, SparseMoeVlmExpertsConfig
+from .native_towers import merge_size_of, patches_per_side
 from .parameters import count_parameters
-from .vision_tower import patches_per_side
 
 if TYPE_CHECKING:
     # Every file of the model is named here, so that Transformers copies and hashes all of them along with this file.
@@ -307,6 +307,11 @@ class SparseMoeVlmConfig(PreTrainedConfig):
         vision_feature_layer (`int`, *optional*):
             Index of the hidden states of the vision tower to use, as in LLaVA: 0 for the embeddings, 1 for the first
             layer, -2 for the last layer but one. By default, the last hidden state, after the final normalisation.
+        image_sizing (`str`, defaults to `"fixed"`):
+            `"fixed"` for images that all have the size of the vision tower, or `"native"` for images of different
+            sizes, which keep their aspect ratio. Vision towers that can interpolate their position embeddings or have
+            rotary ones take such images, and towers that read lists of patches (SigLIP 2 NaFlex, Qwen2-VL and later)
+            take nothing else. The processor must have the same setting: see `image_arguments`.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation function of the connector's MLP.
         multimodal_projector_bias (`bool`, defaults to `True`):
@@ -350,6 +355,7 @@ class SparseMoeVlmConfig(PreTrainedConfig):
     modality_encoders: dict[str, dict[str, Any]] | None = None
     pixel_shuffle_factor: int = 2
     vision_feature_layer: int | None = None
+    image_sizing: str = "fixed"
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False
@@ -422,8 +428,27 @@ class SparseMoeVlmConfig(PreTrainedConfig):
 
     @property
     def image_seq_length(self) -> int:
-        """Number of image tokens per image."""
-        return (patches_per_side(self.vision_config) // self.pixel_shuffle_factor) ** 2
+        """Number of image tokens per image, or with `image_sizing="native"` per square image of the tower's size."""
+        return (patches_per_side(self.vision_config) // self._patches_per_token_side) ** 2
+
+    @property
+    def _patches_per_token_side(self) -> int:
+        return merge_size_of(self.vision_config) * self.pixel_shuffle_factor
+
+    @property
+    def image_arguments(self) -> dict[str, Any]:
+        """
+        Arguments of [`SparseMoeVlmProcessor`] that must agree with the configuration: `image_seq_length` and, with
+        `image_sizing="native"`, also `image_sizing`, `patch_size` and `merge_size`.
+        """
+        arguments: dict[str, Any] = {"image_seq_length": self.image_seq_length}
+        if self.image_sizing == "native":
+            arguments |= {
+                "image_sizing": "native",
+                "patch_size": self.vision_config.patch_size,
+                "merge_size": self._patches_per_token_side,
+            }
+        return arguments
 
     def num_parameters(self) -> int:
         """Returns the number of parameters of [`SparseMoeVlmForConditionalGeneration`], without allocating weights."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from .native_towers import feature_size_of
 
 
 class SparseMoeVlmMultiModalProjector(nn.Module):
@@ -23,21 +26,43 @@ class SparseMoeVlmMultiModalProjector(nn.Module):
         super().__init__()
         self.factor = config.pixel_shuffle_factor
         bias = config.multimodal_projector_bias
-        merged_size = config.vision_config.hidden_size * self.factor**2
+        merged_size = feature_size_of(config.vision_config) * self.factor**2
         self.linear_1 = nn.Linear(merged_size, config.text_config.hidden_size, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size, bias=bias)
 
-    def forward(self, patch_features: torch.Tensor) -> torch.Tensor:
-        """Converts the patch features of images to image tokens."""
-        return self.linear_2(self.act(self.linear_1(self._space_to_depth(patch_features))))
+    def forward(self, patch_features: torch.Tensor, grids: Sequence[tuple[int, int]] | None = None) -> torch.Tensor:
+        """
+        Converts the patch features of images to image tokens.
 
-    def _space_to_depth(self, features: torch.Tensor) -> torch.Tensor:
+        Args:
+            patch_features (`torch.Tensor` of shape `(N, h·w, D_vision)`):
+                The features of square images of one size. With `grids`, those of all images one after another, of shape
+                `(sum of h·w, D_vision)`.
+            grids (`Sequence[tuple[int, int]]`, *optional*):
+                Height h and width w of each image in patches, multiples of f.
+
+        Returns:
+            `torch.Tensor` of shape `(N, h·w / f², D_text)` or `(sum of h·w / f², D_text)`: The image tokens.
+        """
+        if grids is None:
+            side = int(patch_features.shape[1] ** 0.5)
+            merged = self._space_to_depth(patch_features, side, side)
+        else:
+            images = patch_features.split([height * width for height, width in grids])
+            merged = torch.cat(
+                [
+                    self._space_to_depth(image[None], height, width)[0]
+                    for image, (height, width) in zip(images, grids, strict=True)
+                ]
+            )
+        return self.linear_2(self.act(self.linear_1(merged)))
+
+    def _space_to_depth(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Merges squares of patches: `(N, h·w, D)` → `(N, h·w / f², f²·D)`."""
         if self.factor == 1:
             return features
-        num_images, num_patches, width = features.shape
-        side = int(num_patches**0.5)
-        small = side // self.factor
-        features = features.view(num_images, small, self.factor, small, self.factor, width)
-        return features.transpose(2, 3).reshape(num_images, small * small, self.factor**2 * width)
+        num_images, _, size = features.shape
+        rows, columns = height // self.factor, width // self.factor
+        features = features.view(num_images, rows, self.factor, columns, self.factor, size)
+        return features.transpose(2, 3).reshape(num_images, rows * columns, self.factor**2 * size)

@@ -165,11 +165,7 @@ def cut_into_tiles(
 
     def resized(height: int, width: int) -> torch.Tensor:
         inner = _inner_size(image, height, width) if tiling.do_pad else (height, width)
-        changed = dict(options) | {"size": dict(zip(("height", "width"), inner)), "return_tensors": "pt"}
-        for name in ("do_center_crop", "do_pad"):
-            if changed.get(name) or getattr(image_processor, name, None):
-                changed[name] = False
-        pixels = image_processor([image], **changed)["pixel_values"][0]
+        pixels = resized_pixels(image, inner, image_processor, options)
         # Zero is the mean colour of normalised images.
         return torch.nn.functional.pad(pixels, (0, width - inner[1], 0, height - inner[0]))
 
@@ -179,6 +175,30 @@ def cut_into_tiles(
     if grid == (1, 1):
         return tiles.contiguous()
     return torch.cat([tiles, resized(height, width)[None]])
+
+
+def resized_pixels(image: Any, size: tuple[int, int], image_processor: Any, options: Mapping[str, Any]) -> torch.Tensor:
+    """
+    Resizes an image to a given size with an image processor.
+
+    Args:
+        image (`PIL.Image.Image` or `np.ndarray`):
+            The image.
+        size (`tuple[int, int]`):
+            Height and width of the result.
+        image_processor (`BaseImageProcessor`):
+            The image processor, which resizes, rescales and normalises. It does not crop or pad.
+        options (`Mapping[str, Any]`):
+            Options of the image processor.
+
+    Returns:
+        `torch.Tensor` of shape `(channels, height, width)`: The pixels.
+    """
+    changed = dict(options) | {"size": dict(zip(("height", "width"), size, strict=True)), "return_tensors": "pt"}
+    for name in ("do_center_crop", "do_pad"):
+        if changed.get(name) or getattr(image_processor, name, None):
+            changed[name] = False
+    return image_processor([image], **changed)["pixel_values"][0]
 
 
 def size_of(image: Any) -> tuple[int, int]:

@@ -257,6 +257,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         modality_values: Mapping[str, torch.Tensor] | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SparseMoeVlmModelOutputWithPast:
         r"""
@@ -284,7 +285,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and pixel_values.numel() > 0:
             recorded = {name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs}
-            image_outputs = self.get_image_features(pixel_values, return_dict=True, **recorded)
+            image_outputs = self.get_image_features(pixel_values, image_grid_thw, return_dict=True, **recorded)
         elif image_outputs is not None and len(image_outputs.pooler_output) == 0:
             image_outputs = None
         if image_outputs is not None:
@@ -425,10 +426,13 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         self.model.set_input_embeddings(value)
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """Encodes images into image tokens: see [`SparseMoeVlmModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grid_thw, **kwargs)
 
     def get_video_features(
         self, pixel_values_videos: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -450,6 +454,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         modality_values: Mapping[str, torch.Tensor] | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
@@ -465,7 +470,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Token ids.
             pixel_values (`torch.FloatTensor` of shape `(num_tiles, channels, height, width)`, *optional*):
-                The tiles of all images of the batch, in the order of their placeholders.
+                The tiles of all images of the batch, in the order of their placeholders. With `image_sizing="native"`,
+                their patches, of shape `(num_patches, channels * patch_size**2)`.
             attention_mask (`torch.Tensor` of shape `(B, number of cached tokens + T)`, *optional*):
                 0 for padding and 1 for other tokens, cached ones included; or a prepared 4-D mask.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -485,6 +491,8 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
                 the items of the batch, in the order of their placeholders.
             pixel_values_videos (`torch.FloatTensor` of shape `(num_frames, channels, height, width)`, *optional*):
                 The frames of all videos of the batch, in the order of their placeholders.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
+                With `image_sizing="native"`, 1 and the height and the width of each image in patches.
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 Target tokens of the language loss. The model shifts them, and ignores positions with -100.
             use_cache (`bool`, *optional*, defaults to `config.use_cache`): Whether to return the key/value cache.
@@ -529,6 +537,7 @@ class SparseMoeVlmForConditionalGeneration(SparseMoeVlmImageGeneration, Generati
             mm_encoder_outputs=mm_encoder_outputs,
             modality_values=modality_values,
             pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
             output_modality_weights=output_modality_weights,

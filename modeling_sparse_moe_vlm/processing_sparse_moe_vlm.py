@@ -6,6 +6,7 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 
 # isort: split
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,55 +14,15 @@ import torch
 from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
-from .checks import check, check_integer
+from .chat_template import DEFAULT_CHAT_TEMPLATE
+from .checks import check, check_choice, check_integer
 from .control_tokens import ControlTokens, as_schemas, check_encodable, control_tokens
+from .conversation_checks import check_conversation, check_numbers, messages_of
 from .image_reading import CHANNELS_LAST, read_images
 from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_of, tile_size_of
+from .native_sizes import NATIVE_OPTIONS, NativeSizing, native_sizing
 from .processor_arguments import SparseMoeVlmProcessorKwargs
 from .video_reading import FrameSampling, Video, metadata_of, read_video, split_videos
-
-DEFAULT_CHAT_TEMPLATE = """\
-{%- set image = namespace(number=0) -%}
-{%- macro render(content) -%}
-{%- if content is string -%}
-{{- content -}}
-{%- elif content -%}
-{%- for part in content -%}
-{%- if part['type'] == 'image' -%}
-{%- set image.number = image.number + 1 -%}
-{%- if add_vision_id is defined and add_vision_id -%}
-{{- 'Image ' ~ image.number ~ ': ' -}}
-{%- endif -%}
-{{- image_token | default('<image>') -}}
-{%- elif part['type'] == 'text' -%}
-{{- part['text'] -}}
-{%- elif part['type'] == 'video' and video_token is defined and video_token -%}
-{{- video_token -}}
-{%- else -%}
-{{- raise_exception("content parts must be of type 'text' or 'image', got '" ~ part['type'] ~ "'") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-{{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}
-{{- render(message['content']) + '<|im_end|>' -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- render(message['content']) + '<|im_end|>' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-
-# Types that cannot be a message or a content part. Other objects, such as dataclasses and Pydantic models, can be.
-_PLAIN = (str, bytes, int, float, list, tuple, type(None))
 
 
 class SparseMoeVlmProcessor(ProcessorMixin):
@@ -71,9 +32,12 @@ class SparseMoeVlmProcessor(ProcessorMixin):
     A text contains one image token per image, which the processor expands to `image_seq_length` tokens per tile. By
     default, an image is one tile: it is resized to the size that the vision tower takes. With `max_tiles` > 1, it is
     resized to a grid of tiles instead, whose aspect ratio is close to that of the image, and a thumbnail of the whole
-    image follows. The number of tokens depends only on the size of the image. In
-    conversations (see [`SparseMoeVlmProcessor.apply_chat_template`]), only content parts of type `"image"` are images,
-    and only the chat template can add control tokens: special tokens typed inside a text are tokenized as plain text.
+    image follows. With `image_sizing="native"`, it keeps its size, up to the limits on its number of tokens, and is
+    only rounded to whole tokens. The number of tokens depends only on the size of the image.
+
+    In conversations (see [`SparseMoeVlmProcessor.apply_chat_template`]), only content parts of type `"image"` are
+    images, and only the chat template can add control tokens: special tokens typed inside a text are tokenized as plain
+    text.
 
     Images can be PIL images, paths, URLs, base64 strings, bytes, arrays or tensors, in any mode. They are converted to
     RGB PIL images that look the way an image viewer shows them: rotated according to their EXIF orientation, with
@@ -85,7 +49,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer of the decoder. Its vocabulary must contain the image token.
         image_seq_length (`int`, *optional*, defaults to 49):
-            Number of tokens per tile. Set it to `config.image_seq_length`.
+            Number of tokens per tile. Set it to `config.image_seq_length`. With `image_sizing="native"`, the default
+            of `max_image_tokens`, and the number of tokens of a frame of a video.
         chat_template (`str`, *optional*):
             Jinja template for conversations. Defaults to a ChatML template.
         image_token (`str`, *optional*, defaults to `"<image>"`):
@@ -96,12 +61,13 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             Largest number of tiles of an image, the thumbnail excluded.
         max_image_tokens (`int`, *optional*):
             Largest number of tokens of one image, the thumbnail and the separators included. Images get fewer tiles
-            if necessary.
+            or become smaller if necessary.
         do_pad (`bool`, *optional*, defaults to `False`):
             Whether images keep their aspect ratio when they are resized. The remaining area, at the bottom or on the
             right, has the mean colour of the image processor (zeros). Otherwise, images are stretched.
         row_separator (`str`, *optional*):
-            A token of the vocabulary that follows every row of tiles. The thumbnail has none.
+            A token of the vocabulary that follows every row of tiles, or with `image_sizing="native"` every row of
+            image tokens. The thumbnail has none.
         video_token (`str`, *optional*):
             Placeholder token of a video in the text, with the id `config.video_token_id`. Without it, there are no
             videos.
@@ -111,15 +77,25 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             Number of frames per second of video, if its frame rate is known.
         video_temporal_pooling (`int`, *optional*, defaults to 1):
             Number of consecutive frames whose tokens the model averages. Set it to `config.video_temporal_pooling`.
+        image_sizing (`str`, *optional*, defaults to `"fixed"`):
+            `"fixed"` for tiles of one size, or `"native"` for images of different sizes. Set it to
+            `config.image_sizing`.
+        patch_size (`int`, *optional*):
+            Side of a patch in pixels, for `image_sizing="native"`.
+        merge_size (`int`, *optional*):
+            Number of patches along the side of a token, for `image_sizing="native"`.
+        min_image_tokens (`int`, *optional*, defaults to 1):
+            Smallest number of tokens of one image, for `image_sizing="native"`. Smaller images are enlarged, as far as
+            `max_image_tokens` allows.
 
-    `min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` can also be passed per call.
+    `min_tiles`, `max_tiles`, `min_image_tokens`, `max_image_tokens` and `do_pad` can also be passed per call.
 
     Raises:
-        ValueError: If the vocabulary does not contain the image token or the separator, or if an option for tiles is
-            invalid.
+        ValueError: If the vocabulary does not contain the image token or the separator, or if an option for the size of
+            images is invalid.
 
     ```python
-    >>> processor = SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    >>> processor = SparseMoeVlmProcessor(image_processor, tokenizer, **config.image_arguments)
     >>> inputs = processor(text="<image> What is this?", images=image, return_tensors="pt")
     >>> sorted(inputs)
     ['attention_mask', 'input_ids', 'mm_token_type_ids', 'pixel_values']
@@ -145,6 +121,10 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         max_frames: int = 32,
         video_fps: float = 1.0,
         video_temporal_pooling: int = 1,
+        image_sizing: str = "fixed",
+        patch_size: int | None = None,
+        merge_size: int | None = None,
+        min_image_tokens: int = 1,
     ):
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -163,6 +143,11 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         self.max_tiles = max_tiles
         self.max_image_tokens = max_image_tokens
         self.do_pad = do_pad
+        check_choice("image_sizing", image_sizing, ("fixed", "native"))
+        self.image_sizing = image_sizing
+        self.patch_size = patch_size
+        self.merge_size = merge_size
+        self.min_image_tokens = min_image_tokens
         self.row_separator = row_separator
         if row_separator is not None:
             check(
@@ -187,7 +172,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
             )
             self.video_token_id = _make_special(tokenizer, video_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or DEFAULT_CHAT_TEMPLATE)
-        self._tiling({})  # checks the options
+        self._layout({})  # checks the options
         self._last_control_tokens: tuple[Any, ControlTokens] | None = None
         self._control_tokens(self._template(None) or "")  # prepares the tokenizer
 
@@ -202,7 +187,13 @@ class SparseMoeVlmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """Names of the model inputs that the processor can return."""
         names = [*super().model_input_names, "mm_token_type_ids"]
-        return names if self.video_token is None else [*dict.fromkeys([*names, "pixel_values_videos"])]
+        if self.image_sizing == "native":
+            # Those of image processors that cut images into patches themselves have other names.
+            names = [name for name in names if name not in ("pixel_attention_mask", "spatial_shapes")]
+            names.append("image_grid_thw")
+        if self.video_token is not None:
+            names.append("pixel_values_videos")
+        return [*dict.fromkeys(names)]
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """
@@ -313,7 +304,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 do_rescale = getattr(self.image_processor, "do_rescale", True)
             images = read_images(images, options.get("input_data_format"), do_rescale)
         if rows is not None:
-            _check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
+            check_numbers(images or [], [row.count(self.image_token) for row in rows], self.image_token)
         if images is not None:
             flat = [image for row in images for image in (row if isinstance(row, list) else [row])]
             if rows is None and any(image is None for image in flat):
@@ -329,7 +320,10 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         kwargs.pop("input_data_format", None)
         if any(not hasattr(image, "mode") for image in images):
             kwargs["input_data_format"] = CHANNELS_LAST
-        tiling = self._tiling(kwargs)
+        tiling = self._layout(kwargs)
+        if isinstance(tiling, NativeSizing):
+            processed = tiling.cut_into_patches(images, self.image_processor, kwargs)
+            return processed, [self.replace_image_token(processed, i) for i in range(len(images))]
         if tiling.tile_size is None:
             options = {name: value for name, value in kwargs.items() if name not in TILE_OPTIONS}
             return super()._process_images(images, **options)
@@ -353,11 +347,15 @@ class SparseMoeVlmProcessor(ProcessorMixin):
     def _process_videos(self, videos, video_metadata, **kwargs):
         options = {name: value for name, value in kwargs.items() if name not in ("do_pad", "return_metadata")}
         options |= {"return_tensors": "pt", "input_data_format": CHANNELS_LAST}
-        tiling = self._tiling({"max_tiles": 1, "do_pad": kwargs.get("do_pad")})
+        tiling = self._layout({"max_tiles": 1, "do_pad": kwargs.get("do_pad")})
         pixels = []
         for frames in videos:
             frames = [*frames, *[frames[-1]] * (-len(frames) % self.video_temporal_pooling)]
-            if tiling.tile_size is None:
+            if isinstance(tiling, NativeSizing):
+                side = math.isqrt(self.image_seq_length)
+                grid = (side, side)
+                pixels += [tiling.resize(frame, grid, self.image_processor, options)[None] for frame in frames]
+            elif tiling.tile_size is None:
                 pixels.append(self.image_processor(frames, **options)["pixel_values"])
             else:
                 pixels += [cut_into_tiles(frame, (1, 1), tiling, self.image_processor, options) for frame in frames]
@@ -379,9 +377,16 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         names = names[:: self.video_temporal_pooling]
         return "".join(f"{name}{str(self.video_token) * self.image_seq_length}" for name in names)
 
-    def _tiling(self, kwargs: dict[str, Any]) -> Tiling:
-        """Returns how images are cut into tiles, according to the options of the call and of the processor."""
-        given = {name: kwargs[name] for name in TILE_OPTIONS if kwargs.get(name) is not None}
+    def _layout(self, kwargs: dict[str, Any]) -> Tiling | NativeSizing:
+        """Returns how images become tokens, according to the options of the call and of the processor."""
+        given = {name: kwargs[name] for name in (*TILE_OPTIONS, *NATIVE_OPTIONS) if kwargs.get(name) is not None}
+        if self.image_sizing == "native":
+            return native_sizing(self, given, kwargs)
+        check(
+            self.min_image_tokens == 1 and "min_image_tokens" not in given,
+            '`min_image_tokens` needs `image_sizing="native"`: images of a fixed size have `image_seq_length` tokens '
+            "per tile.",
+        )
         options: dict[str, Any] = {name: getattr(self, name) for name in TILE_OPTIONS}
         options["do_pad"] = options["do_pad"] or bool(getattr(self.image_processor, "do_pad", False))
         options |= given
@@ -399,8 +404,13 @@ class SparseMoeVlmProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """
         Returns the text that replaces one image token: the image token, repeated `image_seq_length` times for every
-        tile, with the separators of the rows of tiles.
+        tile, with the separators of the rows of tiles. With `image_sizing="native"`, it is repeated as often as the
+        size of the image needs, with the separators of the rows of image tokens.
         """
+        if self.merge_size is not None and "image_grid_thw" in image_inputs:
+            _, height, width = (int(side) for side in image_inputs["image_grid_thw"][image_idx])
+            rows, columns = height // self.merge_size, width // self.merge_size
+            return (self.image_token * columns + (self.row_separator or "")) * rows
         tile = self.image_token * self.image_seq_length
         rows, columns = image_inputs["tile_grids"][image_idx] if "tile_grids" in image_inputs else (1, 1)
         if (rows, columns) == (1, 1):
@@ -420,19 +430,44 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 Arguments of the call that can change the grid, such as `max_tiles`.
 
         Returns:
-            `tuple[int, int]`: Number of rows and of columns of tiles.
+            `tuple[int, int]`: Number of rows and of columns of tiles. Images of native sizes have one tile.
 
         Raises:
             ValueError: If an option is invalid, or if the image cannot have as few tokens as `max_image_tokens`.
         """
-        return self._tiling(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"]).grid_of(
-            height, width
-        )
+        layout = self._layout_of_call(kwargs)
+        return (1, 1) if isinstance(layout, NativeSizing) else layout.grid_of(height, width)
+
+    def token_grid(self, height: int, width: int, **kwargs) -> tuple[int, int]:
+        """
+        Returns the grid of image tokens of an image with a native size, or of one tile.
+
+        Args:
+            height (`int`):
+                Height of the image, rotated upright.
+            width (`int`):
+                Width of the image.
+            kwargs (`Any`):
+                Arguments of the call that can change the grid, such as `max_image_tokens`.
+
+        Returns:
+            `tuple[int, int]`: Number of rows and of columns of tokens.
+
+        Raises:
+            ValueError: If an option is invalid.
+        """
+        layout = self._layout_of_call(kwargs)
+        side = math.isqrt(self.image_seq_length)
+        return layout.grid_of(height, width) if isinstance(layout, NativeSizing) else (side, side)
+
+    def _layout_of_call(self, kwargs: dict[str, Any]) -> Tiling | NativeSizing:
+        return self._layout(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"])
 
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """
         Returns the number of tokens that replace the image tokens of images of the given sizes (separators of rows
-        included), and their numbers of tiles. They depend only on the size of each image.
+        included), and their numbers of rows of `pixel_values` (tiles or patches). They depend only on the size of each
+        image.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
@@ -441,18 +476,19 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 Other arguments of the call, such as `max_tiles`.
 
         Returns:
-            `MultiModalData`: The number of tokens and of tiles of each image.
+            `MultiModalData`: The number of tokens and of tiles or patches of each image.
 
         Raises:
             ValueError: If an option is invalid, or if an image cannot have as few tokens as `max_image_tokens`.
         """
         if image_sizes is None:
             return MultiModalData()
-        tiling = self._tiling(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"])
-        grids = [tiling.grid_of(*size) for size in image_sizes]
+        layout = self._layout_of_call(kwargs)
+        grids = [layout.grid_of(*size) for size in image_sizes]
+        num_rows = layout.num_patches if isinstance(layout, NativeSizing) else num_tiles
         return MultiModalData(
-            num_image_tokens=[tiling.num_tokens(grid) for grid in grids],
-            num_image_patches=[num_tiles(grid) for grid in grids],
+            num_image_tokens=[layout.num_tokens(grid) for grid in grids],
+            num_image_patches=[num_rows(grid) for grid in grids],
         )
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
@@ -483,8 +519,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 surrogates or a control token that the tokenizer cannot encode as plain text. The message names the
                 text.
         """
-        conversation = _messages(conversation)
-        _check_conversation(conversation, parts=bool(kwargs.get("tokenize")))
+        conversation = messages_of(conversation)
+        check_conversation(conversation, parts=bool(kwargs.get("tokenize")))
         template = self._template(chat_template) or chat_template or ""
         tokens = self._control_tokens(template, kwargs.pop("sanitize_control_tokens", True))
         if kwargs.get("tools"):
@@ -519,59 +555,6 @@ def _make_special(tokenizer: Any, token: str) -> int:
     if known is None or known.normalized or not known.special:
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
     return token_id
-
-
-def _messages(conversation: Any) -> Any:
-    """Returns the lists of messages, including those of objects with an attribute `messages`."""
-    conversation = getattr(conversation, "messages", conversation)
-    if isinstance(conversation, (list, tuple)):
-        return [getattr(item, "messages", item) for item in conversation]
-    return conversation
-
-
-def _check_conversation(conversation: Any, parts: bool) -> None:
-    """Raises `ValueError` if this is not a conversation or a list of them. `parts`: also checks the content parts."""
-    if not isinstance(conversation, list):
-        raise ValueError(f"`conversation` must be a list of messages, got {type(conversation)}.")
-    if not conversation:
-        raise ValueError("`conversation` is empty: pass at least one message.")
-    if isinstance(conversation[0], (list, tuple)):
-        named = {f"conversation[{i}]": messages for i, messages in enumerate(conversation)}
-    else:
-        named = {"conversation": conversation}
-    for name, messages in named.items():
-        if not isinstance(messages, (list, tuple)):
-            raise ValueError(f"{name} must be a list of messages, got {type(messages)}.")
-        for i, message in enumerate(messages):
-            if isinstance(message, _PLAIN):
-                raise ValueError(f"{name}[{i}] must be a message with `role` and `content`, got {message!r}.")
-            content = message.get("content") if isinstance(message, dict) else None
-            if parts and content is not None and not isinstance(content, str):
-                _check_parts(content, f"{name}[{i}]['content']")
-
-
-def _check_parts(content: Any, name: str) -> None:
-    if not isinstance(content, (list, tuple)):
-        raise ValueError(f"{name} must be a string or a list of parts, got {content!r}.")
-    for i, part in enumerate(content):
-        if isinstance(part, _PLAIN):
-            raise ValueError(f"{name}[{i}] must be a dict, such as {{'type': 'text', 'text': …}}, got {part!r}.")
-        if isinstance(part, dict) and not isinstance(part.get("type"), str):
-            raise ValueError(f"{name}[{i}] lacks `type`: add 'text' or 'image'.")
-
-
-def _check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
-    """Raises `ValueError` if the numbers of images and image tokens differ, in total or in any text."""
-    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images passed"
-    if any(image is None or isinstance(image, list) for image in images):
-        if len(images) != len(num_tokens):
-            raise ValueError(f"{rule}: `images` is for {len(images)} texts, but `text` has {len(num_tokens)}.")
-        for i, (row, number) in enumerate(zip(images, num_tokens, strict=True)):
-            num_images = sum(image is not None for image in (row if isinstance(row, list) else [row]))
-            if num_images != number:
-                raise ValueError(f"{rule}: text[{i}] has {number} tokens, but {num_images} images.")
-    elif len(images) != sum(num_tokens):
-        raise ValueError(f"{rule}: there are {sum(num_tokens)} tokens, but {len(images)} images.")
 
 
 SparseMoeVlmProcessor.register_for_auto_class()

@@ -11,6 +11,7 @@ class SparseMoeVlmImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-
 
     min_tiles: int | None
     max_tiles: int | None
+    min_image_tokens: int | None
     max_image_tokens: int | None
 
 

@@ -6,29 +6,38 @@ import torch
 from transformers import PreTrainedConfig
 
 from .checks import check, check_integer, check_library_fields
+from .native_towers import check_native_tower
 
-# Vision towers without one feature per square patch: a field that only their configurations have, and what they do.
-_OTHER_FIELDS = {
+# What vision towers without one feature per square patch do, by a field that only their configurations have.
+_OF_OTHER_TOWERS = {
     "depths": "merges patches from stage to stage",
     "num_frames": "reads videos",
     "tubelet_size": "reads videos",
-    "spatial_merge_size": "packs images of any size",
 }
-_OTHER_TYPES = {
-    "pixtral": "packs images of any size",
-    "siglip2_vision_model": "takes images as lists of patches",
-}
+_PACKS = "packs images of any size"
+# What vision towers do that only take images of native sizes.
+_OF_NATIVE_TOWERS = (_PACKS + " and merges their patches", "takes images as lists of patches")
 
 
-def check_vision_config(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless a vision tower with this configuration returns one feature per square patch."""
+def check_vision_config(config: PreTrainedConfig, image_sizing: str = "fixed") -> None:
+    """
+    Raises `ValueError` unless a vision tower with this configuration returns one feature per square patch. With
+    `image_sizing="native"`, it must do so for images of any size, or return one feature per square of patches.
+    """
     name = f"`vision_config` ({config.model_type})"
     advice = "choose a tower with one feature per square patch: SigLIP, CLIP, ViT, DINOv2, DINOv3, …"
-    reason = _OTHER_TYPES.get(config.model_type) or next(
-        (reason for field, reason in _OTHER_FIELDS.items() if getattr(config, field, None) is not None), None
-    )
+    reason = _reason_against(config)
     check_library_fields("vision_config", config.to_dict())
-    check(reason is None, f"{name} {reason}, which the connector does not support: {advice}.")
+    is_native_tower = reason in _OF_NATIVE_TOWERS
+    if is_native_tower and image_sizing != "native":
+        raise ValueError(f'{name} {reason}: set `image_sizing="native"`, or {advice}.')
+    check(
+        reason is None or is_native_tower,
+        f"{name} {reason}, which the connector does not support: {advice}.",
+    )
+    if image_sizing == "native":
+        check_native_tower(config)
+        return
     for field in ("image_size", "patch_size"):
         value = getattr(config, field, None)
         check(isinstance(value, int), f"{name} must give `{field}` as one integer, got {value!r}: {advice}.")
@@ -45,12 +54,18 @@ def check_vision_config(config: PreTrainedConfig) -> None:
     )
 
 
-def patches_per_side(config: PreTrainedConfig) -> int:
-    """Returns the number of patches along one side of an image."""
-    return config.image_size // config.patch_size
+def _reason_against(config: PreTrainedConfig) -> str | None:
+    """Returns what a vision tower does instead of returning one feature per square patch of images of one size."""
+    if config.model_type == "pixtral":
+        return _PACKS
+    packs, lists = _OF_NATIVE_TOWERS
+    if config.model_type == "siglip2_vision_model":
+        return lists
+    reasons = _OF_OTHER_TOWERS | {"spatial_merge_size": packs}
+    return next((reason for field, reason in reasons.items() if getattr(config, field, None) is not None), None)
 
 
-def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+def patch_features(features: torch.Tensor, config: PreTrainedConfig, num_patches: int) -> torch.Tensor:
     """
     Returns the features of the patches without those of class and register tokens, which come first.
 
@@ -59,6 +74,8 @@ def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Te
             Last hidden state of the vision tower.
         config (`PreTrainedConfig`):
             Configuration of the vision tower.
+        num_patches (`int`):
+            Number of patches of each image.
 
     Returns:
         `torch.Tensor` of shape `(num_images, num_patches, hidden_size)`: The features.
@@ -66,7 +83,6 @@ def patch_features(features: torch.Tensor, config: PreTrainedConfig) -> torch.Te
     Raises:
         ValueError: If the features have another shape.
     """
-    num_patches = patches_per_side(config) ** 2
     if features.dim() != 3 or features.shape[1] < num_patches or features.shape[2] != config.hidden_size:
         raise ValueError(
             f"the vision tower ({config.model_type}) returns features of shape {tuple(features.shape)}, but the model "

@@ -1,5 +1,6 @@
 """The features of images and videos: the vision tower and the connector convert them to tokens of the decoder."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from .cache_name import is_paged
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .expert_groups import BUILTIN_MODALITIES
+from .image_patches import Grid, to_patches
+from .native_encoding import features_by_size, grids_of, merged_inputs, padded_inputs
+from .native_towers import merge_size_of, native_inputs, num_channels_of, patches_per_side, takes_interpolation
 from .outputs import join_image_tokens
 from .parallel_plans import is_one_of_several_processes
 from .pretrained import SparseMoeVlmPreTrainedModel
@@ -35,22 +39,43 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         r"""
         Encodes images into image tokens.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`):
-                The images, as returned by the image processor.
+                The images, as returned by the image processor. With `image_sizing="native"`, the patches of all images
+                `(num_patches, channels * patch_size**2)`, or images of one size.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*):
+                With patches, 1 and the height and the width of each image in patches.
 
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower, with a list
-            of one tensor of shape `(image_seq_length, hidden_size)` per image as `pooler_output`.
+            of one tensor of shape `(number of tokens, hidden_size)` per image as `pooler_output`. With
+            `image_sizing="native"`, `last_hidden_state` contains the features of all images one after another, without
+            class and register tokens, and `hidden_states` and `attentions` are `None`.
+
+        Raises:
+            ValueError: If the inputs have other shapes.
         """
         # A processor called with an empty list of images returns an empty tensor.
         if pixel_values.numel() == 0:
             return BaseModelOutputWithPooling(pooler_output=[])
+        if self.config.image_sizing == "native":
+            patches, grids = self._patches_of(pixel_values, image_grid_thw)
+            of_patches, tokens = self._encode_patches(patches, grids, self._missing_calls(grids))
+            return BaseModelOutputWithPooling(last_hidden_state=of_patches, pooler_output=tokens)
+        if image_grid_thw is not None:
+            raise ValueError(
+                "the model takes images of one size, but got `image_grid_thw`, which belongs to images of different "
+                'sizes: use a processor with `image_sizing="fixed"`, or set `image_sizing="native"` in the '
+                "configuration of the model."
+            )
         outputs, features = self._encode_images(pixel_values, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -92,7 +117,12 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
                 f"`pixel_values_videos` has {frames.shape[0]} frames, but `video_temporal_pooling` ({pooling}) must "
                 "divide their number: use a processor with the same `video_temporal_pooling`."
             )
-        outputs, features = self._encode_images(frames, **kwargs)
+        if self.config.image_sizing == "native":
+            of_patches, tokens = self._encode_patches(*self._patches_of(frames))
+            outputs: Any = BaseModelOutputWithPooling(last_hidden_state=of_patches)
+            features = torch.stack(tokens)
+        else:
+            outputs, features = self._encode_images(frames, **kwargs)
         features = features.unflatten(0, (-1, pooling)).mean(dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -105,10 +135,18 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[Any, torch.Tensor]:
         """Returns the output of the vision tower and the image tokens `(num_images, image_seq_length, hidden_size)`."""
+        outputs, hidden_states = self._run_tower(pixel_values, **kwargs)
+        features = patch_features(
+            hidden_states, self.config.vision_config, patches_per_side(self.config.vision_config) ** 2
+        )
+        return outputs, self.multi_modal_projector(features)
+
+    def _run_tower(self, *args: torch.Tensor, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+        """Returns the output of the vision tower and the hidden states of the layer that the model reads."""
         layer = self.config.vision_feature_layer
         if layer is not None:
             kwargs["output_hidden_states"] = True
-        outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        outputs = self.vision_tower(*args, return_dict=True, **kwargs)
         hidden_states = outputs.last_hidden_state
         if layer is not None:
             if not outputs.get("hidden_states"):
@@ -117,14 +155,76 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
                     "its layers: leave out `vision_feature_layer`."
                 )
             hidden_states = outputs.hidden_states[layer]
-        features = patch_features(hidden_states, self.config.vision_config)
-        if layer is not None and self.training and is_one_of_several_processes():
-            # Data parallelism waits for the gradients of the layers after this one.
-            features = features + (0.0 * outputs.last_hidden_state).sum().to(features)
-        if self.training and outputs.get("pooler_output") is not None and is_one_of_several_processes():
-            # The pooled output is not used, but data parallelism waits for the gradients of the head that computes it.
-            features = features + (0.0 * outputs.pooler_output).sum().to(features)
-        return outputs, self.multi_modal_projector(features)
+        if self.training and is_one_of_several_processes():
+            if layer is not None:
+                # Data parallelism waits for the gradients of the layers after this one.
+                hidden_states = hidden_states + (0.0 * outputs.last_hidden_state).sum().to(hidden_states)
+            if outputs.get("pooler_output") is not None:
+                # The pooled output is not used, but data parallelism waits for the gradients of the head that computes
+                # it.
+                hidden_states = hidden_states + (0.0 * outputs.pooler_output).sum().to(hidden_states)
+        return outputs, hidden_states
+
+    # ---------------------------------------------------------------------------------------------- native sizes
+
+    def _patches_of(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[Grid]]:
+        """Returns the patches of images and the height and width of each image in patches."""
+        config = self.config.vision_config
+        if image_grid_thw is None:
+            if pixel_values.dim() != 4:
+                raise ValueError(
+                    f"`pixel_values` of shape {tuple(pixel_values.shape)} need `image_grid_thw`: pass all inputs that "
+                    "the processor returns."
+                )
+            grid = (pixel_values.shape[2] // config.patch_size, pixel_values.shape[3] // config.patch_size)
+            image_grid_thw = torch.tensor([(1, *grid)] * len(pixel_values))
+            pixel_values = to_patches(pixel_values, config.patch_size)
+        return pixel_values.to(self.vision_tower.dtype), grids_of(image_grid_thw, pixel_values, self.config)
+
+    def _missing_calls(self, grids: Sequence[Grid]) -> int:
+        """Returns how often another process of a training run calls the vision tower more often than this one."""
+        if not (self.training and torch.is_grad_enabled() and is_one_of_several_processes()):
+            return 0
+        num_calls = len(set(grids))
+        most = torch.tensor(num_calls, device=self.vision_tower.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        return int(most) - num_calls
+
+    def _encode_patches(
+        self, patches: torch.Tensor, grids: Sequence[Grid], missing_calls: int = 0
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns the features of patches `(num_patches, hidden_size)` and the tokens of each image."""
+        config = self.config.vision_config
+        kind = native_inputs(config)
+        if kind == "pixel_values":
+            features = features_by_size(patches, grids, config, self._encode_size)
+            for _ in range(missing_calls):
+                # All processes gather sharded weights together, as often as the process with the most sizes.
+                features = features + (0.0 * self._encode_size(self._blank_images())).sum()
+        elif kind == "spatial_shapes":
+            inputs = padded_inputs(patches, grids, config)
+            _, padded = self._run_tower(**inputs)
+            features = padded[inputs["pixel_attention_mask"].bool().to(padded.device)]
+        else:
+            features = self._merged_features(*merged_inputs(patches, grids, config))
+            side = merge_size_of(config)
+            grids = [(rows // side, columns // side) for rows, columns in grids]
+        tokens = self.multi_modal_projector(features, grids)
+        numbers = [rows * columns // self.config.pixel_shuffle_factor**2 for rows, columns in grids]
+        return features, list(tokens.split(numbers))
+
+    def _encode_size(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the features of the patches of images of one size."""
+        config = self.config.vision_config
+        options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
+        num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
+        return patch_features(self._run_tower(images, **options)[1], config, num_patches)
+
+    def _merged_features(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Returns the features of squares of patches that the vision tower has merged."""
+        return self.vision_tower(patches, grid_thw=grid_thw, return_dict=True).pooler_output
 
     def insert_features(
         self, inputs_embeds: torch.Tensor, outputs: BaseModelOutputWithPooling, tokens: TokenModalities, kind: str
@@ -138,11 +238,15 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             num_tokens == features.shape[0],
             lambda: (
                 f"{_MISMATCH[kind]}: tokens: {num_tokens}, features: {features.shape[0]}. Every {kind} needs one "
-                f"{kind} placeholder in the text, which the processor expands to {self.config.image_seq_length} tokens "
-                f"per {'tile' if kind == 'image' else 'frame'}."
+                f"{kind} placeholder in the text, which the processor expands to {self._tokens_per_placeholder(kind)}."
             ),
         )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
+
+    def _tokens_per_placeholder(self, kind: str) -> str:
+        if kind == "image" and self.config.image_sizing == "native":
+            return "as many tokens as the size of the image needs"
+        return f"{self.config.image_seq_length} tokens per {'tile' if kind == 'image' else 'frame'}"
 
     def has_placeholders(
         self,
@@ -162,7 +266,17 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         return bool((input_ids == (self.config.image_token_id if token_id is None else token_id)).any())
 
     def _blank_image_features(self) -> torch.Tensor:
+        if self.config.image_sizing == "fixed":
+            return self._encode_images(self._blank_images())[1]
+        patches, grids = self._patches_of(self._blank_images())
+        return self._encode_patches(patches, grids, self._missing_calls(grids))[1][0]
+
+    def _blank_images(self) -> torch.Tensor:
+        """Returns one black image: of the size of the vision tower, or of one token if images have native sizes."""
         config = self.config.vision_config
-        shape = (1, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        blank = torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)
-        return self._encode_images(blank)[1]
+        if self.config.image_sizing == "fixed":
+            side = config.image_size
+        else:
+            side = merge_size_of(config) * self.config.pixel_shuffle_factor * config.patch_size
+        shape = (1, num_channels_of(config), side, side)
+        return torch.zeros(shape, dtype=self.vision_tower.dtype, device=self.vision_tower.device)

@@ -24,9 +24,12 @@ pytestmark = pytest.mark.newest
 PACKAGE = Path(modeling_sparse_moe_vlm.__file__).parent
 # Files that only the processor needs. They are saved with it.
 OF_THE_PROCESSOR = {
+    "chat_template",
+    "conversation_checks",
     "control_tokens",
     "image_reading",
     "image_tiles",
+    "native_sizes",
     "processing_sparse_moe_vlm",
     "processor_arguments",
     "video_reading",

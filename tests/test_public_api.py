@@ -47,6 +47,7 @@ IMAGE_INPUTS = [
     "mm_encoder_outputs",
     "modality_values",
     "pixel_values_videos",
+    "image_grid_thw",
 ]
 STEERING = ["output_modality_weights", "modality_priors", "modality_guidance"]
 HEAD_INPUTS = ["labels", "use_cache", "output_router_logits", *STEERING, "logits_to_keep", "kwargs"]
@@ -55,8 +56,8 @@ SIGNATURES = {
     SparseMoeVlmModel.forward: [*IMAGE_INPUTS, "kwargs"],
     SparseMoeVlmForCausalLM.forward: [*TEXT_INPUTS, *HEAD_INPUTS],
     SparseMoeVlmForConditionalGeneration.forward: [*IMAGE_INPUTS, *HEAD_INPUTS],
-    SparseMoeVlmModel.get_image_features: ["pixel_values", "kwargs"],
-    SparseMoeVlmForConditionalGeneration.get_image_features: ["pixel_values", "kwargs"],
+    SparseMoeVlmModel.get_image_features: ["pixel_values", "image_grid_thw", "kwargs"],
+    SparseMoeVlmForConditionalGeneration.get_image_features: ["pixel_values", "image_grid_thw", "kwargs"],
     SparseMoeVlmProcessor.__init__: [
         "image_processor",
         "tokenizer",
@@ -72,6 +73,10 @@ SIGNATURES = {
         "max_frames",
         "video_fps",
         "video_temporal_pooling",
+        "image_sizing",
+        "patch_size",
+        "merge_size",
+        "min_image_tokens",
     ],
 }
 

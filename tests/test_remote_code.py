@@ -64,10 +64,13 @@ OURS = EXPERTS | {
     "decoder_layer",
     "distributed_attention",
     "image_generation",
+    "image_patches",
     "input_checks",
     "language_head",
     "modality_encoder",
     "modeling_sparse_moe_vlm",
+    "native_encoding",
+    "native_towers",
     "normalization",
     "outputs",
     "parameters",
@@ -80,7 +83,7 @@ OURS = EXPERTS | {
 }
 PROCESSOR = {
     *("processing_sparse_moe_vlm", "control_tokens", "image_reading", "image_tiles", "processor_arguments", "versions"),
-    "video_reading",
+    *("chat_template", "conversation_checks", "native_sizes", "video_reading"),
 }
 HEAD = {"contrastive", "outputs", "retrieval_config", "retrieval_head", "sentence_transformers_files", "versions"}
 FILES = {

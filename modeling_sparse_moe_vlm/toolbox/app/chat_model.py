@@ -159,7 +159,7 @@ class ChatModel:
         """Returns the tokens of every image of a prompt."""
         shapes, is_image = None, self._is_image(inputs)
         if "image_grid_thw" in inputs:
-            merge = self.processor.image_processor.merge_size
+            merge = getattr(self.processor, "merge_size", None) or self.processor.image_processor.merge_size
             shapes = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]
             lengths = [rows * columns for rows, columns in shapes]
         elif len(images) == 1:

@@ -36,9 +36,9 @@ class Explanation:
             α of each word: the share of attention that went to the image, averaged over layers and heads.
         count_free_alpha (`torch.Tensor` of shape `(words,)`):
             Count-free α of each word, which does not depend on the number of image tokens.
-        looked (`torch.Tensor` of shape `(S, S)`):
+        looked (`torch.Tensor` of shape `(rows, columns)`):
             Distribution of the attention to these tokens, averaged over words, layers and heads. Its sum is 1.
-        experts (`torch.Tensor` of shape `(sparse layers, S, S)`):
+        experts (`torch.Tensor` of shape `(sparse layers, rows, columns)`):
             Number of the routed expert with the highest score, for every image token.
     """
 
@@ -98,15 +98,19 @@ def explain(
         whole = model(
             input_ids=outputs.sequences,
             pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs.get("image_grid_thw"),
             output_attentions=True,
             output_router_logits=True,
         )
     finally:
         model.set_attn_implementation(before)
-    # With tiles, the last ones are those of the thumbnail, which shows the whole image.
     (positions,) = torch.nonzero(model.model.get_mm_token_type_ids(outputs.sequences)[0] == 1, as_tuple=True)
-    positions = positions[-getattr(processor, "image_seq_length", len(positions)) :]
-    side = int(len(positions) ** 0.5)
+    if "image_grid_thw" in inputs:
+        rows, columns = (int(side) // processor.merge_size for side in inputs["image_grid_thw"][0, 1:])
+    else:
+        # With tiles, the last ones are those of the thumbnail, which shows the whole image.
+        positions = positions[-getattr(processor, "image_seq_length", len(positions)) :]
+        rows = columns = int(len(positions) ** 0.5)
     # The last token of the prompt predicts the first word.
     queries = torch.tensor(list(words)) + inputs["input_ids"].shape[1] - 1
     attention = torch.stack(whole.attentions)[:, 0][:, :, queries][..., positions]
@@ -117,8 +121,8 @@ def explain(
         words=list(words.values()),
         alpha=alpha,
         count_free_alpha=count_free_alpha,
-        looked=(looked / looked.sum()).view(side, side),
-        experts=experts.view(-1, side, side),
+        looked=(looked / looked.sum()).view(rows, columns),
+        experts=experts.view(-1, rows, columns),
     )
 
 
@@ -176,7 +180,7 @@ def _draw_experts(panel: SubFigure, experts: torch.Tensor, image: Image) -> None
     shown = torch.linspace(0, len(experts) - 1, min(len(experts), MAX_SHOWN_LAYERS)).round().long().tolist()
     columns = 2 if len(shown) in (2, 4) else min(3, len(shown))
     plots = panel.subplots(-(-len(shown) // columns), columns, squeeze=False).flat
-    side = experts.shape[-1]
+    rows, width = experts.shape[-2:]
     numbers = sorted(set(experts[shown].flatten().tolist()))
     palette = colormaps["tab20" if len(numbers) > 10 else "tab10"]
     colours = {expert: palette(position % palette.N) for position, expert in enumerate(numbers)}
@@ -188,11 +192,11 @@ def _draw_experts(panel: SubFigure, experts: torch.Tensor, image: Image) -> None
         axes.imshow(image.convert("L"), cmap="gray", interpolation="nearest", extent=extent)
         cells = [[colours[expert] for expert in row] for row in experts[layer].tolist()]
         axes.imshow(torch.tensor(cells).numpy(), alpha=0.65, extent=extent, interpolation="nearest")
-        if side > MAX_NUMBERED_SIDE:
+        if max(rows, width) > MAX_NUMBERED_SIDE:
             continue
-        for row, column in product(range(side), range(side)):
+        for row, column in product(range(rows), range(width)):
             axes.text(
-                (column + 0.5) * image.width / side, (row + 0.5) * image.height / side,
+                (column + 0.5) * image.width / width, (row + 0.5) * image.height / rows,
                 str(int(experts[layer, row, column])), ha="center", va="center", fontsize=9, color="white",
                 path_effects=[withStroke(linewidth=2, foreground="black")],
             )  # fmt: skip

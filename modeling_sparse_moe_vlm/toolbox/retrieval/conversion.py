@@ -58,7 +58,9 @@ def to_retrieval(
         reads_images = not isinstance(processor, PreTrainedTokenizerBase)
         if reads_images and config_class is SparseMoeVlmRetrievalConfig:
             num_tokens = (prompt or []).count(model.config.image_token_id)
-            prompt = prompt if num_tokens == model.config.image_seq_length else []  # images have several tiles
+            # The number of tokens depends on the size of images that have several tiles or native sizes.
+            is_fixed = model.config.image_sizing == "fixed" and num_tokens == model.config.image_seq_length
+            prompt = prompt if is_fixed else []
         fields["image_prompt_ids"] = prompt
     config = with_head(config_class, model.config, fields)
     with no_init_weights():  # the trained weights stay as they are

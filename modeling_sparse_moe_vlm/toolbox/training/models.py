@@ -23,6 +23,7 @@ from ...checks import check
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from ...image_reading import read_images
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForConditionalGeneration
+from ...native_towers import patches_per_side
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
 from ..demo.tokenizer import train_tokenizer
 from ..installed_code import use_installed_code
@@ -99,10 +100,11 @@ def from_scratch(
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[config.image_token_id],  # a placeholder for images, which the model does not generate
     )
-    size = config.vision_config.image_size
+    vision = config.vision_config
+    size = getattr(vision, "image_size", None) or patches_per_side(vision) * vision.patch_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     image_processor.image_mean, image_processor.image_std = _pixel_statistics(with_images, image_processor)
-    return model, SparseMoeVlmProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length)
+    return model, SparseMoeVlmProcessor(image_processor, tokenizer, **config.image_arguments)
 
 
 def _with_fields(config: dict[str, Any], fields: Mapping[str, Any], section: str = "") -> dict[str, Any]:

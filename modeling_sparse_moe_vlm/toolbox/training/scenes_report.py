@@ -114,6 +114,7 @@ def resizing_note(model: Any, size: tuple[int, int]) -> str | None:
         `str`: The note, or `None` if the image has the size of the model or the model accepts any size.
     """
     side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
-    if not isinstance(side, int) or size == (side, side):
+    is_native = getattr(model.config, "image_sizing", "fixed") == "native"
+    if not isinstance(side, int) or is_native or size == (side, side):
         return None
     return f"Note: images of {size[0]}×{size[1]} pixels are resized to the {side}×{side} of the model."

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
-from ...vision_tower import check_vision_config, patches_per_side
+from ...native_towers import merge_size_of, patches_per_side
+from ...vision_tower import check_vision_config
 from .arrangement import experts_fields
 from .decoder_layout import DecoderLayout, read_decoder
 from .decoder_parity import check_decoder
@@ -115,7 +116,8 @@ def upcycle_from_parts(
             Further fields of the experts' configuration (`router`, `modalities`, …), of the decoder's configuration if
             they do not follow from the language model (`alpha_init`, `max_position_embeddings`, …), and of
             [`SparseMoeVlmConfig`] (`pixel_shuffle_factor`, `image_token_id`, …). By default, `pixel_shuffle_factor` is
-            the first of 2, 3 and 1 that divides the patches per side.
+            the first of 2, 3 and 1 that divides the patches per side, 2 with `image_sizing="native"`, and 1 if the
+            vision encoder merges patches itself.
 
     Returns:
         `SparseMoeVlmForConditionalGeneration`: The model, in evaluation mode. Without a vision encoder, a
@@ -144,7 +146,9 @@ def upcycle_from_parts(
     for part in (language_model, vision_encoder):
         if part is not None:
             check_weights_at_hand(part)
-    vision_config = None if vision_encoder is None else _vision_config(vision_encoder)
+    vision_config = None
+    if vision_encoder is not None:
+        vision_config = _vision_config(vision_encoder, fields.get("image_sizing", "fixed"))
     layout = read_decoder(language_model)
     widths = _widths(layout, layers)
     of_experts = {name: fields[name] for name in fields if name in _EXPERTS_FIELDS}
@@ -254,13 +258,13 @@ def _image_token_id(tokenizer: PreTrainedTokenizerBase | None, image_token: str,
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-def _vision_config(vision_encoder: PreTrainedModel) -> PreTrainedConfig:
+def _vision_config(vision_encoder: PreTrainedModel, image_sizing: str) -> PreTrainedConfig:
     """Returns the configuration of the outermost part of a model that can be our vision tower."""
     reasons = []
     for module in vision_encoder.modules():
         if isinstance(module, PreTrainedModel):
             try:
-                check_vision_config(module.config)
+                check_vision_config(module.config, image_sizing)
             except ValueError as error:
                 reasons.append(str(error))
             else:
@@ -278,13 +282,22 @@ def _config(
         if vision_config is None:
             return text_config
         if "pixel_shuffle_factor" not in of_model:
-            side = patches_per_side(vision_config)
-            of_model["pixel_shuffle_factor"] = next(each for each in _PIXEL_SHUFFLE_FACTORS if side % each == 0)
+            of_model["pixel_shuffle_factor"] = _pixel_shuffle_factor(
+                vision_config, is_native=of_model.get("image_sizing") == "native"
+            )
         return SparseMoeVlmConfig(text_config=text_config, vision_config=copy.deepcopy(vision_config), **of_model)
     except UpcyclingError:
         raise
     except ValueError as error:
         raise UpcyclingError(str(error)) from error
+
+
+def _pixel_shuffle_factor(vision_config: PreTrainedConfig, is_native: bool) -> int:
+    """Returns the side of the squares of patches that the connector merges by default."""
+    if merge_size_of(vision_config) > 1:
+        return 1  # the vision encoder merges them itself
+    side = patches_per_side(vision_config)
+    return next(each for each in _PIXEL_SHUFFLE_FACTORS if side % each == 0 or (is_native and side > each))
 
 
 def _set_generation(

@@ -74,7 +74,18 @@ def processor_from_parts(
             f"{image_token!r} has the id {token_id} in the tokenizer, but `image_token_id` of the model is "
             f"{config.image_token_id}: give `upcycle_from_parts` the same tokenizer and `image_token`."
         )
-    size = config.vision_config.image_size
+    if config.image_sizing == "fixed":
+        _check_size(image_processor, config.vision_config.image_size)
+    template: Any = chat_template
+    if template is None and tokenizer.chat_template:
+        template = _with_images(tokenizer.chat_template)
+    return SparseMoeVlmProcessor(
+        image_processor, tokenizer, chat_template=template, image_token=image_token, **config.image_arguments
+    )
+
+
+def _check_size(image_processor: BaseImageProcessor, size: int) -> None:
+    """Raises `UpcyclingError` unless an image processor returns images of the size of the vision encoder."""
     blank = Image.new("RGB", (2 * size, size))
     height, width = image_processor(images=[blank], return_tensors="pt")["pixel_values"].shape[-2:]
     if (height, width) != (size, size):
@@ -82,16 +93,6 @@ def processor_from_parts(
             f"`image_processor` makes images of {height} × {width} pixels, but the vision encoder takes {size} × "
             f"{size}: set its `size` (and `crop_size`), or use the image processor of the same checkpoint."
         )
-    template: Any = chat_template
-    if template is None and tokenizer.chat_template:
-        template = _with_images(tokenizer.chat_template)
-    return SparseMoeVlmProcessor(
-        image_processor,
-        tokenizer,
-        image_seq_length=config.image_seq_length,
-        chat_template=template,
-        image_token=image_token,
-    )
 
 
 def _with_images(template: str | dict[str, str]) -> Any:

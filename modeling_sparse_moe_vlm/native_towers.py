@@ -1,0 +1,143 @@
+"""Vision towers that take images of any size, and their inputs, read from the signatures of their classes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoModel, PreTrainedConfig, initialization
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .checks import OBSCURE_ERRORS, check, check_integer
+
+# Inputs of vision towers, by a parameter that only towers with these inputs have.
+_INPUTS = {
+    "spatial_shapes": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # NaFlex (SigLIP 2)
+    "grid_thw": ("hidden_states", "grid_thw"),  # Qwen2-VL and later
+}
+# Grids of patches for which a tower must return one feature per patch.
+_TRIED_GRIDS = ((2, 3), (5, 4))
+# Patches along the side of a square, for towers whose configuration names neither a size nor a number of positions.
+_DEFAULT_SIDE = 32
+
+
+def native_inputs(config: PreTrainedConfig) -> str:
+    """
+    Returns how a vision tower takes images of different sizes.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of the vision tower.
+
+    Returns:
+        `str`: `"spatial_shapes"` for padded lists of patches, `"grid_thw"` for a single list of patches that the tower
+        merges, and `"pixel_values"` for batches of images of one size.
+
+    Raises:
+        ValueError: If there is no such tower, or if it needs other inputs.
+    """
+    name = f"`vision_config` ({config.model_type})"
+    parameters = inspect.signature(_tower_class(config).forward).parameters
+    kind = next((kind for kind in _INPUTS if kind in parameters), "pixel_values")
+    known = {"self", *_INPUTS.get(kind, ("pixel_values",))}
+    needed = {
+        parameter.name
+        for parameter in parameters.values()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    check(
+        needed <= known <= parameters.keys(),
+        f"{name} takes {', '.join(f'`{each}`' for each in parameters if each not in ('self', 'kwargs'))}, which the "
+        'model does not pass: leave out `image_sizing`, or choose another tower for `image_sizing="native"`.',
+    )
+    return kind
+
+
+def check_native_tower(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless a vision tower with this configuration takes images of any size."""
+    name = f"`vision_config` ({config.model_type})"
+    kind = native_inputs(config)
+    for field in ("hidden_size", "patch_size"):
+        check_integer(f"vision_config.{field}", getattr(config, field, None))
+    for field in ("image_size", "num_patches", "num_position_embeddings"):
+        if getattr(config, field, None) is not None:
+            check_integer(f"vision_config.{field}", getattr(config, field))
+    if kind == "grid_thw":
+        check_integer("vision_config.spatial_merge_size", getattr(config, "spatial_merge_size", None))
+        check_integer("vision_config.temporal_patch_size", getattr(config, "temporal_patch_size", 1))
+    if kind == "pixel_values":
+        config_class: Any = type(config)
+        fault = _fault_of_tower(config_class, config.to_json_string(use_diff=False))
+        check(
+            fault is None,
+            f'{name} does not take images of any size, as `image_sizing="native"` needs: {fault} Leave out '
+            "`image_sizing`, or choose a tower with `interpolate_pos_encoding` or rotary positions (SigLIP, CLIP, ViT, "
+            "DINOv2, DINOv3, …).",
+        )
+
+
+def takes_interpolation(config: PreTrainedConfig) -> bool:
+    """Returns whether a vision tower has to be asked to interpolate its position embeddings."""
+    return "interpolate_pos_encoding" in inspect.signature(_tower_class(config).forward).parameters
+
+
+def merge_size_of(config: PreTrainedConfig) -> int:
+    """Returns the number of patches along the side of the squares that a vision tower merges."""
+    return getattr(config, "spatial_merge_size", None) or 1
+
+
+def feature_size_of(config: PreTrainedConfig) -> int:
+    """Returns the width of the features that a vision tower returns."""
+    merged = getattr(config, "out_hidden_size", None) if merge_size_of(config) > 1 else None
+    return merged or config.hidden_size
+
+
+def num_channels_of(config: PreTrainedConfig) -> int:
+    """Returns the number of channels of the images that a vision tower takes."""
+    return getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3
+
+
+def patches_per_side(config: PreTrainedConfig) -> int:
+    """
+    Returns the number of patches along one side of a square image: of the size for which the vision tower was trained,
+    if its configuration says so.
+    """
+    if getattr(config, "image_size", None) is not None:
+        return config.image_size // config.patch_size
+    positions = getattr(config, "num_patches", None) or getattr(config, "num_position_embeddings", None)
+    return int(positions**0.5) if positions else _DEFAULT_SIDE
+
+
+def _tower_class(config: PreTrainedConfig) -> Any:
+    """Returns the class of a vision tower."""
+    check(
+        type(config) in MODEL_MAPPING,
+        f"`vision_config` ({config.model_type}) has no model that `AutoModel` creates: choose another vision tower.",
+    )
+    found = MODEL_MAPPING[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+@lru_cache(maxsize=64)
+def _fault_of_tower(config_class: Any, fields: str) -> str | None:
+    """Returns why a vision tower does not take images of any size: tries it with one layer, without weights."""
+    config = config_class.from_dict(json.loads(fields) | {"num_hidden_layers": 1})
+    patch_size = config.patch_size
+    options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
+    numbers_of_others = set()
+    try:
+        with torch.device("meta"), initialization.no_init_weights():
+            tower = AutoModel.from_config(config, attn_implementation="eager").train(False)
+            for rows, columns in _TRIED_GRIDS:
+                images = torch.zeros(2, num_channels_of(config), rows * patch_size, columns * patch_size)
+                shape = tower(images, return_dict=True, **options).last_hidden_state.shape
+                is_batch = len(shape) == 3 and shape[0] == 2
+                numbers_of_others.add(shape[1] - rows * columns if is_batch else -1)
+    except (*OBSCURE_ERRORS, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}."
+    if len(numbers_of_others) > 1 or min(numbers_of_others) < 0:
+        return "it does not return one feature per patch."
+    return None
