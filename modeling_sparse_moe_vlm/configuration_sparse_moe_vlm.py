@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from .checks import build_config, check, check_dtype, check_spelling
 from .config_validation import TEXT_MODEL_TYPE, check_fields, check_rope, check_text_fields
-from .experts_config import Given, SparseMoeVlmExpertsConfig
+from .experts_config import Given, PushedWithoutPaths, SparseMoeVlmExpertsConfig
 from .native_towers import merge_size_of, patches_per_side
 from .parameters import count_parameters
 
@@ -279,7 +279,7 @@ class SparseMoeVlmTextConfig(SparseMoeVlmExpertsConfig):
         return count_parameters(self, modality)[1]
 
 
-class SparseMoeVlmConfig(PreTrainedConfig):
+class SparseMoeVlmConfig(PushedWithoutPaths, PreTrainedConfig):
     r"""
     Configuration of [`SparseMoeVlmForConditionalGeneration`]: a vision tower, a connector and a decoder with experts.
 

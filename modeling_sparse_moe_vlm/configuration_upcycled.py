@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from .checks import build_config, check, check_distinct, check_library_fields, check_sequence, shown
 from .expert_groups import served_as
-from .experts_config import Given, SparseMoeVlmExpertsConfig
+from .experts_config import Given, PushedWithoutPaths, SparseMoeVlmExpertsConfig
 
 if TYPE_CHECKING:
     # Never executed. It makes Transformers copy and check these files when it loads the configuration.
@@ -95,7 +95,7 @@ EXPERT_FIELDS = frozenset(
 )
 
 
-class UpcycledConfigMixin:
+class UpcycledConfigMixin(PushedWithoutPaths):
     """
     Base class of the configurations of upcycled models, which adds the configuration of the experts to the
     configuration of the base model.

@@ -6,6 +6,10 @@ sub-configuration.
 
 from __future__ import annotations
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar
@@ -21,8 +25,58 @@ Given = Any
 
 _NUM_SHARDS = "_num_expert_shards"
 
+# Fields of `start` that name a model from which this model was made: a name on the Hub or a folder.
+_PARENTS = ("base_model", "vision_encoder")
+_NAME_ON_HUB = re.compile(r"(?![.-])[\w.-]+(/[\w.-]+)?", re.ASCII)
+_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
 
-class SparseMoeVlmExpertsConfig(PreTrainedConfig):
+
+class PushedWithoutPaths:
+    """Base class of configurations, which are uploaded to the Hub without paths of this machine."""
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        Uploads the configuration: see [`~transformers.utils.PushToHubMixin.push_to_hub`]. See
+        [`without_local_parents`].
+        """
+        with without_local_parents(self):
+            return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]
+
+
+@contextmanager
+def without_local_parents(config: Any) -> Iterator[None]:
+    """
+    Context manager in which the record of how the experts started does not name folders of this machine. A folder in
+    the cache of the Hub is replaced with the name on the Hub, and other folders are left out.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Configuration of a model. It is restored afterwards.
+    """
+    experts = experts_config_of(config)
+    start = getattr(experts, "start", None)
+    if not isinstance(start, dict):
+        yield
+        return
+    experts.start = {}
+    for name, value in start.items():
+        published = _name_on_hub(value) if name in _PARENTS else value
+        if published is not None:
+            experts.start[name] = published
+    try:
+        yield
+    finally:
+        experts.start = start
+
+
+def _name_on_hub(name: str) -> str | None:
+    in_cache = _IN_CACHE.search(name.replace("\\", "/"))
+    if in_cache is not None:
+        return f"{in_cache[1]}/{in_cache[2]}"
+    return name if _NAME_ON_HUB.fullmatch(name) and not os.path.exists(name) else None
+
+
+class SparseMoeVlmExpertsConfig(PushedWithoutPaths, PreTrainedConfig):
     r"""
     Configuration of the experts of a model: the expert groups, the routers and the router losses.
 

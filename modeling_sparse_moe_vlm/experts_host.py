@@ -40,7 +40,7 @@ from .checkpoint_integrity import (
 )
 from .checks import OBSCURE_ERRORS, check, errors_of_config
 from .experts import init_expert_weights
-from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
+from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of, without_local_parents
 from .kept_names import check_names_on_disk, keep_names, signature
 from .lora_targets import AdapterConfigs
 from .parallel_plans import is_one_of_several_processes, mend_parallelism, prepare_plans
@@ -325,7 +325,11 @@ class ExpertsHost(PreTrainedModel):
             given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs).arguments
             with self._conversions_looked_up_once():
                 self._check_names_on_disk(given)
-                if given.get("push_to_hub") or given.get("distributed_checkpoint") or os.path.isfile(save_directory):
+                if given.get("push_to_hub"):
+                    with without_local_parents(self.config):
+                        super().save_pretrained(save_directory, *args, **kwargs)
+                    return
+                if given.get("distributed_checkpoint") or os.path.isfile(save_directory):
                     super().save_pretrained(save_directory, *args, **kwargs)
                     return
                 with self._folder_to_write(save_directory) as folder:
@@ -334,6 +338,14 @@ class ExpertsHost(PreTrainedModel):
                         custom_object_save(self, folder)  # again, because the configuration may have copied its code
         finally:
             cls.__module__, cls.__name__ = names
+
+    def push_to_hub(self, *args, **kwargs):
+        """
+        Uploads the model: see [`~transformers.PreTrainedModel.push_to_hub`]. Paths of this machine are left out of
+        `config.json` (see [`~experts_config.without_local_parents`]).
+        """
+        with without_local_parents(self.config):
+            return super().push_to_hub(*args, **kwargs)
 
     def _folder_to_write(self, save_directory: str | os.PathLike) -> AbstractContextManager[Path]:
         """Returns a context manager that provides the folder to write the files of `save_directory` to."""

@@ -353,7 +353,8 @@ FORBIDDEN_ATTRIBUTES = {
 # Each use that is allowed, and why.
 EXCEPTIONS = {
     ("checkpoint_integrity", "open"),  # reads the header of a file with weights
-    ("experts_host", "push_to_hub"),  # the name of an argument of `save_pretrained`
+    ("experts_config", "push_to_hub"),  # leaves out paths and calls the method of Transformers
+    ("experts_host", "push_to_hub"),  # the same, and the name of an argument of `save_pretrained`
     ("fused_head", "__code__"),  # looks up from which function of TRL a `forward` was made
     ("image_reading", "open"),  # Pillow opens images that a caller passes
     ("video_reading", "open"),  # Pillow opens animations that a caller passes
