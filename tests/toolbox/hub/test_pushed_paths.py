@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import modeling_utils
 from transformers.utils import hub
 from transformers.utils.hub import PushToHubMixin
 
@@ -33,9 +34,9 @@ def uploaded(monkeypatch) -> list[dict]:
         found.append(json.loads((Path(folder) / "config.json").read_text()))
 
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", upload)
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: Repository())
-    for module in ("transformers.utils.hub", "transformers.modeling_utils"):
-        monkeypatch.setattr(f"{module}.hf_api", Repository)
+    for module in (hub, modeling_utils):
+        monkeypatch.setattr(module, "create_and_tag_model_card", lambda *args, **kwargs: Repository())
+        monkeypatch.setattr(module, "hf_api", Repository)
     return found
 
 
