@@ -108,7 +108,15 @@ def test_version(capsys):
     ("arguments", "message"),
     [
         (["recycle"], "invalid choice: 'recycle'"),
-        (["train", "--steps", "3"], "unrecognized arguments: --steps 3"),
+        (["train", "--steps", "3"], "error: unrecognized arguments: --steps 3\n"),
+        (["train", "m", "d"], "unrecognized arguments: m d. Name the model with `--model` and the data with `--data`."),
+        (["lora", "m"], "unrecognized arguments: m. Name the model with `--model` and the data with `--data`."),
+        (["explain", "m"], "unrecognized arguments: m. Name the model with `--model` and an image with `--image`."),
+        (["place", "tiny", "m", "--max-memory", "0=1GB"], "error: unrecognized arguments: m\n"),
+        (
+            ["generate", "--model", "m", "--question", "a", "b"],
+            "unrecognized arguments: b. Name the model with `--model` and images with `--image`.",
+        ),
         (["generate", "--model", "m"], "required: --question"),
         (["place", "tiny"], "required: --max-memory"),
         (["info"], "required: model"),
@@ -130,6 +138,10 @@ def test_wrong_usage_has_exit_code_2(arguments, message, capsys):
             "pass a path, or one of the names captioning, demo, easy_vqa, finetune, quickstart, retrieval, stamps_",
         ),
         (["train", "--set", "training.max_step=3"], "has keys ['max_step'], which a recipe cannot set"),
+        (
+            ["train", "--model", "clip", "--set", "tokenizer.vocab_size=300"],
+            "`--set tokenizer.vocab_size=300`: the section `tokenizer` is for a model from scratch, but `model` is the",
+        ),
         (["train", "--set", "model=nope.json"], "there is no model "),
         (
             ["train", "--set", "training.lr_scheduler_type=flat", "--output-dir", "."],
@@ -204,6 +216,13 @@ def test_other_errors_keep_their_traceback(capsys):
     with pytest.raises(RuntimeError), mistakes_in_one_line():
         raise RuntimeError("a fault of the code")
     assert capsys.readouterr().err == "error: a b\n"
+
+
+def test_scripts_name_the_options_of_models(run_here, capsys):
+    with pytest.raises(SystemExit):
+        run_here("train.py", "m")
+    expected = "train.py: error: unrecognized arguments: m. Name the model with `--model` and the data with `--data`.\n"
+    assert capsys.readouterr().err.endswith(expected)
 
 
 def test_a_process_ends_with_exit_code_2_and_no_traceback(tmp_path):

@@ -120,6 +120,13 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
         (["first", "captions", "--split", "none"], "has no split 'none'"),
         (["first", "second", "--data", "data.jsonl", "--adapter", "adapter"], "`--adapter` only works with one model"),
         (["missing/local/model", "data.jsonl"], "no trained model"),
+        (["first", "data.jsonl", "--set", "data.num_train=1"], "`--set` only has an effect with the built-in scenes"),
+        (["first", "data.jsonl", "--recipe", "demo"], "`--recipe` only has an effect with the built-in scenes"),
+        (
+            ["--model", "first", "--set", "training.max_steps=2"],
+            "`--set training.max_steps=2`: `evaluate` only reads",
+        ),
+        (["data.jsonl"], "The given paths: data.jsonl."),
         (["data.jsonl", "first"], "data.jsonl is a file, not a trained model"),
         (["run", "data.jsonl"], "run is the output folder of a training: pass its model, run/model."),
         (["first", "images"], "images has no data: it needs files that end with .jsonl"),

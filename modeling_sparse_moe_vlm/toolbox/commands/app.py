@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 
 from .mistakes import mistakes_in_one_line
-from .options import trained_model
+from .options import check_unused, trained_model
+
+HOST = "127.0.0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH",
         help="LoRA adapter to offer; may be given several times",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0: all)")
-    parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free port)")
+    parser.add_argument("--host", help=f"address to listen on (default: {HOST}; 0.0.0.0: all)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: a free port)")
     parser.add_argument("--share", action="store_true", help="make the page public, through the servers of gradio")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow running code from the model's folder")
     parser.add_argument(
@@ -38,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     with mistakes_in_one_line():
+        if arguments.space is not None:
+            check_unused(arguments, ("host", "port", "share"), "the web page: leave out `--space`")
         from ..extras import check_installed
 
         check_installed("gradio", "app", "the web page")
@@ -52,4 +56,4 @@ def run(arguments: argparse.Namespace) -> None:
         from ..app.page import serve
 
         chat = ChatModel.load(model, adapters, arguments.trust_remote_code)
-        serve(chat, page_name(model), arguments.host, arguments.port, arguments.share)
+        serve(chat, page_name(model), arguments.host or HOST, arguments.port or 0, arguments.share)

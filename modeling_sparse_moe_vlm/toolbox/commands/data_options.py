@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from .options import check_unused
+
 # The names of `toolbox.data.formats` and `toolbox.training.own_evaluation`, which take seconds to import.
 FORMAT_NAMES = ("messages", "prompt-completion", "llava", "texts", "vqa", "captions")
 TASK_NAMES = ("vqa", "captioning", "document_vqa", "chart_vqa", "chat")
@@ -18,12 +20,13 @@ _KEYS = {
     "eval_data": "eval",
     "format": "format",
     "image_root": "image_root",
+    "eval_image_root": "eval_image_root",
     "split": "split",
     "eval_split": "eval_split",
     "subset": "subset",
     "on_bad_row": "on_bad_row",
 }
-_WITH_DATA = ("eval_data", "eval_split", "task")  # the others also work with `--check`
+_WITH_DATA = ("eval_data", "eval_image_root", "eval_split", "task")  # the others also work with `--check`
 _WITH_CHECK = ("format", "image_root", "split", "subset", "on_bad_row")
 
 
@@ -35,6 +38,7 @@ def add_data_options(parser: argparse.ArgumentParser, tasks: Sequence[str] = TAS
     group.add_argument("--task", choices=tasks, help="task, which chooses the metrics (default: by the format)")
     group.add_argument("--format", help=f"format of the data: {', '.join(FORMAT_NAMES)} (default: recognised)")
     group.add_argument("--image-root", help="folder of the images (default: the folder of the file that names them)")
+    group.add_argument("--eval-image-root", help="folder of the images of `--eval-data` (default: `--image-root`)")
     group.add_argument("--split", help="split of a folder or of a dataset of the Hub (default: train)")
     group.add_argument("--eval-split", help="split to evaluate on, of `--eval-data`, by default of `--data`")
     group.add_argument("--subset", help="subset of a dataset of the Hub")
@@ -58,9 +62,9 @@ def check_data_options(arguments: argparse.Namespace, check: str | None = None) 
         return
     for option in (*_WITH_DATA, *_WITH_CHECK):
         is_scenes = option == "task" and arguments.task in TASKS_OF_SCENES
-        if getattr(arguments, option) is not None and not is_scenes:
-            needed = f"{check} or `--data DATA`" if check is not None and option in _WITH_CHECK else "`--data DATA`"
-            raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with {needed}.")
+        if not is_scenes:
+            has_check = check is not None and option in _WITH_CHECK
+            check_unused(arguments, [option], f"{check} or `--data DATA`" if has_check else "`--data DATA`")
 
 
 def given_values(arguments: argparse.Namespace) -> dict[str, Any]:

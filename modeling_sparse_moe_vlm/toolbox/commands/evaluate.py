@@ -55,11 +55,18 @@ def _run_on_scenes(arguments: argparse.Namespace) -> None:
     from ..training.recipes import load_recipe
 
     with mistakes_in_one_line():
-        recipe = load_recipe(find_preset(arguments.recipe, "training"), arguments.set)
+        for value in arguments.set:
+            if not value.startswith("data."):
+                raise ValueError(
+                    f"`--set {value}`: `evaluate` only reads the section `data` of a recipe, such as "
+                    "`--set data.num_heldout=200`."
+                )
+        name = arguments.recipe or arguments.default_recipe
+        recipe = load_recipe(find_preset(name, "training"), arguments.set)
         if is_own(recipe.data):
             raise ValueError(
-                f"the recipe {arguments.recipe} has own data: `evaluate` needs one with the built-in scenes. For "
-                "your own data, run `evaluate MODEL DATA`."
+                f"the recipe {name} has own data: `evaluate` needs one with the built-in scenes. For your own data, "
+                "run `evaluate MODEL DATA`."
             )
         model, processor = from_checkpoint(trained_model(arguments.model or DEMO_MODEL))
         data = load_scenes(**recipe.data)

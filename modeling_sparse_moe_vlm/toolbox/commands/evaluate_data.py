@@ -6,14 +6,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..shipped_files import working_root
 from .data_options import RETRIEVAL, TASK_NAMES
 from .mistakes import mistakes_in_one_line
-from .options import only_json, trained_model
+from .options import check_source_options, check_unused, only_json, trained_model
 
 if TYPE_CHECKING:
     from ..data.bad_rows import SkippedRows
@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 # Options that only apply to own data.
 OF_DATA = (
     *("format", "image_root", "split", "subset", "on_bad_row", "bad_rows", "max_rows", "task", "metrics", "adapter"),
-    *("batch_size", "max_new_tokens", "no_blind", "train_data", "output_dir", "resume", "update_card"),
-    "trust_remote_code",
+    *("batch_size", "max_new_tokens", "no_blind", "train_data", "train_image_root", "output_dir"),
+    *("resume", "update_card", "trust_remote_code"),
 )
+# Options that only apply to the built-in scenes.
+OF_SCENES = ("recipe", "set")
 # Splits to try, if none is named.
 SPLITS = ("test", "validation", "train")
 PLAIN_TEMPLATE = (
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: 64)")
     group.add_argument("--no-blind", action="store_true", help="do not measure the model without the images")
     group.add_argument("--train-data", help="training data, for the baseline of the most frequent answer")
+    group.add_argument("--train-image-root", help="folder of the images of `--train-data` (default: `--image-root`)")
     group.add_argument("--output-dir", help="folder to write to (default: outputs/evaluation)")
     group.add_argument("--resume", action="store_true", help="keep the predictions of an interrupted evaluation")
     group.add_argument("--update-card", action="store_true", help="write the scores to the cards of the models")
@@ -67,32 +70,32 @@ def models_and_data(arguments: argparse.Namespace) -> tuple[list[str], str] | No
         ValueError: If the arguments do not name both models and data, or if an option has no effect.
     """
     if arguments.data is None and not arguments.paths:
-        _check_unused(arguments, OF_DATA, "own data: `evaluate MODEL DATA`")
+        check_unused(arguments, OF_DATA, "own data: `evaluate MODEL DATA`")
         return None
     if arguments.paths and arguments.model is not None:
         raise ValueError(
             f"got a model both as {arguments.paths[0]} and with `--model {arguments.model}`: leave out `--model`."
         )
+    check_unused(arguments, OF_SCENES, "the built-in scenes, which `evaluate` uses without data")
     if arguments.on_bad_row != "skip":
-        _check_unused(arguments, ("bad_rows",), "`--on-bad-row skip`")
+        check_unused(arguments, ("bad_rows",), "`--on-bad-row skip`")
+    if arguments.train_data is None:
+        check_unused(arguments, ("train_image_root",), "`--train-data`")
     if arguments.data is not None:
         models = list(arguments.paths) or ([arguments.model] if arguments.model else [])
         if not models:
-            raise ValueError("`--data` needs a model: `evaluate MODEL DATA`, or `evaluate MODEL MODEL --data DATA`.")
+            raise ValueError(
+                "`--data` needs a model, which is a folder or a name on the Hub: `evaluate MODEL DATA`, or `evaluate "
+                "MODEL MODEL --data DATA`."
+            )
         return models, arguments.data
     if len(arguments.paths) != 2:
         raise ValueError(
             f"got {len(arguments.paths)} paths: pass one model and the data (`evaluate MODEL DATA`), or name the data "
-            "with `--data` (`evaluate MODEL MODEL --data DATA`)."
+            "with `--data` (`evaluate MODEL MODEL --data DATA`). A model is a folder or a name on the Hub. The given "
+            f"paths: {', '.join(arguments.paths)}."
         )
     return [arguments.paths[0]], arguments.paths[1]
-
-
-def _check_unused(arguments: argparse.Namespace, options: Sequence[str], needed: str) -> None:
-    """Raises `ValueError` if one of the options is given, because it only has an effect with `needed`."""
-    for option in options:
-        if getattr(arguments, option) not in (None, False, []):
-            raise ValueError(f"`--{option.replace('_', '-')}` only has an effect with {needed}.")
 
 
 def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> None:
@@ -123,7 +126,7 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         task = arguments.task or TASK_OF_FORMAT.get(format_name)
         metrics = chosen or metrics_of(task, format_name, {})
         skipped = new_skipped_rows(arguments.bad_rows)
-        rows = _load(arguments, data, split, skipped)
+        rows = _load(arguments, data, split, skipped, arguments.image_root)
         named_split = None if Path(data).is_file() else split  # a file has no splits
         num_skipped = skipped.counts.total()
         if arguments.max_rows is not None:
@@ -201,8 +204,7 @@ def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data
     adapter = None if arguments.adapter is None else Path(arguments.adapter)
     if adapter is not None and adapter.is_dir() and not (adapter / "adapter_config.json").exists():
         raise ValueError(f"{adapter} is not a PEFT adapter: it has no `adapter_config.json`.")
-    if Path(data).is_file():
-        _check_unused(arguments, ("split", "subset"), f"a folder or a dataset of the Hub, but {data} is a file")
+    check_source_options(arguments, data)
 
 
 def _find_split(arguments: argparse.Namespace, data: str) -> tuple[str, str]:
@@ -230,7 +232,7 @@ def find_parts_of_split(arguments: argparse.Namespace, data: str) -> tuple[str, 
     raise failure
 
 
-def _load(arguments: argparse.Namespace, data: str, split: str, skipped: SkippedRows) -> Any:
+def _load(arguments: argparse.Namespace, data: str, split: str, skipped: SkippedRows, image_root: str | None) -> Any:
     from ..data import load_rows
 
     return load_rows(
@@ -238,7 +240,7 @@ def _load(arguments: argparse.Namespace, data: str, split: str, skipped: Skipped
         arguments.format,
         split=split,
         subset=arguments.subset,
-        image_root=arguments.image_root,
+        image_root=image_root,
         on_bad_row=arguments.on_bad_row or "error",
         skipped_file=skipped,
     )
@@ -282,7 +284,8 @@ def _guesses(
     from ..evaluation import references_of, score_answers
     from ..evaluation.own_data import most_frequent_reference
 
-    train = _load(arguments, arguments.train_data, "train", skipped).remove_columns(["images", "videos"])
+    image_root = arguments.train_image_root or arguments.image_root
+    train = _load(arguments, arguments.train_data, "train", skipped, image_root).remove_columns(["images", "videos"])
     guess = most_frequent_reference(list(train))
     references = [references_of(row) for row in rows.remove_columns(["images", "videos"])]
     return score_answers(metrics, [guess] * len(references), references)

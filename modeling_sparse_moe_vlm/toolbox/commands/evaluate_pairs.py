@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from .data_options import RETRIEVAL
 from .mistakes import mistakes_in_one_line
-from .options import only_json
+from .options import is_given, only_json, shown_option
 
 if TYPE_CHECKING:
     from ..evaluation.retrieval import RetrievalRanks
 
 # Options that only apply to models that generate answers.
-OF_ANSWERS = ("format", "metrics", "max_new_tokens", "no_blind", "train_data", "resume")
+OF_ANSWERS = ("format", "metrics", "max_new_tokens", "no_blind", "train_data", "train_image_root", "resume")
 DIRECTIONS = ("image_to_text", "text_to_image")
 
 
@@ -61,10 +61,10 @@ def are_retrieval_models(arguments: argparse.Namespace, paths: Mapping[str, str]
             "model."
         )
     for option in OF_ANSWERS:
-        if getattr(arguments, option) not in (None, False):
+        if is_given(arguments, option):
             raise ValueError(
-                f"`--{option.replace('_', '-')}` has no effect on retrieval models: leave it out. Their data are "
-                "images with captions, and their metrics are recall and median rank."
+                f"{shown_option(option)} has no effect on retrieval models: leave it out. Their data are images with "
+                "captions, and their metrics are recall and median rank."
             )
     return True
 

@@ -15,16 +15,17 @@ import argparse
 import json
 
 from .mistakes import mistakes_in_one_line
-from .options import add_json_option, add_model_option, trained_model
+from .options import add_json_option, add_model_option, check_unused, trained_model
 
 CELL_SIZE = 16
+SCENE = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_option(parser)
     parser.add_argument("--image", help="image file; without it, a held-out scene of the demo is used")
     parser.add_argument("--question", help="question about the image file")
-    parser.add_argument("--scene", type=int, default=4, help="number of the held-out scene, from 0 (default: 4)")
+    parser.add_argument("--scene", type=int, help=f"number of the held-out scene, from 0 (default: {SCENE})")
     parser.add_argument("--output", default="explanation.png", help="PNG file to write (default: explanation.png)")
     add_json_option(parser)
 
@@ -43,11 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
     with mistakes_in_one_line():
         if (arguments.image is None) != (arguments.question is None):
             raise ValueError("--image and --question must be given together: pass both or neither.")
-        if arguments.scene < 0:
-            raise ValueError(f"--scene must be at least 0, got {arguments.scene}.")
+        if arguments.image is not None:
+            check_unused(arguments, ("scene",), "the held-out scenes: leave out `--image` and `--question`")
+        scene = SCENE if arguments.scene is None else arguments.scene
+        if scene < 0:
+            raise ValueError(f"--scene must be at least 0, got {scene}.")
         model, processor = from_our_checkpoint(trained_model(arguments.model))
         if arguments.image is None:
-            row = scenes("test", arguments.scene + 1, cell_size=CELL_SIZE)[arguments.scene]
+            row = scenes("test", scene + 1, cell_size=CELL_SIZE)[scene]
             image, question = row["image"], row["question"]
         else:
             image, question = Image.open(arguments.image).convert("RGB"), arguments.question

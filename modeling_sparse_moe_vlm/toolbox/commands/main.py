@@ -27,6 +27,14 @@ VERBS: dict[str, ModuleType] = {
     "info": info,
 }
 
+# Verbs that take models and data only as options.
+NAMED_BY_OPTIONS = {
+    "train": "the model with `--model` and the data with `--data`",
+    "lora": "the model with `--model` and the data with `--data`",
+    "generate": "the model with `--model` and images with `--image`",
+    "explain": "the model with `--model` and an image with `--image`",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
@@ -41,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command (Ctrl-C), and 0 after `--help` and `--version`.
     """
     parser = build_parser()
-    parsed = parser.parse_args(arguments)
+    parsed, others = parser.parse_known_args(arguments)
+    if others:
+        parser.error(_not_recognised(parsed.verb, others))
     if parsed.verb is None:
         parser.print_help()
     else:
@@ -52,7 +62,17 @@ def run_script(verb: str) -> None:
     """Runs a verb as a separate script, with the arguments of the process."""
     parser = argparse.ArgumentParser(**_texts(VERBS[verb]))
     VERBS[verb].add_arguments(parser)
-    _run(verb, parser.parse_args())
+    parsed, others = parser.parse_known_args()
+    if others:
+        parser.error(_not_recognised(verb, others))
+    _run(verb, parsed)
+
+
+def _not_recognised(verb: str | None, others: Sequence[str]) -> str:
+    """Returns the error for arguments that a verb does not have. A path is probably a model or data."""
+    named = NAMED_BY_OPTIONS.get(verb or "") if not others[0].startswith("-") else None
+    hint = f". Name {named}." if named else ""
+    return f"unrecognized arguments: {' '.join(others)}{hint}"
 
 
 def _run(verb: str, arguments: argparse.Namespace) -> None:

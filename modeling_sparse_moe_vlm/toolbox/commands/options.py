@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 
@@ -13,15 +14,11 @@ CONFIG_NAME = "config.json"
 
 def add_recipe_options(parser: argparse.ArgumentParser, recipe: str, names: str, own_recipe: str | None = None) -> None:
     """
-    Adds `--recipe` and `--set`. With `own_recipe`, which is the default if own data are given, `--recipe` is `None` by
-    default.
+    Adds `--recipe`, which is `None` by default, and `--set`. The default recipe is `default_recipe`, or `own_recipe` if
+    own data are given.
     """
     default = recipe if own_recipe is None else f"{recipe}, with `--data` {own_recipe}"
-    parser.add_argument(
-        "--recipe",
-        default=recipe if own_recipe is None else None,
-        help=f"YAML file, or built-in recipe: {names} (default: {default})",
-    )
+    parser.add_argument("--recipe", help=f"YAML file, or built-in recipe: {names} (default: {default})")
     parser.set_defaults(default_recipe=recipe, own_recipe=own_recipe)
     parser.add_argument(
         "--set",
@@ -42,6 +39,53 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 def add_json_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
     parser.add_argument("--json", action="store_true", help="print JSON to stdout, and everything else to stderr")
+
+
+def check_unused(arguments: argparse.Namespace, options: Iterable[str], needed: str) -> None:
+    """
+    Raises `ValueError` if one of the options is given, because it only has an effect with something else.
+
+    Args:
+        arguments (`argparse.Namespace`):
+            The arguments of the command.
+        options (`Iterable[str]`):
+            Names of the options in `arguments`.
+        needed (`str`):
+            What the options need to have an effect.
+    """
+    for option in options:
+        if is_given(arguments, option):
+            raise ValueError(f"{shown_option(option)} only has an effect with {needed}.")
+
+
+def is_given(arguments: argparse.Namespace, option: str) -> bool:
+    """Whether an option is given. Its default is `None`, `False` or an empty list."""
+    value = getattr(arguments, option)
+    return value is not None and value is not False and value != []  # 0 is given
+
+
+def shown_option(option: str) -> str:
+    """Returns an option as it is written in the command, between backticks."""
+    return f"`--{option.replace('_', '-')}`"
+
+
+def check_source_options(arguments: argparse.Namespace, data: str) -> None:
+    """
+    Checks that `--split` and `--subset` have an effect on the data.
+
+    Args:
+        arguments (`argparse.Namespace`):
+            The arguments of the command.
+        data (`str`):
+            File, folder or dataset of the Hub.
+
+    Raises:
+        ValueError: If the data is a file, which has no splits, or if a subset is chosen from local data.
+    """
+    if Path(data).is_file():
+        check_unused(arguments, ("split",), f"a folder or a dataset of the Hub, but {data} is a file")
+    if Path(data).exists():
+        check_unused(arguments, ("subset",), f"a dataset of the Hub, but {data} is local")
 
 
 def only_json(is_wanted: bool) -> AbstractContextManager:
@@ -71,7 +115,7 @@ def trained_model(name: str) -> str:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"There is no trained model {name!r} yet: `make demo` (or `sparse-moe-vlm train`) trains one in a few "
-            "minutes. Pass `--model` to use another model."
+            "minutes. Any other model is named by its folder, or by its name on the Hub."
         ) from error
     if not (Path(path) / CONFIG_NAME).exists() and (Path(path) / "model" / CONFIG_NAME).exists():
         raise ValueError(f"{name} is the output folder of a training: pass its model, {Path(name) / 'model'}.")

@@ -32,7 +32,15 @@ from typing import TYPE_CHECKING, Any
 
 from .data_options import FORMAT_NAMES
 from .mistakes import mistakes_in_one_line
-from .options import DEMO_MODEL, add_json_option, trained_model
+from .options import (
+    DEMO_MODEL,
+    add_json_option,
+    check_source_options,
+    check_unused,
+    is_given,
+    shown_option,
+    trained_model,
+)
 
 if TYPE_CHECKING:
     from ..routing import GroupRouting, RoutingCounts
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
 
 CELL_SIZE = 16
 BATCH_SIZE = 16
+NUM_EXAMPLES = 256
+NUM_DRAWN = 4
 PAGE = "routing-report.html"
 PAGE_SUFFIXES = (".html", ".htm")
 OPTIONS_OF_DATA = ("format", "image_root", "split", "subset", "max_rows", "on_bad_row", "bad_rows")
@@ -53,12 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="?", help=f"file, folder or dataset of the Hub (default: {SCENES})")
     parser.add_argument("--model", help="the model, instead of the first argument")
     parser.add_argument("--rows", help="JSONL file of conversations, instead of the data")
-    parser.add_argument("--num-examples", type=int, default=256, help="number of held-out scenes (default: 256)")
+    parser.add_argument("--num-examples", type=int, help=f"number of held-out scenes (default: {NUM_EXAMPLES})")
     parser.add_argument(
         "--output", help=f"HTML page to write (default: {PAGE}), or PNG file to draw the load of the experts to"
     )
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"rows at a time (default: {BATCH_SIZE})")
-    parser.add_argument("--num-drawn", type=int, default=4, help="rows with images to draw on the page (default: 4)")
+    drawn = f"rows with images to draw on the page (default: {NUM_DRAWN})"
+    parser.add_argument("--num-drawn", type=int, help=drawn)
     add_json_option(parser)
     data = parser.add_argument_group("data")
     data.add_argument("--format", help=f"format of the data: {', '.join(FORMAT_NAMES)} (default: recognised)")
@@ -78,6 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
         _check(arguments)
         output = _output(arguments)
         is_page = output is not None and Path(output).suffix.lower() in PAGE_SUFFIXES
+        if not is_page and arguments.num_drawn != 0:
+            check_unused(arguments, ("num_drawn",), f"an HTML page: name it with `--output {PAGE}`")
         if output is not None and not is_page:
             check_installed("matplotlib", "report", "--output")
         name = arguments.model_name or arguments.model or DEMO_MODEL
@@ -85,9 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
         # The held-out scenes are images.
         model, processor = from_checkpoint(trained_model(name), language_models=has_data)
         rows, data_name = _rows(arguments)
-        report = _measure(
-            model, processor, rows, name, data_name, arguments.batch_size, arguments.num_drawn, with_page=is_page
-        )
+        num_drawn = NUM_DRAWN if arguments.num_drawn is None else arguments.num_drawn
+        report = _measure(model, processor, rows, name, data_name, arguments.batch_size, num_drawn, with_page=is_page)
         if output is not None:
             _write(report, output, is_page)
     statistics = _statistics(model, report)
@@ -107,13 +119,19 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{given} given twice: as an argument, and as `--{option}`.")
     if arguments.data is None:
         for option in OPTIONS_OF_DATA:
-            if getattr(arguments, option) is not None:
-                raise ValueError(f"`--{option.replace('_', '-')}` only has an effect if the data is an argument.")
+            if is_given(arguments, option):
+                raise ValueError(f"{shown_option(option)} only has an effect if the data is an argument.")
+    else:
+        check_source_options(arguments, arguments.data)
+    if arguments.data is not None or arguments.rows is not None:
+        check_unused(arguments, ("num_examples",), "the held-out scenes: limit your own data with `--max-rows`")
+    if arguments.on_bad_row != "skip":
+        check_unused(arguments, ("bad_rows",), "`--on-bad-row skip`")
     for option in ("num_examples", "batch_size", "max_rows"):
         value = getattr(arguments, option)
         if value is not None and value < 1:
-            raise ValueError(f"`--{option.replace('_', '-')}` must be at least 1, but got {value}.")
-    if arguments.num_drawn < 0:
+            raise ValueError(f"{shown_option(option)} must be at least 1, but got {value}.")
+    if arguments.num_drawn is not None and arguments.num_drawn < 0:
         raise ValueError(f"`--num-drawn` must be at least 0, but got {arguments.num_drawn}.")
 
 
@@ -132,7 +150,7 @@ def _rows(arguments: argparse.Namespace) -> tuple[Sequence[Mapping[str, Any]], s
     if arguments.rows is not None:
         return read_rows(Path(arguments.rows)), arguments.rows
     if arguments.data is None:
-        return conversations(scenes("test", arguments.num_examples, cell_size=CELL_SIZE)), SCENES
+        return conversations(scenes("test", arguments.num_examples or NUM_EXAMPLES, cell_size=CELL_SIZE)), SCENES
     rows = load_rows(
         arguments.data,
         arguments.format,

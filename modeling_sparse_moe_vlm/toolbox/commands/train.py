@@ -44,10 +44,20 @@ from ..shipped_files import find_preset, shipped_presets, working_root
 from .data_options import FORMAT_NAMES as FORMAT_NAMES
 from .data_options import RETRIEVAL, TASK_NAMES, add_data_options, check_data_options, given_values, recipe_name
 from .mistakes import mistakes_in_one_line
-from .options import add_json_option, add_recipe_options, only_json
+from .options import (
+    add_json_option,
+    add_recipe_options,
+    check_source_options,
+    check_unused,
+    is_given,
+    only_json,
+    shown_option,
+)
 
 # Options that `--check` would ignore.
-_ONLY_FOR_TRAINING = ("data", "eval_data", "eval_split", "task", "model", "recipe", "set", "output_dir", "resume")
+_ONLY_FOR_TRAINING = (
+    *("data", "eval_data", "eval_image_root", "eval_split", "task", "model", "recipe", "set", "output_dir", "resume"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +75,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.check is not None:
         with mistakes_in_one_line():
             for option in _ONLY_FOR_TRAINING:
-                if getattr(arguments, option):
-                    name = option.replace("_", "-")
-                    raise ValueError(f"`--check` and `--{name}` cannot be combined: `--check` trains nothing.")
+                if is_given(arguments, option):
+                    raise ValueError(
+                        f"`--check` and {shown_option(option)} cannot be combined: `--check` trains nothing."
+                    )
+            check_source_options(arguments, arguments.check)
         _check(arguments)
         return
     with mistakes_in_one_line():
         check_data_options(arguments, "`--check DATA`")
-        if arguments.bad_rows is not None:
-            raise ValueError("`--bad-rows` only has an effect with `--check DATA`.")
+        check_unused(arguments, ("bad_rows",), "`--check DATA`")
     _train(arguments)
 
 
@@ -101,7 +112,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     from ..training.recipe_run import TrainingRun
-    from ..training.recipes import load_recipe
+    from ..training.recipes import find_model, load_recipe
     from ..training.retrieval_run import RetrievalRun
 
     name = recipe_name(arguments)
@@ -109,6 +120,13 @@ def _train(arguments: argparse.Namespace) -> None:
     with only_json(arguments.json):
         with mistakes_in_one_line():
             recipe = load_recipe(find_preset(name, "training"), arguments.set, given_values(arguments))
+            if not find_model(recipe.model).endswith(".json"):
+                for value in arguments.set:
+                    if value.startswith("tokenizer."):
+                        raise ValueError(
+                            f"`--set {value}`: the section `tokenizer` is for a model from scratch, but `model` is the "
+                            f"checkpoint {recipe.model}."
+                        )
             kind = RetrievalRun if recipe.task == RETRIEVAL else TrainingRun
             training = kind(recipe, output_dir, resume=arguments.resume)
         training.print_model()

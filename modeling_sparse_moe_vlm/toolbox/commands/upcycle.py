@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from .mistakes import mistakes_in_one_line
-from .options import add_json_option, only_json
+from .options import add_json_option, check_unused, is_given, only_json
 from .routing_report import read_rows
 
 
@@ -142,9 +142,13 @@ def _check_usage(arguments: argparse.Namespace) -> None:
     if arguments.output is None and not arguments.dry_run:
         raise ValueError("--output is needed: a folder for the sparse model (or --dry-run).")
     of_source = ("revision", "gguf_file", "native", "no_comparison", "parity_bound", "dry_run")
-    given = [name for name in of_source if getattr(arguments, name) not in (None, False)]
+    given = [name for name in of_source if is_given(arguments, name)]
     if parts and given:
         raise ValueError(f"--{given[0].replace('_', '-')} cannot be combined with --text.")
+    if arguments.no_comparison:
+        check_unused(arguments, ("parity_bound",), "the comparison: leave out `--no-comparison`")
+        if arguments.router_init != "data":
+            check_unused(arguments, ("data",), "`--router-init data` or the comparison: leave out `--no-comparison`")
     if arguments.router_init == "data" and arguments.data is None:
         raise ValueError("--router-init data needs --data, a file of conversations.")
 

@@ -10,6 +10,7 @@ from ...checks import shown
 from ...control_tokens import check_encodable
 from .bad_rows import (
     EMPTY_ANSWER,
+    MISSING_FILE,
     NO_ASSISTANT_TURN,
     TYPED_IMAGE_TOKEN,
     TYPED_VIDEO_TOKEN,
@@ -76,9 +77,16 @@ def validated_row(
     sources = [image_source(image, f"images[{i}]", image_root) for i, image in enumerate(images)]
     videos = [part["video"] for message in messages for part in message["content"] if part["type"] == "video"]
     video_sources = [video_source(video, i, image_root) for i, video in enumerate(videos)]
-    sizes = [check_image(source, i) for i, source in enumerate(sources)]
-    for i, source in enumerate(video_sources):
-        check_video(source, i)
+    try:
+        sizes = [check_image(source, i) for i, source in enumerate(sources)]
+        for i, source in enumerate(video_sources):
+            check_video(source, i)
+    except RowFault as fault:
+        if fault.kind != MISSING_FILE or format.name != "llava":
+            raise
+        # The images of such data are usually in another folder than the file.
+        hint = "`image_root` (`--image-root`) names the folder to which the paths of the images are relative."
+        raise RowFault(fault.kind, f"{fault.reason} {hint}") from fault.__cause__
     references = _references(row, format, messages)
     messages = [
         message | {"content": [{k: v for k, v in part.items() if k != "video"} for part in message["content"]]}

@@ -17,7 +17,7 @@ from ..demo.scenes import load_new_style
 from ..evaluation import exact_match, generate_answers
 from ..hub import write_model_card
 from ..training.models import from_checkpoint, is_language_model
-from ..training.own_callbacks import check_evaluation
+from ..training.own_callbacks import check_evaluation, check_questions_about_scenes
 from ..training.own_data import check_own_data, has_evaluation, is_own
 from ..training.own_report import OwnReport
 from ..training.parts import train_parts
@@ -66,6 +66,9 @@ class LoraRun:
             for stage, arguments in zip(self.stages, self.stage_arguments, strict=True):
                 check_own_data(stage.data, arguments.max_steps)
                 check_evaluation(recipe.evaluation, arguments, has_evaluation(stage.data))
+        else:
+            for arguments in self.stage_arguments:
+                check_questions_about_scenes(recipe, arguments)
         self.first = self.folders.num_finished() if resume else 0
         self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
         self.arguments = self.stage_arguments[self.first]

@@ -50,6 +50,32 @@ def check_evaluation(evaluation: Mapping[str, Any], arguments: TrainingArguments
     )
 
 
+def check_questions_about_scenes(recipe: Any, arguments: TrainingArguments) -> None:
+    """
+    Checks that a recipe for questions about the built-in scenes has no values that are for own data.
+
+    Args:
+        recipe (`Recipe` or `LoraRecipe`):
+            The recipe.
+        arguments (`TrainingArguments`):
+            Arguments of the training.
+
+    Raises:
+        ValueError: If the task or a value about evaluation needs own data.
+    """
+    check(recipe.task in (None, "vqa"), f"`task: {recipe.task}` needs your own data: set `data.train`.")
+    check(
+        not recipe.evaluation,
+        f"`evaluation` only has an effect with your own data (`data.train`), but the recipe sets "
+        f"{', '.join(recipe.evaluation)}.",
+    )
+    check(
+        arguments.eval_strategy == "no",
+        "`training.eval_strategy` needs your own data (`data.train`): questions about the scenes are only evaluated "
+        "after the training.",
+    )
+
+
 def callbacks_of(
     evaluation: Mapping[str, Any],
     arguments: TrainingArguments,

@@ -15,7 +15,7 @@ from ..data.bad_rows import SkippedRows
 
 # Arguments of `load_rows` that a run sets itself.
 _SET_BY_RUN = {"data", "skipped_file", "processor", "return"}
-_OF_FILES = {"train": str, "eval": str | None, "eval_split": str | None}
+_OF_FILES = {"train": str, "eval": str | None, "eval_split": str | None, "eval_image_root": str | None}
 _OF_BATCHES = {"max_image_tokens_per_batch": int | None, "packing": bool}
 _OF_EVALUATION = ("eval", "eval_split")
 LIMITS = ("max_length", "max_image_tokens")
@@ -43,10 +43,11 @@ def check_own_data(data: Mapping[str, Any], max_steps: int) -> None:
             Number of training steps, or -1.
 
     Raises:
-        ValueError: If a name is not a text, if the evaluation data are the training data, or if a stream has no number
-            of steps.
+        ValueError: If a name is not a text, if the evaluation data are the training data, if a value has no effect, or
+            if a stream has no number of steps.
     """
-    for name in ("train", "eval", "split", "eval_split", "subset", "image_root", "format", "on_bad_row"):
+    names = ("train", "eval", "split", "eval_split", "subset", "image_root", "eval_image_root", "format", "on_bad_row")
+    for name in names:
         value = data.get(name)
         check(
             isinstance(value, str) or (value is None and name != "train"),
@@ -59,6 +60,20 @@ def check_own_data(data: Mapping[str, Any], max_steps: int) -> None:
             f"`data.train` and the data for evaluation are the same ({train}): evaluate on rows that the model "
             "does not train on, in another file (`data.eval`) or in another split of a folder (`data.eval_split`).",
         )
+    check(
+        data.get("eval_image_root") is None or has_evaluation(data),
+        "`data.eval_image_root` only has an effect with rows for evaluation: set `data.eval` or `data.eval_split`.",
+    )
+    sources = [data["train"], data.get("eval") or data["train"]]
+    for key, source in zip(("split", "eval_split"), sources, strict=True):
+        check(
+            data.get(key) is None or not Path(source).is_file(),
+            f"`data.{key}` only has an effect with a folder or a dataset of the Hub, but {source} is a file.",
+        )
+    check(
+        data.get("subset") is None or not all(Path(source).exists() for source in sources),
+        "`data.subset` only has an effect with a dataset of the Hub, but the data is local.",
+    )
     check(
         not data.get("streaming") or max_steps > 0,
         "`data.streaming` needs `training.max_steps`, because a stream has no length.",
@@ -103,7 +118,13 @@ def load_evaluation_rows(data: Mapping[str, Any], skipped: SkippedRows | None, p
     if not has_evaluation(data):
         return None
     path, split = data.get("eval") or data["train"], data.get("eval_split") or "train"
+    data = dict(data) | {"image_root": evaluation_image_root(data)}
     return _load(data, path, split, skipped, processor, streaming=False)
+
+
+def evaluation_image_root(data: Mapping[str, Any]) -> str | None:
+    """Returns the folder of the images of the rows for evaluation, by default that of all rows."""
+    return data.get("eval_image_root") or data.get("image_root")
 
 
 def make_collator(data: Mapping[str, Any], processor: Any, model: PreTrainedModel) -> VisionLanguageCollator:

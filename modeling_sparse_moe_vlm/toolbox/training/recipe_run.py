@@ -15,7 +15,7 @@ from ..hub import write_model_card
 from ..model_size import describe_size
 from .how_to_load import how_to_ask
 from .models import from_checkpoint, from_scratch, is_language_model
-from .own_callbacks import check_evaluation
+from .own_callbacks import check_evaluation, check_questions_about_scenes
 from .own_data import check_own_data, has_evaluation, is_own
 from .own_evaluation import RETRIEVAL
 from .own_report import OwnReport
@@ -54,6 +54,11 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, output_dir: Path, resume: bool = False) -> None:
         self.recipe, self.output_dir = recipe, output_dir
         model_path = find_model(recipe.model)
+        check(
+            recipe.dtype is None or not model_path.endswith(".json"),
+            f"`dtype` of the recipe is for a checkpoint, but `model` is the configuration {recipe.model}: a model from "
+            "scratch has float32 weights.",
+        )
         self.stages = stages_of(recipe.stages, recipe.training, recipe.parts, recipe.data)
         self.folders = StageFolders(output_dir, self.stages)
         self.is_own = is_own(recipe.data)
@@ -68,7 +73,7 @@ class TrainingRun:
             elif recipe.task in (CAPTIONING, RETRIEVAL):
                 check_evaluation(recipe.evaluation, arguments, has_rows=True)
             else:
-                check(recipe.task in (None, "vqa"), f"`task: {recipe.task}` needs your own data: set `data.train`.")
+                check_questions_about_scenes(recipe, arguments)
         self.first = self.folders.num_finished() if resume else 0
         self.checkpoint = self.folders.find_checkpoint(self.first, self.stage_arguments[self.first]) if resume else None
         self.arguments = self.stage_arguments[self.first]

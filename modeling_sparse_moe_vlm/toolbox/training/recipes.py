@@ -405,7 +405,8 @@ def _kept_data(before: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values of `data` that stay when other data are given: limits and policies, but no files."""
     if not isinstance(before, dict):
         return {}
-    known = keys_of_data(given).keys() - {"train", "eval", "split", "eval_split", "subset", "image_root", "format"}
+    known = keys_of_data(given).keys() - {"train", "eval", "split", "eval_split", "subset", "format"}
+    known -= {"image_root", "eval_image_root"}
     return {key: value for key, value in before.items() if key in known}
 
 

@@ -18,7 +18,7 @@ from ..demo import scene_pairs
 from ..hub.results import add_results_to_card
 from .models import is_retrieval_model, load_config, retrieval_from_checkpoint
 from .own_callbacks import early_stopping, options_of_callback
-from .own_data import has_evaluation
+from .own_data import evaluation_image_root, has_evaluation
 from .own_evaluation import DURING_TRAINING, RETRIEVAL, TASKS_OF_HUB, score_lines
 from .processor_options import set_processor_options
 from .recipe_run import TrainingRun
@@ -28,7 +28,7 @@ from .run_data import ScenesData, name_of_evaluation
 # Keys of `evaluation` that apply to pairs.
 OF_EVALUATION = ("batch_size", *DURING_TRAINING)
 # Keys of own data that apply to pairs.
-KEYS = ("train", "eval", "split", "eval_split", "subset", "image_root", "on_bad_row")
+KEYS = ("train", "eval", "split", "eval_split", "subset", "image_root", "eval_image_root", "on_bad_row")
 
 
 class ScenePairs(ScenesData):
@@ -73,13 +73,14 @@ class OwnPairs:
         others = [key for key, value in data.items() if key not in KEYS and value not in (None, False)]
         check(not others, f"`data` has {others}, which `task: retrieval` does not support: it can have {list(KEYS)}.")
         self.data, self.skipped = data, skipped
-        self.train = self._load(data["train"], data.get("split") or "train")
+        self.train = self._load(data["train"], data.get("split") or "train", data.get("image_root"))
         self.eval: Dataset | None = None
         if has_evaluation(data):
-            self.eval = self._load(data.get("eval") or data["train"], data.get("eval_split") or "train")
+            root = evaluation_image_root(data)
+            self.eval = self._load(data.get("eval") or data["train"], data.get("eval_split") or "train", root)
 
-    def _load(self, path: str, split: str) -> Dataset:
-        parts = find_parts(path, split, self.data.get("subset"), self.data.get("image_root"))
+    def _load(self, path: str, split: str, image_root: str | None) -> Dataset:
+        parts = find_parts(path, split, self.data.get("subset"), image_root)
         return pairs_of(parts, self.skipped if self.data.get("on_bad_row") == "skip" else None)
 
     @property

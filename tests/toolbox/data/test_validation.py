@@ -168,6 +168,22 @@ def test_bad_row_names_file_row_and_reason(case, streaming, folder):
     assert re.fullmatch(pattern, raised.value.reason)
 
 
+def test_missing_images_of_llava_data_name_the_image_root(folder):
+    turns = [{"from": "human", "value": "<image>\nhi"}, {"from": "gpt", "value": "yo"}]
+    path = write(folder, {"image": "coco/gone.png", "conversations": turns})
+    with pytest.raises(BadRowError) as raised:
+        load_rows(path)
+    assert raised.value.kind == "missing file"
+    assert str(raised.value) == (
+        f"{path}, row 0: images[0]: there is no file '{folder}/coco/gone.png'. `image_root` (`--image-root`) names the "
+        "folder to which the paths of the images are relative."
+    )
+    path = write(folder, {"image": "empty.png", "conversations": turns})
+    with pytest.raises(BadRowError, match=r"cannot identify image file '.*/empty.png'") as raised:
+        load_rows(path)
+    assert "--image-root" not in str(raised.value)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_skipped_rows_are_counted_and_listed(streaming, folder, monkeypatch):
     warnings = []

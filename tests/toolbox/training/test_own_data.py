@@ -22,11 +22,18 @@ from transformers import (
 )
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
+from modeling_sparse_moe_vlm.toolbox.data.bad_rows import SkippedRows
 from modeling_sparse_moe_vlm.toolbox.demo import scene_pairs, scenes
 from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows, own_data, score_answers
+from modeling_sparse_moe_vlm.toolbox.expert_lora.recipe_run import LoraRun
+from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
+from modeling_sparse_moe_vlm.toolbox.shipped_files import find_preset
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_checkpoint, from_scratch, model_parts
+from modeling_sparse_moe_vlm.toolbox.training.own_data import check_own_data
 from modeling_sparse_moe_vlm.toolbox.training.recipe_run import TrainingRun
 from modeling_sparse_moe_vlm.toolbox.training.recipes import load_recipe
+from modeling_sparse_moe_vlm.toolbox.training.retrieval_run import OwnPairs
+from modeling_sparse_moe_vlm.toolbox.training.run_data import OwnRows
 from tests.support.models import TINY_DECODER
 from tests.support.processes import ROOT
 from tests.support.processors import VOCAB_SIZE, make_processor, make_speaking_model, make_tokenizer
@@ -281,12 +288,28 @@ def test_models_of_other_classes_and_language_models(folder, tmp_path, capsys):
         (["data.eval={folder}/train.jsonl"], "`data.train` and the data for evaluation are the same (.*train.jsonl)"),
         (["data.eval_split=test"], "`data.train` and the data for evaluation are the same"),
         (["data.train={folder}", "data.eval={folder}"], "`data.train` and the data for evaluation are the same"),
+        (["data.eval_image_root=5"], "`data.eval_image_root` must be a text, such as a path, but got 5"),
+        (
+            ["data.eval_image_root=."],
+            "`data.eval_image_root` only has an effect with rows for evaluation",
+        ),
+        (["data.split=test"], "`data.split` only has an effect with a folder .*, but .*train.jsonl is a file"),
+        (
+            ["data.eval={folder}/test.jsonl", "data.eval_split=test"],
+            "`data.eval_split` only has an effect with a folder .*, but .*test.jsonl is a file",
+        ),
+        (["data.subset=a"], "`data.subset` only has an effect with a dataset of the Hub, but the data is local"),
+        (
+            ["data.train={folder}", "data.eval_split=test", "data.subset=a"],
+            "`data.subset` only has an effect",
+        ),
         (["data.train={folder}", "data.eval_split=dev"], "has no split 'dev': its splits are train, validation, test"),
         (["data.streaming=true", "training.max_steps=-1"], "`data.streaming` needs `training.max_steps`"),
         (["data.format=captions"], "all rows of .*train.jsonl are bad. Skipped bad rows: 8 .8 × missing field."),
         (["data.on_bad_row=error"], "train.jsonl, row 7: the answer in messages.1. is empty"),
         (["data.num_train=5"], r"`data` of the recipe .* has keys \['num_train'\], which a recipe cannot set"),
         (["task=ocr"], "`task` must be one of vqa, captioning, .*, but got 'ocr'. .in the recipe"),
+        (["model=tiny", "dtype=float32"], "`dtype` of the recipe is for a checkpoint, but `model` is .* tiny: a model"),
         (["dtype=int8"], "`dtype` of the recipe .* must be one of float32, bfloat16, float16, got 'int8'"),
         (["stages=a"], "`stages` of the recipe .* must be a list such as"),
         (["stages=[a]"], "`stages` of the recipe .* must be a list such as .*, got 'a'"),
@@ -468,6 +491,49 @@ def test_fields_of_the_configuration_are_for_new_models(folder, tmp_path):
     recipe = write_recipe(folder, "config: {pixel_shuffle_factor: 1}\n", "config")
     with pytest.raises(ValueError, match=r"`config` of the recipe is for a model from scratch, but .* checkpoint"):
         TrainingRun(load_recipe(recipe), tmp_path / "run")
+
+
+def test_a_subset_is_for_the_data_of_the_hub_among_both():
+    """The names of datasets of the Hub are not looked up here."""
+    for data in ({"train": "user/name"}, {"train": __file__, "eval": "user/name"}, {"train": "user/name", "eval": "."}):
+        check_own_data(data | {"subset": "a"}, 1)
+    check_own_data({"train": "user/name", "split": "a", "eval_split": "b", "eval_image_root": "."}, 1)
+
+
+def test_rows_for_evaluation_can_have_their_own_images(tmp_path):
+    row = {"image": "0.png", "caption": "a cat"}
+    for name, color in (("train", RED), ("test", GREEN)):
+        write_image(tmp_path / f"images/{name}/0.png", (8, 8), color)
+        write_lines(tmp_path / f"{name}.jsonl", [row])
+    names = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "test.jsonl")}
+    roots = {"image_root": str(tmp_path / "images/train"), "eval_image_root": str(tmp_path / "images/test")}
+    for data, color in (
+        (names | roots, GREEN),
+        (names | {"image_root": roots["image_root"]}, RED),  # by default, the images are in the same folder
+    ):
+        own, pairs = OwnRows(data, None), OwnPairs(data, SkippedRows(tmp_path / "skipped.jsonl"))
+        own.use(make_processor())
+        for rows in (own, pairs):
+            assert rows.train[0]["images"][0].getpixel((0, 0)) == RED
+            assert rows.eval[0]["images"][0].getpixel((0, 0)) == color
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task=chat", "`task: chat` needs your own data: set `data.train`"),
+        (
+            "evaluation.metrics=[anls]",
+            "`evaluation` only has an effect with your own data .* sets metrics",
+        ),
+        ("training.eval_strategy=steps", "`training.eval_strategy` needs your own data"),
+    ],
+)
+def test_questions_about_the_built_in_scenes_have_no_values_of_own_data(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        TrainingRun(load_recipe(find_preset("demo", "training"), [override]), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        LoraRun(load_lora_recipe(find_preset("experts", "lora"), [override]), tmp_path)
 
 
 CAPTIONS = [
