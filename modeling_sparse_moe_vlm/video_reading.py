@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import torch
@@ -16,9 +14,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn, l
 
 from .checks import check, check_integer, check_number
 from .image_reading import read_images
-
-# Endings of files whose frames Pillow reads.
-_ANIMATIONS = (".gif", ".webp", ".png", ".apng")
+from .video_decoding import Decoded, decode_animation, decode_with_pyav, is_animation
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class FrameSampling:
         if self.do_sample and self.num_frames is not None:
             number = self.num_frames
         elif self.do_sample:
-            wanted = total if not metadata.fps else int(total / metadata.fps * self.fps)
+            wanted = total if not metadata.fps else int(total * self.fps / metadata.fps)
             number = min(max(1, wanted), self.max_frames)
         return default_sample_indices_fn(metadata, num_frames=min(number, total))
 
@@ -203,54 +199,36 @@ def _read_named(images: list[Any], name: str) -> list[Any]:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def _read_file(file: str | bytes, name: str, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
+def _read_file(file: str | bytes, name: str, sampling: Any) -> Decoded:
     """Returns some frames of a file, its frame rate, and the numbers of the frames."""
     shown = name if isinstance(file, bytes) else f"{name} ({file})"
-    if _is_animation(file):
-        try:
-            return _read_animation(BytesIO(file) if isinstance(file, bytes) else file, sampling)
-        except (OSError, EOFError, SyntaxError) as error:
-            raise ValueError(f"{shown} cannot be read as a video: {error}") from error
+    is_local = isinstance(file, bytes) or os.path.isfile(file)
     backend = next((name for name, found in (("pyav", is_av_available), ("opencv", is_cv2_available)) if found()), None)
-    if backend is None:
-        raise ImportError(f"{shown} needs a package that decodes videos: run `pip install av`, or pass its frames.")
-    if isinstance(file, bytes):
-        with tempfile.NamedTemporaryFile(suffix=".mp4") as copy:
-            copy.write(file)
-            copy.flush()
-            return _decode(copy.name, shown, backend, sampling)
-    return _decode(file, shown, backend, sampling)
-
-
-def _decode(
-    path: str, shown: str, backend: str, sampling: FrameSampling
-) -> tuple[Sequence[Any], float | None, list[int]]:
     try:
-        frames, metadata = load_video(path, backend=backend, sample_indices_fn=sampling.indices)
-    except (OSError, TypeError, ValueError) as error:
+        if is_local and is_animation(file):
+            return decode_animation(file, sampling)
+        if backend is None:
+            raise ImportError(f"{shown} needs a package that decodes videos: run `pip install av`, or pass its frames.")
+        if is_local and backend == "pyav":
+            return decode_with_pyav(file, sampling)
+        check(isinstance(file, str), "OpenCV only reads files: run `pip install av`.")
+        return _load_video(file, backend, sampling)
+    except ImportError:
+        raise
+    except Exception as error:  # decoders raise any type of error
         raise ValueError(f"{shown} cannot be read as a video: {error}") from error
-    return frames, metadata.fps, [int(index) for index in metadata.frames_indices]
 
 
-def _is_animation(file: str | bytes) -> bool:
-    """Whether a file is an animation that Pillow reads: by its name, or by its first bytes."""
-    if isinstance(file, bytes):
-        return file.startswith((b"GIF8", b"\x89PNG")) or (file[:4] == b"RIFF" and file[8:12] == b"WEBP")
-    return file.lower().endswith(_ANIMATIONS) and os.path.isfile(file)
-
-
-def _read_animation(file: str | BytesIO, sampling: FrameSampling) -> tuple[Sequence[Any], float | None, list[int]]:
-    with PIL.Image.open(file) as animation:
-        total = getattr(animation, "n_frames", 1)
-        animation.load()  # some formats only tell the duration of a frame that was decoded
-        duration = animation.info.get("duration")  # of a frame, in milliseconds
-        fps = 1000 / duration if duration else None
-        indices = sampling.indices(VideoMetadata(total_num_frames=total, fps=fps)).tolist()
-        frames = []
-        for index in indices:
-            animation.seek(index)
-            frames.append(animation.convert("RGBA"))
-    return frames, fps, indices
+def _load_video(file: Any, backend: str, sampling: Any) -> Decoded:
+    """Reads a video with Transformers: from a URL, or with OpenCV."""
+    frames, metadata = load_video(file, backend=backend, sample_indices_fn=sampling.indices)
+    indices = [int(index) for index in metadata.frames_indices]
+    check(
+        len(frames) == len(indices),
+        f"only {len(frames)} of {len(indices)} frames can be decoded: the file is cut off, or it does not tell its "
+        "number of frames, and then the package `av` can read it from a file.",
+    )
+    return list(frames), metadata.fps or None, indices
 
 
 def metadata_of(video_metadata: Any, num_videos: int) -> list[Any]:

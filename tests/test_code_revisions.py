@@ -32,6 +32,7 @@ OF_THE_PROCESSOR = {
     "native_sizes",
     "processing_sparse_moe_vlm",
     "processor_arguments",
+    "video_decoding",
     "video_reading",
 }
 # Files that only upcycled models need.

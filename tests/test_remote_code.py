@@ -83,7 +83,7 @@ OURS = EXPERTS | {
 }
 PROCESSOR = {
     *("processing_sparse_moe_vlm", "control_tokens", "image_reading", "image_tiles", "processor_arguments", "versions"),
-    *("chat_template", "conversation_checks", "native_sizes", "video_reading"),
+    *("chat_template", "conversation_checks", "native_sizes", "video_decoding", "video_reading"),
 }
 HEAD = {"contrastive", "outputs", "retrieval_config", "retrieval_head", "sentence_transformers_files", "versions"}
 FILES = {
@@ -357,7 +357,8 @@ EXCEPTIONS = {
     ("experts_host", "push_to_hub"),  # the same, and the name of an argument of `save_pretrained`
     ("fused_head", "__code__"),  # looks up from which function of TRL a `forward` was made
     ("image_reading", "open"),  # Pillow opens images that a caller passes
-    ("video_reading", "open"),  # Pillow opens animations that a caller passes
+    ("video_decoding", "av"),  # decodes videos that a caller passes, if it is installed
+    ("video_decoding", "open"),  # Pillow and PyAV open videos that a caller passes
     ("image_reading", "httpx"),  # downloads images that a caller passes as a URL
     ("sentence_transformers_files", "mkdir"),  # in `save_pretrained` of a retrieval model
     ("sentence_transformers_files", "write_text"),  # in `save_pretrained` of a retrieval model
