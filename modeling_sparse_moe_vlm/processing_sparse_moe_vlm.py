@@ -222,10 +222,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 number of videos differs from the number of video tokens.
         """
         if videos is not None and self.video_token is not None:
-            options = dict(kwargs.pop("videos_kwargs", None) or {})
-            for name in ("num_frames", "fps", "do_sample_frames", "video_metadata"):
-                if name in kwargs:
-                    options[name] = kwargs.pop(name)
+            options = _pop_video_options(kwargs)
             read = self._read_videos(videos, options)
             texts = [text] if isinstance(text, str) else list(text or [])
             num_tokens = sum(row.count(self.video_token) for row in texts if isinstance(row, str))
@@ -240,18 +237,22 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def _read_videos(self, videos: Any, options: dict[str, Any]) -> list[Video]:
         """Returns the frames of videos. Removes the options of sampling from `options`."""
-        sampling = FrameSampling(
-            self.max_frames,
-            options.pop("fps", None) or self.video_fps,
-            options.pop("num_frames", None),
-            options.pop("do_sample_frames", None) is not False,
-        )
+        sampling = self._pop_sampling(options)
         sources = split_videos(videos)
         metadata = metadata_of(options.pop("video_metadata", None), len(sources))
         return [
             read_video(source, f"videos[{number}]", sampling, own)
             for number, (source, own) in enumerate(zip(sources, metadata, strict=True))
         ]
+
+    def _pop_sampling(self, options: dict[str, Any]) -> FrameSampling:
+        """Returns which frames are read, according to the options of the call, and removes them from these."""
+        return FrameSampling(
+            self.max_frames,
+            options.pop("fps", None) or self.video_fps,
+            options.pop("num_frames", None),
+            options.pop("do_sample_frames", None) is not False,
+        )
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -463,32 +464,50 @@ class SparseMoeVlmProcessor(ProcessorMixin):
     def _layout_of_call(self, kwargs: dict[str, Any]) -> Tiling | NativeSizing:
         return self._layout(self._merge_kwargs(self.valid_processor_kwargs, **kwargs)["images_kwargs"])
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[list[int]] | None = None, video_sizes: list[list[int]] | None = None, **kwargs
+    ) -> MultiModalData:
         """
         Returns the number of tokens that replace the image tokens of images of the given sizes (separators of rows
         included), and their numbers of rows of `pixel_values` (tiles or patches). They depend only on the size of each
-        image.
+        image. Also returns the number of video tokens of videos, without the times of their frames.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
                 Height and width of each image.
+            video_sizes (`list[list[int]]`, *optional*):
+                Number of frames, height and width of each video.
             kwargs (`Any`):
-                Other arguments of the call, such as `max_tiles`.
+                Other arguments of the call, such as `max_tiles` or `video_metadata`, the frame rates of the videos.
 
         Returns:
-            `MultiModalData`: The number of tokens and of tiles or patches of each image.
+            `MultiModalData`: The number of tokens and of tiles or patches of each image, and the number of tokens of
+            each video.
 
         Raises:
-            ValueError: If an option is invalid, or if an image cannot have as few tokens as `max_image_tokens`.
+            ValueError: If an option is invalid, if an image cannot have as few tokens as `max_image_tokens`, or if the
+                processor takes no videos or a video has no frames.
         """
+        options = _pop_video_options(kwargs)
+        data: dict[str, Any] = {}
+        if video_sizes is not None:
+            check(self.video_token is not None, "the processor takes no videos: it has no `video_token`.")
+            sampling = self._pop_sampling(options)
+            metadata = metadata_of(options.get("video_metadata"), len(video_sizes))
+            groups = [
+                -(-sampling.num_read(size[0], (own or {}).get("fps"), f"videos[{i}]") // self.video_temporal_pooling)
+                for i, (size, own) in enumerate(zip(video_sizes, metadata, strict=True))
+            ]
+            data["num_video_tokens"] = [number * self.image_seq_length for number in groups]
         if image_sizes is None:
-            return MultiModalData()
+            return MultiModalData(**data)
         layout = self._layout_of_call(kwargs)
         grids = [layout.grid_of(*size) for size in image_sizes]
         num_rows = layout.num_patches if isinstance(layout, NativeSizing) else num_tiles
         return MultiModalData(
             num_image_tokens=[layout.num_tokens(grid) for grid in grids],
             num_image_patches=[num_rows(grid) for grid in grids],
+            **data,
         )
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
@@ -546,6 +565,12 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         if self._last_control_tokens is None or self._last_control_tokens[0] != key:
             self._last_control_tokens = (key, ControlTokens(self.tokenizer, *tokens))
         return self._last_control_tokens[1]
+
+
+def _pop_video_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Removes the options for videos from the arguments of a call, and returns them."""
+    names = ("num_frames", "fps", "do_sample_frames", "video_metadata")
+    return dict(kwargs.pop("videos_kwargs", None) or {}) | {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
 def _make_special(tokenizer: Any, token: str) -> int:

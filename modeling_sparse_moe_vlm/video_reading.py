@@ -59,6 +59,11 @@ class FrameSampling:
             number = min(max(1, wanted), self.max_frames)
         return default_sample_indices_fn(metadata, num_frames=min(number, total))
 
+    def num_read(self, total: int, fps: float | None, name: str) -> int:
+        """Returns how many frames of a video with `total` frames are read. Raises `ValueError` if it has none."""
+        check(total > 0, f"{name} has no frames.")
+        return len(self.indices(VideoMetadata(total_num_frames=total, fps=fps)))
+
 
 @dataclass(frozen=True)
 class Video:

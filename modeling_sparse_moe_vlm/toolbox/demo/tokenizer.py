@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 MAX_VOCAB_SIZE = 1_000_000
 PAD, IMAGE, START, END = "<pad>", "<image>", "<|im_start|>", "<|im_end|>"
+VIDEO = "<video>"
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -20,7 +21,7 @@ def check_vocab_size(vocab_size: int) -> None:
         raise ValueError(f"`vocab_size` must be at most {MAX_VOCAB_SIZE}, got {vocab_size}.")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, videos: bool = False) -> PreTrainedTokenizerFast:
     """
     Trains a byte-level BPE tokenizer (Sennrich et al., arXiv 1508.07909; on bytes as in GPT-2). It can encode any text.
 
@@ -30,6 +31,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         vocab_size (`int`, *optional*, defaults to 1024):
             Largest size of the vocabulary, from 260 (256 bytes and 4 special tokens) to 1,000,000. It may be smaller if
             the texts do not contain enough different pairs of tokens.
+        videos (`bool`, *optional*, defaults to `False`):
+            Whether to add the special token `<video>` at the end of the vocabulary.
 
     Returns:
         `PreTrainedTokenizerFast`: A tokenizer with the special tokens `<pad>`, `<image>`, `<|im_start|>` and
@@ -45,10 +48,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size - videos, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    trained = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=END,
@@ -56,3 +59,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+    if videos:
+        trained.add_special_tokens({"extra_special_tokens": [VIDEO]}, replace_extra_special_tokens=False)
+    return trained

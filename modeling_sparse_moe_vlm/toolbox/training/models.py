@@ -37,6 +37,7 @@ NUM_IMAGES_LOOKED_AT = 1000
 # Fields of the configuration of a new model whose values come from its tokenizer.
 SET_BY_TOKENIZER = (
     "image_token_id",
+    "video_token_id",
     "text_config.vocab_size",
     "text_config.pad_token_id",
     "text_config.eos_token_id",
@@ -85,9 +86,12 @@ def from_scratch(
     if isinstance(examples, IterableDataset):
         rows = first_rows(examples, NUM_IMAGES_LOOKED_AT)
         with_images = rows[:NUM_IMAGES_LOOKED_AT]
-    tokenizer = train_tokenizer(texts_of(rows), vocab_size)
     raw = _with_fields(SparseMoeVlmConfig.from_json_file(path).to_dict(), config_fields or {})
+    # Frames of videos are encoded like images, unless there is an encoder of videos.
+    has_videos = "video" in raw["text_config"]["modalities"] and "video" not in (raw["modality_encoders"] or {})
+    tokenizer = train_tokenizer(texts_of(rows), vocab_size, videos=has_videos)
     raw["image_token_id"] = tokenizer.convert_tokens_to_ids("<image>")
+    raw["video_token_id"] = tokenizer.convert_tokens_to_ids("<video>") if has_videos else None
     raw["text_config"] |= {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -98,13 +102,20 @@ def from_scratch(
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],  # a placeholder for images, which the model does not generate
+        suppress_tokens=sorted(config.placeholder_ids.values()),  # which the model does not generate
     )
     vision = config.vision_config
     size = getattr(vision, "image_size", None) or patches_per_side(vision) * vision.patch_size
     image_processor = SiglipImageProcessorPil(size={"height": size, "width": size})
     image_processor.image_mean, image_processor.image_std = _pixel_statistics(with_images, image_processor)
-    return model, SparseMoeVlmProcessor(image_processor, tokenizer, **config.image_arguments)
+    processor = SparseMoeVlmProcessor(
+        image_processor,
+        tokenizer,
+        **config.image_arguments,
+        video_token="<video>" if has_videos else None,
+        video_temporal_pooling=config.video_temporal_pooling,
+    )
+    return model, processor
 
 
 def _with_fields(config: dict[str, Any], fields: Mapping[str, Any], section: str = "") -> dict[str, Any]:

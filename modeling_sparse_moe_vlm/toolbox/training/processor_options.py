@@ -1,4 +1,4 @@
-"""The section `processor` of a recipe: how the processor of our own architecture cuts images into tiles."""
+"""The section `processor` of a recipe: how the processor of our own architecture reads images and videos."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ from typing import Any
 
 from ...checks import check
 from ...processing_sparse_moe_vlm import SparseMoeVlmProcessor
+from ...video_reading import FrameSampling
 
 # Keys of the section `processor`, with their types.
-PROCESSOR_ARGUMENTS = {"min_tiles": int, "max_tiles": int, "max_image_tokens": int | None, "do_pad": bool}
+PROCESSOR_ARGUMENTS = {
+    "min_tiles": int,
+    "max_tiles": int,
+    "max_image_tokens": int | None,
+    "do_pad": bool,
+    "max_frames": int,
+    "video_fps": float,
+}
 
 
 def set_processor_options(processor: Any, options: Mapping[str, Any]) -> None:
     """
-    Sets how a processor cuts images into tiles. It is saved with the model.
+    Sets how a processor cuts images into tiles and chooses frames of videos. It is saved with the model.
 
     Args:
         processor (`SparseMoeVlmProcessor`):
@@ -35,3 +43,4 @@ def set_processor_options(processor: Any, options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         setattr(processor, name, value)
     processor.tile_grid(1, 1)  # checks the options
+    FrameSampling(processor.max_frames, processor.video_fps)

@@ -68,8 +68,9 @@ class Recipe:
         retrieval (`dict`):
             Fields of the head for `task: retrieval`: `pooling`, `contrastive_loss` and `matryoshka_dims`.
         processor (`dict`):
-            How images are cut into tiles: `min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` of
-            [`SparseMoeVlmProcessor`]. By default, as in the checkpoint, and one tile for models from scratch.
+            How images are cut into tiles (`min_tiles`, `max_tiles`, `max_image_tokens` and `do_pad` of
+            [`SparseMoeVlmProcessor`]) and which frames of videos are read (`max_frames` and `video_fps`). By default,
+            as in the checkpoint, and the defaults of the class for models from scratch.
     """
 
     model: str
