@@ -1,6 +1,8 @@
 """Videos are read as frames with their times, and the model encodes the frames like images."""
 
+import copy
 import json
+import random
 
 import numpy as np
 import pytest
@@ -382,3 +384,70 @@ def test_the_configuration_and_the_library(tmp_path):
     metadata = VideoMetadata(total_num_frames=10, fps=4.0, frames_indices=[0, 6])
     assert metadata.timestamps == [0.0, 1.5]
     assert default_sample_indices_fn(metadata, num_frames=4).tolist() == [0, 2, 5, 7]
+
+
+# ------------------------------------------------------------------------------------------------ numbers of tokens
+
+
+def test_any_length_rate_and_budget():
+    """The first frame is read, the frames are in order, evenly spread, and as many as the budget and the rate say."""
+    rng = random.Random(0)
+    for _ in range(3000):
+        total, fps = rng.randint(1, 20_000), rng.choice([None, rng.randint(1, 120)])
+        rate, budget, number = rng.randint(1, 30), rng.randint(1, 256), rng.choice([None, None, rng.randint(1, 300)])
+        sampling = FrameSampling(budget, float(rate), number)
+        expected = number or min(budget, total if fps is None else max(1, total * rate // fps))
+        expected = min(expected, total)
+        indices = sampling.indices(VideoMetadata(total_num_frames=total, fps=fps)).tolist()
+        assert indices == [i * total // expected for i in range(expected)]
+        assert indices[0] == 0
+        assert indices == sorted(set(indices))
+        assert indices[-1] < total
+        assert sampling.num_read(total, fps, "v") == expected
+
+
+@pytest.mark.parametrize("pooling", [1, 2, 3])
+def test_number_of_tokens_is_known_before(pooling):
+    """It is the number of video tokens that the processor writes, whatever the text of the times is."""
+    processor = make_processor(video_temporal_pooling=pooling, max_frames=5)
+    lengths, rng = [1, 2, 3, 5, 6, 31], random.Random(0)
+    videos = [np.full((length, 8, 8, 3), 9, dtype=np.uint8) for length in lengths]
+    sizes = [video.shape[:3] for video in videos]
+    for options in (
+        {},
+        {"num_frames": 4},
+        {"do_sample_frames": False},
+        {"video_metadata": [{"fps": rng.choice([1.0, 2.5, 10.0])} for _ in lengths]},
+        {"video_metadata": [{"fps": rng.choice([1.0, 2.5, 10.0])} for _ in lengths], "fps": 3.0},
+        {"videos_kwargs": {"num_frames": 3}},
+    ):
+        counted = processor._get_num_multimodal_tokens(video_sizes=sizes, **copy.deepcopy(options))
+        inputs = processor(
+            text=["<video>"] * 6, videos=[[v] for v in videos], padding=True, return_tensors="pt", **options
+        )
+        assert counted.num_video_tokens == (inputs["mm_token_type_ids"] == 2).sum(dim=1).tolist()
+        assert counted.num_image_tokens is None
+        assert sum(counted.num_video_tokens) * pooling == len(inputs["pixel_values_videos"]) * IMAGE_SEQ_LENGTH
+    both = processor._get_num_multimodal_tokens(image_sizes=[(9, 9)], video_sizes=[(7, 8, 8)])
+    assert (both.num_image_tokens, both.num_image_patches) == ([IMAGE_SEQ_LENGTH], [1])
+    assert both.num_video_tokens == [-(-5 // pooling) * IMAGE_SEQ_LENGTH]
+    with pytest.raises(ValueError, match=r"videos\[1\] has no frames"):
+        processor._get_num_multimodal_tokens(video_sizes=[(1, 8, 8), (0, 8, 8)])
+    with pytest.raises(ValueError, match=r"one entry per video \(1\), but has 2"):
+        processor._get_num_multimodal_tokens(video_sizes=[(1, 8, 8)], video_metadata=[{"fps": 1}] * 2)
+    with pytest.raises(ValueError, match="the processor takes no videos: it has no `video_token`"):
+        make_processor(video_token=None)._get_num_multimodal_tokens(video_sizes=[(1, 8, 8)])
+
+
+def test_frames_as_dicts(processor):
+    """As in rows of data: with the frame rate, and keys that are `None`."""
+    given = {"frames": list(FRAMES), "fps": 4.0, "path": None, "bytes": None}
+    expected = processor(text="<video>", videos=FRAMES, video_metadata={"fps": 4.0}, fps=2.0, return_tensors="pt")
+    for videos in (given, [given], [[given]]):
+        actual = processor(text="<video>", videos=videos, fps=2.0, return_tensors="pt")
+        assert torch.equal(actual["input_ids"], expected["input_ids"])
+        assert torch.equal(actual["pixel_values_videos"], expected["pixel_values_videos"])
+    with pytest.raises(
+        ValueError, match=r"videos\[0\] must have `path`, `bytes` or `frames`, but its keys are \['fps'\]"
+    ):
+        processor(text="<video>", videos={"fps": 1.0, "path": None})

@@ -37,6 +37,23 @@ def fresh():
     return from_scratch(PRESET, Dataset.from_list(rows, features=features), vocab_size=280)
 
 
+def test_models_of_videos():
+    """If the decoder has the modality, there is a token for videos, and the processor takes them."""
+    fields = {"text_config": {"modalities": ["text", "image", "video"], "expert_groups": "hybrid"}}
+    rows = [{"messages": [{"role": "user", "content": "zebra"}], "images": []}]
+    model, processor = from_scratch(PRESET, rows, vocab_size=270, config_fields=fields | {"video_temporal_pooling": 2})
+    assert len(processor.tokenizer) <= 270
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert processor.tokenizer.convert_ids_to_tokens(model.config.video_token_id) == processor.video_token == "<video>"
+    assert processor.video_temporal_pooling == 2
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id, model.config.video_token_id]
+    inputs = processor(text="<video>a", videos=np.zeros((3, 8, 8, 3), np.uint8), return_tensors="pt")
+    assert model(**inputs).logits.shape[:2] == inputs["input_ids"].shape
+    assert from_scratch(PRESET, rows, vocab_size=270)[1].video_token is None
+    with pytest.raises(ValueError, match="`video_token_id` of the configuration is set by the tokenizer"):
+        from_scratch(PRESET, rows, config_fields={"video_token_id": 5})
+
+
 def test_the_configuration_has_the_tokens_of_the_tokenizer(fresh):
     model, processor = fresh
     config = model.config
