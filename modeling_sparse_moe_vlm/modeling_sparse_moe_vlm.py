@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.auto.modeling_auto import AutoModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -34,6 +33,7 @@ from .image_generation import SparseMoeVlmImageGeneration
 from .input_checks import check_encoder_outputs, check_only_tokens, check_shapes, warn_of_unknown_modalities
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
+from .native_towers import make_tower
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
@@ -202,7 +202,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
 
     def __init__(self, config: SparseMoeVlmConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = make_tower(config.vision_config)
         for name, parameter in self.vision_tower.named_parameters():
             if name.endswith("mask_token"):  # only used for masked images, when the vision tower is pretrained
                 parameter.requires_grad_(False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedConfig, initialization
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .checks import OBSCURE_ERRORS, check, check_integer
@@ -48,10 +50,11 @@ def native_inputs(config: PreTrainedConfig) -> str:
         for parameter in parameters.values()
         if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
+    taken = [parameter for parameter in parameters if parameter not in ("self", "kwargs")]
     check(
         needed <= known <= parameters.keys(),
-        f"{name} takes {', '.join(f'`{each}`' for each in parameters if each not in ('self', 'kwargs'))}, which the "
-        'model does not pass: leave out `image_sizing`, or choose another tower for `image_sizing="native"`.',
+        f"{name} takes the inputs {taken}, but for images of any size the model passes {sorted(known - {'self'})}: "
+        'leave out `image_sizing`, or choose another tower for `image_sizing="native"`.',
     )
     return kind
 
@@ -111,14 +114,28 @@ def patches_per_side(config: PreTrainedConfig) -> int:
     return int(positions**0.5) if positions else _DEFAULT_SIDE
 
 
+def make_tower(config: PreTrainedConfig) -> PreTrainedModel:
+    """Creates a vision tower. `AutoModel` creates most of them."""
+    if type(config) in MODEL_MAPPING:
+        return AutoModel.from_config(config)
+    return _tower_class(config)._from_config(config)
+
+
 def _tower_class(config: PreTrainedConfig) -> Any:
-    """Returns the class of a vision tower."""
+    """Returns the class of a vision tower. `AutoModel` lacks some towers of whole models, such as that of Qwen2-VL."""
+    if type(config) in MODEL_MAPPING:
+        found = MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, tuple) else found
+    whole = config.model_type.removesuffix("_vision")
+    of_whole = MODEL_MAPPING.get(CONFIG_MAPPING[whole], None) if whole in CONFIG_MAPPING else None
+    # The tower is defined in the same file as the whole model.
+    in_file = vars(sys.modules[of_whole.__module__]).values() if of_whole is not None else ()
+    towers = [each for each in in_file if getattr(each, "config_class", None) is type(config)]
     check(
-        type(config) in MODEL_MAPPING,
+        len(towers) == 1,
         f"`vision_config` ({config.model_type}) has no model that `AutoModel` creates: choose another vision tower.",
     )
-    found = MODEL_MAPPING[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    return towers[0]
 
 
 @lru_cache(maxsize=64)

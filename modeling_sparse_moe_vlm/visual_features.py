@@ -224,7 +224,13 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
 
     def _merged_features(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Returns the features of squares of patches that the vision tower has merged."""
-        return self.vision_tower(patches, grid_thw=grid_thw, return_dict=True).pooler_output
+        outputs = self.vision_tower(patches, grid_thw=grid_thw, return_dict=True)
+        features = outputs.pooler_output
+        if self.training and is_one_of_several_processes():
+            # Data parallelism waits for the gradients of the mergers of earlier layers (DeepStack), which are not used.
+            for unused in outputs.get("deepstack_features") or ():
+                features = features + (0.0 * unused).sum().to(features)
+        return features
 
     def insert_features(
         self, inputs_embeds: torch.Tensor, outputs: BaseModelOutputWithPooling, tokens: TokenModalities, kind: str

@@ -1,0 +1,293 @@
+"""Vision towers that read lists of patches of any size: SigLIP 2 (NaFlex), and those of Qwen2-VL and later."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
+from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
+
+from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
+from modeling_sparse_moe_vlm.image_patches import to_patches
+from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs
+from modeling_sparse_moe_vlm.native_towers import native_inputs
+from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
+from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
+
+OF_QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
+OF_LATER = OF_QWEN | {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 24}
+MERGING = {
+    "qwen2": OF_QWEN | {"model_type": "qwen2_vl_vision", "embed_dim": 32, "hidden_size": 24},
+    "qwen2_5": OF_LATER | {"model_type": "qwen2_5_vl_vision", "window_size": 16, "fullatt_block_indexes": [1]},
+    "qwen3": OF_LATER
+    | {"model_type": "qwen3_vl_vision", "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+}
+NAFLEX = {name: value for name, value in TINY_TOWER.items() if name != "image_size"} | {
+    "model_type": "siglip2_vision_model",
+    "num_patches": 16,
+    "vision_use_head": False,
+}
+TOWERS = {"naflex": NAFLEX, **MERGING}
+SIZES = [(24, 48), (20, 50), (48, 24), (1, 90), (24, 48), (30, 30)]
+
+
+def make_config(tower: str, **fields) -> SparseMoeVlmConfig:
+    fields = {"image_sizing": "native", "pixel_shuffle_factor": 2 if tower == "naflex" else 1} | fields
+    text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE, "modalities": fields.pop("modalities", ["text", "image"])}
+    return SparseMoeVlmConfig(text_config=text, vision_config=TOWERS[tower], image_token_id=IMAGE_TOKEN_ID, **fields)
+
+
+def make_model(tower: str, **fields) -> SparseMoeVlmForConditionalGeneration:
+    torch.manual_seed(0)
+    return SparseMoeVlmForConditionalGeneration(make_config(tower, **fields)).eval()
+
+
+def make_processor(config, image_processor=None, **kwargs) -> SparseMoeVlmProcessor:
+    arguments = config.image_arguments | {"max_image_tokens": 30} | kwargs
+    return SparseMoeVlmProcessor(image_processor or make_image_processor(), make_tokenizer(), **arguments)
+
+
+def image_of(height: int, width: int):
+    return make_image(height * 1000 + width, width, height)
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def model(request):
+    return make_model(request.param)
+
+
+# ------------------------------------------------------------------------------------------------ features
+
+
+def test_naflex_features_are_those_of_the_encoder():
+    """For an image as its own image processor cuts it into patches."""
+    model = make_model("naflex")
+    image_processor = Siglip2ImageProcessorPil(patch_size=4, max_num_patches=72)
+    processor = make_processor(model.config, image_processor)
+    image = image_of(24, 48)
+    official = image_processor(image, return_tensors="pt")
+    assert official["spatial_shapes"].tolist() == [[6, 12]]
+    inputs = processor(images=image, return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 6, 12]]
+    with torch.no_grad():
+        features = model.model.vision_tower(**official).last_hidden_state[0]
+        outputs = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert torch.equal(outputs.last_hidden_state, features)
+    assert [tokens.shape for tokens in outputs.pooler_output] == [(18, 32)]
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_merged_features_are_those_of_the_encoder(name):
+    """For an image as its own image processor cuts it into patches."""
+    model = make_model(name)
+    image_processor = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=10_000)
+    processor = make_processor(model.config, image_processor)
+    image = image_of(24, 48)
+    official = image_processor(image, return_tensors="pt")
+    assert official["image_grid_thw"].tolist() == [[1, 6, 12]]
+    inputs = processor(images=image, return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 6, 12]]
+    assert inputs["pixel_values"].shape == (72, 48)
+    connector = model.model.multi_modal_projector
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        features = tower(official["pixel_values"], grid_thw=official["image_grid_thw"]).pooler_output
+        outputs = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        tokens = connector.linear_2(connector.act(connector.linear_1(features)))
+    assert features.shape == (18, 24)
+    assert torch.equal(outputs.last_hidden_state, features)
+    assert len(outputs.pooler_output) == 1
+    assert torch.equal(outputs.pooler_output[0], tokens)
+
+
+def test_features_on_their_own_and_in_a_batch(model):
+    processor = make_processor(model.config)
+    images = [image_of(*size) for size in SIZES]
+    batch = processor(images=images, return_tensors="pt")
+    known = processor._get_num_multimodal_tokens(image_sizes=SIZES)
+    with torch.no_grad():
+        together = model.get_image_features(batch["pixel_values"], batch["image_grid_thw"]).pooler_output
+        assert [len(tokens) for tokens in together] == known["num_image_tokens"]
+        for image, tokens in zip(images, together, strict=True):
+            own = processor(images=image, return_tensors="pt")
+            (alone,) = model.get_image_features(own["pixel_values"], own["image_grid_thw"]).pooler_output
+            torch.testing.assert_close(tokens, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_inputs_of_naflex_towers():
+    config = make_config("naflex").vision_config
+    images = [torch.randn(3, 8, 12), torch.randn(3, 16, 4)]
+    inputs = padded_inputs(torch.cat([to_patches(image[None], 4) for image in images]), [(2, 3), (4, 1)], config)
+    assert inputs["spatial_shapes"].tolist() == [[2, 3], [4, 1]]
+    assert inputs["pixel_attention_mask"].tolist() == [[1] * 6, [1] * 4 + [0] * 2]
+    for number, image in enumerate(images):
+        expected = torch.tensor(convert_image_to_patches(image.numpy(), 4))
+        assert torch.equal(inputs["pixel_values"][number, : len(expected)], expected)
+    assert not inputs["pixel_values"][1, 4:].any()
+
+
+def test_inputs_of_merging_towers():
+    config = make_config("qwen3").vision_config
+    image = torch.arange(4 * 6).float().view(4, 6)  # a grid of patches
+    patches = image.view(24, 1).expand(24, 48).contiguous()
+    patches[:, 0] += 0.5  # the first value of a patch is of its first frame and of its second
+    frames, grid = merged_inputs(torch.cat([patches, patches[:4] + 100]), [(4, 6), (2, 2)], config)
+    assert grid.tolist() == [[1, 4, 6], [1, 2, 2]]
+    assert frames.shape == (28, 96)
+    order = [0, 1, 6, 7, 2, 3, 8, 9, 4, 5, 10, 11, 12, 13, 18, 19, 14, 15, 20, 21, 16, 17, 22, 23]
+    assert frames[:, 1].tolist() == [*order, 100, 101, 102, 103]
+    red, green = frames[:, :32].view(28, 2, 16), frames[:, 32:64].view(28, 2, 16)
+    assert torch.equal(red[:, 0], red[:, 1])
+    assert (red[:, :, 0] - red[:, :, 1] == 0.5).all()
+    assert (green[:, :, 0] == green[:, :, 1]).all()
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def test_batches_and_generation(model):
+    processor = make_processor(model.config)
+    images = [[image_of(45, 70), image_of(20, 20)], [], [image_of(60, 30)]]
+    texts = ["one<image>two<image>?", "none", "<image>!"]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    generate = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False}
+    together = model.generate(**batch, **generate)[:, -3:]
+    single = processor(text=texts[0], images=images[0], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(logits[:1], model(**single).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.generate(**single, **generate)[:, -3:], together[:1])
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_training_step(name):
+    model = make_model(name).train()
+    batch = make_processor(model.config)(
+        text=["<image>a", "b<image>"], images=[image_of(20, 50), image_of(30, 30)], padding=True, return_tensors="pt"
+    )
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    unused = {name for name, own in model.named_parameters() if own.requires_grad and own.grad is None}
+    assert all("deepstack_merger_list" in name for name in unused)
+    assert bool(unused) == (name == "qwen3")
+
+
+@pytest.mark.parametrize("name", ["naflex", "qwen2_5"])
+def test_half_precision(name):
+    model = make_model(name)
+    inputs = make_processor(model.config)(text="<image>", images=image_of(20, 50), return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        actual = model.to(torch.bfloat16)(**inputs).logits
+    assert actual.dtype == torch.bfloat16
+    assert (actual.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("name", ["naflex", "qwen2", "qwen3"])
+def test_save_and_load(name, tmp_path):
+    model = make_model(name)
+    processor = make_processor(model.config)
+    model.save_pretrained(tmp_path)
+    assert (
+        json.loads((tmp_path / "config.json").read_text())["vision_config"]["model_type"] == TOWERS[name]["model_type"]
+    )
+    inputs = processor(text="<image>", images=image_of(20, 50), return_tensors="pt")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded.model.vision_tower) is type(model.model.vision_tower)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["naflex", "qwen3"])
+def test_frames_of_videos_are_squares(name):
+    config = make_config(name, video_token_id=1, modalities=["text", "image", "video"], video_temporal_pooling=2)
+    torch.manual_seed(0)
+    model = SparseMoeVlmForConditionalGeneration(config).eval()
+    processor = make_processor(config, video_token="<|im_start|>", video_temporal_pooling=2)
+    side = 16  # the square of the tower: 4 × 4 patches
+    video = np.random.default_rng(0).integers(0, 256, (4, 20, 50, 3), dtype=np.uint8)
+    inputs = processor(text="<|im_start|>?", videos=video, return_tensors="pt")
+    assert inputs["pixel_values_videos"].shape == (4, 3, side, side)
+    assert (inputs["mm_token_type_ids"] == 2).sum() == 2 * config.image_seq_length
+    with torch.no_grad():
+        frames = model.get_video_features(inputs["pixel_values_videos"]).pooler_output
+        images = torch.stack(model.get_image_features(inputs["pixel_values_videos"]).pooler_output)
+        assert model(**inputs).logits.isfinite().all()
+    torch.testing.assert_close(torch.stack(list(frames)), images.unflatten(0, (2, 2)).mean(dim=1))
+    expected = make_image_processor()([*video], size={"height": side, "width": side}, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values"])
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+def test_arguments_of_the_processor():
+    native = {"image_sizing": "native", "patch_size": 4, "merge_size": 2}
+    arguments = {name: make_config(name).image_arguments for name in TOWERS}
+    # A square of 16 patches, of 32 × 32 patches if the configuration names no size, or of 16 positions.
+    assert arguments == {
+        "naflex": native | {"image_seq_length": 4},
+        "qwen2": native | {"image_seq_length": 256},
+        "qwen2_5": native | {"image_seq_length": 256},
+        "qwen3": native | {"image_seq_length": 4},
+    }
+    assert make_config("qwen3", pixel_shuffle_factor=2).image_arguments == native | {
+        "image_seq_length": 1,
+        "merge_size": 4,
+    }
+    assert {name: native_inputs(make_config(name).vision_config) for name in TOWERS} == {
+        "naflex": "spatial_shapes",
+        **dict.fromkeys(MERGING, "grid_thw"),
+    }
+
+
+def test_the_connector_merges_merged_features_again():
+    model = make_model("qwen2_5", pixel_shuffle_factor=2)
+    pixels = torch.randn(1, 3, 32, 48)  # 8 × 12 patches, which the tower merges to 4 × 6
+    connector = model.model.multi_modal_projector
+    with torch.no_grad():
+        outputs = model.get_image_features(pixels)
+        features = outputs.last_hidden_state.view(2, 2, 3, 2, 24).transpose(1, 2).reshape(6, 96)
+        tokens = connector.linear_2(connector.act(connector.linear_1(features)))
+    assert torch.equal(outputs.pooler_output[0], tokens)
+
+
+@pytest.mark.parametrize(
+    ("vision", "fields", "message"),
+    [
+        (MERGING["qwen3"], {"image_sizing": "fixed"}, r'merges their patches: set `image_sizing="native"`, or choose'),
+        (NAFLEX, {"image_sizing": "fixed"}, r'takes images as lists of patches: set `image_sizing="native"`'),
+        (
+            MERGING["qwen3"],
+            {"vision_feature_layer": -2},
+            r"`vision_feature_layer` \(-2\) must be left out: .* merges the patches of its last layer",
+        ),
+        (
+            OF_LATER | {"model_type": "glm_image_vision"},
+            {},
+            r"takes the inputs \['pixel_values', 'grid_thw'\], but .* passes \['grid_thw', 'hidden_states'\]",
+        ),
+        (
+            OF_LATER | {"model_type": "video_llama_3_vision"},
+            {},
+            r"takes the inputs \['pixel_values', 'grid_thw', 'merge_sizes'",
+        ),
+        (NAFLEX | {"num_patches": 0}, {}, "`vision_config.num_patches` must be an integer of at least 1, got 0"),
+        (MERGING["qwen2"] | {"temporal_patch_size": 0}, {}, "`vision_config.temporal_patch_size` must be"),
+        (MERGING["qwen2"] | {"spatial_merge_size": 0}, {}, "`vision_config.spatial_merge_size` must be"),
+        (MERGING["qwen3"], {"pixel_shuffle_factor": 3}, "one token of 6 × 6 patches, but .* into 4 × 4"),
+        ({"model_type": "blip_vision_model"}, {}, r"\(blip_vision_model\) has no model that `AutoModel` creates"),
+    ],
+)
+def test_invalid_configurations(vision, fields, message):
+    fields = {"image_sizing": "native", "pixel_shuffle_factor": 1} | fields
+    with pytest.raises(ValueError, match=message):
+        SparseMoeVlmConfig(text_config=TEXT_CONFIG, vision_config=vision, **fields)
+
+
+def test_towers_of_a_fixed_size_are_created_as_before():
+    model = SparseMoeVlmForConditionalGeneration(
+        SparseMoeVlmConfig(text_config=TEXT_CONFIG, vision_config=VISION_CONFIG)
+    )
+    assert type(model.model.vision_tower).__name__ == "SiglipVisionModel"
