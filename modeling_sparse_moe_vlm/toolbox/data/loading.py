@@ -53,7 +53,8 @@ def load_rows(
     Args:
         data (`str`, `Path`, `Dataset`, `IterableDataset` or a dict of splits):
             A file (JSONL, JSON, parquet or CSV), a folder of such files or of images with `metadata.jsonl`,
-            `metadata.csv` or `metadata.parquet`, the id of a dataset on the Hub, or a dataset.
+            `metadata.csv` or `metadata.parquet`, a folder that `save_to_disk` of `datasets` wrote, the id of a dataset
+            on the Hub, or a dataset.
         format (`str`, *optional*):
             `"messages"`, `"prompt-completion"`, `"llava"`, `"texts"`, `"vqa"` or `"captions"`. By default, the format
             is recognised by the fields of the first row, and logged.

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from .bad_rows import NOT_JSON, RowFault
@@ -64,7 +74,8 @@ def find_parts(
     Args:
         data (`str`, `Path`, `Dataset`, `IterableDataset` or a dict of them):
             A file (JSONL, JSON, parquet or CSV), a folder of such files or of images with `metadata.jsonl`,
-            `metadata.csv` or `metadata.parquet`, the id of a dataset on the Hub, or a dataset.
+            `metadata.csv` or `metadata.parquet`, a folder that `save_to_disk` of `datasets` wrote, the id of a dataset
+            on the Hub, or a dataset.
         split (`str`, *optional*, defaults to `"train"`):
             Split of a folder or of a dataset of the Hub.
         subset (`str`, *optional*):
@@ -72,7 +83,8 @@ def find_parts(
         image_root (`str` or `Path`, *optional*):
             Folder to which paths of images are relative. By default, the folder of the file that names them.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether to stream a dataset of the Hub instead of downloading it.
+            Whether to stream a dataset of the Hub instead of downloading it. A dataset of `save_to_disk` then has a
+            part for each of its files.
 
     Returns:
         `list[Part]`: The parts, in order.
@@ -85,9 +97,7 @@ def find_parts(
     if root is not None and not os.path.isdir(root):
         raise FileNotFoundError(f"`image_root` {root!r} is not a folder.")
     if isinstance(data, DatasetDict | IterableDatasetDict):
-        if split not in data:
-            raise ValueError(f"the data has no split {split!r}: its splits are {', '.join(data)}.")
-        data = data[split]
+        data = _split_of(data, split, "the data")
     if isinstance(data, Dataset | IterableDataset):
         return _shards(data, "the dataset", root)
     if not isinstance(data, str | os.PathLike):
@@ -100,6 +110,8 @@ def find_parts(
             raise ValueError(f"{name} cannot be read as data: its name must end with one of {', '.join(_READERS)}.")
         files = [name]
     elif os.path.isdir(name):
+        if _is_saved(name):
+            return _saved(name, split, root or os.path.abspath(name), streaming)
         files = _files_of(name, split)
     elif Path(name).suffix.lower() in _READERS or name.count("/") > 1 or name.startswith((".", "/")):
         raise FileNotFoundError(f"there is no file or folder {name!r}.")
@@ -108,9 +120,47 @@ def find_parts(
     return [Part(file, image_root=root or os.path.dirname(os.path.abspath(file))) for file in files]
 
 
+def _split_of(data: Any, split: str, name: str) -> Any:
+    """Returns a split of a dict of datasets."""
+    if split not in data:
+        raise ValueError(f"{name} has no split {split!r}: its splits are {', '.join(data)}.")
+    return data[split]
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
+    if os.path.isfile(os.path.join(folder, DATASETDICT_JSON_FILENAME)):
+        return True
+    has_state = os.path.isfile(os.path.join(folder, DATASET_STATE_JSON_FILENAME))
+    return has_state and any(name.endswith(".arrow") for name in os.listdir(folder))
+
+
+def _saved(folder: str, split: str, image_root: str, streaming: bool) -> list[Part]:
+    """Returns the parts of a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    try:
+        data = load_from_disk(folder)
+    except Exception as error:  # damaged and missing files raise many types
+        raise ValueError(f"the dataset in {folder} (of `save_to_disk`) cannot be read: {error}") from error
+    name = folder
+    if isinstance(data, DatasetDict):
+        data, name = _split_of(data, split, folder), f"{folder} ({split})"
+    elif split != "train":
+        raise ValueError(f"{folder} has no split {split!r}: it contains a single dataset, whose split is 'train'.")
+    number = max(1, min(len(data.cache_files), len(data))) if streaming else 1
+    if number == 1:
+        return [Part(name, data, image_root)]
+    return [
+        Part(f"{name}, shard {i} of {number}", data.shard(num_shards=number, index=i, contiguous=True), image_root)
+        for i in range(number)
+    ]
+
+
 def _files_of(folder: str, split: str) -> list[str]:
     """Returns the data files of a split of a folder. Files of metadata describe images and go before other files."""
-    nothing = f"{folder} has no data: it needs files that end with {', '.join(_READERS)}."
+    nothing = (
+        f"{folder} has no data: it needs files that end with {', '.join(_READERS)}, or the files of `save_to_disk` of "
+        "`datasets`."
+    )
     try:
         base = glob.escape(os.path.abspath(folder))
         by_split = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)

@@ -209,6 +209,63 @@ def test_datasets(load, tmp_path):
         load(Dataset.from_list([vqa(0), vqa(1) | {"answer": None}]))
 
 
+def saved_rows(tmp_path):
+    """Rows whose images are inside, as a path in a text, and none."""
+    write_image(tmp_path / "saved/green.png", color=GREEN)
+    red = {"bytes": write_image(tmp_path / "red.png").read_bytes(), "path": None}
+    inside = Dataset.from_list([{"question": f"q{n}", "answer": "a", "image": red} for n in range(5)])
+    return inside.cast_column("image", datasets.Image())
+
+
+def test_folders_of_save_to_disk(load, tmp_path):
+    folder = tmp_path / "saved"
+    rows = saved_rows(tmp_path)
+    rows.save_to_disk(folder / "one", num_shards=3)
+    loaded = load(folder / "one")
+    assert [plain(row["messages"])[0]["content"][-1]["text"] for row in loaded] == [f"q{n}" for n in range(5)]
+    assert [colors(row) for row in loaded] == [[RED]] * 5
+
+    paths = rows.remove_columns("image").add_column("image", ["green.png"] * 5)
+    named = DatasetDict({"train": rows, "test": paths.select([4])})
+    named.save_to_disk(folder / "dict")
+    assert [row["row"] for row in load(folder / "dict")] == [0, 1, 2, 3, 4]
+    (row,) = load(folder / "dict", split="test", image_root=folder)
+    assert (row["source"], row["row"], colors(row)) == (f"{folder / 'dict'} (test)", 0, [GREEN])
+    write_image(folder / "dict/green.png", color=RED)
+    (row,) = load(folder / "dict", split="test")  # by default, paths are relative to the folder
+    assert colors(row) == [RED]
+
+    with pytest.raises(ValueError, match=r"saved/dict has no split 'dev': its splits are train, test\."):
+        load(folder / "dict", split="dev")
+    with pytest.raises(ValueError, match=r"saved/one has no split 'test': it contains a single dataset"):
+        load(folder / "one", split="test")
+    (folder / "one/dataset_info.json").unlink()
+    with pytest.raises(ValueError, match=r"the dataset in .*saved/one .of `save_to_disk`. cannot be read: "):
+        load(folder / "one")
+
+
+def test_files_of_save_to_disk_are_the_shards_of_a_stream(tmp_path):
+    rows = saved_rows(tmp_path)
+    rows.save_to_disk(tmp_path / "data", num_shards=2)
+    assert [part.name for part in sources.find_parts(tmp_path / "data")] == [str(tmp_path / "data")]
+    parts = sources.find_parts(tmp_path / "data", streaming=True)
+    assert [part.name for part in parts] == [f"{tmp_path}/data, shard {i} of 2" for i in range(2)]
+    assert [[row["question"] for row in part.rows()] for part in parts] == [["q0", "q1", "q2"], ["q3", "q4"]]
+    stream = load_rows(tmp_path / "data", streaming=True)
+    assert stream.num_shards == 2
+    assert [row["row"] for row in stream] == [0, 1, 2, 0, 1]
+    loaded = DataLoader(stream, batch_size=1, num_workers=2, collate_fn=list)
+    assert sorted((row["source"][-6], row["row"]) for batch in loaded for row in batch) == [
+        *(("0", n) for n in range(3)),
+        *(("1", n) for n in range(2)),
+    ]
+
+
+def test_folders_with_a_file_called_state_are_not_those_of_save_to_disk(load, tmp_path):
+    write_lines(tmp_path / "state.json", [{"question": "q", "answer": "a"}])
+    assert [row["row"] for row in load(tmp_path)] == [0]
+
+
 def test_shards_of_a_streamed_dataset():
     data = Dataset.from_list([vqa(i) for i in range(5)] + [vqa(5) | {"answer": " "}])
     rows = load_rows(data.to_iterable_dataset(num_shards=3), streaming=True, on_bad_row="skip")
