@@ -49,7 +49,7 @@ def tensors_in(folder) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3_vl", pytest.param("llama", marks=pytest.mark.extensive)])
 def test_the_last_token_is_scored_with_the_experts_of_the_language_model(kind, tmp_path):
     source, inputs = make_few_experts(kind, seed=3), padded_inputs(kind)
     model = make_classifier(source, tmp_path / "source")

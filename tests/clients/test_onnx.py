@@ -19,10 +19,11 @@ def rolled(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return inputs | tokens
 
 
-def check_export(model, inputs, others, experts: str = "grouped_mm") -> None:
+def check_export(model, inputs, others, experts: str | None = "grouped_mm") -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    model.set_experts_implementation(experts)
+    if experts is not None:
+        model.set_experts_implementation(experts)
     for config in (model.config, model.config.get_text_config()):
         config.use_cache = False
     exported = OnnxExporter().export(model, dict(inputs), config=OnnxConfig(dynamic=True))
@@ -48,6 +49,13 @@ def test_our_models_with_text_only():
 def test_upcycled_models():
     inputs = upcycled.make_inputs("llava", padded=False)
     check_export(upcycled.make_upcycled("llava"), inputs, [rolled(inputs)])
+
+
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "upcycled"])
+def test_images_of_qwen3_vl_cannot_be_exported_from_the_dense_model_either(is_dense):
+    model = upcycled.make_dense("qwen3_vl") if is_dense else upcycled.make_upcycled("qwen3_vl")
+    with pytest.raises(Exception, match="Could not guard on data-dependent expression"):
+        check_export(model, upcycled.make_inputs("qwen3_vl", padded=False), [], None if is_dense else "grouped_mm")
 
 
 def test_the_loop_over_experts_cannot_be_exported():
