@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ...checks import check
 from ..expert_modules import base_model_of, decoder_name, ends_of, expert_banks, layers_of_modules, modules_of
 from ..model_size import encoders_of
+from .full_modules import connector_modules
 from .selection import ROUTER_NAMES, expert_lora_config
 
 # Arguments of `expert_lora_config` that choose experts.
@@ -25,13 +26,15 @@ def decoder_lora_config(
     layers: Collection[int] | None = None,
     attention: bool = True,
     feed_forward: bool = True,
+    connector: bool = False,
     r: int = 8,
     **options: Any,
 ) -> LoraConfig:
     """
     Makes the PEFT configuration for LoRA on the language model of a model without experts, such as LLaVA. The vision
-    encoder, the connector, the embeddings and the head get no adapters. The configuration contains full module names,
-    so no other module gets an adapter. Names such as `"q_proj"` would also match the vision encoder.
+    encoder, the connector, the embeddings and the head get no adapters, but the connector can train in full. The
+    configuration contains full module names, so no other module gets an adapter. Names such as `"q_proj"` would also
+    match the vision encoder.
 
     Args:
         model (`PreTrainedModel`):
@@ -42,6 +45,8 @@ def decoder_lora_config(
             Whether to adapt the linear layers of the attention.
         feed_forward (`bool`, *optional*, defaults to `True`):
             Whether to adapt the other linear layers: those of the feed-forward blocks.
+        connector (`bool`, *optional*, defaults to `False`):
+            Whether to train the connector in full and save it with the adapter.
         r (`int`, *optional*, defaults to 8):
             Rank of the adapters.
         options:
@@ -51,7 +56,8 @@ def decoder_lora_config(
         `LoraConfig`: The configuration.
 
     Raises:
-        ValueError: If the model has experts, if it does not have one of the layers, or if nothing would get an adapter.
+        ValueError: If the model has experts, if it does not have one of the layers or a connector, or if nothing would
+            get an adapter.
     """
     model = base_model_of(model)
     check(
@@ -70,7 +76,8 @@ def decoder_lora_config(
         if (attention if is_attention else feed_forward) and (layers is None or layer_of[name] in layers)
     ]
     check(bool(targets), "nothing gets an adapter: set `attention` or `feed_forward` to `True`.")
-    return LoraConfig(r=r, target_modules=targets, **options)
+    in_full = connector_modules(model) if connector else None
+    return LoraConfig(r=r, target_modules=targets, modules_to_save=in_full, **options)
 
 
 def lora_config_of(model: PreTrainedModel, lora: Mapping[str, Any]) -> LoraConfig:

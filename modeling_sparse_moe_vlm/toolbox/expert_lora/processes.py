@@ -114,8 +114,8 @@ def prepare_for_adapters(model: nn.Module, config: LoraConfig) -> None:
     ]
     check(
         not copied,
-        f"several processes share {copied[:1]}, so an adapter cannot train it in full (`modules_to_save`, `routers`): "
-        "leave it out, or load the model without `fsdp_size`.",
+        f"several processes share {copied[:1]}, so an adapter cannot train it in full (`modules_to_save`, `routers`, "
+        "`connector`): leave it out, or load the model without `fsdp_size`.",
     )
     check(
         not (config.use_dora and config.target_modules),

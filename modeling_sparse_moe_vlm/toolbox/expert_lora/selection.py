@@ -36,6 +36,7 @@ from ..placement.load import expert_counts
 from .adapted_layer import run_factored
 from .batch_rows import tell_token_rows
 from .config import ExpertLoraConfig
+from .full_modules import connector_modules
 from .processes import prepare_for_adapters
 
 # Names of the modules that choose experts.
@@ -53,6 +54,7 @@ def expert_lora_config(
     expert_ranks: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     attention: bool = False,
     routers: bool = False,
+    connector: bool = False,
     r: int = 8,
     **options: Any,
 ) -> ExpertLoraConfig:
@@ -94,6 +96,9 @@ def expert_lora_config(
         routers (`bool`, *optional*, defaults to `False`):
             Whether to train the routers of the selected experts in full and save them with the adapter. Otherwise, the
             routers are frozen.
+        connector (`bool`, *optional*, defaults to `False`):
+            Whether to train the connector (the modules between the encoders and the decoder) in full and save it with
+            the adapter.
         r (`int`, *optional*, defaults to 8):
             Rank of the adapters.
         options:
@@ -105,8 +110,8 @@ def expert_lora_config(
 
     Raises:
         ValueError: If the model has no experts, if the model does not have something that is selected (the message says
-            what it has), if nothing would get an adapter, or if several processes share the model and its linear layers
-            or routers cannot be adapted.
+            what it has), if nothing would get an adapter, or if several processes share the model and its linear
+            layers, routers or connector cannot be adapted.
     """
     model = base_model_of(model)
     config = experts_config_of(model.config)
@@ -135,12 +140,13 @@ def expert_lora_config(
     )
     halves = chosen & {"gate", "up"}
     is_fused = any({"gate", "up"} <= of for bank in banks if not bank.always_on for of in bank.weights.values())
+    in_full = [*(_routers(model, banks) if routers else []), *(connector_modules(model) if connector else [])]
     lora = ExpertLoraConfig(
         r=r,
         # If this were `None` instead of an empty list, PEFT would use its defaults for the type of the model.
         target_modules=target_modules,
         target_parameters=target_parameters or None,
-        modules_to_save=_routers(model, banks) if routers else None,
+        modules_to_save=in_full or None,
         expert_ranks=ranks,
         gate_up=halves.pop() if is_fused and len(halves) == 1 else None,
         **options,

@@ -103,9 +103,11 @@ def _rules_of_vision(
     names: dict[nn.Module, str],
 ) -> Iterator[tuple[str, str]]:
     """Yields the prefixes of the encoders of images and videos, and of connectors within them, each with its part."""
-    for child, module in encoder.named_children():
-        if CONNECTORS.search(child) or CONNECTORS.search(type(module).__name__):
-            yield f"{names[module]}.", "connector"
+    for child, _ in encoder.named_children():
+        name = f"{names[encoder]}.{child}".removeprefix(".")
+        # Without adapters: PEFT wraps a module that trains in full.
+        if CONNECTORS.search(child) or CONNECTORS.search(type(modules[name]).__name__):
+            yield f"{name}.", "connector"
     if encoder is text_encoder:  # it reads text and contains the encoder of images
         encoder = encoder.get_encoder("image")
     yield f"{names[encoder]}.", "vision_encoder"

@@ -251,7 +251,12 @@ def _settings(
                 setting == FREEZE
                 or any(parameter.requires_grad for part in own for parameter in by_part[part].values()),
                 f"`parts.{entry}` is {setting!r}, but all its parameters are frozen already."
-                + (" In a model with adapters, only parts that have adapters train." if has_adapters else ""),
+                + (" In a model with adapters, only parts that have adapters train." if has_adapters else "")
+                + (
+                    " `lora.connector=true` trains the connector in full."
+                    if has_adapters and name == "connector"
+                    else ""
+                ),
             )
             settings |= dict.fromkeys(own, setting)
     return {part: settings.get(part, parts.get(OTHERS, TRAIN)) for part in by_part}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ...checks import check
@@ -39,6 +41,17 @@ def _with_router_loss(function: Callable) -> Callable:
     return loss_with_router_loss
 
 
+def _with_gradient(loss: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """
+    Returns a loss that has a gradient. If only parts for images train, the loss of a batch of texts has none. The
+    gradients of all parameters are then 0.
+    """
+    if loss.requires_grad:
+        return loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss + sum((0.0 * parameter.sum()).to(loss) for parameter in trained)
+
+
 class SparseMoeTrainer(PushesCheckpoints, MemoryErrorsNameRows, ResumableTrainer):
     """
     A `Trainer` for models with experts. It takes the same arguments as `Trainer`. In addition:
@@ -51,6 +64,7 @@ class SparseMoeTrainer(PushesCheckpoints, MemoryErrorsNameRows, ResumableTrainer
     - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint, and logs a warning that names
       newer, incomplete ones. The resumed run equals the uninterrupted one, also with a stream of
       [`~toolbox.data.load_rows`], whose earlier rows are not read again.
+    - A batch of texts does not stop the training if only parts for images train, such as the connector.
     - A process whose batch has no image does not stop the others (DDP, FSDP2, expert parallelism).
     - An error about missing memory names the rows of the batch, with their sizes.
     - Uploads (`push_to_hub`) contain the whole checkpoint and nothing else, as those of
@@ -108,7 +122,12 @@ class SparseMoeTrainer(PushesCheckpoints, MemoryErrorsNameRows, ResumableTrainer
             # In evaluation, a model without labels does not compute router losses unless this is set.
             inputs["output_router_logits"] = True
         with global_batch(model):
-            return super().compute_loss(model, inputs, *args, **kwargs)
+            result = super().compute_loss(model, inputs, *args, **kwargs)
+        if not (model.training and torch.is_grad_enabled()):
+            return result
+        if isinstance(result, tuple):
+            return (_with_gradient(result[0], model), *result[1:])
+        return _with_gradient(result, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with no_training_settings(self.accelerator.unwrap_model(self.model)):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora import decoder_lora_config
 from modeling_sparse_moe_vlm.toolbox.expert_lora.dense_models import lora_config_of
+from modeling_sparse_moe_vlm.toolbox.training import model_parts
 from tests.support import upcycled
 from tests.support.in_tree_models import MODELS
 from tests.support.models import make_model
@@ -52,6 +54,41 @@ def test_only_the_layers_of_the_language_model_get_adapters(name):
     }
     assert trained == targets(prefix)
     assert decoder_lora_config(adapted).target_modules == targets(prefix)
+
+
+CONNECTORS = {
+    "llava": ["model.multi_modal_projector"],
+    "qwen3_vl": ["model.visual.merger", "model.visual.deepstack_merger_list.0", "model.visual.deepstack_merger_list.1"],
+    "idefics3": ["model.connector"],
+}
+
+
+@pytest.mark.parametrize("name", CONNECTORS)
+def test_the_connector_trains_in_full(name):
+    """Lists of modules are replaced by what they contain, because PEFT cannot wrap them."""
+    model = make_dense(name)
+    assert decoder_lora_config(model).modules_to_save is None
+    config = decoder_lora_config(model, connector=True)
+    assert config.modules_to_save == CONNECTORS[name]
+    adapted = get_peft_model(model, config)
+    full = {key for key, own in adapted.named_parameters() if own.requires_grad and "lora_" not in key}
+    assert {key.partition(".modules_to_save.default.")[0] for key in full} == {
+        f"base_model.model.{module}" for module in CONNECTORS[name]
+    }
+    parts = model_parts(adapted)
+    assert full == {key for key, own in parts["connector"].items() if own.requires_grad}
+    assert decoder_lora_config(adapted, connector=True).modules_to_save == CONNECTORS[name]
+
+
+def test_without_a_connector_none_can_train():
+    with pytest.raises(ValueError, match="`connector=True`: LlamaForCausalLM has no connector"):
+        decoder_lora_config(make_dense("llama"), connector=True)
+    model = make_dense("llava")
+    model.model.image_newline = nn.Parameter(torch.zeros(4))
+    with pytest.raises(
+        ValueError, match=r"`connector=True`: \['model.image_newline'\] of the connector cannot train in full"
+    ):
+        decoder_lora_config(model, connector=True)
 
 
 def test_layers_of_gpt_2():

@@ -222,6 +222,19 @@ def test_routers_are_trained_saved_and_recorded_once(name, tmp_path):
     torch.testing.assert_close(again(**inputs).logits, outputs.logits)
 
 
+def test_the_connector_trains_in_full_beside_experts():
+    connector = "model.multi_modal_projector"
+    model = make_ours()
+    assert expert_lora_config(model).modules_to_save is None
+    assert expert_lora_config(model, connector=True).modules_to_save == [connector]
+    gates = [f"{LAYERS}.{layer}.mlp.gate" for layer in range(2)]
+    assert expert_lora_config(model, connector=True, routers=True).modules_to_save == [*gates, connector]
+    weights = changes(model, make_our_inputs(), connector=True)
+    assert {name for name in weights if "experts" not in name} == {
+        f"{connector}.{layer}.{kind}" for layer in ("linear_1", "linear_2") for kind in ("weight", "bias")
+    }
+
+
 @pytest.mark.parametrize("routers", [True, False])
 def test_biases_of_routers_count_once_and_stay_where_the_routers_do(routers, tmp_path):
     model = make_ours(router_bias_update_rate=0.25)

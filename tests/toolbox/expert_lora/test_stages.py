@@ -3,11 +3,14 @@
 import itertools
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from modeling_sparse_moe_vlm.toolbox.expert_lora.recipe_run import LoraRun
 from modeling_sparse_moe_vlm.toolbox.expert_lora.recipes import load_lora_recipe
@@ -45,8 +48,8 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
-def run(recipe: Path, folder: Path, resume: bool = False) -> LoraRun:
-    lora = LoraRun(load_lora_recipe(recipe), folder, resume)
+def run(recipe: Path, folder: Path, resume: bool = False, overrides: Sequence[str] = ()) -> LoraRun:
+    lora = LoraRun(load_lora_recipe(recipe, overrides), folder, resume)
     lora.print_size()
     assert lora.train()
     return lora
@@ -112,11 +115,54 @@ def test_a_stopped_run_resumes_in_its_stage(recipe, tmp_path, capsys):
             assert torch.equal(tensor, expected[name]), name
 
 
+def test_the_connector_trains_in_full_beside_adapters(recipe, tmp_path):
+    """In every stage, at its own learning rate, also when the run resumes. The adapter loads onto the base, merges."""
+    base = AutoModelForImageTextToText.from_pretrained(recipe.parent / "model").eval()
+    connector = {name: tensor.clone() for name, tensor in base.state_dict().items() if "multi_modal_projector" in name}
+    overrides = [
+        "lora.connector=true",
+        "stages=[{name: connector, parts: {connector: 1e-2, rest: freeze}}, {name: all, parts: {connector: 1e-3}}]",
+    ]
+    output = tmp_path / "run"
+    lora = run(recipe, output, overrides=overrides)
+    of_stage, saved = weights(output / "stages/connector"), weights(output / "adapter")
+    names = {name: f"base_model.model.{name}" for name in connector}
+    assert set(names.values()) <= saved.keys()
+    for name, key in names.items():
+        assert not torch.equal(of_stage[key], connector[name])
+        assert not torch.equal(of_stage[key], saved[key])
+    assert not any(tensor.any() for name, tensor in of_stage.items() if "lora_B" in name)
+    sizes = [own["num_trained_parameters"] for own in lora.metrics["stages"].values()]
+    assert sizes == [sum(map(torch.numel, connector.values())), sum(map(torch.numel, saved.values()))]
+
+    expected = {name: tensor.clone() for name, tensor in saved.items()}
+    for path in (output / "adapter", output / "checkpoints/all/checkpoint-2"):
+        shutil.rmtree(path)
+    run(recipe, output, resume=True, overrides=overrides)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(output / "adapter").items())
+
+    row = lora.own.train[0]
+    batch = lora.collator([row])
+    with torch.no_grad():
+        before = base(**batch).logits
+        trained = lora.model.eval().cpu()(**batch).logits
+        with lora.model.disable_adapter():
+            torch.testing.assert_close(lora.model(**batch).logits, before)
+        loaded = PeftModel.from_pretrained(base, output / "adapter").eval()
+        torch.testing.assert_close(loaded(**batch).logits, trained)
+        assert (trained - before).abs().max() > 1e-3
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, trained, rtol=1e-4, atol=1e-5)
+    for name, key in names.items():
+        assert torch.equal(merged.state_dict()[name], expected[key])
+
+
 def test_mistakes_in_stages_are_named(recipe, tmp_path):
     with pytest.raises(ValueError, match=r"has keys \['lora'\]; known ones are name, training, data, parts"):
         load_lora_recipe(recipe, ["stages.all.lora={r: 3}"])
     wrong = load_lora_recipe(recipe, ["stages.0.parts={connector: train, rest: freeze}"])
     with pytest.raises(
-        ValueError, match=r"`parts.connector` .* frozen already. In a model with adapters, .*stage 'attention'"
+        ValueError,
+        match=r"`parts.connector` .* frozen already. In a model with adapters, .* `lora.connector=true` .*stage .a",
     ):
         LoraRun(wrong, tmp_path)

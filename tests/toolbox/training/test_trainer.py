@@ -14,8 +14,9 @@ from modeling_sparse_moe_vlm.toolbox.demo.drawings import draw_answers, draw_exp
 from modeling_sparse_moe_vlm.toolbox.evaluation import generate_answers
 from modeling_sparse_moe_vlm.toolbox.hub import write_model_card
 from modeling_sparse_moe_vlm.toolbox.routing import expert_load
-from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer, from_scratch, model_parts, train_parts
 from modeling_sparse_moe_vlm.toolbox.training.recipes import Recipe, load_recipe
+from tests.support.own_data import make_trainer, write_own_data
 
 PRESET = "configuration/models/tiny.json"
 RECIPE = "configuration/training/demo.yaml"
@@ -114,3 +115,31 @@ def test_the_model_card_has_the_scores(tmp_path, fresh):
     assert "no record of its training" in unmeasured.text
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"]
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters() == model.config.num_parameters()
+
+
+@pytest.mark.parametrize("with_outputs", [False, True])
+def test_batches_of_texts_have_a_gradient_of_zero_if_only_parts_for_images_train(with_outputs, tmp_path):
+    """Their loss stays the same. Every parameter has a gradient, as with several processes."""
+    data = write_own_data(tmp_path, num_rows=2, bad=(), without_image=(0, 1))
+    freeze = {"connector": "train", "rest": "freeze"}
+    trainer = make_trainer(data, tmp_path / "o", prepare=lambda model, own: train_parts(model, freeze, own))
+    model = trainer.model.train()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    expected = model(**batch).loss
+    assert not expected.requires_grad
+    result = trainer.compute_loss(model, dict(batch), return_outputs=with_outputs)
+    loss = result[0] if with_outputs else result
+    assert loss.item() == expected.item()
+    if with_outputs:
+        assert result[1].logits.shape[:2] == batch["input_ids"].shape
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == model_parts(model)["connector"].keys()
+    assert not any(gradient.any() for gradient in gradients.values())
+    with torch.no_grad():
+        assert not trainer.compute_loss(model, dict(batch)).requires_grad
+    assert not trainer.compute_loss(model.eval(), dict(batch)).requires_grad
+    model.train().requires_grad_(True)
+    loss = trainer.compute_loss(model, dict(batch))
+    loss.backward()
+    assert model.lm_head.weight.grad.any()
