@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .checks import check
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
+from .parameters import count_parameters
 from .retrieval_config import RetrievalConfigMixin
 
 if TYPE_CHECKING:
@@ -76,6 +77,24 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
         """Checks the fields again when a model is created: see [`SparseMoeVlmExpertsConfig.validate_architecture`]."""
         super().validate_architecture()
         self.check_head()
+
+    def num_parameters(self) -> int:
+        """Returns the number of parameters of [`SparseMoeVlmForImageTextRetrieval`], without allocating weights."""
+        return self._count("text")[0]
+
+    def num_active_parameters(self, modality: str = "text") -> int:
+        """
+        Returns the number of parameters that one token of `modality` uses, as for
+        [`SparseMoeVlmForConditionalGeneration`], but without a language head: see
+        [`SparseMoeVlmConfig.num_active_parameters`].
+        """
+        return self._count(modality)[1]
+
+    def _count(self, modality: str) -> tuple[int, int]:
+        # Imported here, because that file imports this one.
+        from .modeling_retrieval import SparseMoeVlmForImageTextRetrieval
+
+        return count_parameters(self, modality, SparseMoeVlmForImageTextRetrieval)
 
 
 RETRIEVAL_AUTO_MAP = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import PreTrainedConfig, initialization
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from .experts_config import SparseMoeVlmExpertsConfig
 
 
-def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]:
+def count_parameters(
+    config: PreTrainedConfig, modality: str, model_class: type[PreTrainedModel] | None = None
+) -> tuple[int, int]:
     """
     Counts the parameters of a model on the meta device, so no memory is allocated.
 
@@ -19,6 +21,8 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
             Configuration of the whole model or of the decoder.
         modality (`str`):
             Modality of the token whose active parameters are counted.
+        model_class (`type[PreTrainedModel]`, *optional*):
+            Class of the model. By default, the class with a language head.
 
     Returns:
         `tuple[int, int]`: Number of all parameters, and number of parameters that one token of the modality uses.
@@ -33,7 +37,8 @@ def count_parameters(config: PreTrainedConfig, modality: str) -> tuple[int, int]
     if modality not in text_config.modalities:
         raise ValueError(f"unknown modality {modality!r}: the configuration has {text_config.modalities}.")
     with torch.device("meta"), initialization.no_init_weights():
-        model_class = SparseMoeVlmForCausalLM if text_config is config else SparseMoeVlmForConditionalGeneration
+        if model_class is None:
+            model_class = SparseMoeVlmForCausalLM if text_config is config else SparseMoeVlmForConditionalGeneration
         model = model_class._from_config(copy.deepcopy(config))
     model.tie_weights()
 

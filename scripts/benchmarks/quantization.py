@@ -65,8 +65,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args()
     find_demo(parser, arguments)
+    arguments.options = {}
     if arguments.quick:
         arguments.examples = min(arguments.examples, 2 if arguments.model is None else 16)
+        if arguments.model is None:  # an untrained model does not end its answers
+            arguments.options = {"max_new_tokens": 4}
     return arguments
 
 
@@ -81,13 +84,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
         return AutoModelForImageTextToText.from_pretrained(arguments.model, **kwargs)
 
     model = load()
-    right = generate_answers(model, processor, rows)
+    right = generate_answers(model, processor, rows, **arguments.options)
     peers = {"bytes": size_of(model), "expert_bytes": size_of(model, experts=True)}
     peers["exact_match"] = exact_match(right, data["answer"])
     for case, make_config, unfused in cases():
         model = load(quantization_config=make_config(), unfused_experts=unfused)
         sizes = {"bytes": size_of(model), "expert_bytes": size_of(model, experts=True)}
-        answers = generate_answers(model, processor, rows)
+        answers = generate_answers(model, processor, rows, **arguments.options)
         for metric, figure in (sizes | {"exact_match": exact_match(answers, data["answer"])}).items():
             yield Row(case, metric, figure, peers[metric])
         same = sum(answer == other for answer, other in zip(answers, right, strict=True))

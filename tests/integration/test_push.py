@@ -86,10 +86,14 @@ def test_nothing_is_uploaded_twice(hub, lfs, checkpoint):  # noqa: F811
     first = push_checkpoint(checkpoint, "user/model")
     again = push_checkpoint(checkpoint, "user/model")
     assert (again.commit, again.deleted) == (first.commit, [])
+    assert (first.is_unchanged, again.is_unchanged) == (False, True)
+    assert push_checkpoint(checkpoint, "user/model", create_pr=True).is_unchanged
+    assert hub.repository("user/model").refs.keys() == {"main"}
     assert (hub.count(COMMIT), hub.count("PUT /lfs/")) == (1, 2)
     (checkpoint / "README.md").write_text(CARD + "More.\n")
     third = push_checkpoint(checkpoint, "user/model", commit_message="Better card")
     assert third.commit != first.commit
+    assert not third.is_unchanged
     assert hub.repository("user/model").history()[0].title == "Better card (sparse-moe-vlm)"
     assert hub.count("PUT /lfs/") == 2
     assert stored(hub)["README.md"] == (CARD + "More.\n").encode()

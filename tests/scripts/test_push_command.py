@@ -78,6 +78,9 @@ def test_an_upload(hub, lfs, checkpoint, capsys):  # noqa: F811
     }
     assert repository.is_private
     assert repository.history()[0].title == "First (sparse-moe-vlm)"
+    main(["push", str(checkpoint), "user/model", "--create-pr"])
+    same = f"nothing was uploaded: {hub.endpoint}/user/model/commit/{commit} has the same files"
+    assert capsys.readouterr().out.splitlines()[-1] == same
     (checkpoint / "tokenizer_config.json").unlink()
     main(["push", str(checkpoint), "user/model"])
     lines = capsys.readouterr().out.splitlines()

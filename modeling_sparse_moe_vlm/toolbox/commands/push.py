@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.dry_run:
                 plan = plan_push(arguments.checkpoint, arguments.repository, base_model=arguments.base_model)
                 made: dict[str, Any] = {}
+                is_unchanged = True
             else:
                 pushed = push_checkpoint(
                     arguments.checkpoint,
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
                 )
                 plan = pushed.plan
                 made = {"url": pushed.url, "commit": pushed.commit, "deleted": pushed.deleted}
+                is_unchanged = pushed.is_unchanged
         except PushInterruptedError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(EXIT_CODE_OF_INTERRUPTED_UPLOADS) from error
@@ -78,6 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
     print(_listing(plan))
     if arguments.dry_run:
         print("dry run: nothing was uploaded", file=sys.stderr)
+    elif is_unchanged:
+        print(f"\nnothing was uploaded: {made['url']} has the same files")
     else:
         deleted = f", deleted {', '.join(made['deleted'])}" if made["deleted"] else ""
         print(f"\n{made['url']} (commit {made['commit']}{deleted})")

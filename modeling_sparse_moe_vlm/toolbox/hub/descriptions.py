@@ -64,7 +64,12 @@ class Description:
     variables: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
+def describe(
+    config: PreTrainedConfig,
+    parents: Sequence[str],
+    start: Mapping[str, Any],
+    whole: PreTrainedConfig | None = None,
+) -> Description:
     """
     Describes a model of this package, an upcycled model, or any other model of Transformers.
 
@@ -75,10 +80,13 @@ def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[st
             The models that it was made from. Of a model from parts: the language model, then the vision encoder.
         start (`Mapping[str, Any]`):
             The start of its experts, as in `experts_config.start`; empty if the model was not upcycled.
+        whole (`PreTrainedConfig`, *optional*):
+            Configuration of the model with the head whose size is described, if `config` does not contain its head.
     """
     model_type = config.model_type
+    whole = config if whole is None else whole
     if isinstance(config, RetrievalConfigMixin):
-        tower = describe(without_head(config), parents, start)
+        tower = describe(without_head(config), parents, start, config)
         return replace(
             tower,
             text=f"{tower.text} This model has a head for image-text retrieval (`{model_type}`): it embeds "
@@ -87,21 +95,21 @@ def describe(config: PreTrainedConfig, parents: Sequence[str], start: Mapping[st
             tags=[*tower.tags, "image-text-retrieval", "sentence-transformers"],
         )
     if config.model_type in OUR_TYPES:
-        return _ours(config, parents, start)
+        return _ours(config, whole, parents, start)
     experts = our_experts_config(config)
     if experts is not None:
-        return _upcycled(config, experts, parents, start)
+        return _upcycled(config, whole, experts, parents, start)
     return _of_transformers(config, parents, start)
 
 
-def _ours(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
+def _ours(config: Any, whole: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
     text_config, auto_class = config.get_text_config(), OUR_TYPES[config.model_type]
     has_images = auto_class == IMAGE_TEXT
     modalities = text_config.modalities if has_images else ["text"]
-    active = {modality: f"{config.num_active_parameters(modality):,}" for modality in modalities}
+    active = {modality: f"{whole.num_active_parameters(modality):,}" for modality in modalities}
     variables = {
         "vision_model_type": config.vision_config.model_type if has_images else None,
-        "num_parameters": f"{config.num_parameters():,}",
+        "num_parameters": f"{whole.num_parameters():,}",
         "active_parameters": active,
         "expert_groups": _groups(text_config),
         "num_experts_per_tok": text_config.num_experts_per_tok,
@@ -112,7 +120,7 @@ def _ours(config: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Desc
         "expert groups": variables["expert_groups"],
         "routed experts per token": variables["num_experts_per_tok"],
         **_routing_rows(text_config),
-        **memory_rows(config.num_parameters()),
+        **memory_rows(whole.num_parameters()),
     }
     kind, parts, experts = "language model", "a decoder", "experts"
     if has_images:
@@ -139,8 +147,8 @@ def _origin_of_parts(parents: Sequence[str], start: Mapping[str, Any]) -> str:
     return "\n\n".join([text, _start_and_parity(start)])
 
 
-def _upcycled(config: Any, experts: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
-    costs = costs_table({"dense": costs_of(dense_config(config)), "sparse": costs_of(config)})
+def _upcycled(config: Any, whole: Any, experts: Any, parents: Sequence[str], start: Mapping[str, Any]) -> Description:
+    costs = costs_table({"dense": costs_of(dense_config(config)), "sparse": costs_of(whole)})
     rows = {
         "start": describe_start(start),
         "groups": _groups(experts),

@@ -78,6 +78,8 @@ class PushedCheckpoint:
             Files of an earlier upload that were deleted.
         info (`huggingface_hub.CommitInfo`):
             The commit as `huggingface_hub` describes it.
+        is_unchanged (`bool`):
+            Whether the repository contained the same files before. Then there is no new commit or pull request.
     """
 
     plan: PushPlan
@@ -85,6 +87,7 @@ class PushedCheckpoint:
     commit: str
     deleted: list[str]
     info: CommitInfo
+    is_unchanged: bool = False
 
 
 def plan_push(folder: str | os.PathLike, repo_id: str, *, base_model: str | None = None) -> PushPlan:
@@ -176,13 +179,15 @@ def push_checkpoint(
         message=commit_message or f"Upload {plan.kind} with sparse-moe-vlm",
         token=token,
     )
-    return PushedCheckpoint(plan, done.url, done.commit, done.deleted, done.info)
+    return PushedCheckpoint(plan, done.url, done.commit, done.deleted, done.info, done.is_unchanged)
 
 
 def _plan(folder: Path, repo_id: str, base_model: str | None) -> PushPlan:
     _check_names(repo_id, base_model)
     if not folder.is_dir():
-        raise PushError(f"There is no folder {folder}: give the folder of a saved model or adapter.")
+        raise PushError(
+            f"There is no folder {folder}: pass the folder that `save_pretrained` wrote a model or an adapter to."
+        )
     if _is_adapter(folder):
         kind, found = "adapter", adapter_files(folder)
         base = name_base(found, base_model)

@@ -35,7 +35,7 @@ base = {auto_class}.from_pretrained("{base_name}", {revision}trust_remote_code=T
 model = PeftModel.from_pretrained(base, "{name}")
 ```
 
-Code from the Hub runs on your machine: read that of the base model, and pin a revision.
+The code of the base model runs on your machine: read it, and pin a revision.
 """
 
 
@@ -59,14 +59,15 @@ def name_base(found: PushedFiles, base_model: str | None) -> str:
     named = config.get(BASE) or ""
     base = base_model or name_in_cache(named) or named
     if not base or is_local_path(base):
-        where = f"a path of this machine ({base})" if base else "nothing"
+        reason = f"names a path of this machine ({base}) as" if base else "does not name"
         raise PushError(
-            f"{ADAPTER_CONFIG} names {where} as the base model of the adapter, which others cannot load: upload the "
-            "base model first, and give its name on the Hub with `base_model=` (--base-model user/name)."
+            f"{ADAPTER_CONFIG} {reason} the base model of the adapter, so others cannot load it: upload the base model "
+            "first, and pass its name on the Hub with `base_model=` (--base-model user/name)."
         )
     if base != named:
         found.add(ADAPTER_CONFIG, (json.dumps(config | {BASE: base}, indent=2) + "\n").encode())
-        found.notes.append(f"{ADAPTER_CONFIG}: names {base} as the base model instead of {named or 'nothing'}")
+        instead = f" instead of {named}" if named else ""
+        found.notes.append(f"{ADAPTER_CONFIG}: names {base} as the base model{instead}")
     return base
 
 

@@ -48,12 +48,14 @@ class Uploaded:
         commit (`str`): Hash of the commit.
         deleted (`list[str]`): Files of an earlier upload that were deleted.
         info (`CommitInfo`): The answer of `huggingface_hub`.
+        is_unchanged (`bool`): Whether the repository contained the same files before, so that there is no new commit.
     """
 
     url: str
     commit: str
     deleted: list[str]
     info: CommitInfo
+    is_unchanged: bool
 
 
 def upload(
@@ -103,7 +105,7 @@ def upload(
             create_pr=destination.create_pr,
             parent_commit=start,
         )
-    return Uploaded(commit.pr_url or commit.commit_url, commit.oid, outdated, commit)
+    return Uploaded(commit.pr_url or commit.commit_url, commit.oid, outdated, commit, commit.oid == start)
 
 
 def _prepare(api: HfApi, destination: Destination) -> None:

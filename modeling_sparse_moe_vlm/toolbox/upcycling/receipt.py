@@ -58,9 +58,10 @@ class ParityReceipt:
         return asdict(self)
 
     def __str__(self) -> str:
+        batch = "random" if self.batch == "made" else self.batch
         bound = "not exact by design" if self.bound is None else f"bound {self.bound:.1e}"
         return (
-            f"parity on {self.num_tokens} tokens ({self.batch} batch, {self.dtype}): relative difference "
+            f"parity on {self.num_tokens} tokens ({batch} batch, {self.dtype}): relative difference "
             f"{self.relative_difference:.1e} ({bound}), largest {self.max_difference:.1e}, the same token at "
             f"{self.same_tokens:.1%} of the positions"
         )

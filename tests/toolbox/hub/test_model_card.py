@@ -81,7 +81,7 @@ def test_only_measured_results_are_in_the_card(tmp_path):
     assert card.data.metrics is None
     assert "Nothing was measured when this model was saved." in card.text
     assert "Exact match" not in card.text
-    assert "The saved model brings no record of its training." in card.text
+    assert "No record of the training is saved with this model." in card.text
     assert "```yaml" not in card.text
 
     card = write_model_card(tmp_path, config=make_config(), metrics={"test_style": METRICS["test_style"]})

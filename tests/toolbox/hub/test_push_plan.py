@@ -336,7 +336,7 @@ def test_licences(copy):
 def test_adapters(copy, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("it used the network"))
     folder = copy("adapter")
-    with pytest.raises(PushError, match="names nothing as the base model"):
+    with pytest.raises(PushError, match="does not name the base model of the adapter"):
         plan_push(folder, "user/adapter")
     plan = plan_push(folder, "user/adapter", base_model="user/base")
     assert plan.kind == "adapter"

@@ -118,7 +118,7 @@ def test_without_a_processor(hub, lfs, tmp_path):  # noqa: F811
 def test_an_adapter(hub, lfs, tmp_path):  # noqa: F811
     model = make_speaking_model()
     trainer = make_trainer(tmp_path / "run", get_peft_model(model, expert_lora_config(model)), label_names=["labels"])
-    with pytest.raises(PushError, match=r"names nothing as the base model .*\(--base-model user/name\)"):
+    with pytest.raises(PushError, match=r"does not name the base model .*\(--base-model user/name\)"):
         trainer.push_to_hub()
     trainer.push_to_hub(base_model="user/base")
     files = hub.repository("user/model").files()

@@ -57,7 +57,7 @@ def test_a_vision_language_model_from_the_hub(tmp_path):
         'model = AutoModelForImageTextToText.from_pretrained("my-model", trust_remote_code=True)',
     ):
         assert line in card.content.splitlines()
-    assert "Before any training: parity on 32 tokens (made batch, float32)" in card.content
+    assert "Before any training: parity on 32 tokens (random batch, float32)" in card.content
     assert "Transformers has the class" not in card.content
     assert "Nothing was measured" not in card.content
     assert "record of its training" not in card.content
@@ -232,7 +232,7 @@ def test_a_native_export(tmp_path):
     assert f"| parameters | {twin.num_parameters():,} |" in lines
     assert f"| active per text token | {costs_of(sparse).active['text']:,} |" in lines
     assert "Start of the experts: copy (router rows random, seed 0)." in lines
-    assert "Before any training: parity on 32 tokens (made batch, float32)" in card.content
+    assert "Before any training: parity on 32 tokens (random batch, float32)" in card.content
     assert "Transformers has the class of this model, so no remote code is needed." in lines
     assert usage_of(card)[2] == 'model = AutoModelForCausalLM.from_pretrained("twin")'
     assert "trust_remote_code" not in card.content

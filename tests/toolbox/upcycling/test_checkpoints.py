@@ -91,7 +91,7 @@ def test_the_report(dense, tmp_path):
     assert lines[0] == "|  | dense | sparse |"
     assert lines[-3] == "UpcycledLlavaForConditionalGeneration, start residual"
     assert lines[-2].startswith(
-        "parity on 32 tokens (made batch, float32): relative difference 0.0e+00 (bound 1.0e-05)"
+        "parity on 32 tokens (random batch, float32): relative difference 0.0e+00 (bound 1.0e-05)"
     )
     assert lines[-1] == f"{tmp_path / 'sparse'} (LlavaProcessor)"
     assert str(planned).splitlines()[-1] == "UpcycledLlavaForConditionalGeneration, start residual"
