@@ -1,6 +1,8 @@
 """Rows with videos: formats, validation, limits, batches, packing and evaluation."""
 
+import copy
 import json
+from typing import TypedDict
 
 import datasets
 import numpy as np
@@ -10,6 +12,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import LlavaProcessor
+from transformers.processing_utils import ProcessorMixin
 
 from modeling_sparse_moe_vlm import video_reading
 from modeling_sparse_moe_vlm.toolbox.data import (
@@ -24,6 +27,7 @@ from modeling_sparse_moe_vlm.toolbox.data.bad_rows import RowFault
 from modeling_sparse_moe_vlm.toolbox.data.formats import FORMATS, find_format, recognise_format
 from modeling_sparse_moe_vlm.toolbox.data.row_sizes import RowSize, find_excess
 from modeling_sparse_moe_vlm.toolbox.data.rows import with_images
+from modeling_sparse_moe_vlm.toolbox.data.videos import read_videos
 from modeling_sparse_moe_vlm.toolbox.evaluation import evaluate_rows, generate_answers
 from modeling_sparse_moe_vlm.toolbox.evaluation.own_data import texts_of_rows, without_images
 from modeling_sparse_moe_vlm.video_reading import FrameSampling, read_video
@@ -443,3 +447,67 @@ def test_evaluation_answers_rows_with_videos(folder, processor, tmp_path):
     blind = without_images(rows[0])
     assert blind["videos"] == []
     assert [part["type"] for part in blind["messages"][0]["content"]] == ["text"]
+
+
+# ------------------------------------------------------------------------------------------------ other processors
+
+
+class SomeKwargs(TypedDict, total=False):
+    do_sample_frames: bool
+    fps: float
+    min_frames: int
+
+
+class SomeVideoProcessor:
+    """Chooses every second frame, like a video processor of Transformers."""
+
+    valid_kwargs = SomeKwargs
+    do_sample_frames, fps, size = True, 3.0, 5
+
+    def __init__(self):
+        self.calls = []
+
+    def sample_frames(self, metadata, **kwargs):
+        self.calls.append((metadata.total_num_frames, metadata.fps, kwargs))
+        return torch.arange(1, metadata.total_num_frames, 2)
+
+
+class SomeProcessor(ProcessorMixin):
+    video_token = "<video>"
+
+    def __init__(self):
+        self.video_processor = SomeVideoProcessor()
+
+
+def test_video_processors_of_other_models_choose_the_frames(folder):
+    """They get the frames that they choose, whatever the form of the video is, and all frames without a rate."""
+    processor = SomeProcessor()
+    listed = {"frames": [str(folder / f"{number}.png") for number in range(4)]}
+    conversations = [
+        [ask(part(str(folder / "a.gif")), "q"), {"role": "assistant", "content": "x"}],
+        [ask({"type": "video", "path": str(folder / "a.gif")}, part(listed)), {"role": "assistant", "tool_calls": []}],
+        [ask(part(listed | {"fps": 2.0})), assistant("x")],
+    ]
+    given = copy.deepcopy(conversations)
+    read, options = read_videos(processor, conversations)
+    assert conversations == given
+    metadata = options["videos_kwargs"].pop("video_metadata")
+    assert options == {"videos_kwargs": {"do_sample_frames": False}}
+    assert [item.frames_indices for item in metadata] == [[1, 3, 5], [1, 3, 5], [0, 1, 2, 3], [1, 3]]
+    assert [item.fps for item in metadata] == [2.0, 2.0, None, 2.0]
+    options = {"do_sample_frames": True, "fps": 3.0, "min_frames": None}
+    assert processor.video_processor.calls == [(6, 2.0, options), (6, 2.0, options), (4, 2.0, options)]
+    videos = [part["video"] for messages in read for part in messages[0]["content"] if part["type"] == "video"]
+    for video, item in zip(videos, metadata, strict=True):
+        assert video.shape == (len(item.frames_indices), 8, 8, 3)
+        assert np.abs(video[:, 0, 0].astype(int) - [COLORS[index] for index in item.frames_indices]).max() <= 1
+    assert read[0][0]["content"][1] == text("q")
+    assert [messages[1] for messages in read] == [messages[1] for messages in given]
+    assert set(read[1][0]["content"][0]) == {"type", "video"}
+    processor.video_processor.do_sample_frames = False
+    _, options = read_videos(processor, conversations[:1])
+    assert options["videos_kwargs"]["video_metadata"][0].frames_indices == list(range(6))
+    with pytest.raises(ValueError, match=r"videos\[1\], frame 0 cannot be read"):
+        read_videos(processor, [[ask(part(str(folder / "a.gif")), part([str(folder / "none.png")]))]])
+    without = [[ask("q"), {"role": "assistant", "content": "x"}]]
+    assert read_videos(processor, without) == (without, {})
