@@ -221,7 +221,10 @@ def _read_file(file: str | bytes, name: str, sampling: Any) -> Decoded:
     except ImportError:
         raise
     except Exception as error:  # decoders raise any type of error
-        raise ValueError(f"{shown} cannot be read as a video: {error}") from error
+        reason = str(error)
+        if isinstance(file, str) and not is_local and "://" not in file:
+            reason = "there is no such file."
+        raise ValueError(f"{shown} cannot be read as a video: {reason}") from error
 
 
 def _load_video(file: Any, backend: str, sampling: Any) -> Decoded:

@@ -137,6 +137,14 @@ def video_source(video: Any, number: int, root: str | Path | None) -> dict[str, 
     return {"frames": frames, "fps": None if fps is None else float(fps)}
 
 
+def check_files(source: dict[str, Any], number: int) -> None:
+    """Raises `RowFault` if a file of a video is missing: the video itself, or one of its frames."""
+    name = f"videos[{number}]"
+    _existing_path(source, name)
+    for index, frame in enumerate(source.get("frames") or []):
+        _existing_path(frame, f"{name}, frame {index}")
+
+
 def check_video(source: dict[str, Any], number: int) -> None:
     """Decodes some frames of a video of a row. Raises `RowFault` if it cannot be read."""
     name = f"videos[{number}]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from .bad_rows import BROKEN_IMAGE, BadRowError, RowFault, SkippedRows
 from .formats import DataFormat, find_format
-from .media_sources import check_image
+from .media_sources import check_files, check_image
 from .repeated_rows import RepeatedRow
 from .sources import Part
 from .validation import validated_row
@@ -160,13 +160,19 @@ class Rows(Dataset):
         return Rows.of(super()._select_contiguous(*args, **kwargs), self.reader)
 
     def __getitem__(self, key: Any) -> Any:
-        """Returns a row, rows or a column. Raises `BadRowError` if an image of a row cannot be read any more."""
+        """
+        Returns a row, rows or a column. Raises `BadRowError` if an image of a row cannot be read any more, or a file of
+        a video is missing.
+        """
         try:
-            return super().__getitem__(key)
+            item = super().__getitem__(key)
         except Exception:
             if isinstance(key, int) and (error := self._fault_of(key)):
                 raise error from None
             raise
+        if isinstance(key, int) and (error := _missing_video(item)):
+            raise error
+        return item
 
     def __getitems__(self, keys: list[int]) -> list[dict[str, Any]]:
         """
@@ -174,17 +180,20 @@ class Rows(Dataset):
         that can be read as a `RepeatedRow`, because a batch must not be empty.
         """
         try:
-            return super().__getitems__(keys)
+            rows = super().__getitems__(keys)
+            if not any(_missing_video(row) for row in rows):
+                return rows
         except Exception:
-            rows = [row for key in keys if (row := self._readable(key)) is not None]
-            for step in range(1, len(self)):
-                if rows:
-                    break
-                row = self._readable((keys[-1] + step) % len(self))
-                rows = [] if row is None else [RepeatedRow(row)]
-            if not rows:
-                raise ValueError(f"no row of the data can be read: {self.reader.skipped.summary()}") from None
-            return rows
+            pass  # an image cannot be read: the rows are read one by one
+        rows = [row for key in keys if (row := self._readable(key)) is not None]
+        for step in range(1, len(self)):
+            if rows:
+                break
+            row = self._readable((keys[-1] + step) % len(self))
+            rows = [] if row is None else [RepeatedRow(row)]
+        if not rows:
+            raise ValueError(f"no row of the data can be read: {self.reader.skipped.summary()}")
+        return rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yields the rows that can be read."""
@@ -210,3 +219,15 @@ class Rows(Dataset):
             except RowFault as fault:
                 return BadRowError(row["source"], row["row"], fault.kind, fault.reason)
         return None
+
+
+def _missing_video(row: Any) -> BadRowError | None:
+    """Returns the fault of a row with a video whose file is missing. Videos are decoded later."""
+    if not isinstance(row, Mapping) or not {"videos", "source", "row"} <= set(row):
+        return None
+    try:
+        for number, video in enumerate(row["videos"]):
+            check_files(video, number)
+    except RowFault as fault:
+        return BadRowError(row["source"], row["row"], fault.kind, fault.reason)
+    return None

@@ -25,6 +25,7 @@ from modeling_sparse_moe_vlm.toolbox.data import (
 from modeling_sparse_moe_vlm.toolbox.data import media_sources as sources
 from modeling_sparse_moe_vlm.toolbox.data.bad_rows import RowFault
 from modeling_sparse_moe_vlm.toolbox.data.formats import FORMATS, find_format, recognise_format
+from modeling_sparse_moe_vlm.toolbox.data.repeated_rows import RepeatedRow
 from modeling_sparse_moe_vlm.toolbox.data.row_sizes import RowSize, find_excess
 from modeling_sparse_moe_vlm.toolbox.data.rows import with_images
 from modeling_sparse_moe_vlm.toolbox.data.videos import read_videos
@@ -381,6 +382,32 @@ def test_workers_decode_videos(folder, processor):
         rows = load_rows(path, streaming=streaming)
         batches = list(DataLoader(rows, batch_size=2, num_workers=2, collate_fn=collator))
         assert [tuple(batch["pixel_values_videos"].shape) for batch in batches] == [(6, 3, 16, 16)] * 2
+
+
+def test_videos_that_vanish_after_validation(folder):
+    """The policy for bad rows applies, as for images."""
+    for name in ("lost.gif", "lost.png"):
+        (folder / name).write_bytes((folder / "a.gif").read_bytes())
+    videos = ["a.gif", "lost.gif", ["0.png"], ["lost.png"]]
+    path = write_lines(folder / "vanish.jsonl", [QUESTION | {"video": video} for video in videos])
+    strict, lenient = load_rows(path), load_rows(path, on_bad_row="skip", skipped_file=folder / "skipped.jsonl")
+    (folder / "lost.gif").unlink()
+    (folder / "lost.png").unlink()
+    assert strict[0]["row"] == 0
+    for number, reason in (
+        (1, r"row 1: videos\[0\]: there is no file"),
+        (3, r"row 3: videos\[0\], frame 0: there is no"),
+    ):
+        with pytest.raises(BadRowError, match=reason) as raised:
+            strict[number]
+        assert raised.value.kind == "missing file"
+    with pytest.raises(BadRowError, match="row 1"):
+        strict.__getitems__([0, 1])
+    assert [row["row"] for row in lenient.__getitems__([0, 1, 2, 3])] == [0, 2]
+    (row,) = lenient.__getitems__([1])
+    assert isinstance(row, RepeatedRow)
+    assert [row["row"] for row in lenient] == [0, 2]
+    assert len(strict["videos"]) == 4
 
 
 def test_packed_rows_have_the_loss_of_padded_rows(folder, processor):
