@@ -63,14 +63,19 @@ class SparseMoeVlmRetrievalConfig(RetrievalConfigMixin, SparseMoeVlmConfig):
         kwargs.setdefault("auto_map", dict(RETRIEVAL_AUTO_MAP))
         super().__post_init__(**kwargs)
         self.check_head()
+        is_fixed = self.image_sizing == "fixed"
         if self.image_prompt_ids is None:
-            is_fixed = self.image_sizing == "fixed"
             self.image_prompt_ids = [self.image_token_id] * self.image_seq_length if is_fixed else []
         num_places = self.image_prompt_ids.count(self.image_token_id)
         check(
-            not self.image_prompt_ids or (num_places == self.image_seq_length and self.image_sizing == "fixed"),
+            is_fixed or not self.image_prompt_ids,
+            '`image_prompt_ids` must be empty with `image_sizing="native"`, because the number of tokens of an image '
+            "depends on its size.",
+        )
+        check(
+            num_places == self.image_seq_length or not self.image_prompt_ids,
             f"`image_prompt_ids` has {num_places} placeholders (id {self.image_token_id}), but an image has "
-            f"{self.image_seq_length if self.image_sizing == 'fixed' else 'as many as its size needs'} tokens.",
+            f"{self.image_seq_length} tokens.",
         )
 
     def validate_architecture(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
@@ -121,3 +123,27 @@ def merged_inputs(
     ordered = torch.cat(images).unflatten(1, (-1, 1, config.patch_size**2))
     frames = ordered.expand(-1, -1, getattr(config, "temporal_patch_size", 1), -1).flatten(1)
     return frames, torch.tensor([(1, *grid) for grid in grids], device=patches.device)
+
+
+@contextmanager
+def loaded_embeddings(tower: nn.Module) -> Iterator[None]:
+    """
+    Loads the embeddings of a vision tower whose weights are offloaded. Towers that interpolate position embeddings read
+    their weights without calling the module, so the hooks of Accelerate do not load them.
+
+    Args:
+        tower (`nn.Module`):
+            The vision tower.
+    """
+    hooks = [
+        (module, module._hf_hook)
+        for module in tower.modules()
+        if isinstance(module, nn.Embedding) and hasattr(module, "_hf_hook")
+    ]
+    for module, hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks:
+            hook.post_forward(module, None)

@@ -15,7 +15,7 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .expert_groups import BUILTIN_MODALITIES
 from .image_patches import Grid, to_patches
-from .native_encoding import features_by_size, grids_of, merged_inputs, padded_inputs
+from .native_encoding import features_by_size, grids_of, loaded_embeddings, merged_inputs, padded_inputs
 from .native_towers import merge_size_of, native_inputs, num_channels_of, patches_per_side, takes_interpolation
 from .outputs import join_image_tokens
 from .parallel_plans import is_one_of_several_processes
@@ -205,7 +205,8 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
                 features = features + (0.0 * self._encode_size(self._blank_images())).sum()
         elif kind == "spatial_shapes":
             inputs = padded_inputs(patches, grids, config)
-            _, padded = self._run_tower(**inputs)
+            with loaded_embeddings(self.vision_tower):
+                _, padded = self._run_tower(**inputs)
             features = padded[inputs["pixel_attention_mask"].bool().to(padded.device)]
         else:
             features = self._merged_features(*merged_inputs(patches, grids, config))
@@ -220,7 +221,9 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         config = self.config.vision_config
         options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
         num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
-        return patch_features(self._run_tower(images, **options)[1], config, num_patches)
+        with loaded_embeddings(self.vision_tower):
+            _, hidden_states = self._run_tower(images, **options)
+        return patch_features(hidden_states, config, num_patches)
 
     def _merged_features(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Returns the features of squares of patches that the vision tower has merged."""

@@ -1,10 +1,14 @@
 """Images of native sizes: the processor's tokens are known beforehand, and the features are those of the encoder."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from transformers import AutoModelForImageTextToText, ViTImageProcessorPil
 
@@ -117,10 +121,11 @@ def test_separators_count_as_tokens():
 
 
 @pytest.mark.parametrize("options", [{}, {"row_separator": SEPARATOR}, {"min_image_tokens": 12, "merge_size": 1}])
-def test_numbers_of_tokens_of_ten_thousand_images(options):
+def test_numbers_of_tokens_of_thousands_of_images(options):
     processor = make_native_processor(**options)
     side = 4 * processor.merge_size
-    sizes = np.random.default_rng(0).integers(1, 150, (10_000, 2)).tolist()
+    number = 2_000 if options else 10_000
+    sizes = np.random.default_rng(0).integers(1, 150, (number, 2)).tolist()
     known = processor._get_num_multimodal_tokens(image_sizes=sizes)
     tokens, patches = known["num_image_tokens"], known["num_image_patches"]
     has_separators = "row_separator" in options
@@ -132,7 +137,7 @@ def test_numbers_of_tokens_of_ten_thousand_images(options):
         nearest = [max(1, int(length / side + 0.5)) for length in (height, width)]
         if options.get("min_image_tokens", 1) <= nearest[0] * (nearest[1] + has_separators) <= 30:
             assert [rows, columns] == nearest
-    few = range(0, 10_000, 100)
+    few = range(0, number, 100)
     inputs = processor(text=["<image>"] * len(few), images=[Image.new("RGB", sizes[i][::-1]) for i in few])
     assert [len(row) for row in inputs["input_ids"]] == [tokens[i] for i in few]
     assert [int(np.prod(grid)) for grid in inputs["image_grid_thw"]] == [patches[i] for i in few]
@@ -403,6 +408,51 @@ def test_half_precision():
         assert (actual.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
+@pytest.mark.parametrize("tower", ["siglip", "clip", "dinov2", "dinov3"])
+def test_offloaded_weights(tower):
+    """Interpolation reads weights of modules that are not called."""
+    model = make_native_model(tower)
+    inputs = make_native_processor(model.config)(text="<image>", images=image_of(20, 50), return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        for _ in range(2):
+            assert torch.equal(model(**inputs).logits, expected)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("has_images", [True, False])
+def test_processes_call_the_tower_equally_often(has_images, monkeypatch):
+    """Another process has images of 4 sizes: as many calls of the tower, which gather sharded weights."""
+    model = make_native_model().train()
+    processor = make_native_processor()
+    images = [image_of(20, 50), image_of(30, 30), image_of(20, 50)] if has_images else None
+    batch = processor(text="<image>" * 3 if has_images else "a", images=images, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**batch).logits
+    calls, told = [], []
+
+    def all_reduce(number, op):
+        assert op == torch.distributed.ReduceOp.MAX
+        told.append(int(number))
+        number.fill_(4)
+
+    model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: calls.append(tuple(inputs[0].shape)))
+    monkeypatch.setattr("modeling_sparse_moe_vlm.visual_features.is_one_of_several_processes", lambda: True)
+    monkeypatch.setattr("modeling_sparse_moe_vlm.modeling_sparse_moe_vlm.is_one_of_several_processes", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    logits = model(**batch).logits
+    torch.testing.assert_close(logits, expected)
+    blank = (1, 3, 8, 8)
+    assert calls == ([(2, 3, 24, 48), (1, 3, 32, 32), blank, blank] if has_images else [blank] * 4)
+    assert told == [2 if has_images else 1]
+    logits.sum().backward()
+    assert model.model.vision_tower.embeddings.position_embedding.weight.grad is not None
+    with torch.no_grad():  # no process waits for gradients
+        model(**batch)
+    assert told == [2 if has_images else 1]
+
+
 # ------------------------------------------------------------------------------------------------ configurations
 
 
@@ -488,3 +538,44 @@ def test_save_and_load(tmp_path):
         del saved[name]
     (tmp_path / "processor_config.json").write_text(json.dumps(saved))
     assert SparseMoeVlmProcessor.from_pretrained(tmp_path).image_sizing == "fixed"
+
+
+# Loads the checkpoint in `sys.argv[1]` without the package, and prints what its model generates for a wide image.
+WITHOUT_THE_PACKAGE = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "modeling_sparse_moe_vlm":
+            raise ModuleNotFoundError(f"{name} is not installed")
+sys.meta_path.insert(0, Blocker())
+
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for folder in sys.argv[1:]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    inputs = processor(text="<image>?", images=Image.open(folder + "/image.png"), return_tensors="pt")
+    print(inputs["image_grid_thw"].tolist(), model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist())
+"""
+
+
+@pytest.mark.extensive
+@pytest.mark.newest
+def test_checkpoints_work_without_the_package(tmp_path):
+    lines = []
+    for tower in ("siglip", "dinov3"):
+        folder = tmp_path / tower
+        model = make_native_model(tower)
+        processor = make_native_processor(model.config)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        image_of(20, 50).save(folder / "image.png")
+        inputs = processor(text="<image>?", images=image_of(20, 50), return_tensors="pt")
+        generated = model.generate(**inputs, max_new_tokens=5, do_sample=False).tolist()
+        lines.append(f"{inputs['image_grid_thw'].tolist()} {generated}")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *(str(tmp_path / tower) for tower in ("siglip", "dinov3"))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines() == lines

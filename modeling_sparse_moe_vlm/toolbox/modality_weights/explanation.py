@@ -92,13 +92,14 @@ def explain(
         for weights in (outputs.modality_weights, outputs.count_free_modality_weights)
     )
 
+    of_sizes = {name: inputs[name] for name in ("image_grid_thw",) if name in inputs}
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         whole = model(
             input_ids=outputs.sequences,
             pixel_values=inputs["pixel_values"],
-            image_grid_thw=inputs.get("image_grid_thw"),
+            **of_sizes,
             output_attentions=True,
             output_router_logits=True,
         )

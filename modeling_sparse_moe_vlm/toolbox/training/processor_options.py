@@ -13,6 +13,7 @@ from ...video_reading import FrameSampling
 PROCESSOR_ARGUMENTS = {
     "min_tiles": int,
     "max_tiles": int,
+    "min_image_tokens": int,
     "max_image_tokens": int | None,
     "do_pad": bool,
     "max_frames": int,

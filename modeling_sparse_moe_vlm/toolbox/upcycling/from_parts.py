@@ -269,9 +269,9 @@ def _vision_config(vision_encoder: PreTrainedModel, image_sizing: str) -> PreTra
                 reasons.append(str(error))
             else:
                 return module.config
-    raise UpcyclingError(
-        f"{type(vision_encoder).__name__} cannot be the vision encoder: {(reasons or ['not a model'])[0]}"
-    )
+    # The most helpful reason is the one that says what to do.
+    reason = next((each for each in reasons if "image_sizing" in each), (reasons or ["not a model"])[0])
+    raise UpcyclingError(f"{type(vision_encoder).__name__} cannot be the vision encoder: {reason}")
 
 
 def _config(
