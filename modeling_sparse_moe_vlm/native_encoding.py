@@ -135,7 +135,7 @@ def loaded_embeddings(tower: nn.Module) -> Iterator[None]:
         tower (`nn.Module`):
             The vision tower.
     """
-    hooks = [
+    hooks: list[tuple[nn.Module, Any]] = [
         (module, module._hf_hook)
         for module in tower.modules()
         if isinstance(module, nn.Embedding) and hasattr(module, "_hf_hook")
