@@ -91,7 +91,7 @@ def test_answers_and_scores(kind, checkpoints, model_class, tasks):
 
 
 def test_requests(checkpoints, model_class):
-    """Answers have the order of the requests, whatever their batches. Errors name the task and the document."""
+    """Answers have the order of the requests, but batches that of the lengths. Errors name the task and the document."""
     lm = model_class.create_from_arg_string(f"pretrained={checkpoints['ours']},max_new_tokens=5", {"batch_size": "2"})
     assert (lm.batch_size, lm.device, lm.rank, lm.world_size) == (2, torch.device("cpu"), 0, 1)
     lm.task_dict = {"task": {"test": [{"question": question, "number": i} for i, question in enumerate(QUESTIONS)]}}

@@ -69,10 +69,10 @@ def token_grids(
         tile_length (`int`, *optional*):
             Number of tokens of a tile, for models that may split images into tiles.
         shapes (`Sequence[tuple[int, int]]`, *optional*):
-            Rows and columns of every image, where the processor returns them. By default the tokens form a square.
+            Rows and columns of every image, if the processor returns them. By default, the tokens form a square.
         layouts (`Sequence[tuple[int, int]]`, *optional*):
-            Rows and columns of tiles of every image, where the processor tells them. By default, they are those whose
-            aspect ratio is closest to that of the image.
+            Rows and columns of tiles of every image, if the processor returns them. By default, the grid whose aspect
+            ratio is closest to that of the image is used.
 
     Returns:
         `list[TokenGrid]`: One grid per image.

@@ -64,7 +64,7 @@ def emoji_questions(split: str = "train", seed: int = 0) -> Dataset:
     share their drawing with another emoji are left out, because the image does not show which one is meant. An example
     is the flag of Norway, which is also that of Svalbard & Jan Mayen.
 
-    Each pair of an emoji and a question always belongs to the same split, whatever the seed: 80 % belong to `train`,
+    Each pair of an emoji and a question always belongs to the same split, with any seed: 80 % belong to `train`,
     10 % to `validation` and 10 % to `test`. Thus `test` asks about images that `train` contains, but it asks different
     questions about them. `test_style` has the same rows as `train`, in a drawing style that no other split contains.
 

@@ -12,7 +12,7 @@ from .scenes import describe_scene
 def scene_pairs(dataset: Dataset, grid: tuple[int, int] = (2, 2)) -> Dataset:
     """
     Turns scenes into images with captions. Each row is converted when it is read. The caption describes the whole
-    scene, whatever the question of the row is.
+    scene and does not depend on the question of the row.
 
     Args:
         dataset (`datasets.Dataset`):

@@ -102,7 +102,7 @@ def scenes(
     categories are made of subgroups of Unicode, see `CATEGORIES`. Every question has one right answer, which cannot be
     guessed from the question: see [`~toolbox.evaluation.blind_baseline`].
 
-    Each arrangement of objects always belongs to the same split, whatever the seed and the sizes of the splits: 70 %
+    Each arrangement of objects always belongs to the same split, with any seed and any sizes of the splits: 70 %
     belong to `train` and 10 % to each other split. Within a split, a question is asked at most once about the same
     arrangement. The same arguments give the same dataset. With a smaller `num_examples`, the dataset contains the
     first rows of the larger one.

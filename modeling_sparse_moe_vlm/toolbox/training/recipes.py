@@ -57,8 +57,8 @@ class Recipe:
             Stages of the training, one after the other. Each has a `name`, and can have `training` and `data`, which
             override values of the recipe, and `parts`, which replace those of the recipe.
         dtype (`str`, *optional*):
-            Data type of the weights of a checkpoint in training: `"float32"` by default, whatever the type in the
-            checkpoint is, because small updates of 16-bit weights are lost. `training.bf16` computes in 16 bits.
+            Data type of the weights of a checkpoint in training: `"float32"` by default, also if the checkpoint
+            has another type, because small updates of 16-bit weights are lost. `training.bf16` computes in 16 bits.
         task (`str`, *optional*):
             Task of own data, which chooses the metrics: one of [`~toolbox.training.own_evaluation.TASKS`].
         evaluation (`dict`):

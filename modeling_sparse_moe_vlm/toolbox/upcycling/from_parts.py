@@ -223,7 +223,7 @@ def _check_names(fields: Mapping[str, Any], has_images: bool) -> None:
         if name in _names(SparseMoeVlmTextConfig):
             raise UpcyclingError(f"`{name}` is taken from the language model: leave it out.")
         if name in _MODEL_FIELDS:
-            raise UpcyclingError(f"`{name}` is for images: give a vision encoder as well, or leave it out.")
+            raise UpcyclingError(f"`{name}` is for images: pass a vision encoder as well, or leave it out.")
         close = difflib.get_close_matches(name, known, n=1)
         raise UpcyclingError(
             f"`{name}` is not a field of the configuration" + (f": did you mean `{close[0]}`?" if close else ".")

@@ -44,7 +44,7 @@ _AUTO_CLASSES = (AutoModelForImageTextToText, AutoModelForCausalLM, AutoModelFor
 ROUTER_BIAS = "e_score_correction_bias"
 _MODELS_OF_TRANSFORMERS = "transformers.models."
 
-# Fields of a base's configuration that a twin may lack, whatever their value. They do not affect the outputs, describe
+# Fields of a base's configuration that a twin may lack, with any value. They do not affect the outputs, describe
 # dense blocks that no longer exist, or decide which parameters exist, and parameters are compared.
 _INERT_FIELDS = {
     "attention_bias",
@@ -203,7 +203,7 @@ def _names_of_blocks(model: PreTrainedModel, experts: Any, state: dict[str, torc
     blocks = [full_path(model, block) for block in experts.blocks]
     missing = [block for block in blocks if f"{block}.gate.weight" not in state]
     if missing:
-        raise UpcyclingError(f"{type(model).__name__} has no {_some(missing)}: give the whole upcycled model.")
+        raise UpcyclingError(f"{type(model).__name__} has no {_some(missing)}: pass the whole upcycled model.")
     return blocks
 
 

@@ -585,7 +585,7 @@ WRONG = [
     ({"num_experts_per_token": 2}, r"`num_experts_per_token` is not a field.*did you mean `num_experts_per_tok"),
     ({"hidden_size": 64}, r"`hidden_size` is taken from the language model"),
     ({"rope_parameters": {}}, r"`rope_parameters` is taken from the language model"),
-    ({"pixel_shuffle_factor": 2}, r"`pixel_shuffle_factor` is for images: give a vision encoder"),
+    ({"pixel_shuffle_factor": 2}, r"`pixel_shuffle_factor` is for images: pass a vision encoder"),
     ({"router_init": "zeros"}, r'`router_init` must be "random" or "data", got \'zeros\''),
     ({"router_init": "data"}, r"belong together"),
     ({"batch": {}}, r"belong together"),
