@@ -1,7 +1,10 @@
 """lmms-eval finds the model of this package, and its evaluator scores the answers on a task whose data is local."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
@@ -90,8 +93,30 @@ def test_answers_and_scores(kind, checkpoints, model_class, tasks):
     assert results["results"]["our_questions"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
+def test_two_processes_share_the_questions(checkpoints, tasks, tmp_path):
+    """The third question belongs to the first process. The other one answers a question twice, which does not count."""
+    model, processor = from_checkpoint(str(checkpoints["ours"]))
+    rows = [{"messages": [user(make_image(number), question)]} for number, question in enumerate(QUESTIONS)]
+    expected = generate_answers(model, processor, rows, batch_size=1, max_new_tokens=6)
+    folder = tasks([expected[0].strip(), "nothing", "nothing"], max_new_tokens=6, temperature=0)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval"]
+    arguments = ["--model", "sparse_moe_vlm", "--model_args", f"pretrained={checkpoints['ours']},dtype=float32"]
+    arguments += ["--tasks", "our_questions", "--include_path", folder, "--batch_size", "2", "--device", "cpu"]
+    arguments += ["--log_samples", "--output_path", str(tmp_path / "results")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", *launch, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert "Running on rank 1" in run.stdout + run.stderr
+    (path,) = (tmp_path / "results").rglob("*samples*.jsonl")
+    samples = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    assert [sample["doc_id"] for sample in samples] == [0, 1, 2]
+    assert [sample["exact_match"] for sample in samples] == [1.0, 0.0, 0.0]
+
+
 def test_requests(checkpoints, model_class):
-    """Answers have the order of the requests, but batches that of the lengths. Errors name the task and the document."""
+    """Answers have the order of the requests, which batches change. Errors name the task and the document."""
     lm = model_class.create_from_arg_string(f"pretrained={checkpoints['ours']},max_new_tokens=5", {"batch_size": "2"})
     assert (lm.batch_size, lm.device, lm.rank, lm.world_size) == (2, torch.device("cpu"), 0, 1)
     lm.task_dict = {"task": {"test": [{"question": question, "number": i} for i, question in enumerate(QUESTIONS)]}}
