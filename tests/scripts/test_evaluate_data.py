@@ -8,7 +8,9 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 
-from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import _find_split, short_names
+from modeling_sparse_moe_vlm.toolbox.commands.evaluate_data import _find_split, _guesses, short_names
+from modeling_sparse_moe_vlm.toolbox.data import load_rows
+from modeling_sparse_moe_vlm.toolbox.data.bad_rows import SkippedRows
 from tests.support.processes import ROOT, launch
 from tests.support.processors import make_image, make_processor, make_speaking_model, speak_printably
 from tests.support.retrieval import make_retrieval_model
@@ -180,6 +182,18 @@ def test_training_data_are_read_before_the_model_answers(folder, run_verb, tmp_p
         (str(tmp_path / "test.jsonl"), 1),
         (str(folder / "data.jsonl"), 3),
     ]
+
+
+def test_training_data_can_have_their_own_images(folder, tmp_path):
+    row = {"question": "cat?", "answer": "no"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row | {"image": "0.png"}))
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    data = {"train_data": str(tmp_path / "train.jsonl"), "format": None, "subset": None, "on_bad_row": None}
+    roots = {"train_image_root": str(folder), "image_root": str(tmp_path)}
+    rows = load_rows(tmp_path / "test.jsonl")
+    for chosen in (roots, {"train_image_root": None, "image_root": str(folder)}):
+        arguments = argparse.Namespace(**data, **chosen)
+        assert _guesses(arguments, rows, ["exact_match"], SkippedRows()) == {"exact_match": 100}
 
 
 def test_names_of_models(tmp_path, monkeypatch):
