@@ -369,7 +369,8 @@ def data_arguments() -> dict[str, Any]:
 
 def tokenizer_arguments() -> dict[str, Any]:
     """Returns the keys that the section `tokenizer` of a recipe can have, with their types."""
-    return _without(get_type_hints(train_tokenizer), {"return", "texts"})
+    # `from_scratch` sets `videos` from the configuration of the model.
+    return _without(get_type_hints(train_tokenizer), {"return", "texts", "videos"})
 
 
 def training_arguments() -> dict[str, Any]:
