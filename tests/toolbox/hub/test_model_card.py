@@ -60,7 +60,7 @@ def test_text(tmp_path):
     assert "| Emoji scenes, held-out arrangements | 92.2 | 31.0 | 13.0 |" in lines
     assert "| Emoji scenes, held-out drawing style | 6.8 | 5.0 | 4.0 |" in lines
     assert "Nothing was measured" not in text
-    assert "no record of its training" not in text
+    assert "No record of the training" not in text
     shown = text.split("```yaml\n")[1].split("\n```")[0]
     assert shown == recipe.to_yaml().strip()
     assert Recipe(**yaml.safe_load(shown)) == recipe

@@ -195,7 +195,7 @@ def test_the_recipe_of_a_run_is_found(tmp_path):
             in write_model_card(folder, config=make_config()).text
         )
     (tmp_path / "third").mkdir()
-    assert "no record of its training" in write_model_card(tmp_path / "third", config=make_config()).text
+    assert "No record of the training" in write_model_card(tmp_path / "third", config=make_config()).text
 
 
 def test_architecture_and_memory(tmp_path):
