@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .experts_validation import check_expert_fields  # noqa: F401
     from .fused_head import takes_fused_head  # noqa: F401
     from .image_generation import SparseMoeVlmImageGeneration  # noqa: F401
+    from .image_patches import to_images  # noqa: F401
     from .input_checks import check_shapes  # noqa: F401
     from .kept_names import keep_names  # noqa: F401
     from .language_head import SparseMoeVlmLanguageHead  # noqa: F401
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .losses import router_losses  # noqa: F401
     from .modality_encoder import SparseMoeVlmModalityEncoder  # noqa: F401
     from .modeling_sparse_moe_vlm import SparseMoeVlmModel  # noqa: F401
+    from .native_encoding import grids_of  # noqa: F401
     from .normalization import SparseMoeVlmRMSNorm  # noqa: F401
     from .outputs import SparseMoeVlmModelOutputWithPast  # noqa: F401
     from .parallel_plans import plan_by_group  # noqa: F401
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from .steering import initial_log_priors  # noqa: F401
     from .token_modalities import TokenModalities  # noqa: F401
     from .visible_keys import visible_counts  # noqa: F401
+    from .vision_tower import check_vision_config  # noqa: F401
     from .visual_features import SparseMoeVlmVisualFeatures  # noqa: F401
 
 # Outputs that `Trainer` ignores during prediction, so that it gathers only the logits.

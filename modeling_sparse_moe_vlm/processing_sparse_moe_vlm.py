@@ -8,7 +8,7 @@ from .versions import SUPPORTED_TRANSFORMERS  # noqa: F401
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AddedToken, BatchFeature
@@ -23,6 +23,11 @@ from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_o
 from .native_sizes import NATIVE_OPTIONS, NativeSizing, native_sizing
 from .processor_arguments import SparseMoeVlmProcessorKwargs
 from .video_reading import FrameSampling, Video, metadata_of, read_video, split_videos
+
+if TYPE_CHECKING:
+    # Never executed. Older releases of Transformers only copy the files that this file imports, see `versions`.
+    from .image_patches import to_patches  # noqa: F401
+    from .video_decoding import Decoded  # noqa: F401
 
 
 class SparseMoeVlmProcessor(ProcessorMixin):

@@ -195,8 +195,11 @@ def with_small_recipe(arguments: list[str]) -> list[str]:
     working directory, where a clone's own `outputs` would be overwritten.
     """
     if arguments[:1] and arguments[0] in WITH_RECIPE and not {"--help", "--check"} & set(arguments):
-        changes = {key: value for key, value in SMALL_RUN.items() if arguments[0] != "evaluate" or "data" in key}
-        if "--data" in arguments:  # own data
+        changes = SMALL_RUN
+        if arguments[0] == "evaluate":  # without positional arguments, it evaluates on the scenes of a recipe
+            of_data = {key: value for key, value in changes.items() if key.startswith("data.")}
+            changes = of_data if arguments[1:2] and arguments[1].startswith("--") else {}
+        elif "--data" in arguments:  # own data
             changes = {key: value for key, value in changes.items() if not key.startswith("data.")}
         arguments = [*arguments, *(f"--set={key}={value}" for key, value in changes.items())]
         if arguments[0] != "evaluate" and not any(argument.startswith("--output-dir") for argument in arguments):

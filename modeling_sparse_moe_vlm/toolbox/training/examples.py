@@ -15,10 +15,11 @@ Examples: TypeAlias = Dataset | Sequence[dict[str, Any]]
 
 def first_rows(rows: IterableDataset, num_with_images: int) -> list[dict[str, Any]]:
     """
-    Returns the first 10,000 rows of a stream. To save memory, only the first `num_with_images` keep their images.
+    Returns the first 10,000 rows of a stream. To save memory, only the first `num_with_images` keep their images and
+    videos.
     """
     return [
-        row if number < num_with_images else row | {"images": [], "videos": []}
+        row if number < num_with_images else row | {name: [] for name in ("images", "videos") if name in row}
         for number, row in enumerate(itertools.islice(rows, NUM_ROWS_OF_STREAM))
     ]
 

@@ -112,7 +112,7 @@ def test_the_model_card_has_the_scores(tmp_path, fresh):
     unmeasured = ModelCard.load(tmp_path / "README.md")
     assert not unmeasured.data.eval_results
     assert "Nothing was measured" in unmeasured.text
-    assert "no record of its training" in unmeasured.text
+    assert "No record of the training" in unmeasured.text
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"]
     assert AutoModelForImageTextToText.from_pretrained(tmp_path).num_parameters() == model.config.num_parameters()
 
