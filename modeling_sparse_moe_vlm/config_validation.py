@@ -21,7 +21,7 @@ from .checks import (
     check_sequence,
     shown,
 )
-from .native_towers import merge_size_of, patches_per_side
+from .native_towers import has_merger, merge_size_of, patches_per_side
 from .vision_tower import check_vision_config
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
@@ -153,7 +153,7 @@ def _check_native_sizes(config: PreTrainedConfig) -> None:
     """Raises `ValueError` if a field does not fit images of different sizes."""
     vision = config.vision_config
     check(
-        config.vision_feature_layer is None or merge_size_of(vision) == 1,
+        config.vision_feature_layer is None or not has_merger(vision),
         f"`vision_feature_layer` ({config.vision_feature_layer}) must be left out: `vision_config` "
         f"({vision.model_type}) merges the patches of its last layer.",
     )

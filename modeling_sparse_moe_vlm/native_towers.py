@@ -71,6 +71,7 @@ def check_native_tower(config: PreTrainedConfig) -> None:
     if kind == "grid_thw":
         check_integer("vision_config.spatial_merge_size", getattr(config, "spatial_merge_size", None))
         check_integer("vision_config.temporal_patch_size", getattr(config, "temporal_patch_size", 1))
+        _check_heads(config)
     if kind == "pixel_values":
         config_class: Any = type(config)
         fault = _fault_of_tower(config_class, config.to_json_string(use_diff=False))
@@ -80,6 +81,28 @@ def check_native_tower(config: PreTrainedConfig) -> None:
             "`image_sizing`, or choose a tower with `interpolate_pos_encoding` or rotary positions (SigLIP, CLIP, ViT, "
             "DINOv2, DINOv3, …).",
         )
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless the sizes of a tower that merges patches fit its attention, whose positions are 2D."""
+    field = "embed_dim" if hasattr(config, "embed_dim") else "hidden_size"
+    width, heads = getattr(config, field), getattr(config, "num_attention_heads", None)
+    check_integer("vision_config.num_heads", heads)
+    check(
+        getattr(config, "head_dim", None) is not None or width % (4 * heads) == 0,
+        f"`vision_config.{field}` ({width}) must be a multiple of 4 · `num_heads` ({heads}).",
+    )
+    key_value_heads = getattr(config, "num_key_value_heads", heads)
+    check_integer("vision_config.num_key_value_heads", key_value_heads)
+    check(
+        heads % key_value_heads == 0,
+        f"`vision_config.num_key_value_heads` ({key_value_heads}) must divide `num_heads` ({heads}).",
+    )
+    side = merge_size_of(config) * config.patch_size
+    if getattr(config, "window_size", None) is not None:
+        check_integer("vision_config.window_size", config.window_size, at_least=side)
+    if getattr(config, "out_hidden_size", None) is not None:
+        check_integer("vision_config.out_hidden_size", config.out_hidden_size)
 
 
 def takes_interpolation(config: PreTrainedConfig) -> bool:
@@ -92,9 +115,14 @@ def merge_size_of(config: PreTrainedConfig) -> int:
     return getattr(config, "spatial_merge_size", None) or 1
 
 
+def has_merger(config: PreTrainedConfig) -> bool:
+    """Returns whether a vision tower has a merger, even if it merges squares of one patch."""
+    return getattr(config, "spatial_merge_size", None) is not None
+
+
 def feature_size_of(config: PreTrainedConfig) -> int:
     """Returns the width of the features that a vision tower returns."""
-    merged = getattr(config, "out_hidden_size", None) if merge_size_of(config) > 1 else None
+    merged = getattr(config, "out_hidden_size", None) if has_merger(config) else None
     return merged or config.hidden_size
 
 
@@ -141,7 +169,8 @@ def _tower_class(config: PreTrainedConfig) -> Any:
 @lru_cache(maxsize=64)
 def _fault_of_tower(config_class: Any, fields: str) -> str | None:
     """Returns why a vision tower does not take images of any size: tries it with one layer, without weights."""
-    config = config_class.from_dict(json.loads(fields) | {"num_hidden_layers": 1})
+    config = config_class.from_dict(json.loads(fields))
+    config.num_hidden_layers = 1  # other fields can name layers that are then missing, such as `out_features`
     patch_size = config.patch_size
     options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
     numbers_of_others = set()

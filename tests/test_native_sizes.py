@@ -493,6 +493,14 @@ def test_towers_that_only_take_squares(vision, message):
         SparseMoeVlmConfig(text_config=text, vision_config=TINY_TOWER | vision, image_sizing="native")
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_towers_of_several_layers(tower):
+    """The configurations of some towers name their last layer, but they are tried out with only one layer."""
+    fields = TOWERS[tower] | {"num_hidden_layers": 3}
+    config = SparseMoeVlmConfig(vision_config=fields, image_sizing="native", text_config=TEXT_CONFIG)
+    assert config.vision_config.num_hidden_layers == 3
+
+
 def test_the_inputs_are_read_from_the_signature():
     assert {tower: native_inputs(make_native_config(tower).vision_config) for tower in TOWERS} == dict.fromkeys(
         TOWERS, "pixel_values"

@@ -253,6 +253,19 @@ def test_the_connector_merges_merged_features_again():
     assert torch.equal(outputs.pooler_output[0], tokens)
 
 
+@pytest.mark.parametrize("name", MERGING)
+def test_mergers_of_single_patches(name):
+    """The tower still has a merger, which sets the size of the features."""
+    fields = {"text_config": TEXT_CONFIG, "vision_config": MERGING[name] | {"spatial_merge_size": 1}}
+    model = SparseMoeVlmForConditionalGeneration(
+        SparseMoeVlmConfig(**fields, image_sizing="native", pixel_shuffle_factor=1)
+    ).eval()
+    assert model.model.multi_modal_projector.linear_1.in_features == 24
+    with torch.no_grad():
+        tokens = model.get_image_features(torch.rand(6, 48), torch.tensor([(1, 2, 3)])).pooler_output
+    assert [image.shape for image in tokens] == [(6, TEXT_CONFIG["hidden_size"])]
+
+
 @pytest.mark.parametrize(
     ("vision", "fields", "message"),
     [
@@ -263,6 +276,7 @@ def test_the_connector_merges_merged_features_again():
             {"vision_feature_layer": -2},
             r"`vision_feature_layer` \(-2\) must be left out: .* merges the patches of its last layer",
         ),
+        (MERGING["qwen3"] | {"spatial_merge_size": 1}, {"vision_feature_layer": -2}, "must be left out"),
         (
             OF_LATER | {"model_type": "glm_image_vision"},
             {},
@@ -276,6 +290,17 @@ def test_the_connector_merges_merged_features_again():
         (NAFLEX | {"num_patches": 0}, {}, "`vision_config.num_patches` must be an integer of at least 1, got 0"),
         (MERGING["qwen2"] | {"temporal_patch_size": 0}, {}, "`vision_config.temporal_patch_size` must be"),
         (MERGING["qwen2"] | {"spatial_merge_size": 0}, {}, "`vision_config.spatial_merge_size` must be"),
+        (MERGING["qwen3"] | {"num_heads": 0}, {}, "`vision_config.num_heads` must be an integer of at least 1, got 0"),
+        (MERGING["qwen3"] | {"num_heads": 3}, {}, r"hidden_size` \(32\) must be a multiple of 4 · `num_heads` \(3\)"),
+        (MERGING["qwen3"] | {"num_heads": 16}, {}, r"hidden_size` \(32\) must be a multiple of 4 · `num_heads` \(16\)"),
+        (MERGING["qwen2"] | {"embed_dim": 36}, {}, r"embed_dim` \(36\) must be a multiple of 4 · `num_heads` \(2\)"),
+        (MERGING["qwen3"] | {"out_hidden_size": 0}, {}, "`vision_config.out_hidden_size` must be"),
+        (MERGING["qwen2_5"] | {"window_size": 7}, {}, "`vision_config.window_size` must be an integer of at least 8"),
+        (
+            OF_LATER | {"model_type": "exaone4_5_vision"},  # 8 heads of keys and values by default
+            {},
+            r"`vision_config.num_key_value_heads` \(8\) must divide `num_heads` \(2\)",
+        ),
         (MERGING["qwen3"], {"pixel_shuffle_factor": 3}, "one token of 6 × 6 patches, but .* into 4 × 4"),
         ({"model_type": "blip_vision_model"}, {}, r"\(blip_vision_model\) has no model that `AutoModel` creates"),
     ],
