@@ -47,15 +47,27 @@ def _check_parts(content: Any, name: str) -> None:
             raise ValueError(f"{name}[{i}] lacks `type`: add 'text' or 'image'.")
 
 
-def check_numbers(images: list, num_tokens: list[int], image_token: str) -> None:
-    """Raises `ValueError` if the numbers of images and image tokens differ, in total or in any text."""
-    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images passed"
+def check_numbers(images: list, num_tokens: list[int], image_token: str, kind: str = "images") -> None:
+    """
+    Raises `ValueError` if the numbers of images and image tokens differ, in total or in any text.
+
+    Args:
+        images (`list`):
+            For each text an image, a list of images or `None`, or all images.
+        num_tokens (`list[int]`):
+            Number of image tokens of each text.
+        image_token (`str`):
+            The image token.
+        kind (`str`, *optional*, defaults to `"images"`):
+            What is counted, for error messages.
+    """
+    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of {kind} passed"
     if any(image is None or isinstance(image, list) for image in images):
         if len(images) != len(num_tokens):
-            raise ValueError(f"{rule}: `images` is for {len(images)} texts, but `text` has {len(num_tokens)}.")
+            raise ValueError(f"{rule}: `{kind}` is for {len(images)} texts, but `text` has {len(num_tokens)}.")
         for i, (row, number) in enumerate(zip(images, num_tokens, strict=True)):
             num_images = sum(image is not None for image in (row if isinstance(row, list) else [row]))
             if num_images != number:
-                raise ValueError(f"{rule}: text[{i}] has {number} tokens, but {num_images} images.")
+                raise ValueError(f"{rule}: text[{i}] has {number} tokens, but {num_images} {kind}.")
     elif len(images) != sum(num_tokens):
-        raise ValueError(f"{rule}: there are {sum(num_tokens)} tokens, but {len(images)} images.")
+        raise ValueError(f"{rule}: there are {sum(num_tokens)} tokens, but {len(images)} {kind}.")

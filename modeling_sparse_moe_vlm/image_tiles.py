@@ -11,6 +11,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optim
 
 from .checks import check, check_integer
 
+# Choosing a grid takes time and memory that grow with the square of this number.
+_MOST_TILES = 1_000
 # Options of the processor that can also be passed per call.
 TILE_OPTIONS = ("min_tiles", "max_tiles", "max_image_tokens", "do_pad")
 
@@ -50,7 +52,7 @@ class Tiling:
 
     def __post_init__(self) -> None:
         check_integer("min_tiles", self.min_tiles)
-        check_integer("max_tiles", self.max_tiles)
+        check_integer("max_tiles", self.max_tiles, at_most=_MOST_TILES)
         check(
             self.min_tiles <= self.max_tiles,
             f"`min_tiles` ({self.min_tiles}) must not be larger than `max_tiles` ({self.max_tiles}).",
@@ -79,12 +81,17 @@ class Tiling:
             `tuple[int, int]`: Number of rows and of columns.
 
         Raises:
-            ValueError: If no grid with at least `min_tiles` tiles has at most `max_image_tokens` tokens.
+            ValueError: If the image has no pixels, or if no grid with at least `min_tiles` tiles has at most `max_image_tokens` tokens.
         """
+        check_size(height, width)
         if self.max_tiles == 1:
             return 1, 1
         assert self.tile_size is not None
-        for max_tiles in range(self.max_tiles, self.min_tiles - 1, -1):
+        most_tiles = self.max_tiles
+        if self.max_image_tokens is not None:
+            # Grids with more tiles have too many tokens. They are not tried one by one.
+            most_tiles = max(self.min_tiles, min(most_tiles, self.max_image_tokens // self.tokens_per_tile))
+        for max_tiles in range(most_tiles, self.min_tiles - 1, -1):
             columns, rows = get_optimal_tiled_canvas((height, width), self.tile_size, self.min_tiles, max_tiles)
             if self.max_image_tokens is None or self.num_tokens((rows, columns)) <= self.max_image_tokens:
                 return rows, columns
@@ -199,6 +206,11 @@ def resized_pixels(image: Any, size: tuple[int, int], image_processor: Any, opti
         if changed.get(name) or getattr(image_processor, name, None):
             changed[name] = False
     return image_processor([image], **changed)["pixel_values"][0]
+
+
+def check_size(height: int, width: int) -> None:
+    """Raises `ValueError` if an image has no pixels."""
+    check(height >= 1 and width >= 1, f"an image of {height} × {width} pixels has no pixels.")
 
 
 def size_of(image: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from .checks import check, check_integer
 from .image_patches import to_patches
-from .image_tiles import TILE_OPTIONS, resized_pixels, size_of
+from .image_tiles import TILE_OPTIONS, check_size, resized_pixels, size_of
 
 # Options of the processor that can also be passed per call.
 NATIVE_OPTIONS = ("min_image_tokens", "max_image_tokens")
@@ -91,7 +91,11 @@ class NativeSizing:
 
         Returns:
             `tuple[int, int]`: Number of rows and of columns.
+
+        Raises:
+            ValueError: If the image has no pixels.
         """
+        check_size(height, width)
 
         def tokens(scale: float) -> int:
             return self.num_tokens(self._scaled(height, width, scale))

@@ -22,7 +22,7 @@ from .image_reading import CHANNELS_LAST, read_images
 from .image_tiles import TILE_OPTIONS, Tiling, cut_into_tiles, num_tiles, size_of, tile_size_of
 from .native_sizes import NATIVE_OPTIONS, NativeSizing, native_sizing
 from .processor_arguments import SparseMoeVlmProcessorKwargs
-from .video_reading import FrameSampling, Video, metadata_of, read_video, split_videos
+from .video_reading import FrameSampling, Video, metadata_of, numbers_of_videos, read_video, split_videos
 
 if TYPE_CHECKING:
     # Never executed. Older releases of Transformers only copy the files that this file imports, see `versions`.
@@ -224,18 +224,15 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
         Raises:
             ValueError: As [`SparseMoeVlmProcessor.prepare_inputs_layout`] does, if a video cannot be read, or if the
-                number of videos differs from the number of video tokens.
+                number of videos differs from the number of video tokens, in total or in a text.
         """
         if videos is not None and self.video_token is not None:
             options = _pop_video_options(kwargs)
             read = self._read_videos(videos, options)
-            texts = [text] if isinstance(text, str) else list(text or [])
-            num_tokens = sum(row.count(self.video_token) for row in texts if isinstance(row, str))
-            check(
-                text is None or num_tokens == len(read),
-                f"the number of {self.video_token} tokens in the prompts should be the same as the number of videos "
-                f"passed: there are {num_tokens} tokens, but {len(read)} videos.",
-            )
+            if text is not None:
+                texts = [text] if isinstance(text, str) else list(text)
+                num_tokens = [row.count(self.video_token) if isinstance(row, str) else 0 for row in texts]
+                check_numbers(numbers_of_videos(videos), num_tokens, self.video_token, "videos")
             videos = [video.frames for video in read] or None
             kwargs["videos_kwargs"] = options | {"video_metadata": [video.metadata for video in read]}
         return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -252,9 +249,10 @@ class SparseMoeVlmProcessor(ProcessorMixin):
 
     def _pop_sampling(self, options: dict[str, Any]) -> FrameSampling:
         """Returns which frames are read, according to the options of the call, and removes them from these."""
+        fps = options.pop("fps", None)
         return FrameSampling(
             self.max_frames,
-            options.pop("fps", None) or self.video_fps,
+            self.video_fps if fps is None else fps,
             options.pop("num_frames", None),
             options.pop("do_sample_frames", None) is not False,
         )

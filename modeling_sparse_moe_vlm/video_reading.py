@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class FrameSampling:
     def num_read(self, total: int, fps: float | None, name: str) -> int:
         """Returns how many frames of a video with `total` frames are read. Raises `ValueError` if it has none."""
         check(total > 0, f"{name} has no frames.")
+        _check_rate(fps, name)
         return len(self.indices(VideoMetadata(total_num_frames=total, fps=fps)))
 
 
@@ -93,20 +94,49 @@ def split_videos(videos: Any) -> list[Any]:
 
     Returns:
         `list[Any]`: The videos.
+
+    Raises:
+        ValueError: If something else is passed.
     """
+    rows = [[row] if _is_video(row) else row or [] for row in _rows_of(videos)]
+    return [video for row in rows for video in row]
+
+
+def numbers_of_videos(videos: Any) -> list[Any]:
+    """
+    Returns which texts videos belong to, in the form of [`~conversation_checks.check_numbers`]: for each entry of
+    `videos`, `None`, 1 for a video, or a list of as many 1 as there are videos.
+    """
+    return [row if row is None else 1 if _is_video(row) else [1] * len(row) for row in _rows_of(videos)]
+
+
+def _rows_of(videos: Any) -> list[Any]:
+    """Returns the entries of `videos`: videos, lists of videos, and `None`."""
     if _is_video(videos):
         return [videos]
     if _dimensions(videos) == 5:
         return list(videos)
-    flat: list[Any] = []
-    for row in videos:
-        if row is None:
-            continue
-        if _is_video(row):
-            flat.append(row)
-        else:
-            flat += row
-    return flat
+    _check_rows(videos, "`videos`")
+    rows = list(videos)
+    for number, row in enumerate(rows):
+        if row is not None and not _is_video(row):
+            _check_rows(row, f"videos[{number}]")
+    return rows
+
+
+def _check_rows(value: Any, name: str) -> None:
+    shown = f"an array of shape {tuple(value.shape)}" if _dimensions(value) is not None else f"of type {type(value)}"
+    check(
+        _dimensions(value) is None and isinstance(value, Iterable),
+        f"{name} is not a video, but {shown}: pass a path, bytes, a dict, a list of frames, or an array with 4 "
+        "dimensions, frames first.",
+    )
+
+
+def _check_rate(fps: Any, name: str) -> None:
+    """Raises `ValueError` unless a frame rate is a number, or `None` or 0 for one that is not known."""
+    if fps is not None:
+        check_number(f"fps` of `{name}", fps)
 
 
 def _dimensions(value: Any) -> int | None:
@@ -156,6 +186,7 @@ def read_video(source: Any, name: str, sampling: Any, metadata: Any = None) -> V
         frames, fps, indices = _read_file(source if isinstance(source, bytes) else str(source), name, sampling)
     else:
         fps = given.get("fps")
+        _check_rate(fps, name)
         check(len(source) > 0, f"{name} has no frames.")
         indices = sampling.indices(VideoMetadata(total_num_frames=len(source), fps=fps)).tolist()
         frames = [source[index] for index in indices]

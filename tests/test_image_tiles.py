@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BitImageProcessorPil, CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
+from modeling_sparse_moe_vlm import SparseMoeVlmProcessor, image_tiles
 from tests.support.processors import (
     IMAGE_SEQ_LENGTH,
     assistant,
@@ -214,6 +214,7 @@ def test_fewest_tiles():
     ("options", "message"),
     [
         ({"max_tiles": 0}, "`max_tiles` must be an integer of at least 1, got 0"),
+        ({"max_tiles": 1001}, "`max_tiles` is 1001, which is not plausible: at most 1000 is allowed"),
         ({"max_tiles": True}, "`max_tiles` must be an integer of at least 1, got True"),
         ({"min_tiles": 0}, "`min_tiles` must be an integer of at least 1, got 0"),
         ({"min_tiles": 3, "max_tiles": 2}, r"`min_tiles` \(3\) must not be larger than `max_tiles` \(2\)"),
@@ -239,6 +240,29 @@ def test_options_that_contradict_each_other():
         make(SiglipImageProcessorPil(size={"shortest_edge": 16}), do_pad=True)
     with pytest.raises(ValueError, match="`do_pad` must be `True` or `False`, got 'yes'"):
         make(do_pad="yes")
+
+
+def test_sizes_without_pixels():
+    for processor in (make(), make(max_tiles=4)):
+        for size in ((0, 5), (5, 0), (-1, 5)):
+            with pytest.raises(ValueError, match=rf"an image of {size[0]} × {size[1]} pixels has no pixels"):
+                processor._get_num_multimodal_tokens(image_sizes=[size])
+        assert processor.tile_grid(1, 1) == (1, 1)
+
+
+def test_grids_with_too_many_tokens_are_not_tried(monkeypatch):
+    tried = []
+
+    def canvas(size, tile_size, low, high):
+        tried.append(high)
+        return get_optimal_tiled_canvas(size, tile_size, low, high)
+
+    monkeypatch.setattr(image_tiles, "get_optimal_tiled_canvas", canvas)
+    # Five tiles in a row fit 20 tokens, but not their thumbnail.
+    assert make(max_tiles=1000).tile_grid(10, 90, max_image_tokens=20) == (1, 4)
+    assert tried == [5, 4]
+    assert make(max_tiles=1000, min_tiles=3).tile_grid(10, 90, max_image_tokens=16) == (1, 3)
+    assert tried[2:] == [4, 3]
 
 
 def test_separators_that_are_not_tokens():

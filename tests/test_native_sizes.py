@@ -82,6 +82,8 @@ def test_sizes_are_rounded_to_whole_tokens(size, grid):
 
 
 def test_limits_on_the_number_of_tokens():
+    with pytest.raises(ValueError, match="an image of 0 × 5 pixels has no pixels"):
+        make_native_processor().token_grid(0, 5)
     processor = make_native_processor()
     most = {
         10_000: (13, 25),
@@ -569,6 +571,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.extensive
 @pytest.mark.newest
+@pytest.mark.extensive
 def test_checkpoints_work_without_the_package(tmp_path):
     lines = []
     for tower in ("siglip", "dinov3"):

@@ -153,6 +153,12 @@ def test_nested_videos():
     [
         ([np.zeros((9, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)], r"videos\[0\] has frames of different sizes"),
         (np.zeros((0, 4, 5, 3), np.uint8), r"videos\[0\] has no frames"),
+        (FRAMES[0], r"`videos` is not a video, but an array of shape \(20, 24, 3\): .* with 4 dimensions"),
+        ([None, torch.zeros(2, 3)], r"videos\[1\] is not a video, but an array of shape \(2, 3\)"),
+        (5, r"`videos` is not a video, but of type <class 'int'>: pass a path"),
+        ([5], r"videos\[0\] is not a video, but of type <class 'int'>"),
+        ({"frames": FRAMES, "fps": -3}, r"`fps` of `videos\[0\]` must be a number of at least 0, got -3"),
+        ({"frames": FRAMES, "fps": float("nan")}, r"`fps` of `videos\[0\]` must be a number .* got nan"),
         ([["nothing.gif", "a"]], r"videos\[0\]"),
         (np.full((2, 8, 8), 3.7)[..., None], r"videos\[0\], frame 0 cannot be read: images\[0\] has values"),
     ],
@@ -162,7 +168,27 @@ def test_videos_that_cannot_be_read(processor, video, message):
         processor(text="<video>", videos=video)
 
 
+def test_videos_belong_to_their_texts(processor):
+    rule = "the number of <video> tokens in the prompts should be the same as the number of videos passed: "
+    a, b = FRAMES[:2], FRAMES[:3]
+    for texts, videos, message in (
+        (["<video>", "<video><video>"], [[a, b], [a]], r"text\[0\] has 1 tokens, but 2 videos."),
+        (["<video>", "none"], [None, a], r"text\[0\] has 1 tokens, but 0 videos."),
+        (["<video>"], [[a], []], r"`videos` is for 2 texts, but `text` has 1."),
+    ):
+        with pytest.raises(ValueError, match=rule + message):
+            processor(text=texts, videos=videos, padding=True)
+    inputs = processor(text=["none", "<video><video>"], videos=[None, [a, b]], padding=True, return_tensors="pt")
+    assert (inputs["input_ids"] == VIDEO).sum(dim=1).tolist() == [0, 5 * IMAGE_SEQ_LENGTH]
+    flat = processor(text=["<video>", "<video><video>"], videos=[a, b, a], padding=True, return_tensors="pt")
+    assert (flat["input_ids"] == VIDEO).sum(dim=1).tolist() == [2 * IMAGE_SEQ_LENGTH, 5 * IMAGE_SEQ_LENGTH]
+
+
 def test_wrong_options(processor):
+    with pytest.raises(ValueError, match="`video_fps` must be more than 0, got 0"):
+        processor(text="<video>", videos=FRAMES, fps=0)
+    with pytest.raises(ValueError, match=r"`fps` of `videos\[0\]` must be a number of at least 0, got '1'"):
+        processor._get_num_multimodal_tokens(video_sizes=[(4, 8, 8)], video_metadata={"fps": "1"})
     for options, message in (
         ({"max_frames": 0}, "`max_frames` must be an integer of at least 1, got 0"),
         ({"video_fps": 0}, "`video_fps` must be more than 0"),
