@@ -81,7 +81,8 @@ class Tiling:
             `tuple[int, int]`: Number of rows and of columns.
 
         Raises:
-            ValueError: If the image has no pixels, or if no grid with at least `min_tiles` tiles has at most `max_image_tokens` tokens.
+            ValueError: If the image has no pixels, or if no grid with at least `min_tiles` tiles has at most
+                `max_image_tokens` tokens.
         """
         check_size(height, width)
         if self.max_tiles == 1:
