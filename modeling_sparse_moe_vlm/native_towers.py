@@ -86,7 +86,7 @@ def check_native_tower(config: PreTrainedConfig) -> None:
 def _check_heads(config: PreTrainedConfig) -> None:
     """Raises `ValueError` unless the sizes of a tower that merges patches fit its attention, whose positions are 2D."""
     field = "embed_dim" if hasattr(config, "embed_dim") else "hidden_size"
-    width, heads = getattr(config, field), getattr(config, "num_attention_heads", None)
+    width, heads = getattr(config, field), getattr(config, "num_attention_heads", 1)
     check_integer("vision_config.num_heads", heads)
     check(
         getattr(config, "head_dim", None) is not None or width % (4 * heads) == 0,
