@@ -25,3 +25,10 @@ def test_scores_are_those_of_the_training_run(trained, run_verb):
 def test_without_a_held_out_style_there_is_one_split(trained, run_verb):
     arguments = [*DATA, "--set=data.held_out_style=null", "--json"]
     assert json.loads(run_verb("evaluate", "--model", trained[0] / "model", *arguments)).keys() == {"test"}
+
+
+def test_the_saved_recipe_of_a_run_gives_its_scores(trained, run_verb):
+    metrics = json.loads((trained[0] / "metrics.json").read_text())
+    metrics.pop("training_seconds")
+    arguments = ["--model", trained[0] / "model", "--recipe", trained[0] / "recipe.yaml", "--json"]
+    assert json.loads(run_verb("evaluate", *arguments)) == metrics
