@@ -71,7 +71,7 @@ def make_trainer(
 
 
 # Not figures of the training.
-OF_TIME = ("runtime", "per_second", "train_loss", "total_flos", "peak_memory")
+OF_TIME = ("runtime", "per_second", "total_flos", "peak_memory")
 
 
 def figures(trainer) -> list[dict]:

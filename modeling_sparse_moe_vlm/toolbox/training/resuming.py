@@ -33,7 +33,8 @@ class ResumableTrainer(Trainer):
     - A stream of [`~toolbox.data.load_rows`] continues at the row where the checkpoint was saved, in any epoch, without
       reading the images of earlier rows. Its epochs follow one another without a gap. Every process reads its own part
       of each batch.
-    - Checkpoints contain what was summed up since the last log, so the logged losses are the same as well.
+    - Checkpoints contain what was summed up since the last log, so the logged losses are the same as well. `train_loss`
+      is the mean loss of all steps, those before the checkpoint included.
     - No row trains twice in an epoch because others are bad: a batch without good rows has no weight. (Models whose
       loss does not take the number of targets train on its [`~toolbox.data.repeated_rows.RepeatedRow`].)
     - After training, a warning counts the bad rows that were skipped in all workers and processes.
@@ -56,6 +57,7 @@ class ResumableTrainer(Trainer):
             # wrong for images, whose number differs between rows.
             self.accelerator.dataloader_config.dispatch_batches = False
         self._stream_batches: StreamBatches | None = None
+        self._first_step_of_loss: int | None = None  # `None`: the step at which this call starts
         self.add_callback(_StartAndEnd(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -76,7 +78,19 @@ class ResumableTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._first_step_of_loss = None
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        return output._replace(training_loss=output.metrics["train_loss"])
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs figures. Corrects `train_loss`, which `Trainer` divides by the number of steps since the resume."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._start_of_loss(), 0.001)
+        super().log(logs, *args, **kwargs)
+
+    def _start_of_loss(self) -> int:
+        """Returns the number of steps whose losses are unknown: those before a checkpoint of `Trainer`."""
+        return self._initial_global_step if self._first_step_of_loss is None else self._first_step_of_loss
 
     def get_train_dataloader(self) -> DataLoader:
         """Returns the batches of this process."""
@@ -158,9 +172,11 @@ class ResumableTrainer(Trainer):
             self.load_log_state(send_to_device(state, self.args.device))
 
     def log_state(self) -> dict[str, Any]:
-        """Returns what was summed up since the last log, and the rows that were skipped."""
+        """Returns what was summed up since the last log, the sum of all losses, and the rows that were skipped."""
         return {
             "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "first_step_of_loss": self._start_of_loss(),
             "step_of_last_log": self._globalstep_last_logged,
             "callbacks": {name: callback.log_state() for name, callback in self._logging_callbacks().items()},
             "skipped_rows": [] if (rows := self._skipped_rows()) is None else rows.entries(),
@@ -170,6 +186,9 @@ class ResumableTrainer(Trainer):
         """Continues with the sums of [`log_state`]."""
         self._tr_loss += state["loss"]
         self._globalstep_last_logged = state["step_of_last_log"]
+        if "total_loss" in state:  # not in checkpoints of earlier releases
+            self._total_loss_scalar += state["total_loss"]
+            self._first_step_of_loss = state["first_step_of_loss"]
         for name, callback in self._logging_callbacks().items():
             if name in state["callbacks"]:
                 callback.load_log_state(state["callbacks"][name])

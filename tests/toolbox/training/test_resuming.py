@@ -69,6 +69,28 @@ def test_resumed_runs_equal_uninterrupted_ones(name, data, tmp_path):
             assert torch.equal(tensor, tensors(whole)[tensor_name]), (checkpoint, tensor_name)
 
 
+def test_the_mean_loss_covers_all_steps_with_known_losses(data, tmp_path):
+    """`Trainer` divides the sum of the losses, also of those before the checkpoint, by the steps since the resume."""
+    folder, kwargs = tmp_path / "run", {"logging_steps": 1, "save_steps": 4}
+    torch.manual_seed(0)
+    whole = make_trainer(data, folder, make_speaking_model(), **kwargs)
+    output = whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history[:-1]]
+    assert len(losses) == 7
+    assert output.training_loss == output.metrics["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-6)
+
+    log_file = folder / "checkpoint-4/log_state_0.pt"
+    state = torch.load(log_file)
+    assert state.pop("total_loss") == pytest.approx(sum(losses[:4]), rel=1e-6)
+    assert state.pop("first_step_of_loss") == 0
+    for write in (lambda: torch.save(state, log_file), log_file.unlink):  # an earlier release, and `Trainer`
+        write()
+        resumed = make_trainer(data, folder, make_speaking_model(), **kwargs)
+        output = resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+        assert output.training_loss == pytest.approx(sum(losses[4:]) / 3, rel=1e-6)
+        assert resumed.log_state()["first_step_of_loss"] == 4
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_before_the_resume_are_not_read(streaming, data, tmp_path, monkeypatch):
     """The run is in its third epoch."""
