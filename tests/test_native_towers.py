@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil
+from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.image_patches import to_patches
 from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs
-from modeling_sparse_moe_vlm.native_towers import native_inputs
+from modeling_sparse_moe_vlm.native_towers import native_inputs, num_channels_of
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
 
@@ -251,6 +251,33 @@ def test_the_connector_merges_merged_features_again():
         features = outputs.last_hidden_state.view(2, 2, 3, 2, 24).transpose(1, 2).reshape(6, 96)
         tokens = connector.linear_2(connector.act(connector.linear_1(features)))
     assert torch.equal(outputs.pooler_output[0], tokens)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 0, "rescale_factor": 0.01},
+        {"do_normalize": False},
+        {"do_rescale": False},
+    ],
+)
+@pytest.mark.parametrize("image_processor", [Siglip2ImageProcessorPil, Qwen2VLImageProcessorPil])
+def test_pixels_of_image_processors_that_cut_patches(image_processor, values):
+    """Another image processor resizes the images, with the same values."""
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2} | values
+    processor = make_processor(make_config("naflex"), image_processor(patch_size=4, **values))
+    image = image_of(24, 48)
+    size = {"height": 24, "width": 48}
+    expected = SiglipImageProcessorPil(**values)(image, size=size, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=image, return_tensors="pt")["pixel_values"], to_patches(expected, 4))
+
+
+def test_numbers_of_channels():
+    config = make_config("qwen3").vision_config
+    assert num_channels_of(config) == 3
+    config.in_channels = 4
+    assert num_channels_of(config) == 4
+    assert num_channels_of(make_config("naflex").vision_config) == 3
 
 
 @pytest.mark.parametrize("name", MERGING)
