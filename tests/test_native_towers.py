@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil, Siglip2ImageProcessorPil, SiglipImageProcessorPil
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen2VLImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    SiglipImageProcessorPil,
+)
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
