@@ -434,7 +434,7 @@ def test_any_length_rate_and_budget():
 
 @pytest.mark.parametrize("pooling", [1, 2, 3])
 def test_number_of_tokens_is_known_before(pooling):
-    """It is the number of video tokens that the processor writes, whatever the text of the times is."""
+    """It is the number of video tokens that the processor writes. The text of the times is not counted."""
     processor = make_processor(video_temporal_pooling=pooling, max_frames=5)
     lengths, rng = [1, 2, 3, 5, 6, 31], random.Random(0)
     videos = [np.full((length, 8, 8, 3), 9, dtype=np.uint8) for length in lengths]

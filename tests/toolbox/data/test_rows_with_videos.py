@@ -507,7 +507,7 @@ class SomeProcessor(ProcessorMixin):
 
 
 def test_video_processors_of_other_models_choose_the_frames(folder):
-    """They get the frames that they choose, whatever the form of the video is, and all frames without a rate."""
+    """They get the frames that they choose, for every form of a video, and all frames if there is no rate."""
     processor = SomeProcessor()
     listed = {"frames": [str(folder / f"{number}.png") for number in range(4)]}
     conversations = [
