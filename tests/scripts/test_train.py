@@ -141,6 +141,7 @@ def test_two_processes_with_half_a_model_each_save_one_model(tmp_path):
     assert not (output_dir / "model/training_args.bin").exists()
 
 
+@pytest.mark.extensive
 @pytest.mark.slow
 def test_two_processes_resume_and_report_a_failure_in_the_first(trained, tmp_path):
     output_dir = tmp_path / "output"

@@ -75,6 +75,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
+@pytest.mark.extensive
 def test_every_plan_has_the_loss_gradients_and_answer_of_one_process(tmp_path):
     for name, (kind, fields) in MODELS.items():
         dense = make_dense(kind, vocab_size=100)
