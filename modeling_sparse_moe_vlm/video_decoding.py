@@ -44,7 +44,7 @@ def decode_animation(file: str | bytes, sampling: Any) -> Decoded:
     """
     with PIL.Image.open(BytesIO(file) if isinstance(file, bytes) else file) as animation:
         total = getattr(animation, "n_frames", 1)
-        animation.load()  # some formats only tell the duration of a frame that was decoded
+        animation.load()  # some formats only have the duration of a frame after it was decoded
         duration = animation.info.get("duration")  # of a frame, in milliseconds
         fps = 1000 / duration if duration else None
         indices = sampling.indices(VideoMetadata(total_num_frames=total, fps=fps)).tolist()
@@ -58,7 +58,7 @@ def decode_animation(file: str | bytes, sampling: Any) -> Decoded:
 def decode_with_pyav(file: str | bytes, sampling: Any) -> Decoded:
     """
     Decodes some frames of a video file with PyAV, rotated as a video player shows them. Unlike `load_video` of
-    Transformers, it also reads files that do not tell their number of frames, such as WebM, and finds files that are
+    Transformers, it also reads files without a stored number of frames, such as WebM, and finds files that are
     cut off.
 
     Args:

@@ -19,6 +19,7 @@ from tests.support.processors import (
     make_tokenizer,
     user,
 )
+from tests.support.rows_and_batches import check_rows_of_batch
 
 IMAGE = 3
 SEPARATOR = "<|im_start|>"
@@ -329,20 +330,8 @@ def test_the_model_reads_tiles_as_images_in_the_order_of_their_tokens():
 def test_batches_of_images_of_different_sizes():
     model, processor = make_speaking_model(), make(max_tiles=6, row_separator=SEPARATOR)
     images = [[image_of(45, 70), image_of(20, 20)], [], [image_of(60, 30)]]
-    texts = ["one<image>two<image>?", "none", "<image>!"]
-    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    batch = check_rows_of_batch(model, processor, images)
     assert batch["pixel_values"].shape == (7 + 1 + 3, 3, 16, 16)
-    with torch.no_grad():
-        logits = model(**batch).logits
-    generate = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    together = model.generate(**batch, **generate)[:, -3:]
-    for row, (text, own) in enumerate(zip(texts, images, strict=True)):
-        single = processor(text=text, images=own or None, return_tensors="pt")
-        length = single["input_ids"].shape[1]
-        assert torch.equal(batch["input_ids"][row, -length:], single["input_ids"][0])
-        with torch.no_grad():
-            torch.testing.assert_close(logits[row, -length:], model(**single).logits[0], rtol=1e-4, atol=1e-4)
-        assert torch.equal(model.generate(**single, **generate)[0, -3:], together[row])
 
 
 def test_what_the_processor_uses_of_the_library():

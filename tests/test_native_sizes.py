@@ -18,6 +18,7 @@ from modeling_sparse_moe_vlm.native_encoding import features_by_size
 from modeling_sparse_moe_vlm.native_towers import native_inputs
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer, user
+from tests.support.rows_and_batches import check_rows_of_batch
 
 TOWERS = {
     "siglip": VISION_CONFIG,
@@ -366,19 +367,7 @@ def test_batches_of_images_of_different_sizes(tower):
     model = make_native_model(tower)
     processor = make_native_processor(model.config, row_separator=SEPARATOR)
     images = [[image_of(45, 70), image_of(20, 20)], [], [image_of(60, 30)]]
-    texts = ["one<image>two<image>?", "none", "<image>!"]
-    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**batch).logits
-    generate = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    together = model.generate(**batch, **generate)[:, -3:]
-    for row, (text, own) in enumerate(zip(texts, images, strict=True)):
-        single = processor(text=text, images=own or None, return_tensors="pt")
-        length = single["input_ids"].shape[1]
-        assert torch.equal(batch["input_ids"][row, -length:], single["input_ids"][0])
-        with torch.no_grad():
-            torch.testing.assert_close(logits[row, -length:], model(**single).logits[0], rtol=1e-4, atol=1e-4)
-        assert torch.equal(model.generate(**single, **generate)[0, -3:], together[row])
+    check_rows_of_batch(model, processor, images)
 
 
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])

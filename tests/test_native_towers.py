@@ -19,6 +19,7 @@ from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs
 from modeling_sparse_moe_vlm.native_towers import native_inputs, num_channels_of
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
+from tests.support.rows_and_batches import check_rows_of_batch
 
 OF_QWEN = {"depth": 2, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
 OF_LATER = OF_QWEN | {"hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 24}
@@ -154,16 +155,7 @@ def test_inputs_of_merging_towers():
 def test_batches_and_generation(model):
     processor = make_processor(model.config)
     images = [[image_of(45, 70), image_of(20, 20)], [], [image_of(60, 30)]]
-    texts = ["one<image>two<image>?", "none", "<image>!"]
-    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**batch).logits
-    generate = {"max_new_tokens": 3, "min_new_tokens": 3, "num_beams": 2, "do_sample": False}
-    together = model.generate(**batch, **generate)[:, -3:]
-    single = processor(text=texts[0], images=images[0], return_tensors="pt")
-    with torch.no_grad():
-        torch.testing.assert_close(logits[:1], model(**single).logits, rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.generate(**single, **generate)[:, -3:], together[:1])
+    check_rows_of_batch(model, processor, images)
 
 
 @pytest.mark.parametrize("name", TOWERS)
