@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .cache_name import is_paged
 from .routing import RoutingPlanner
 from .steering import initial_log_priors
+from .token_modalities import positions_fit
 
 logger = logging.get_logger(__name__)
 
@@ -38,9 +39,7 @@ def check_shapes(
         ValueError: If a shape does not match.
     """
     batch_size, length = shape
-    if position_ids is not None and (
-        position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length
-    ):
+    if position_ids is not None and not positions_fit(position_ids, shape):
         raise ValueError(
             f"`position_ids` has shape {tuple(position_ids.shape)}, but there are tokens of shape {tuple(shape)}: pass "
             "one position per token of this call."

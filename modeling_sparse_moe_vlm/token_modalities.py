@@ -253,6 +253,22 @@ def _unshifted(
     return torch.where(is_shifted, ids.masked_fill(is_image, 0).masked_fill(is_placeholder, image), ids)
 
 
+def positions_fit(position_ids: torch.Tensor, shape: Sequence[int]) -> bool:
+    """
+    Returns whether there is one position per token.
+
+    Args:
+        position_ids (`torch.Tensor`):
+            Positions, which should have the shape `(B or 1, T)`.
+        shape (`Sequence[int]`):
+            Shape `(B, T)` of the tokens.
+    """
+    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+        return False
+    # Two comparisons: in compiled code, `in (1, B)` is wrong where only one of the sizes is symbolic.
+    return position_ids.shape[0] == 1 or position_ids.shape[0] == shape[0]
+
+
 def padding_mask(attention_mask: Any, position_ids: torch.Tensor | None, shape: Sequence[int]) -> Any:
     """
     Returns a mask of the padding, also for packed sequences. Packed sequences have no attention mask: positions that
@@ -273,7 +289,7 @@ def padding_mask(attention_mask: Any, position_ids: torch.Tensor | None, shape: 
     if attention_mask is not None or position_ids is None or shape[1] == 1:
         return attention_mask
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids
-    if positions.dim() != 2 or positions.shape[0] not in (1, shape[0]) or positions.shape[1] != shape[1]:
+    if not positions_fit(positions, shape):
         return None  # the decoder raises an error
     return (positions >= 0).expand(shape[0], -1)
 

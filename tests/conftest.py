@@ -1,6 +1,7 @@
 """Fixtures for all tests, and settings with which several workers of pytest-xdist share a machine."""
 
 import os
+import sys
 import tempfile
 
 import pytest
@@ -41,6 +42,14 @@ def restored_logging():
     logging.warning_once.cache_clear()
     yield
     logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Forgets what a test compiled: the sizes of earlier calls choose which sizes of the next ones are symbolic."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import transformers
 from packaging.version import Version
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmTextConfig
+from modeling_sparse_moe_vlm.token_modalities import padding_mask
 from tests.support.models import TEXT_CONFIG, make_inputs, make_model
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -20,12 +21,6 @@ ARRANGEMENTS = {
     "bias": {"router": "sigmoid", "router_bias_update_rate": 1e-3},
     "capacity": {"expert_capacity_factor": 1.0, "router_global_entropy_coef": 0.1},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    yield
-    torch.compiler.reset()
 
 
 # Tracing takes seconds each. With an older release of Transformers, one arrangement of each kind will do.
@@ -103,6 +98,31 @@ def test_compiled_training_step(text_config):
     expected = dict(model.named_parameters())
     for name, parameter in compiled.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, **TOLERANCE, msg=name)
+
+
+@pytest.mark.parametrize("marked", ["tokens", "positions"])
+def test_compiled_forward_where_only_one_batch_size_is_symbolic(marked):
+    """The compiler chooses which sizes are symbolic from earlier calls, so tokens and positions can differ."""
+    model = make(ARRANGEMENTS["hybrid"])
+    inputs = {"input_ids": make_inputs(images_per_row=0)["input_ids"]}
+    tokens = inputs["input_ids"]
+    position_ids = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
+    position_ids[:, -2:] = -1  # padding of packed rows
+    expected = model(**inputs, position_ids=position_ids, use_cache=False).logits
+    torch._dynamo.maybe_mark_dynamic(tokens if marked == "tokens" else position_ids, 0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(**inputs, position_ids=position_ids, use_cache=False).logits, expected, **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("marked", ["tokens", "positions"])
+def test_compiled_padding_mask_where_only_one_batch_size_is_symbolic(marked):
+    positions = torch.tensor([[0, 1, -1], [0, 1, 2]])
+    tokens = torch.zeros(2, 3)
+    torch._dynamo.maybe_mark_dynamic(tokens if marked == "tokens" else positions, 0)
+    compiled = torch.compile(lambda x, ids: padding_mask(None, ids, x.shape), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tokens, positions), positions >= 0)
 
 
 def test_compiled_forward_checks_the_number_of_image_tokens():

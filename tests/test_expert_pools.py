@@ -160,7 +160,6 @@ def test_parallel_plans_name_the_pools():
 
 @torch.no_grad()
 def test_compiled_and_checkpointed():
-    torch._dynamo.reset()
     model, inputs = make_model(**POOLS), make_inputs()
     expected = model(**inputs, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

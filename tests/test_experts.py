@@ -213,7 +213,6 @@ def test_compiled_without_a_graph_break(name, implementation, hidden_states, dev
         return block(x, plan(ids))
 
     ids = MIXED.to(device)
-    torch.compiler.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(hidden_states, ids), run(hidden_states, ids), rtol=1e-5, atol=1e-5)

@@ -442,7 +442,6 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
 @torch.no_grad()
 def test_generation_with_a_static_cache_compiles_once(settings):
     """Also with equal priors, which need no modality ids in prefill. Prefill is not compiled."""
-    torch._dynamo.reset()
     model = make_model(**settings)
     graphs: list = []
     compile_config = CompileConfig(
@@ -454,13 +453,11 @@ def test_generation_with_a_static_cache_compiles_once(settings):
         expected = model.generate(**inputs, **given, disable_compile=True)
         assert torch.equal(model.generate(**inputs, **given, compile_config=compile_config), expected)
     assert len(graphs) == 1
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("settings", [{}, LEARNED], ids=["read-out", "priors"])
 @torch.no_grad()
 def test_compiled(settings):
-    torch._dynamo.reset()
     torch.manual_seed(0)
     model = SparseMoeVlmForCausalLM(SparseMoeVlmTextConfig(**TEXT_CONFIG | settings)).eval()
     inputs = {key: value for key, value in make_inputs().items() if key != "pixel_values"}

@@ -417,7 +417,6 @@ def test_compiled_in_one_graph(expert_groups):
     """Dynamo traces the `threading.local` that passes the plan to the layers."""
     model, inputs = make_few_experts(expert_groups=expert_groups), make_dense_inputs()
     expected = model(**inputs).logits  # the first pass sets hooks of Transformers, which cannot be traced
-    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**inputs).logits, expected)
 

@@ -100,7 +100,6 @@ def test_compiled_with_a_static_cache(loaded):
         assert new_tokens(model, inputs, cache_implementation="static") == expected
     finally:
         model.forward = forward
-        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("kind", ["our_text", "upcycled_text"])

@@ -36,12 +36,6 @@ def close(actual: torch.Tensor, expected: torch.Tensor, **tolerances) -> None:
     torch.testing.assert_close(actual.detach().cpu(), expected.detach(), **{"rtol": 1e-4, "atol": 1e-4} | tolerances)
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    yield
-    torch.compiler.reset()
-
-
 # ---------------------------------------------------------------- outputs
 
 

@@ -205,7 +205,6 @@ def test_a_replica_of_data_parallel(experts):
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_a_compiled_call(experts, implementation):
     experts.config._experts_implementation = implementation
-    torch.compiler.reset()
 
     class Adapted(nn.Module):
         def __init__(self):
@@ -220,7 +219,6 @@ def test_a_compiled_call(experts, implementation):
     torch.testing.assert_close(compiled(*call()), before * 2)
     assert expert_seam.TRACED not in experts.__dict__
     assert torch.equal(experts(*call()), before)
-    torch.compiler.reset()
 
 
 def test_a_class_that_was_replaced_is_refused(experts):

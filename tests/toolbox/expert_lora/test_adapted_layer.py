@@ -356,7 +356,6 @@ def test_dora_of_paged_and_of_compiled_experts(name, implementation):
     if implementation == "eager":
         return
     layer, call = layers_of(adapted)[0], (torch.randn(5, 32), torch.randint(8, (5, 2)), torch.rand(5, 2))
-    torch.compiler.reset()
     with torch.no_grad():
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert_equal(compiled(*call), layer(*call))

@@ -10,13 +10,6 @@ from tests.support.in_tree_moe import assert_equal, experts_of, randomise
 from tests.support.models import make_inputs, make_model
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
 def make_adapted(implementation: str):
     model = make_model(num_hidden_layers=1, expert_groups="joint")
     model.set_experts_implementation(implementation)

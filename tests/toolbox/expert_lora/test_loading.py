@@ -153,7 +153,6 @@ def test_compiled(name, implementation):
     """The layer compiles as one graph, in generation and in training."""
     layer, call = one_layer(name, implementation)
     factor_expert_lora(layer)
-    torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert_equal(compiled(*call), layer(*call))
@@ -170,7 +169,6 @@ def test_compiled_model():
     adapted, inputs = factor_expert_lora(adapt(model)), make_inputs(model)
     expected = adapted(**inputs).logits
     assert_matters(adapted, inputs, expected)
-    torch.compiler.reset()
     assert_equal(torch.compile(adapted, backend="aot_eager", fullgraph=True)(**inputs).logits, expected)
 
 

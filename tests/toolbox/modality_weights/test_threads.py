@@ -25,7 +25,6 @@ def _compiler_as_before():
     stance = eval_frame._stance
     yield
     assert eval_frame._stance is stance
-    torch.compiler.reset()
 
 
 def generate(model, steering: dict | None = None):
