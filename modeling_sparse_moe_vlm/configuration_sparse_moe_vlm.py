@@ -313,8 +313,8 @@ class SparseMoeVlmConfig(PushedWithoutPaths, PreTrainedConfig):
         image_sizing (`str`, defaults to `"fixed"`):
             `"fixed"` for images that all have the size of the vision tower, or `"native"` for images of different
             sizes, which keep their aspect ratio. Vision towers that can interpolate their position embeddings or have
-            rotary ones take such images, and towers that read lists of patches (SigLIP 2 NaFlex, Qwen2-VL and later)
-            take nothing else. The processor must have the same setting: see `image_arguments`.
+            rotary ones take such images, and towers that pack images of different sizes (SigLIP 2 NaFlex, Pixtral,
+            Qwen2-VL and later) take nothing else. The processor must have the same setting: see `image_arguments`.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation function of the connector's MLP.
         multimodal_projector_bias (`bool`, defaults to `True`):

@@ -33,7 +33,7 @@ from .image_generation import SparseMoeVlmImageGeneration
 from .input_checks import check_encoder_outputs, check_only_tokens, check_shapes, warn_of_unknown_modalities
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
-from .native_towers import make_tower
+from .native_towers import TowerInputs, make_tower
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
@@ -203,6 +203,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
     def __init__(self, config: SparseMoeVlmConfig):
         super().__init__(config)
         self.vision_tower = make_tower(config.vision_config)
+        self.tower_inputs = TowerInputs.of(type(self.vision_tower))
         for name, parameter in self.vision_tower.named_parameters():
             if name.endswith("mask_token"):  # only used for masked images, when the vision tower is pretrained
                 parameter.requires_grad_(False)

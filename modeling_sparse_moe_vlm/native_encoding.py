@@ -108,6 +108,20 @@ def padded_inputs(patches: torch.Tensor, grids: Sequence[Grid], config: PreTrain
     }
 
 
+def sized_inputs(patches: torch.Tensor, grids: Sequence[Grid], config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    Returns the inputs of a vision tower as of Pixtral: images `(num_images, channels, height, width)`, padded at the
+    bottom and on the right to the largest height and width, and the height and the width of each image in pixels.
+    """
+    size = config.patch_size
+    height, width = (max(sides) * size for sides in zip(*grids, strict=True))
+    padded = patches.new_zeros(len(grids), patches.shape[1] // size**2, height, width)
+    images = patches.split([rows * columns for rows, columns in grids])
+    for canvas, image, grid in zip(padded, images, grids, strict=True):
+        canvas[:, : grid[0] * size, : grid[1] * size] = to_images(image, grid, size)[0]
+    return {"pixel_values": padded, "image_sizes": [(rows * size, columns * size) for rows, columns in grids]}
+
+
 def merged_inputs(
     patches: torch.Tensor, grids: Sequence[Grid], config: PreTrainedConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,11 +20,46 @@ from .checks import OBSCURE_ERRORS, check, check_integer
 _INPUTS = {
     "spatial_shapes": ("pixel_values", "pixel_attention_mask", "spatial_shapes"),  # NaFlex (SigLIP 2)
     "grid_thw": ("hidden_states", "grid_thw"),  # Qwen2-VL and later
+    "image_sizes": ("pixel_values", "image_sizes"),  # Pixtral
 }
 # Grids of patches for which a tower must return one feature per patch.
 _TRIED_GRIDS = ((2, 3), (5, 4))
 # Patches along the side of a square, for towers whose configuration names neither a size nor a number of positions.
 _DEFAULT_SIDE = 32
+
+
+@dataclass(frozen=True)
+class TowerInputs:
+    """
+    How a vision tower takes images. It is read once from the signature of the tower's class.
+
+    Args:
+        kind (`str`):
+            Inputs for images of different sizes: `"spatial_shapes"` for padded lists of patches, `"grid_thw"` for a
+            single list of patches that the tower merges, `"image_sizes"` for padded images whose sizes are given, and
+            `"pixel_values"` for batches of images of one size.
+        takes_interpolation (`bool`):
+            Whether the tower has to be asked to interpolate its position embeddings.
+    """
+
+    kind: str
+    takes_interpolation: bool
+
+    @classmethod
+    def of(cls, tower_class: Any) -> TowerInputs:
+        """
+        Reads the inputs of a vision tower.
+
+        Args:
+            tower_class (`type`):
+                Class of the vision tower.
+
+        Returns:
+            `TowerInputs`: The inputs.
+        """
+        parameters = inspect.signature(tower_class.forward).parameters
+        kind = next((kind for kind in _INPUTS if kind in parameters), "pixel_values")
+        return cls(kind, "interpolate_pos_encoding" in parameters)
 
 
 def native_inputs(config: PreTrainedConfig) -> str:
@@ -35,15 +71,15 @@ def native_inputs(config: PreTrainedConfig) -> str:
             Configuration of the vision tower.
 
     Returns:
-        `str`: `"spatial_shapes"` for padded lists of patches, `"grid_thw"` for a single list of patches that the tower
-        merges, and `"pixel_values"` for batches of images of one size.
+        `str`: The `kind` of its [`TowerInputs`].
 
     Raises:
         ValueError: If there is no such tower, or if it needs other inputs.
     """
     name = f"`vision_config` ({config.model_type})"
-    parameters = inspect.signature(_tower_class(config).forward).parameters
-    kind = next((kind for kind in _INPUTS if kind in parameters), "pixel_values")
+    tower_class = _tower_class(config)
+    kind = TowerInputs.of(tower_class).kind
+    parameters = inspect.signature(tower_class.forward).parameters
     known = {"self", *_INPUTS.get(kind, ("pixel_values",))}
     needed = {
         parameter.name
@@ -72,7 +108,9 @@ def check_native_tower(config: PreTrainedConfig) -> None:
         check_integer("vision_config.spatial_merge_size", getattr(config, "spatial_merge_size", None))
         check_integer("vision_config.temporal_patch_size", getattr(config, "temporal_patch_size", 1))
         _check_heads(config)
-    if kind == "pixel_values":
+    if kind == "image_sizes":
+        _check_head_width(config)
+    if kind in ("pixel_values", "image_sizes"):
         config_class: Any = type(config)
         fault = _fault_of_tower(config_class, config.to_json_string(use_diff=False))
         check(
@@ -83,15 +121,23 @@ def check_native_tower(config: PreTrainedConfig) -> None:
         )
 
 
-def _check_heads(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless the sizes of a tower that merges patches fit its attention, whose positions are 2D."""
+def _check_head_width(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless the attention heads of a tower can have positions with two coordinates."""
     field = "embed_dim" if hasattr(config, "embed_dim") else "hidden_size"
     width, heads = getattr(config, field), getattr(config, "num_attention_heads", 1)
     check_integer("vision_config.num_heads", heads)
     check(
-        getattr(config, "head_dim", None) is not None or width % (4 * heads) == 0,
+        width % (4 * heads) == 0,
         f"`vision_config.{field}` ({width}) must be a multiple of 4 · `num_heads` ({heads}).",
     )
+
+
+def _check_heads(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless the sizes of a tower that merges patches fit its attention, whose positions are 2D."""
+    heads = getattr(config, "num_attention_heads", 1)
+    check_integer("vision_config.num_heads", heads)
+    if getattr(config, "head_dim", None) is None:
+        _check_head_width(config)
     key_value_heads = getattr(config, "num_key_value_heads", heads)
     check_integer("vision_config.num_key_value_heads", key_value_heads)
     check(
@@ -103,11 +149,6 @@ def _check_heads(config: PreTrainedConfig) -> None:
         check_integer("vision_config.window_size", config.window_size, at_least=side)
     if getattr(config, "out_hidden_size", None) is not None:
         check_integer("vision_config.out_hidden_size", config.out_hidden_size)
-
-
-def takes_interpolation(config: PreTrainedConfig) -> bool:
-    """Returns whether a vision tower has to be asked to interpolate its position embeddings."""
-    return "interpolate_pos_encoding" in inspect.signature(_tower_class(config).forward).parameters
 
 
 def merge_size_of(config: PreTrainedConfig) -> int:
@@ -172,14 +213,19 @@ def _fault_of_tower(config_class: Any, fields: str) -> str | None:
     config = config_class.from_dict(json.loads(fields))
     config.num_hidden_layers = 1  # other fields can name layers that are then missing, such as `out_features`
     patch_size = config.patch_size
-    options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
+    inputs = TowerInputs.of(_tower_class(config))
+    options: dict[str, Any] = {"interpolate_pos_encoding": True} if inputs.takes_interpolation else {}
     numbers_of_others = set()
     try:
         with torch.device("meta"), initialization.no_init_weights():
             tower = AutoModel.from_config(config, attn_implementation="eager").train(False)
             for rows, columns in _TRIED_GRIDS:
                 images = torch.zeros(2, num_channels_of(config), rows * patch_size, columns * patch_size)
+                if inputs.kind == "image_sizes":
+                    options["image_sizes"] = [(rows * patch_size, columns * patch_size)] * 2
                 shape = tower(images, return_dict=True, **options).last_hidden_state.shape
+                if inputs.kind == "image_sizes" and shape[:2] == (1, 2 * rows * columns):
+                    shape = (2, rows * columns, shape[-1])
                 is_batch = len(shape) == 3 and shape[0] == 2
                 numbers_of_others.add(shape[1] - rows * columns if is_batch else -1)
     except (*OBSCURE_ERRORS, RuntimeError, TypeError, ValueError) as error:

@@ -14,9 +14,11 @@ _OF_OTHER_TOWERS = {
     "num_frames": "reads videos",
     "tubelet_size": "reads videos",
 }
-_PACKS = "packs images of any size"
 # What vision towers do that only take images of native sizes.
-_OF_NATIVE_TOWERS = (_PACKS + " and merges their patches", "takes images as lists of patches")
+_PACKS = "packs images of any size"
+_PACKS_AND_MERGES = "packs images of any size and merges their patches"
+_TAKES_LISTS = "takes images as lists of patches"
+_OF_NATIVE_TOWERS = (_PACKS, _PACKS_AND_MERGES, _TAKES_LISTS)
 
 
 def check_vision_config(config: PreTrainedConfig, image_sizing: str = "fixed") -> None:
@@ -58,10 +60,9 @@ def _reason_against(config: PreTrainedConfig) -> str | None:
     """Returns what a vision tower does instead of returning one feature per square patch of images of one size."""
     if config.model_type == "pixtral":
         return _PACKS
-    packs, lists = _OF_NATIVE_TOWERS
     if config.model_type == "siglip2_vision_model":
-        return lists
-    reasons = _OF_OTHER_TOWERS | {"spatial_merge_size": packs}
+        return _TAKES_LISTS
+    reasons = _OF_OTHER_TOWERS | {"spatial_merge_size": _PACKS_AND_MERGES}
     return next((reason for field, reason in reasons.items() if getattr(config, field, None) is not None), None)
 
 

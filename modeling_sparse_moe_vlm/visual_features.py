@@ -15,8 +15,8 @@ from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .connector import SparseMoeVlmMultiModalProjector
 from .expert_groups import BUILTIN_MODALITIES
 from .image_patches import Grid, to_patches
-from .native_encoding import features_by_size, grids_of, loaded_embeddings, merged_inputs, padded_inputs
-from .native_towers import merge_size_of, native_inputs, num_channels_of, patches_per_side, takes_interpolation
+from .native_encoding import features_by_size, grids_of, loaded_embeddings, merged_inputs, padded_inputs, sized_inputs
+from .native_towers import TowerInputs, merge_size_of, num_channels_of, patches_per_side
 from .outputs import join_image_tokens
 from .parallel_plans import is_one_of_several_processes
 from .pretrained import SparseMoeVlmPreTrainedModel
@@ -35,6 +35,7 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
 
     config: SparseMoeVlmConfig
     vision_tower: Any
+    tower_inputs: TowerInputs
     multi_modal_projector: SparseMoeVlmMultiModalProjector
 
     @can_return_tuple
@@ -197,7 +198,7 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the features of patches `(num_patches, hidden_size)` and the tokens of each image."""
         config = self.config.vision_config
-        kind = native_inputs(config)
+        kind = self.tower_inputs.kind
         if kind == "pixel_values":
             features = features_by_size(patches, grids, config, self._encode_size)
             for _ in range(missing_calls):
@@ -208,6 +209,9 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             with loaded_embeddings(self.vision_tower):
                 _, padded = self._run_tower(**inputs)
             features = padded[inputs["pixel_attention_mask"].bool().to(padded.device)]
+        elif kind == "image_sizes":
+            _, packed = self._run_tower(**sized_inputs(patches, grids, config))
+            features = packed[0]
         else:
             features = self._merged_features(*merged_inputs(patches, grids, config))
             side = merge_size_of(config)
@@ -219,7 +223,7 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
     def _encode_size(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the features of the patches of images of one size."""
         config = self.config.vision_config
-        options = {"interpolate_pos_encoding": True} if takes_interpolation(config) else {}
+        options = {"interpolate_pos_encoding": True} if self.tower_inputs.takes_interpolation else {}
         num_patches = (images.shape[2] // config.patch_size) * (images.shape[3] // config.patch_size)
         with loaded_embeddings(self.vision_tower):
             _, hidden_states = self._run_tower(images, **options)

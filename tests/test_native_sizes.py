@@ -475,7 +475,6 @@ def test_choices_of_the_configuration():
         ),
         ({"model_type": "vit_mae"}, r"\(vit_mae\) does not take .* it does not return one feature per patch"),
         ({"model_type": "swin", "embed_dim": 8, "depths": [1], "num_heads": [1]}, r"\(swin\) merges patches"),
-        ({"model_type": "pixtral", "head_dim": 8}, r"\(pixtral\) packs images of any size, which"),
     ],
 )
 def test_towers_that_only_take_squares(vision, message):

@@ -1,12 +1,16 @@
-"""Vision towers that read lists of patches of any size: SigLIP 2 (NaFlex), and those of Qwen2-VL and later."""
+"""Vision towers that read lists of patches of any size: SigLIP 2 (NaFlex), Pixtral, and those of Qwen2-VL and later."""
 
+import copy
+import inspect
 import json
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    PixtralImageProcessorPil,
     Qwen2VLImageProcessorPil,
     Siglip2ImageProcessorPil,
     SiglipImageProcessorPil,
@@ -15,7 +19,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import convert_ima
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm.image_patches import to_patches
-from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs
+from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs, sized_inputs
 from modeling_sparse_moe_vlm.native_towers import native_inputs, num_channels_of
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
@@ -34,12 +38,13 @@ NAFLEX = {name: value for name, value in TINY_TOWER.items() if name != "image_si
     "num_patches": 16,
     "vision_use_head": False,
 }
-TOWERS = {"naflex": NAFLEX, **MERGING}
+PIXTRAL = TINY_TOWER | {"model_type": "pixtral"}
+TOWERS = {"naflex": NAFLEX, "pixtral": PIXTRAL, **MERGING}
 SIZES = [(24, 48), (20, 50), (48, 24), (1, 90), (24, 48), (30, 30)]
 
 
 def make_config(tower: str, **fields) -> SparseMoeVlmConfig:
-    fields = {"image_sizing": "native", "pixel_shuffle_factor": 2 if tower == "naflex" else 1} | fields
+    fields = {"image_sizing": "native", "pixel_shuffle_factor": 1 if tower in MERGING else 2} | fields
     text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE, "modalities": fields.pop("modalities", ["text", "image"])}
     return SparseMoeVlmConfig(text_config=text, vision_config=TOWERS[tower], image_token_id=IMAGE_TOKEN_ID, **fields)
 
@@ -81,6 +86,24 @@ def test_naflex_features_are_those_of_the_encoder():
         outputs = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
     assert torch.equal(outputs.last_hidden_state, features)
     assert [tokens.shape for tokens in outputs.pooler_output] == [(18, 32)]
+
+
+def test_pixtral_features_are_those_of_the_encoder():
+    """For images as its own image processor resizes and pads them."""
+    model = make_model("pixtral")
+    image_processor = PixtralImageProcessorPil(patch_size=4, size={"longest_edge": 48})
+    processor = make_processor(model.config, image_processor)
+    images = [image_of(24, 48), image_of(48, 16)]
+    official = image_processor(images, return_tensors="pt")
+    assert official["image_sizes"].tolist() == [[24, 48], [48, 16]]
+    inputs = processor(images=images, return_tensors="pt")
+    assert inputs["image_grid_thw"].tolist() == [[1, 6, 12], [1, 12, 4]]
+    with torch.no_grad():
+        features = model.model.vision_tower(**official).last_hidden_state[0]
+        outputs = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    assert features.shape == (72 + 48, 16)
+    assert torch.equal(outputs.last_hidden_state, features)
+    assert [tokens.shape for tokens in outputs.pooler_output] == [(18, 32), (12, 32)]
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -133,6 +156,30 @@ def test_inputs_of_naflex_towers():
     assert not inputs["pixel_values"][1, 4:].any()
 
 
+def test_inputs_of_pixtral():
+    config = make_config("pixtral").vision_config
+    images = [torch.randn(3, 8, 12), torch.randn(3, 16, 4)]
+    inputs = sized_inputs(torch.cat([to_patches(image[None], 4) for image in images]), [(2, 3), (4, 1)], config)
+    assert inputs["image_sizes"] == [(8, 12), (16, 4)]
+    assert inputs["pixel_values"].shape == (2, 3, 16, 12)
+    assert torch.equal(inputs["pixel_values"][0, :, :8], images[0])
+    assert torch.equal(inputs["pixel_values"][1, :, :, :4], images[1])
+    assert not inputs["pixel_values"][0, :, 8:].any()
+    assert not inputs["pixel_values"][1, :, :, 4:].any()
+
+
+def test_pixtral_without_rotary_positions_of_other_images():
+    """The position of a patch depends only on its row and column in its own image."""
+    model = make_model("pixtral")
+    images = torch.rand(2, 3, 8, 16), torch.rand(1, 3, 16, 8)
+    patches = torch.cat([to_patches(each, 4) for each in images])
+    grids = torch.tensor([(1, 2, 4), (1, 2, 4), (1, 4, 2)])
+    with torch.no_grad():
+        features = model.get_image_features(patches, grids).last_hidden_state
+        own = [model.model.vision_tower(image[None]).last_hidden_state[0] for each in images for image in each]
+    torch.testing.assert_close(features, torch.cat(own), rtol=1e-5, atol=1e-5)
+
+
 def test_inputs_of_merging_towers():
     config = make_config("qwen3").vision_config
     image = torch.arange(4 * 6).float().view(4, 6)  # a grid of patches
@@ -170,7 +217,25 @@ def test_a_training_step(name):
     assert bool(unused) == (name == "qwen3")
 
 
-@pytest.mark.parametrize("name", ["naflex", "qwen2_5"])
+@pytest.mark.parametrize("name", ["siglip", *TOWERS])
+def test_the_signature_is_read_once(name, monkeypatch):
+    """When the model is created, not when it runs. Copies and pickles keep what was read."""
+    if name == "siglip":
+        fields = {"vision_config": VISION_CONFIG, "image_sizing": "native", "pixel_shuffle_factor": 1}
+        model = SparseMoeVlmForConditionalGeneration(SparseMoeVlmConfig(text_config=TEXT_CONFIG, **fields)).eval()
+    else:
+        model = make_model(name)
+    pixels = torch.rand(1, 3, 16, 24)
+    copies = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    monkeypatch.setattr(inspect, "signature", lambda *_, **__: pytest.fail("the signature is read again"))
+    with torch.no_grad():
+        features = [each.model.get_image_features(pixels).last_hidden_state for each in copies]
+    assert features[0].std() > 0
+    assert torch.equal(features[0], features[1])
+    assert torch.equal(features[0], features[2])
+
+
+@pytest.mark.parametrize("name", ["naflex", "pixtral", "qwen2_5"])
 def test_half_precision(name):
     model = make_model(name)
     inputs = make_processor(model.config)(text="<image>", images=image_of(20, 50), return_tensors="pt")
@@ -181,7 +246,7 @@ def test_half_precision(name):
     assert (actual.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
-@pytest.mark.parametrize("name", ["naflex", "qwen2"])
+@pytest.mark.parametrize("name", ["naflex", "pixtral", "qwen2"])
 def test_save_and_load(name, tmp_path):
     model = make_model(name)
     processor = make_processor(model.config)
@@ -225,6 +290,7 @@ def test_arguments_of_the_processor():
     # A square of 16 patches, of 32 × 32 patches if the configuration names no size, or of 16 positions.
     assert arguments == {
         "naflex": native | {"image_seq_length": 4},
+        "pixtral": native | {"image_seq_length": 4},
         "qwen2": native | {"image_seq_length": 256},
         "qwen2_5": native | {"image_seq_length": 256},
         "qwen3": native | {"image_seq_length": 4},
@@ -235,6 +301,7 @@ def test_arguments_of_the_processor():
     }
     assert {name: native_inputs(make_config(name).vision_config) for name in TOWERS} == {
         "naflex": "spatial_shapes",
+        "pixtral": "image_sizes",
         **dict.fromkeys(MERGING, "grid_thw"),
     }
 
@@ -258,12 +325,12 @@ def test_the_connector_merges_merged_features_again():
         {"do_rescale": False},
     ],
 )
-@pytest.mark.parametrize("image_processor", [Siglip2ImageProcessorPil, Qwen2VLImageProcessorPil])
-def test_pixels_of_image_processors_that_cut_patches(image_processor, values):
+@pytest.mark.parametrize("of_tower", [Siglip2ImageProcessorPil, Qwen2VLImageProcessorPil, PixtralImageProcessorPil])
+def test_pixels_of_image_processors_that_cut_patches(of_tower, values):
     """Another image processor resizes the images, with the same values."""
     values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2} | values
-    processor = make_processor(make_config("naflex"), image_processor(patch_size=4, **values))
-    image = image_of(24, 48)
+    processor = make_processor(make_config("naflex"), of_tower(patch_size=4, **values))
+    image = image_of(23, 50)
     size = {"height": 24, "width": 48}
     expected = SiglipImageProcessorPil(**values)(image, size=size, return_tensors="pt")["pixel_values"]
     assert torch.equal(processor(images=image, return_tensors="pt")["pixel_values"], to_patches(expected, 4))
@@ -311,6 +378,13 @@ def test_mergers_of_single_patches(name):
             {},
             r"takes the inputs \['pixel_values', 'grid_thw', 'merge_sizes'",
         ),
+        (PIXTRAL, {"image_sizing": "fixed"}, r'packs images of any size: set `image_sizing="native"`, or choose'),
+        (
+            PIXTRAL | {"num_attention_heads": 16},
+            {},
+            r"hidden_size` \(16\) must be a multiple of 4 · `num_heads` \(16\)",
+        ),
+        (PIXTRAL | {"patch_size": [4, 4]}, {}, r"`vision_config.patch_size` must be an integer"),
         (NAFLEX | {"num_patches": 0}, {}, "`vision_config.num_patches` must be an integer of at least 1, got 0"),
         (MERGING["qwen2"] | {"temporal_patch_size": 0}, {}, "`vision_config.temporal_patch_size` must be"),
         (MERGING["qwen2"] | {"spatial_merge_size": 0}, {}, "`vision_config.spatial_merge_size` must be"),
