@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.image_utils import PIL
+
 from ...checks import shown
-from .bad_rows import WRONG_TYPE, RowFault
+from .bad_rows import MISSING_FIELD, WRONG_TYPE, RowFault
 
 IMAGE_FIELDS = ("images", "image", "file_names", "file_name")
 VIDEO_FIELDS = ("videos", "video")
 # Folders of videos name their files in these fields, like folders of images.
 _FILE_FIELDS = ("file_names", "file_name")
 _VIDEO_FILES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".ts")
+_IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 _PART_VIDEO_KEYS = ("video", "path", "url")
+# Names of fields whose texts can be paths of images and videos.
+_NAMES_OF_MEDIA = re.compile("image|img|picture|photo|video|file|path", re.IGNORECASE)
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row with `None` in place of fields that are NaN, which is how pandas writes missing values."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def check_other_fields(row: Mapping[str, Any]) -> None:
+    """
+    Checks that a row without images and videos has none in a field that is not read, such as `img`.
+
+    Raises:
+        RowFault: If it has one.
+    """
+    if any(field in row for field in (*IMAGE_FIELDS, *VIDEO_FIELDS)):
+        return
+    for field, value in row.items():
+        if any(_is_image_or_video(item, field) for item in _listed(value)):
+            raise RowFault(
+                MISSING_FIELD,
+                f"the row has an image or a video in {field!r}, which would be lost: rename the field to 'image', "
+                "'images', 'video' or 'videos', or remove it.",
+            )
 
 
 def column_images(row: Mapping[str, Any]) -> list[Any]:
@@ -87,3 +117,12 @@ def _listed(value: Any) -> list[Any]:
 def _is_video_file(value: Any) -> bool:
     path = value.get("path") if isinstance(value, Mapping) else value
     return isinstance(path, str | os.PathLike) and Path(path).suffix.lower() in _VIDEO_FILES
+
+
+def _is_image_or_video(value: Any, field: str) -> bool:
+    if isinstance(value, PIL.Image.Image):
+        return True
+    if isinstance(value, Mapping):
+        return isinstance(value.get("bytes"), bytes) or _is_image_or_video(value.get("path"), field)
+    is_file = isinstance(value, str) and Path(value).suffix.lower() in (*_IMAGE_FILES, *_VIDEO_FILES)
+    return is_file and _NAMES_OF_MEDIA.search(field) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...checks import shown
-from .bad_rows import MISSING_FIELD, UNKNOWN_ROLE, WRONG_NUMBER_OF_VIDEOS, WRONG_TYPE, RowFault
+from .bad_rows import (
+    EMPTY_ANSWER,
+    MISSING_FIELD,
+    NO_ASSISTANT_TURN,
+    UNKNOWN_ROLE,
+    WRONG_NUMBER_OF_VIDEOS,
+    WRONG_TYPE,
+    RowFault,
+)
 from .columns import IMAGE_FIELDS, VIDEO_FIELDS, column_images, column_videos, video_of_part
 
 CAPTION_PROMPT = "Describe the image."
@@ -100,11 +109,13 @@ def most_frequent_answer(answers: Sequence[str]) -> str:
 
 
 def _from_messages(row: Mapping[str, Any]) -> Contents:
+    _check_tools(row)
     messages, inside = _read_messages(_field(row, "messages"), "messages")
-    return _with_columns(messages, inside, row)
+    return _with_columns(messages, inside, row, row["messages"])
 
 
 def _from_prompt_completion(row: Mapping[str, Any]) -> Contents:
+    _check_tools(row)
     messages: Messages = []
     inside: list[Any] = []
     for field, role in (("prompt", "user"), ("completion", "assistant")):
@@ -115,16 +126,27 @@ def _from_prompt_completion(row: Mapping[str, Any]) -> Contents:
             read, images = _read_messages(value, field)
             messages += read
             inside += images
-    return _with_columns(messages, inside, row)
+            if role == "assistant" and all(message["role"] != role for message in read):
+                raise RowFault(NO_ASSISTANT_TURN, "`completion` has no assistant turn, so there is nothing to learn.")
+    return _with_columns(messages, inside, row, row["prompt"])
 
 
 def _from_conversations(row: Mapping[str, Any]) -> Contents:
+    _check_tools(row)
     messages: Messages = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": [_text(_string(row["system"], "system"))]})
     images, videos = column_images(row), column_videos(row)
     for i, turn in enumerate(_list_field(row, "conversations")):
         name = f"conversations[{i}]"
         if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
             raise RowFault(WRONG_TYPE, f"{name} must be a dict with `from` and `value`, but got {shown(turn)}.")
+        if turn.get("weight") not in (None, 1):
+            raise RowFault(
+                WRONG_TYPE,
+                f"{name} has the weight {shown(turn['weight'])}, which would be lost: all answers are learned with the "
+                "same weight. Remove it.",
+            )
         role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn["from"], str) else None
         if role is None:
             known = ", ".join(map(repr, _SHAREGPT_ROLES))
@@ -165,6 +187,8 @@ def _vqa_references(row: Mapping[str, Any]) -> list[str]:
 
 def _from_captions(row: Mapping[str, Any]) -> Contents:
     captions = _captions(row)
+    if not column_images(row) and not column_videos(row):
+        raise RowFault(MISSING_FIELD, "the row has a caption, but no image or video: add one, or drop the row.")
     prompt = VIDEO_CAPTION_PROMPT if column_videos(row) and not column_images(row) else CAPTION_PROMPT
     return _places_first([_user(prompt), _assistant(captions[0] if captions else "")], row)
 
@@ -174,7 +198,11 @@ def _captions(row: Mapping[str, Any]) -> list[str]:
     value = _field(row, field)
     if field == "text" or not isinstance(value, list | tuple):
         return [_string(value, field)]
-    return [_string(caption, f"{field}[{i}]") for i, caption in enumerate(value)]
+    captions = [_string(caption, f"{field}[{i}]") for i, caption in enumerate(value)]
+    for i, caption in enumerate(captions):
+        if not caption.strip():
+            raise RowFault(EMPTY_ANSWER, f"the caption in `{field}[{i}]` is empty: give a text, or remove it.")
+    return captions
 
 
 FORMATS = {
@@ -230,10 +258,27 @@ def _field(row: Mapping[str, Any], field: str) -> Any:
 
 
 def _list_field(row: Mapping[str, Any], field: str) -> list[Any]:
-    value = _field(row, field)
+    value = _as_list(_field(row, field))
     if not isinstance(value, list | tuple):
         raise RowFault(WRONG_TYPE, f"`{field}` must be a list, but got {shown(value)}.")
     return list(value)
+
+
+def _as_list(value: Any) -> Any:
+    """
+    Returns a list of dicts for a dict of lists of equal length, which is how `datasets` stores `Sequence({…})`. Other
+    values are returned as they are.
+    """
+    if not isinstance(value, Mapping) or not value or not all(isinstance(item, list) for item in value.values()):
+        return value
+    if len({len(item) for item in value.values()}) > 1:
+        return value
+    return [dict(zip(value, items)) for items in zip(*value.values())]
+
+
+def _check_tools(row: Mapping[str, Any]) -> None:
+    if row.get("tools"):
+        raise RowFault(WRONG_TYPE, "the row has `tools`, which would be lost: calls of tools are not supported.")
 
 
 def _string(value: Any, name: str) -> str:
@@ -268,7 +313,10 @@ def _present(row: Mapping[str, Any], fields: Sequence[str]) -> str:
 
 def _texts(value: Any, field: str) -> list[str]:
     """Returns the texts of a field that has one or several."""
+    value = _as_list(value)
     if isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise RowFault(WRONG_TYPE, f"`{field}` must be a text or a finite number, but got {value}.")
         return [str(value).lower() if isinstance(value, bool) else str(value)]
     if not isinstance(value, list | tuple):
         return [_string(value, field)]
@@ -291,14 +339,15 @@ def _places_first(messages: Messages, row: Mapping[str, Any]) -> Contents:
     return _with_videos(messages, videos), images
 
 
-def _with_columns(messages: Messages, inside: list[Any], row: Mapping[str, Any]) -> Contents:
+def _with_columns(messages: Messages, inside: list[Any], row: Mapping[str, Any], given: Any) -> Contents:
     """
     Returns messages with all images and videos of a row, in order: each place without one gets the next one of the
     column.
 
-    `inside` has the images of the parts of type `"image"`, with `None` for those that contain none.
+    `inside` has the images of the parts of type `"image"`, with `None` for those that contain none. `given` are the
+    messages of the row as it contains them, or the text of its prompt.
     """
-    given = row["messages"] if "messages" in row else row["prompt"]
+    given = _as_list(given)
     # TRL only adds the places of images if the contents are strings.
     if isinstance(given, str) or all(isinstance(message["content"], str) for message in given):
         return _places_first(messages, row)
@@ -340,6 +389,7 @@ def _with_videos(messages: Messages, videos: list[Any]) -> Messages:
 
 def _read_messages(value: Any, name: str) -> tuple[Messages, list[Any]]:
     """Returns messages with contents as lists of parts, and the images inside of them (`None` for a place only)."""
+    value = _as_list(value)
     if not isinstance(value, list | tuple):
         raise RowFault(WRONG_TYPE, f"`{name}` must be a list of messages, but got {shown(value)}.")
     messages, images = [], []

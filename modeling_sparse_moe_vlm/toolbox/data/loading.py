@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from .bad_rows import ON_BAD_ROW, BadRowError, SkippedRows, process_number
+from .bad_rows import ON_BAD_ROW, BadRowError, RowFault, SkippedRows, process_number
 from .formats import DataFormat, find_format, recognise_format
 from .reading import FEATURES, RawRow, RowReader, Rows, raw_rows
 from .row_sizes import check_limits, check_size
@@ -93,7 +93,7 @@ def load_rows(
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"`on_bad_row` must be one of {', '.join(ON_BAD_ROW)}, but got {on_bad_row!r}.")
-    check_limits(max_length=max_length, max_image_tokens=max_image_tokens)
+    check_limits(max_length=max_length, max_image_tokens=max_image_tokens, max_rows=max_rows)
     if processor is None and (max_length is not None or max_image_tokens is not None):
         raise ValueError("`max_length` and `max_image_tokens` need the `processor` of the model, which counts tokens.")
     parts = find_parts(data, split, subset, image_root, streaming)
@@ -199,14 +199,16 @@ def format_of(parts: list[Part], format: str | None) -> DataFormat:
     names = [part.name for part in parts]
     where = names[0] if len(names) == 1 else f"the data ({names[0]}, …)"
     rows = itertools.chain.from_iterable(part.rows() for part in parts)
-    first = next(rows, None)
-    if first is None:
+    nothing = object()  # a row can be `None`
+    first = next(rows, nothing)
+    if first is nothing:
         raise ValueError(f"{where} has no rows.")
     if format is not None:
         return found
     fields = next((row for row in itertools.chain([first], rows) if isinstance(row, dict)), None)
     if fields is None:
-        raise ValueError(f"the format of {where} is not recognised: none of its rows is a dict.")
+        why = f" The first row: {first.reason}" if isinstance(first, RowFault) else ""
+        raise ValueError(f"the format of {where} is not recognised: none of its rows is a dict.{why}")
     return recognise_format(list(fields), where)
 
 

@@ -53,23 +53,29 @@ def image_source(image: Any, name: str, root: str | Path | None, what: str = "im
         forms += "" if what == "image" else ", or a list of frames"
         raise RowFault(WRONG_TYPE, f"{name} must be {forms}, but got {shown(image)}.")
     path = os.fspath(path)
-    if path.startswith(("http://", "https://", "data:")):
+    if path.lower().startswith(("http://", "https://", "ftp://", "data:")):
         raise RowFault(
             WRONG_TYPE, f"{name} is the URL {shown(path)}: download the {what}, and give the path of the file."
         )
     if "://" in path and not path.startswith("file://"):
-        return {"bytes": _remote_bytes(path, name), "path": None}
+        return {"bytes": _remote_bytes(path, name, what), "path": None}
     full = path.removeprefix("file://") if root is None else os.path.join(root, path.removeprefix("file://"))
     return {"bytes": None, "path": full}
 
 
-def _remote_bytes(path: str, name: str) -> bytes:
+def _remote_bytes(path: str, name: str, what: str) -> bytes:
     """Reads a file of a streamed dataset, such as `hf://…` or `zip://…::…`."""
     try:
         with fsspec.open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
         raise RowFault(MISSING_FILE, f"{name}: there is no file {path!r}.") from error
+    except Exception as error:  # unknown protocols, and each protocol raises its own types
+        reason = " ".join(str(error).split())
+        raise RowFault(
+            MISSING_FILE,
+            f"{name}: {path!r} cannot be read ({reason}): download the {what}, and give the path of the file.",
+        ) from error
 
 
 def check_image(source: Any, number: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from .bad_rows import (
     RowFault,
     SkippedRows,
 )
+from .columns import without_nan
 from .loading import generated, new_skipped_rows
 from .media_sources import check_image, image_source
 from .reading import raw_rows
@@ -141,6 +142,7 @@ def validated_pair(row: Any, image_root: str | Path | None = None) -> dict[str, 
         raise row
     if not isinstance(row, Mapping):
         raise RowFault(WRONG_TYPE, f"the row must be a dict, but got {shown(row)}.")
+    row = without_nan(row)
     images = row_images(row)
     if not images:
         raise RowFault(MISSING_FIELD, f"the row has no image: its fields are {list(row)}.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,20 +15,19 @@ from typing import Any
 from datasets import (
     Dataset,
     DatasetDict,
-    Features,
     IterableDataset,
     IterableDatasetDict,
-    Value,
     load_dataset,
     load_from_disk,
 )
 from datasets.config import DATASET_STATE_JSON_FILENAME, DATASETDICT_JSON_FILENAME
 from datasets.data_files import DataFilesDict, get_data_patterns
 
-from .bad_rows import NOT_JSON, RowFault
+from .bad_rows import NOT_JSON, NOT_UTF8, RowFault
 from .columns import IMAGE_FIELDS, VIDEO_FIELDS
 
 NUM_ROWS_AT_ONCE = 16  # few, because rows can contain images
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,14 @@ def find_parts(
         data = _split_of(data, split, "the data")
     if isinstance(data, Dataset | IterableDataset):
         return _shards(data, "the dataset", root)
-    if not isinstance(data, str | os.PathLike):
+    if not isinstance(data, str | os.PathLike) or not os.fspath(data):
         raise ValueError(
-            f"the data must be a path, the id of a dataset on the Hub, or a dataset, but got {type(data)}."
+            f"the data must be a path, the id of a dataset on the Hub, or a dataset, but got "
+            f"{repr(data) if isinstance(data, str) else type(data)}."
         )
     name = os.fspath(data)
     if os.path.isfile(name):
+        _check_compression(name)
         if Path(name).suffix.lower() not in _READERS:
             raise ValueError(f"{name} cannot be read as data: its name must end with one of {', '.join(_READERS)}.")
         files = [name]
@@ -116,7 +119,12 @@ def find_parts(
     elif Path(name).suffix.lower() in _READERS or name.count("/") > 1 or name.startswith((".", "/")):
         raise FileNotFoundError(f"there is no file or folder {name!r}.")
     else:
-        return _shards(load_dataset(name, subset, split=split, streaming=streaming), f"{name} ({split})", root)
+        try:
+            loaded = load_dataset(name, subset, split=split, streaming=streaming)
+        except (ConnectionError, FileNotFoundError) as error:
+            message = f"there is no file or folder {name!r}, and no dataset of the Hub can be loaded: {error}"
+            raise type(error)(message) from error
+        return _shards(loaded, f"{name} ({split})", root)
     return [Part(file, image_root=root or os.path.dirname(os.path.abspath(file))) for file in files]
 
 
@@ -168,11 +176,20 @@ def _files_of(folder: str, split: str) -> list[str]:
         raise ValueError(nothing) from error
     if split not in by_split:
         raise ValueError(f"{folder} has no split {split!r}: its splits are {', '.join(map(str, by_split))}.")
+    for file in by_split[split]:
+        _check_compression(file)
     files = sorted(file for file in by_split[split] if Path(file).suffix.lower() in _READERS)
     files = [file for file in files if Path(file).stem == "metadata"] or files
     if not files:
         raise ValueError(nothing)
     return files
+
+
+def _check_compression(file: str) -> None:
+    """Raises `ValueError` for a compressed file of data."""
+    path = Path(file)
+    if path.suffix.lower() in _COMPRESSED and Path(path.stem).suffix.lower() in _READERS:
+        raise ValueError(f"{file} cannot be read as data, because it is compressed: decompress it.")
 
 
 def _shards(dataset: Dataset | IterableDataset, name: str, image_root: str | None) -> list[Part]:
@@ -209,13 +226,21 @@ def _all_rows(dataset: IterableDataset) -> Iterator[dict[str, Any]]:
 
 
 def _read_json_lines(path: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
+    with open(path, "rb") as file:
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         for line in file:
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield RowFault(NOT_JSON, f"the line is not valid JSON: {error}.")
+                yield _read_json_line(line)
+
+
+def _read_json_line(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return RowFault(NOT_UTF8, f"the line is not UTF-8 ({error}): convert the file to UTF-8.")
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits
+        return RowFault(NOT_JSON, f"the line is not valid JSON: {error}.")
 
 
 def _read_json(path: str) -> Iterator[Any]:
@@ -240,27 +265,30 @@ def _read_json(path: str) -> Iterator[Any]:
     yield from rows
 
 
-def _read_csv(path: str) -> Iterator[dict[str, Any]]:
-    import pandas as pd
-
-    try:
-        columns = list(pd.read_csv(path, nrows=0, encoding="utf-8-sig").columns)
-    except pd.errors.EmptyDataError:
-        return
+def _read_csv(path: str) -> Iterator[Any]:
     # Texts stay as they are: "7.0" is not a number, and "none" is not a missing value.
-    features = Features({column: Value("string") for column in columns})
-    files = load_dataset(
-        "csv",
-        data_files=glob.escape(os.path.abspath(path)),
-        split="train",
-        streaming=True,
-        features=features,
-        keep_default_na=False,
-    )
-    for row in _all_rows(files):
-        # An empty cell of a column of images or videos is a row without them.
-        fields = (*IMAGE_FIELDS, *VIDEO_FIELDS)
-        yield {key: None if value == "" and key in fields else value for key, value in row.items()}
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is too small for long conversations
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = (cells for cells in csv.reader(file) if len(cells) > 1 or any(cell.strip() for cell in cells))
+        columns = next(lines, [])
+        for column in columns:
+            if column and columns.count(column) > 1:
+                raise ValueError(f"it has several columns with the name {column!r}: rename or remove all but one.")
+        for number, cells in enumerate(lines):
+            if any(cells[len(columns) :]):
+                raise ValueError(
+                    f"row {number} has {len(cells)} cells, but the first line names {len(columns)} columns. Texts with "
+                    "commas need quotes."
+                )
+            try:
+                "".join(cells).encode("utf-8")
+            except UnicodeEncodeError:
+                yield RowFault(NOT_UTF8, "the row is not UTF-8: convert the file to UTF-8.")
+                continue
+            row = dict(zip(columns, cells + [""] * (len(columns) - len(cells))))
+            # An empty cell of a column of images or videos is a row without them.
+            fields = (*IMAGE_FIELDS, *VIDEO_FIELDS)
+            yield {key: None if value == "" and key in fields else value for key, value in row.items()}
 
 
 def _read_parquet(path: str) -> Iterator[dict[str, Any]]:

@@ -19,6 +19,7 @@ from .bad_rows import (
     WRONG_TYPE,
     RowFault,
 )
+from .columns import check_other_fields, without_nan
 from .formats import DataFormat
 from .media_sources import check_image, check_video, image_source, video_source
 
@@ -62,6 +63,7 @@ def validated_row(
     """
     if not isinstance(row, Mapping):
         raise RowFault(WRONG_TYPE, f"the row must be a dict, but got {shown(row)}.")
+    row = without_nan(row)
     messages, images = format.convert(row)
     for i, message in enumerate(messages):
         _check_message(message, i)
@@ -76,6 +78,8 @@ def validated_row(
         )
     sources = [image_source(image, f"images[{i}]", image_root) for i, image in enumerate(images)]
     videos = [part["video"] for message in messages for part in message["content"] if part["type"] == "video"]
+    if not images and not videos:
+        check_other_fields(row)
     video_sources = [video_source(video, i, image_root) for i, video in enumerate(videos)]
     try:
         sizes = [check_image(source, i) for i, source in enumerate(sources)]

@@ -176,6 +176,36 @@ def test_format_is_recognised_and_converted(case):
     assert find_format(name).convert(row) == (messages, images)
 
 
+def test_dicts_of_lists():
+    """`datasets` stores `Sequence({…})` as a dict of lists."""
+    answers = {"answer": ["b", "a", "a"], "answer_id": [1, 2, 3]}
+    row = {"question": "q", "answers": answers}
+    assert find_format("vqa").convert(row)[0] == [turn("user", "q"), turn("assistant", "a")]
+    assert find_format("vqa").references(row) == ["b", "a", "a"]
+    texts = {"texts": {"user": ["q", "r"], "assistant": ["a", "b"]}}
+    turns = [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]
+    assert find_format("texts").convert(texts)[0] == turns
+    messages = {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}}
+    assert find_format("messages").convert(messages)[0] == turns[:2]
+
+
+def test_prompts_with_a_field_of_another_format():
+    row = {
+        "prompt": [HI | {"content": [{"type": "image"}, text("x")]}],
+        "completion": "a",
+        "image": "a",
+        "messages": None,
+    }
+    assert find_format("prompt-completion").convert(row) == ([turn("user", None, "x"), turn("assistant", "a")], ["a"])
+
+
+def test_system_of_sharegpt():
+    row = {"conversations": [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]}
+    turns = [turn("user", "q"), turn("assistant", "a")]
+    assert find_format("llava").convert(row | {"system": "s"})[0] == [turn("system", "s"), *turns]
+    assert find_format("llava").convert(row | {"system": ""})[0] == turns
+
+
 @pytest.mark.parametrize(
     ("name", "row", "references"),
     [
@@ -318,6 +348,62 @@ def test_most_frequent_answer(answers, expected):
             {"question": "a", "answers": ["a", 5]},
             "wrong type",
             "`answers[1]` must be a string, but got 5.",
+        ),
+        (
+            "messages",
+            {"messages": [HI, YO], "tools": [{"name": "f"}]},
+            "wrong type",
+            "the row has `tools`, which would be lost: calls of tools are not supported.",
+        ),
+        (
+            "prompt-completion",
+            {"prompt": [HI, YO], "completion": [HI]},
+            "no assistant turn",
+            "`completion` has no assistant turn, so there is nothing to learn.",
+        ),
+        (
+            "prompt-completion",
+            {"prompt": "a", "completion": "b", "tools": "[1]"},
+            "wrong type",
+            "the row has `tools`, which would be lost: calls of tools are not supported.",
+        ),
+        (
+            "llava",
+            {"conversations": [{"from": "gpt", "value": "x", "weight": 0}]},
+            "wrong type",
+            "conversations[0] has the weight 0, which would be lost: all answers are learned with the same weight. "
+            "Remove it.",
+        ),
+        (
+            "llava",
+            {"conversations": [], "tools": "[1]"},
+            "wrong type",
+            "the row has `tools`, which would be lost: calls of tools are not supported.",
+        ),
+        ("llava", {"conversations": [], "system": 5}, "wrong type", "`system` must be a string, but got 5."),
+        (
+            "texts",
+            {"texts": {"user": ["a", "b"], "assistant": ["c"]}},
+            "wrong type",
+            "`texts` must be a list, but got {'user': ['a', 'b'], 'assistant': ['c']}.",
+        ),
+        (
+            "vqa",
+            {"question": "a", "answer": float("inf")},
+            "wrong type",
+            "`answer` must be a text or a finite number, but got inf.",
+        ),
+        (
+            "captions",
+            {"image": None, "caption": "a"},
+            "missing field",
+            "the row has a caption, but no image or video: add one, or drop the row.",
+        ),
+        (
+            "captions",
+            {"image": "a", "captions": ["b", " "]},
+            "empty answer",
+            "the caption in `captions[1]` is empty: give a text, or remove it.",
         ),
         ("captions", {"image": "a"}, "missing field", "the row lacks `caption`: its fields are ['image']."),
         ("captions", {"image": "a", "captions": ["b", 5]}, "wrong type", "`captions[1]` must be a string, but got 5."),

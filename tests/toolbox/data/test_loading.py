@@ -7,9 +7,13 @@ import zipfile
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, check_data, load_rows, sources
+from modeling_sparse_moe_vlm.toolbox.data.bad_rows import RowFault
+from modeling_sparse_moe_vlm.toolbox.data.formats import FORMATS
+from modeling_sparse_moe_vlm.toolbox.data.validation import validated_row
 from tests.support.processors import make_processor
 from tests.toolbox.data.data_files import GREEN, RED, colors, plain, turn, write_image, write_lines
 
@@ -86,6 +90,72 @@ def test_lines_that_are_not_json_are_bad_rows(load, tmp_path):
     assert questions(load(path, on_bad_row="skip")) == ["q0", "q2"]
     path.write_text(f"{{oops}}\n{json.dumps(vqa(1))}\n")  # the format is that of the first row that can be read
     assert questions(load(path, on_bad_row="skip")) == ["q1"]
+
+
+def test_lines_that_are_not_text_are_bad_rows(load, tmp_path):
+    """A line in another encoding, of too many brackets or digits, or without a dict does not end the reading."""
+    bad = ['{"question": "größe"}'.encode("latin-1"), b"[" * 100_000, b'{"question": ' + b"9" * 5000 + b"}", b"null"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\r\n".join([b"null", json.dumps(vqa(0)).encode(), b"", *bad]))
+    report = check_data(path)
+    assert report.bad_rows == {"not UTF-8": 1, "not JSON": 2, "wrong type": 2}
+    assert report.examples[0] == f"{path}, row 0: the row must be a dict, but got None."
+    assert report.examples[1].startswith(f"{path}, row 2: the line is not UTF-8 ('utf-8' codec can't decode byte 0xf6")
+    assert questions(load(path, on_bad_row="skip")) == ["q0"]
+    path.write_bytes(json.dumps(vqa(0)).encode("utf-16"))
+    with pytest.raises(ValueError, match=r"none of its rows is a dict\. The first row: the line is not UTF-8"):
+        load(path)
+
+
+def test_cells_of_csv_files(load, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeffquestion,answer,x\r\nq0,"a,\r\n""b""",1\r\n\r\nq1,7.0\r\nq2,none,,\r\n'.encode())
+    loaded = load(path)
+    assert questions(loaded) == ["q0", "q1", "q2"]
+    assert [row["references"] for row in loaded] == [['a,\r\n"b"'], ["7.0"], ["none"]]
+    assert [row["row"] for row in loaded] == [0, 1, 2]
+    path.write_bytes("question,answer\nq0,a\nq1,größe\nq2,b\n".encode("latin-1"))
+    with pytest.raises(BadRowError, match=r"a\.csv, row 1: the row is not UTF-8: convert the file to UTF-8\."):
+        load(path)
+    assert questions(load(path, on_bad_row="skip")) == ["q0", "q2"]
+    path.write_text("question,answer\nq0,a,b\n")  # not an index, a question and an answer
+    with pytest.raises(ValueError, match=r"cannot be read: row 0 has 3 cells, but the first line names 2 columns\. "):
+        load(path)
+    path.write_text("question,answer,answer\nq0,a,b\n")
+    with pytest.raises(ValueError, match="it has several columns with the name 'answer': rename or remove all but one"):
+        load(path)
+    path.write_text(f"question,answer\nq0,{'a' * 200_000}\n")
+    assert len(next(iter(load(path)))["references"][0]) == 200_000
+
+
+def test_nan_is_a_missing_value(load, tmp_path):
+    """`json.dumps` of rows of pandas writes NaN."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q0", "answer": "a", "image": NaN}\n{"question": "q1", "answer": NaN}\n')
+    with pytest.raises(BadRowError, match="row 1: the row lacks `answer`: it is null"):
+        load(path)
+    (row,) = load(path, on_bad_row="skip")
+    assert (row["references"], row["images"]) == (["a"], [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("img", "a.png"),
+        ("Picture", "a.JPG"),
+        ("image_path", ["a.webp"]),
+        ("scan", {"bytes": b"x", "path": None}),
+        ("clip_file", "a.mp4"),
+        ("photo", {"bytes": None, "path": "a.png"}),
+        ("scan", Image.new("RGB", (2, 2))),
+    ],
+)
+def test_images_in_other_fields_are_not_lost(field, value):
+    with pytest.raises(RowFault, match=f"the row has an image or a video in '{field}', which would be lost: rename"):
+        validated_row(vqa(0) | {field: value}, FORMATS["vqa"])
+    # Rows of a table that have no image, and texts that are not paths.
+    for row in (vqa(0) | {field: value, "image": None}, vqa(0) | {"id": "a.png", "image_id": "a", "path": 5}):
+        assert validated_row(row, FORMATS["vqa"])[0]["images"] == []
 
 
 def test_fields_may_differ_between_rows(load, tmp_path):
@@ -363,6 +433,13 @@ def test_empty_folders_and_wrong_paths(load, tmp_path):
         load(tmp_path / "images/a.png")
     with pytest.raises(ValueError, match=r"the data must be a path, .* but got <class 'int'>"):
         load(5)
+    with pytest.raises(ValueError, match=r"the data must be a path, .* but got ''\."):
+        load("")
+    (tmp_path / "images/b.jsonl.GZ").touch()
+    write_lines(tmp_path / "images/a.jsonl", [vqa(0)])
+    for name in ("images", "images/b.jsonl.GZ"):
+        with pytest.raises(ValueError, match=r"b\.jsonl\.GZ cannot be read as data, because it is compressed"):
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -390,5 +467,8 @@ def test_only_the_first_good_rows(tmp_path):
     assert load_rows(tmp_path / "rows.jsonl", max_rows=1)["row"] == [0]
     with pytest.raises(BadRowError, match="row 1"):
         load_rows(tmp_path / "rows.jsonl", max_rows=2)
+    for number in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=r"`max_rows` must be a whole number of at least 1, but got"):
+            load_rows(tmp_path / "rows.jsonl", max_rows=number)
     with pytest.raises(ValueError, match=r"`max_rows` cannot be combined with `streaming=True`"):
         load_rows(tmp_path / "rows.jsonl", max_rows=1, streaming=True)

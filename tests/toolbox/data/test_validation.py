@@ -121,6 +121,17 @@ BAD_ROWS = {
         "wrong type",
         "images[0]['bytes'] must be bytes, but got 'x'.",
     ),
+    "url in capitals": (
+        messages(images=["HTTP://a.b/c.png"]),
+        "wrong type",
+        "images[0] is the URL 'HTTP://a.b/c.png': download the image, and give the path of the file.",
+    ),
+    "unknown protocol": (
+        messages(images=["foo://a/c.png"]),
+        "missing file",
+        "images[0]: 'foo://a/c.png' cannot be read (Protocol not known: foo): download the image, and give the path of "
+        "the file.",
+    ),
     "URL": (
         messages(images=["https://a.b/c.png"]),
         "wrong type",
