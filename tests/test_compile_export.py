@@ -23,11 +23,9 @@ ARRANGEMENTS = {
 }
 
 
-# Tracing takes seconds each. With an older release of Transformers, one arrangement of each kind will do.
-TRACED = [pytest.param(name, marks=[] if name == "hybrid" else [pytest.mark.newest]) for name in ARRANGEMENTS]
-
-
-USUAL = ("hybrid", "isolated")
+# Tracing takes seconds each.
+MARKS = {"hybrid": [], "isolated": [pytest.mark.newest]}
+TRACED = [pytest.param(name, marks=MARKS.get(name, [pytest.mark.extensive])) for name in ARRANGEMENTS]
 
 
 @pytest.fixture(params=TRACED)
@@ -55,7 +53,7 @@ def without_mask(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("hybrid", 0),
         ("hybrid", 1),
         ("isolated", 1),
-        *(pytest.param(name, 1, marks=pytest.mark.extensive) for name in ARRANGEMENTS if name not in USUAL),
+        *(pytest.param(name, 1, marks=pytest.mark.extensive) for name in ARRANGEMENTS if name not in MARKS),
     ],
     indirect=["text_config"],
 )
