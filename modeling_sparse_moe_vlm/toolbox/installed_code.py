@@ -13,6 +13,7 @@ from .. import modeling_upcycled, modeling_upcycled_classification
 from ..configuration_upcycled import PREFIX, UpcycledConfigMixin, auto_map_of, upcycled_config_class
 from ..configuration_upcycled_retrieval import TYPE_SUFFIX, UpcycledRetrievalConfigMixin, retrieval_config_class
 from ..modeling_upcycled_retrieval import retrieval_model_class
+from .model_names import check_model_name
 
 # Prefix of the model types of upcycled models.
 TYPE_PREFIX = f"{PREFIX.lower()}_"
@@ -30,7 +31,11 @@ def use_installed_code(checkpoint: str | os.PathLike) -> None:
     Args:
         checkpoint (`str` or `os.PathLike`):
             Folder of the checkpoint, path to its configuration file, or its name on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint (see [`~toolbox.model_names.check_model_name`]).
     """
+    check_model_name(checkpoint)
     model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type", "")
     if not model_type.startswith(TYPE_PREFIX):
         return

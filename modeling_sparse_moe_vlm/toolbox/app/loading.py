@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -103,7 +104,7 @@ def parse_adapters(options: Sequence[str]) -> dict[str, str]:
             f"--adapter: {name!r} cannot be a name: use letters, digits, '_' and '-', and not {NO_ADAPTER!r}.",
         )
         check(name not in paths, f"--adapter: there are two adapters named {name!r}: give each its own name.")
-        paths[name] = path
+        paths[name] = os.path.expanduser(path)
     return paths
 
 

@@ -47,8 +47,11 @@ def run(arguments: argparse.Namespace) -> None:
         check_installed("gradio", "app", "the web page")
         from ..app.loading import parse_adapters
         from ..app.space import page_name, write_space
+        from ..model_names import check_model_name
 
         adapters, model = parse_adapters(arguments.adapter), trained_model(arguments.model)
+        for path in adapters.values():
+            check_model_name(path, file="adapter_config.json", kind="adapter")
         if arguments.space is not None:
             print(write_space(arguments.space, model, adapters, arguments.trust_remote_code))
             return

@@ -184,7 +184,9 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
 
 
 def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data: str, folder: Path) -> None:
-    """Raises `ValueError` if a model, an adapter or an option does not fit the kind of its path."""
+    """Raises an error if a model, an adapter or an option does not fit the kind of its path."""
+    from ..model_names import check_model_name
+
     names = short_names(list(paths))
     for name, path in paths.items():
         if (folder / names[name]).resolve() == Path(path).resolve():
@@ -204,6 +206,8 @@ def _check_folders(arguments: argparse.Namespace, paths: Mapping[str, str], data
     adapter = None if arguments.adapter is None else Path(arguments.adapter)
     if adapter is not None and adapter.is_dir() and not (adapter / "adapter_config.json").exists():
         raise ValueError(f"{adapter} is not a PEFT adapter: it has no `adapter_config.json`.")
+    if arguments.adapter is not None:
+        check_model_name(arguments.adapter, file="adapter_config.json", kind="PEFT adapter")
     check_source_options(arguments, data)
 
 

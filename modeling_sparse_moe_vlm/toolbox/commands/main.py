@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -34,6 +35,9 @@ NAMED_BY_OPTIONS = {
     "generate": "the model with `--model` and images with `--image`",
     "explain": "the model with `--model` and an image with `--image`",
 }
+
+# Options whose values are texts, not paths.
+TEXTS = ("question", "message", "set")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -77,6 +81,7 @@ def _not_recognised(verb: str | None, others: Sequence[str]) -> str:
 
 def _run(verb: str, arguments: argparse.Namespace) -> None:
     """Runs a verb. If the user interrupts it (Ctrl-C), says so in one line and exits as shells expect."""
+    _expand_home(arguments)
     try:
         # Makes our classes known to the auto classes, which importing the package does not do.
         from ... import registered  # noqa: F401
@@ -85,6 +90,17 @@ def _run(verb: str, arguments: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(EXIT_CODE_OF_INTERRUPTS) from None
+
+
+def _expand_home(arguments: argparse.Namespace) -> None:
+    """Replaces `~` at the beginning of paths, which shells leave in `--output=~/model`."""
+    for name, value in vars(arguments).items():
+        if name in TEXTS:
+            continue
+        if isinstance(value, str):
+            setattr(arguments, name, os.path.expanduser(value))
+        elif isinstance(value, list):
+            setattr(arguments, name, [os.path.expanduser(one) if isinstance(one, str) else one for one in value])
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -100,6 +100,8 @@ def write_model_card(
         card.text = re.sub(r"\n{3,}", "\n\n", card.text)
         return save_card(card, folder)
     if config is None:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}: save the model and its processor there first.")
         use_installed_code(folder)
         config = AutoConfig.from_pretrained(folder)
     if start is None:

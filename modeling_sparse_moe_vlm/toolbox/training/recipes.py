@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +16,7 @@ from transformers import TrainingArguments
 from ...checks import check
 from ..demo.scenes import load_scenes, scenes
 from ..demo.tokenizer import check_vocab_size, train_tokenizer
+from ..model_names import is_local
 from ..shipped_files import shipped_presets, shipped_root
 from .model_parts import PARTS
 from .own_data import is_own, own_data_arguments
@@ -347,13 +349,14 @@ def find_model(model: str, root: Path | None = None) -> str:
     Raises:
         FileNotFoundError: If there is no such path, and the name cannot be a name on the Hub.
     """
+    model = os.path.expanduser(model)
     places = list(dict.fromkeys([Path.cwd() / model, (root or shipped_root()) / model]))
     for place in places:
         if place.exists():
             return str(place)
     if model in (presets := shipped_presets("models")):
         return str(presets[model])
-    if model.endswith(".json") or model.count("/") > 1:
+    if model.endswith(".json") or is_local(model):
         raise FileNotFoundError(
             f"there is no model {' or '.join(map(str, places))}: name a configuration file, a checkpoint's folder, "
             f"a model on the Hub, or one of {', '.join(presets)}."

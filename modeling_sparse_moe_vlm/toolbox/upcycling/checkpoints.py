@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import is_gguf_available
+from transformers.utils import CONFIG_NAME, is_gguf_available
 
 from ...experts_config import experts_config_of
 from ..hub import write_model_card
 from ..meta_model import model_on_meta_device
+from ..model_names import check_model_name
 from .arrangement import Start
 from .blocks import DenseBlocks, find_blocks
 from .costs import costs_of
@@ -236,6 +237,7 @@ def _on_meta(source: str | os.PathLike, revision: str | None, gguf_file: str | N
     options = _given(revision=revision, gguf_file=gguf_file)
     if gguf_file is not None and not is_gguf_available():
         raise UpcyclingError("GGUF files need the package `gguf`: pip install gguf.")
+    check_model_name(source, revision, gguf_file or CONFIG_NAME)
     if gguf_file is None and PreTrainedConfig.get_config_dict(source, **options)[0].get("auto_map"):
         raise UpcyclingError(
             f"{source} has custom code, as models that are upcycled already do: only models whose classes are part of "

@@ -14,6 +14,7 @@ from ... import modeling_upcycled
 from ...experts_config import SparseMoeVlmExpertsConfig, experts_config_of
 from ..hub import write_model_card
 from ..meta_model import model_on_meta_device
+from ..model_names import check_model_name
 from .costs import costs_of
 from .errors import UpcyclingError
 from .native import ROUTER_BIAS, dense_config, native_on_meta, to_native
@@ -142,6 +143,7 @@ def _outcome(
 
 
 def _config_dict(source: str | os.PathLike, revision: str | None) -> dict[str, Any]:
+    check_model_name(source, revision)
     return PreTrainedConfig.get_config_dict(source, **({} if revision is None else {"revision": revision}))[0]
 
 

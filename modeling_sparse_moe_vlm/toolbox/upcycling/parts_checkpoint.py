@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ..hub import write_model_card
+from ..model_names import check_model_name
 from .costs import costs_of
 from .from_parts import upcycle_from_parts
 from .outcome import UpcycledCheckpoint, class_name
@@ -55,6 +56,8 @@ def upcycle_parts_checkpoint(
     output = Path(output)
     for part in (language_model, vision_encoder):
         check_files(output, part, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite)
+        if part is not None:
+            check_model_name(part)
     tokenizer: Any = AutoTokenizer.from_pretrained(language_model)
     decoder = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
     encoder = None if vision_encoder is None else AutoModel.from_pretrained(vision_encoder, dtype=dtype)
