@@ -113,6 +113,7 @@ def test_padding_keeps_the_aspect_ratio():
         assert torch.equal(pixels_of(make(), image, do_pad=True), expected)
         assert torch.equal(pixels_of(make(make_image_processor(do_pad=True)), image), expected)
         assert torch.equal(pixels_of(processor, image, do_pad=False), pixels_of(make(), image))
+        assert torch.equal(pixels_of(processor, image, size=None, do_pad=None), expected)  # as if not given
 
 
 def test_padded_tiles_have_a_padded_thumbnail():

@@ -104,6 +104,7 @@ def test_limits_on_the_number_of_tokens():
     # The smallest grid of at least 3 tokens has too many, so the image gets fewer.
     assert processor.token_grid(8, 8, min_image_tokens=3, max_image_tokens=4) == (2, 2)
     assert processor.token_grid(8, 8, min_image_tokens=3, max_image_tokens=3) == (1, 1)
+    assert processor.token_grid(8, 12, min_image_tokens=5, max_image_tokens=5) == (2, 2)  # not (1, 2), its own size
     stored = make_native_processor(min_image_tokens=9, max_image_tokens=20)
     assert stored.token_grid(8, 8) == (3, 3)
     assert stored.token_grid(100, 100) == (4, 4)
@@ -174,6 +175,8 @@ def test_patches_are_those_of_the_resized_image(image_processor):
     assert torch.equal(to_images(inputs["pixel_values"], (6, 12), 4)[0], expected)
     patch = inputs["pixel_values"].view(6, 12, 3, 4, 4)[4, 7]
     assert torch.equal(patch, expected[:, 16:20, 28:32])
+    image_processor.do_resize = False  # images still become whole tokens
+    assert torch.equal(processor(images=image, return_tensors="pt")["pixel_values"], inputs["pixel_values"])
     assert sorted(inputs) == ["attention_mask", "image_grid_thw", "input_ids", "mm_token_type_ids", "pixel_values"]
     assert set(inputs) <= set(processor.model_input_names)
 
@@ -327,9 +330,12 @@ def test_layer_of_the_encoder(layer):
         ((12, 48), [[1, 3, 4]], r"an image of \[1, 3, 4\], but it must be .* multiples of the 2 patches"),
         ((12, 48), [[1, 4, 3]], r"an image of \[1, 4, 3\]"),
         ((16, 48), [[2, 2, 4]], r"an image of \[2, 2, 4\]"),
+        ((12, 48), [[1, 2, 6], [1, 0, 2]], r"an image of \[1, 0, 2\]"),
+        ((12, 48), [[1, 2, 6], [1, 2, 0]], r"an image of \[1, 2, 0\]"),
         ((0, 48), [[1, 0, 2]], None),
         ((12, 48), [[2, 6]], r"must have the shape \(images, 3\), .* got \(1, 2\)"),
         ((12, 40), [[1, 2, 6]], r"must have the shape \(patches, 48\), got \(12, 40\)"),
+        ((12, 48, 1), [[1, 2, 6]], r"must have the shape \(patches, 48\), got \(12, 48, 1\)"),
         ((12, 48), None, r"`pixel_values` of shape \(12, 48\) need `image_grid_thw`"),
     ],
 )

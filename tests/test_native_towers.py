@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,21 @@ from transformers import (
 )
 from transformers.models.siglip2.image_processing_pil_siglip2 import convert_image_to_patches
 
-from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
+from modeling_sparse_moe_vlm import (
+    SparseMoeVlmConfig,
+    SparseMoeVlmForConditionalGeneration,
+    SparseMoeVlmProcessor,
+    native_towers,
+)
 from modeling_sparse_moe_vlm.image_patches import to_patches
 from modeling_sparse_moe_vlm.native_encoding import merged_inputs, padded_inputs, sized_inputs
-from modeling_sparse_moe_vlm.native_towers import native_inputs, num_channels_of
+from modeling_sparse_moe_vlm.native_towers import (
+    check_native_tower,
+    feature_size_of,
+    native_inputs,
+    num_channels_of,
+    patches_per_side,
+)
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, TINY_TOWER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
 from tests.support.rows_and_batches import check_rows_of_batch
@@ -341,7 +353,17 @@ def test_numbers_of_channels():
     assert num_channels_of(config) == 3
     config.in_channels = 4
     assert num_channels_of(config) == 4
+    config.num_channels = 2
+    assert num_channels_of(config) == 2
     assert num_channels_of(make_config("naflex").vision_config) == 3
+
+
+def test_only_mergers_set_the_size_of_features():
+    for name in MERGING:
+        assert feature_size_of(make_config(name).vision_config) == 24
+    config = make_config("naflex").vision_config
+    config.out_hidden_size = 24
+    assert feature_size_of(config) == config.hidden_size
 
 
 @pytest.mark.parametrize("name", MERGING)
@@ -386,6 +408,8 @@ def test_mergers_of_single_patches(name):
         ),
         (PIXTRAL | {"patch_size": [4, 4]}, {}, r"`vision_config.patch_size` must be an integer"),
         (NAFLEX | {"num_patches": 0}, {}, "`vision_config.num_patches` must be an integer of at least 1, got 0"),
+        (MERGING["qwen3"] | {"num_position_embeddings": 0}, {}, "`vision_config.num_position_embeddings` must be"),
+        (VISION_CONFIG | {"image_size": 0}, {}, "`vision_config.image_size` must be an integer of at least 1, got 0"),
         (MERGING["qwen2"] | {"temporal_patch_size": 0}, {}, "`vision_config.temporal_patch_size` must be"),
         (MERGING["qwen2"] | {"spatial_merge_size": 0}, {}, "`vision_config.spatial_merge_size` must be"),
         (MERGING["qwen3"] | {"num_heads": 0}, {}, "`vision_config.num_heads` must be an integer of at least 1, got 0"),
@@ -399,6 +423,11 @@ def test_mergers_of_single_patches(name):
             {},
             r"`vision_config.num_key_value_heads` \(8\) must divide `num_heads` \(2\)",
         ),
+        (
+            OF_LATER | {"model_type": "exaone4_5_vision", "num_key_value_heads": 0},
+            {},
+            "`vision_config.num_key_value_heads` must be an integer of at least 1, got 0",
+        ),
         (MERGING["qwen3"], {"pixel_shuffle_factor": 3}, "one token of 6 × 6 patches, but .* into 4 × 4"),
         ({"model_type": "blip_vision_model"}, {}, r"\(blip_vision_model\) has no model that `AutoModel` creates"),
     ],
@@ -407,6 +436,76 @@ def test_invalid_configurations(vision, fields, message):
     fields = {"image_sizing": "native", "pixel_shuffle_factor": 1} | fields
     with pytest.raises(ValueError, match=message):
         SparseMoeVlmConfig(text_config=TEXT_CONFIG, vision_config=vision, **fields)
+
+
+def test_a_size_of_heads_need_not_divide_the_width():
+    config = make_config("qwen3").vision_config
+    config.num_heads = 3
+    with pytest.raises(ValueError, match="must be a multiple of 4 · `num_heads`"):
+        check_native_tower(config)
+    config.head_dim = 8
+    check_native_tower(config)
+
+
+def test_patches_per_side():
+    config = make_config("naflex").vision_config
+    config.num_patches = 30  # a square of 25 patches
+    assert patches_per_side(config) == 5
+    config.image_size = 15  # 3 patches of 4 pixels
+    assert patches_per_side(config) == 3
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (
+            lambda self, hidden_states, grid_thw, ids: None,
+            r"takes the inputs \['hidden_states', 'grid_thw', 'ids'\], but",
+        ),
+        (lambda self, pixel_values, ids, mask=None: None, r"takes the inputs \['pixel_values', 'ids', 'mask'\], but"),
+        (lambda self, pixel_values, spatial_shapes: None, r"passes \['pixel_attention_mask', 'pixel_values', 'spatial"),
+        (lambda self, pixel_values, mask=None, **kwargs: None, None),
+    ],
+)
+def test_towers_with_other_inputs(forward, message, monkeypatch):
+    config = make_config("naflex").vision_config
+    monkeypatch.setattr(native_towers, "_tower_class", lambda _: type("Tower", (), {"forward": forward}))
+    if message is None:
+        assert native_inputs(config) == "pixel_values"
+        return
+    with pytest.raises(ValueError, match=message):
+        native_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("shape_of", "is_taken"),
+    [
+        (lambda rows, columns: (2, rows * columns + 1, 8), True),  # a class token
+        (lambda rows, columns: (2, 2 * rows * columns, 8), False),
+        (lambda rows, columns: (2, rows * columns - 1, 8), False),
+        (lambda rows, columns: (2, rows * rows, 8), False),
+        (lambda rows, columns: (1, rows * columns, 8), False),
+        (lambda rows, columns: (2, 8, rows, columns), False),
+    ],
+)
+def test_towers_are_tried_without_weights(shape_of, is_taken, monkeypatch):
+    class Tower:
+        def from_config(config, attn_implementation):
+            assert (config.num_hidden_layers, attn_implementation) == (1, "eager")
+            assert torch.get_default_device().type == "meta"
+            return torch.nn.Identity().requires_grad_(False)
+
+    def call(self, images, return_dict):
+        assert images.shape[:2] == (2, 3)
+        shape = shape_of(images.shape[2] // 4, images.shape[3] // 4)
+        return SimpleNamespace(last_hidden_state=torch.zeros(shape))
+
+    monkeypatch.setattr(native_towers, "AutoModel", Tower)
+    monkeypatch.setattr(torch.nn.Identity, "forward", call)
+    monkeypatch.setattr(native_towers, "takes_interpolation", lambda _: False)
+    config = make_config("naflex").vision_config
+    fault = native_towers._fault_of_tower.__wrapped__(type(config), config.to_json_string())
+    assert fault == (None if is_taken else "it does not return one feature per patch.")
 
 
 def test_towers_of_a_fixed_size_are_created_as_before():

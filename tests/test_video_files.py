@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modeling_sparse_moe_vlm.toolbox.data import BadRowError, VisionLanguageCollator, load_rows
+from modeling_sparse_moe_vlm.video_decoding import _decode
 from modeling_sparse_moe_vlm.video_reading import FrameSampling, read_video
 from tests.support.processors import assistant
 from tests.test_videos import make_processor, text_of
@@ -97,6 +98,25 @@ def test_videos_of_phones_are_upright(tmp_path):
     assert video.frames.shape == (2, 48, 32, 3)
     right = np.rot90(frame(12), -1)
     assert np.abs(video.frames[1].astype(int) - right).mean() < 12
+
+
+def test_frames_that_are_not_shown_do_not_count(mp4, tmp_path):
+    """An editor cut the first half second: the file still contains its frames, which decoders leave out."""
+    path = str(tmp_path / "edited.mp4")
+    with av.open(path, "w", options={"avoid_negative_ts": "disabled"}) as output, av.open(mp4) as source:
+        stream = output.add_stream_from_template(source.streams.video[0])
+        shift = int(Fraction(5, FPS) / source.streams.video[0].time_base)
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream, packet.pts, packet.dts = stream, packet.pts - shift, packet.dts - shift
+                output.mux(packet)
+    video = read_video(path, "v", FrameSampling(8, 100.0))
+    assert (numbers_of(video), video.metadata.frames_indices) == (
+        [5, 7, 10, 12, 15, 17, 20, 22],
+        [0, 2, 5, 7, 10, 12, 15, 17],
+    )
+    with pytest.raises(ValueError, match="it has no frames"):
+        _decode(None, None, 0, None, FrameSampling(8, 1.0))
 
 
 def test_processors_and_rows_decode_files(mp4):

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 
 from modeling_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmForConditionalGeneration, SparseMoeVlmProcessor
 from modeling_sparse_moe_vlm import video_reading as reading
+from modeling_sparse_moe_vlm.video_decoding import is_animation
 from modeling_sparse_moe_vlm.video_reading import FrameSampling, metadata_of, read_video, split_videos
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, VISION_CONFIG
 from tests.support.processors import IMAGE_SEQ_LENGTH, VOCAB_SIZE, make_image, make_image_processor, make_tokenizer
@@ -73,14 +75,19 @@ def test_sampled_frames(total, fps, options, expected):
     assert video.frames[:, 0, 0, 0].tolist() == expected
     assert video.metadata.frames_indices == expected
     assert video.metadata.fps == fps
+    assert video.metadata.total_num_frames == len(expected)
 
 
 def test_times_of_frames_that_were_chosen_before():
     given = VideoMetadata(total_num_frames=100, fps=10.0, frames_indices=list(range(0, 100, 10)))
     video = read_video(FRAMES, "v", FrameSampling(2, 100.0), given)
     assert video.metadata.timestamps == [0.0, 5.0]
-    with pytest.raises(ValueError, match="v has 10 frames, but `frames_indices` has 3 entries"):
-        read_video(FRAMES, "v", FrameSampling(2, 1.0), {"fps": 1, "frames_indices": [1, 2, 3]})
+    for number in (3, 11):
+        with pytest.raises(ValueError, match=f"v has 10 frames, but `frames_indices` has {number} entries"):
+            read_video(FRAMES, "v", FrameSampling(2, 1.0), {"fps": 1, "frames_indices": list(range(number))})
+    whole = read_video(FRAMES, "v", FrameSampling(2, 100.0), VideoMetadata(total_num_frames=10, fps=10.0))
+    assert whole.metadata.timestamps == [0.0, 0.5]
+    assert read_video(FRAMES, "v", FrameSampling(2, 1.0), {"fps": 0}).metadata.fps is None
 
 
 def test_forms_of_videos(processor, tmp_path):
@@ -103,20 +110,32 @@ def test_animations(processor, tmp_path):
     """The frames have different colours, and 250 ms each."""
     colours = [(40 * number, 255 - 40 * number, 0) for number in range(6)]
     frames = [Image.new("RGB", (8, 8), colour) for colour in colours]
-    for name, options in (("a.webp", {"lossless": True}), ("a.png", {}), ("a.GIF", {})):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=250, **options)
-        video = read_video(tmp_path / name, "v", FrameSampling(32, 2.0))
-        assert video.metadata.timestamps == [0.0, 0.5, 1.0]
-        assert np.abs(video.frames[:, 0, 0].astype(int) - np.array(colours[::2])).max() <= 1
+    for name, options in (
+        ("a.webp", {"lossless": True}),
+        ("a.png", {}),
+        ("a.apng", {"format": "PNG"}),
+        ("a.GIF", {}),
+    ):
+        path = tmp_path / name
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, **options)
+        for source in (path, path.read_bytes()):
+            video = read_video(source, "v", FrameSampling(32, 2.0))
+            assert video.metadata.timestamps == [0.0, 0.5, 1.0]
+            assert np.abs(video.frames[:, 0, 0].astype(int) - np.array(colours[::2])).max() <= 1
     frames[0].save(tmp_path / "still.png")
     assert read_video(tmp_path / "still.png", "v", FrameSampling(32, 2.0)).frames.shape == (1, 8, 8, 3)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "transparent.png")
+    assert (read_video(tmp_path / "transparent.png", "v", FrameSampling(1, 1.0)).frames == 255).all()
+    assert not is_animation(b"RIFF\x00\x00\x00\x00AVI LIST")
 
 
 def test_files_are_decoded_by_the_library(monkeypatch):
     def load_video(path, backend, sample_indices_fn):
-        metadata = VideoMetadata(total_num_frames=10, fps=2.0)
+        metadata = VideoMetadata(total_num_frames=10, fps=0.0 if "without_rate" in path else 2.0)
         metadata.frames_indices = sample_indices_fn(metadata=metadata)
-        return FRAMES[metadata.frames_indices], metadata
+        if "lost" in path:
+            raise OSError("404")
+        return FRAMES[metadata.frames_indices][: 3 if "cut" in path else None], metadata
 
     monkeypatch.setattr(reading, "load_video", load_video)
     monkeypatch.setattr(reading, "is_av_available", lambda: False)
@@ -127,6 +146,27 @@ def test_files_are_decoded_by_the_library(monkeypatch):
     video = read_video("a.mp4", "v", FrameSampling(32, 1.0))
     assert video.metadata.timestamps == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert np.array_equal(video.frames, FRAMES[::2])
+    assert read_video("without_rate.mp4", "v", FrameSampling(2, 1.0)).metadata.fps is None
+    with pytest.raises(ValueError, match="only 3 of 5 frames can be decoded: the file is cut off"):
+        read_video("https://cut.mp4", "v", FrameSampling(32, 1.0))
+    with pytest.raises(ValueError, match="v cannot be read as a video: OpenCV only reads files: run `pip install av`"):
+        read_video(b"no animation", "v", FrameSampling(32, 1.0))
+    backends = []
+    monkeypatch.setattr(
+        reading, "load_video", lambda *args, **kwargs: backends.append(kwargs["backend"]) or load_video(*args, **kwargs)
+    )
+    monkeypatch.setattr(reading, "is_av_available", lambda: True)
+    for url in ("https://example.org/a.gif", "https://example.org/a.mp4"):  # only files are decoded here
+        assert np.array_equal(read_video(url, "v", FrameSampling(32, 1.0)).frames, FRAMES[::2])
+    with pytest.raises(ValueError, match=r"v \(https://lost.mp4\) cannot be read as a video: 404"):
+        read_video("https://lost.mp4", "v", FrameSampling(32, 1.0))
+    assert backends == ["pyav"] * 3
+
+
+def test_frames_of_different_types_are_read_one_by_one():
+    """Values of a float image are up to 1, even if another frame has values up to 255."""
+    frames = [np.full((8, 8, 3), 200, dtype=np.uint8), np.ones((8, 8, 3), dtype=np.float32)]
+    assert read_video(frames, "v", FrameSampling(2, 1.0)).frames[:, 0, 0, 0].tolist() == [200, 255]
 
 
 def test_nested_videos():
@@ -136,11 +176,15 @@ def test_nested_videos():
         (["a.mp4", "b.mp4"], ["a.mp4", "b.mp4"]),
         ([["a.mp4"], [], None, ["b.mp4", "c.mp4"]], ["a.mp4", "b.mp4", "c.mp4"]),
         ([[["1.png", "2.png"]]], [["1.png", "2.png"]]),
+        (Path("a.mp4"), [Path("a.mp4")]),
+        ([b"a", [Path("b.mp4"), {"path": "c.mp4"}]], [b"a", Path("b.mp4"), {"path": "c.mp4"}]),
     ):
         assert split_videos(videos) == expected
     for videos in ([a, b], [[a], [b]], [[a, b]]):
         assert [video.shape for video in split_videos(videos)] == [a.shape, b.shape]
-    assert [len(video) for video in split_videos([list(a), list(b)])] == [10, 2]
+    for frames in (list(a), list(a[..., 0])):  # in colours and in grey
+        assert [len(video) for video in split_videos(frames)] == [10]
+        assert [len(video) for video in split_videos([frames, frames[:2]])] == [10, 2]
     metadata = {"fps": 1.0}
     assert metadata_of(metadata, 1) == metadata_of([[metadata]], 1) == [metadata]
     assert metadata_of(None, 2) == [None, None]
@@ -469,7 +513,7 @@ def test_frames_as_dicts(processor):
     """As in rows of data: with the frame rate, and keys that are `None`."""
     given = {"frames": list(FRAMES), "fps": 4.0, "path": None, "bytes": None}
     expected = processor(text="<video>", videos=FRAMES, video_metadata={"fps": 4.0}, fps=2.0, return_tensors="pt")
-    for videos in (given, [given], [[given]]):
+    for videos in (given, [given], [[given]], given | {"bytes": b"no video"}):
         actual = processor(text="<video>", videos=videos, fps=2.0, return_tensors="pt")
         assert torch.equal(actual["input_ids"], expected["input_ids"])
         assert torch.equal(actual["pixel_values_videos"], expected["pixel_values_videos"])
