@@ -478,34 +478,41 @@ def test_towers_with_other_inputs(forward, message, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape_of", "is_taken"),
+    ("shape_of", "is_taken", "is_taken_with_sizes"),
     [
-        (lambda rows, columns: (2, rows * columns + 1, 8), True),  # a class token
-        (lambda rows, columns: (2, 2 * rows * columns, 8), False),
-        (lambda rows, columns: (2, rows * columns - 1, 8), False),
-        (lambda rows, columns: (2, rows * rows, 8), False),
-        (lambda rows, columns: (1, rows * columns, 8), False),
-        (lambda rows, columns: (2, 8, rows, columns), False),
+        (lambda rows, columns: (2, rows * columns + 1, 8), True, True),  # a class token
+        (lambda rows, columns: (2, 2 * rows * columns, 8), False, False),
+        (lambda rows, columns: (2, rows * columns - 1, 8), False, False),
+        (lambda rows, columns: (2, rows * rows, 8), False, False),
+        (lambda rows, columns: (1, 2 * rows * columns, 8), False, True),
+        (lambda rows, columns: (1, rows * columns, 8), False, False),
+        (lambda rows, columns: (2, 8, rows, columns), False, False),
     ],
 )
-def test_towers_are_tried_without_weights(shape_of, is_taken, monkeypatch):
-    class Tower:
+def test_towers_are_tried_without_weights(shape_of, is_taken, is_taken_with_sizes, monkeypatch):
+    config = make_config("naflex").vision_config
+
+    class Tower(torch.nn.Module):
         def from_config(config, attn_implementation):
             assert (config.num_hidden_layers, attn_implementation) == (1, "eager")
             assert torch.get_default_device().type == "meta"
-            return torch.nn.Identity().requires_grad_(False)
+            return Tower()
 
-    def call(self, images, return_dict):
-        assert images.shape[:2] == (2, 3)
-        shape = shape_of(images.shape[2] // 4, images.shape[3] // 4)
-        return SimpleNamespace(last_hidden_state=torch.zeros(shape))
+        def forward(self, pixel_values, image_sizes=None, return_dict=False):
+            assert return_dict
+            assert not self.training
+            assert pixel_values.shape[:2] == (2, 3)
+            height, width = pixel_values.shape[2:]
+            assert image_sizes == ([(height, width)] * 2 if has_sizes else None)
+            return SimpleNamespace(last_hidden_state=torch.zeros(shape_of(height // 4, width // 4)))
 
     monkeypatch.setattr(native_towers, "AutoModel", Tower)
-    monkeypatch.setattr(torch.nn.Identity, "forward", call)
-    monkeypatch.setattr(native_towers, "takes_interpolation", lambda _: False)
-    config = make_config("naflex").vision_config
-    fault = native_towers._fault_of_tower.__wrapped__(type(config), config.to_json_string())
-    assert fault == (None if is_taken else "it does not return one feature per patch.")
+    monkeypatch.setattr(native_towers, "_tower_class", lambda _: Tower)
+    for has_sizes, expected in ((False, is_taken), (True, is_taken_with_sizes)):
+        inputs = native_towers.TowerInputs("image_sizes" if has_sizes else "pixel_values", False)
+        monkeypatch.setattr(native_towers.TowerInputs, "of", lambda _, inputs=inputs: inputs)
+        fault = native_towers._fault_of_tower.__wrapped__(type(config), config.to_json_string())
+        assert fault == (None if expected else "it does not return one feature per patch.")
 
 
 def test_towers_of_a_fixed_size_are_created_as_before():
