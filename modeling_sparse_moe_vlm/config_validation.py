@@ -21,7 +21,7 @@ from .checks import (
     check_sequence,
     shown,
 )
-from .native_towers import has_merger, merge_size_of, patches_per_side
+from .native_towers import has_merger, merge_size_of, num_deepstack_levels_of, patches_per_side
 from .vision_tower import check_vision_config
 
 TEXT_MODEL_TYPE = "sparse_moe_vlm_text"
@@ -145,8 +145,31 @@ def check_fields(config: PreTrainedConfig) -> None:
             f"`pixel_shuffle_factor` ({config.pixel_shuffle_factor}) must divide the {side} patches per side into "
             f"which `vision_config` splits an image ({vision.image_size} / {vision.patch_size}).",
         )
+    _check_deepstack(config)
     _check_modality_encoders(config)
     _check_videos(config)
+
+
+def _check_deepstack(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if the model cannot use the DeepStack features of its vision tower as it should."""
+    if config.use_deepstack is None:
+        return
+    check_boolean("use_deepstack", config.use_deepstack)
+    if not config.use_deepstack:
+        return
+    vision, num_layers = config.vision_config, config.text_config.num_hidden_layers
+    levels = num_deepstack_levels_of(vision)
+    check(
+        levels > 0,
+        f"`use_deepstack` is True, but `vision_config` ({vision.model_type}) has no DeepStack features: leave it out, "
+        "or choose a vision tower with `deepstack_visual_indexes` (Qwen3-VL).",
+    )
+    check_layers("vision_config.deepstack_visual_indexes", vision.deepstack_visual_indexes, vision.depth)
+    check(
+        levels <= num_layers,
+        f"`use_deepstack` adds {levels} levels of features after as many layers, but `text_config.num_hidden_layers` "
+        f"is {num_layers}: use more layers, or set `use_deepstack=False`.",
+    )
 
 
 def _check_native_sizes(config: PreTrainedConfig) -> None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .connector import SparseMoeVlmMultiModalProjector  # noqa: F401
     from .continuous_batching import ContinuousTextBatching  # noqa: F401
     from .decoder_layer import SparseMoeVlmDecoderLayer  # noqa: F401
+    from .deepstack import Deepstack  # noqa: F401
     from .distributed_attention import merge  # noqa: F401
     from .expert_groups import ExpertGroup  # noqa: F401
     from .expert_shards import SparseMoeVlmExpertShards  # noqa: F401
@@ -315,6 +316,11 @@ class SparseMoeVlmConfig(PushedWithoutPaths, PreTrainedConfig):
             sizes, which keep their aspect ratio. Vision towers that can interpolate their position embeddings or have
             rotary ones take such images, and towers that pack images of different sizes (SigLIP 2 NaFlex, Pixtral,
             Qwen2-VL and later) take nothing else. The processor must have the same setting: see `image_arguments`.
+        use_deepstack (`bool`, *optional*):
+            Whether the decoder also reads the DeepStack features of the vision tower (Qwen3-VL): merged features of
+            earlier layers of the tower. The connector projects each level of them, and the model adds the first level
+            to the hidden states of the image tokens after the first decoder layer, the second level after the second
+            layer, and so on. By default, the model ignores them, with a warning.
         projector_hidden_act (`str`, defaults to `"gelu"`):
             Activation function of the connector's MLP.
         multimodal_projector_bias (`bool`, defaults to `True`):
@@ -359,6 +365,7 @@ class SparseMoeVlmConfig(PushedWithoutPaths, PreTrainedConfig):
     pixel_shuffle_factor: int = 2
     vision_feature_layer: int | None = None
     image_sizing: str = "fixed"
+    use_deepstack: bool | None = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
     tie_word_embeddings: bool = False

@@ -94,6 +94,16 @@ def warn_of_unknown_modalities(config: PreTrainedConfig, planner: RoutingPlanner
         )
 
 
+def warn_of_missing_deepstack() -> None:
+    """Logs a warning for embedded tokens without images if the model reads DeepStack features."""
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "`inputs_embeds` came without images, but this model also reads DeepStack features (`use_deepstack=True`). "
+            "If image features are already merged into the embeddings, as in serving engines, the DeepStack features "
+            "are missing: pass `pixel_values` or `mm_encoder_outputs` as well."
+        )
+
+
 def check_encoder_outputs(mm_encoder_outputs: Mapping[str, Any] | None, reads_videos: bool = False) -> None:
     """
     Raises `ValueError` unless the encoder outputs are a dict with no keys other than `"image"` and, for models that

@@ -30,10 +30,16 @@ from .connector import SparseMoeVlmMultiModalProjector
 from .decoder_layer import SparseMoeVlmDecoderLayer
 from .experts import make_experts
 from .image_generation import SparseMoeVlmImageGeneration
-from .input_checks import check_encoder_outputs, check_only_tokens, check_shapes, warn_of_unknown_modalities
+from .input_checks import (
+    check_encoder_outputs,
+    check_only_tokens,
+    check_shapes,
+    warn_of_missing_deepstack,
+    warn_of_unknown_modalities,
+)
 from .language_head import SparseMoeVlmLanguageHead
 from .modality_encoder import SparseMoeVlmModalityEncoders
-from .native_towers import TowerInputs, make_tower
+from .native_towers import TowerInputs, make_tower, num_deepstack_levels_of
 from .normalization import SparseMoeVlmRMSNorm
 from .outputs import (
     SparseMoeVlmCausalLMOutputWithPast,
@@ -164,6 +170,7 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
         returns_routing = kwargs.pop("output_router_logits", None)
         if returns_routing is None:
             returns_routing = self.config.output_router_logits
+        deepstack = kwargs.pop("deepstack", ())  # passed by the enclosing model
         record = kwargs.pop("routing_record", None)  # passed by tools that observe the routing
         if record is None:
             if self._may_warn and self.training and torch.is_grad_enabled() and not is_tracing(inputs_embeds):
@@ -186,6 +193,8 @@ class SparseMoeVlmTextModel(SparseMoeVlmPreTrainedModel):
                 **{CACHE_NAME: past_key_values},
                 **kwargs,
             )
+            for features in deepstack:
+                hidden_states = features.add_level(layer_idx, hidden_states)
         return SparseMoeVlmTextModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
             **(record.outputs() if returns_routing else {}),
@@ -207,6 +216,12 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
         for name, parameter in self.vision_tower.named_parameters():
             if name.endswith("mask_token"):  # only used for masked images, when the vision tower is pretrained
                 parameter.requires_grad_(False)
+        if config.use_deepstack is None and num_deepstack_levels_of(config.vision_config) > 0:
+            logger.warning_once(
+                f"The vision tower ({config.vision_config.model_type}) also returns DeepStack features, but the model "
+                "does not read them. Set `use_deepstack=True` in the configuration of a new model to read them, or "
+                "`use_deepstack=False` to leave them out without this warning."
+            )
         self.multi_modal_projector = SparseMoeVlmMultiModalProjector(config)
         self.modality_encoders = SparseMoeVlmModalityEncoders(config)
         self.language_model = SparseMoeVlmTextModel._from_config(config.text_config)
@@ -279,6 +294,8 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
             )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif self.config.use_deepstack and mm_encoder_outputs is None and pixel_values is None:
+            warn_of_missing_deepstack()
 
         if modality_values:
             inputs_embeds = self.modality_encoders.embed(modality_values, inputs_embeds, tokens.ids)
@@ -289,8 +306,11 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
             image_outputs = self.get_image_features(pixel_values, image_grid_thw, return_dict=True, **recorded)
         elif image_outputs is not None and len(image_outputs.pooler_output) == 0:
             image_outputs = None
+        deepstack = []
         if image_outputs is not None:
             inputs_embeds = self.insert_features(inputs_embeds, image_outputs, tokens, "image")
+            if self.config.use_deepstack:
+                deepstack.append(self.deepstack_of(image_outputs, tokens, "image"))
         else:
             cache = past_key_values if past_key_values is not None else kwargs.get("cache")
             if mm_encoder_outputs is None and self.has_placeholders(input_ids, cache):
@@ -308,6 +328,8 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
             video_outputs = self.get_video_features(pixel_values_videos, return_dict=True)
         if video_outputs is not None and len(video_outputs.pooler_output) > 0:
             inputs_embeds = self.insert_features(inputs_embeds, video_outputs, tokens, "video")
+            if self.config.use_deepstack:
+                deepstack.append(self.deepstack_of(video_outputs, tokens, "video"))
         elif mm_encoder_outputs is None and self.config.video_token_id is not None:
             cache = past_key_values if past_key_values is not None else kwargs.get("cache")
             if self.has_placeholders(input_ids, cache, self.config.video_token_id):
@@ -322,6 +344,7 @@ class SparseMoeVlmModel(SparseMoeVlmVisualFeatures):
             **{CACHE_NAME: past_key_values},
             inputs_embeds=inputs_embeds,
             token_modalities=tokens,
+            deepstack=deepstack,
             return_dict=True,
             **kwargs,
         )

@@ -167,6 +167,11 @@ def feature_size_of(config: PreTrainedConfig) -> int:
     return merged or config.hidden_size
 
 
+def num_deepstack_levels_of(config: PreTrainedConfig) -> int:
+    """Returns the number of DeepStack features of a vision tower: merged features of layers before the last one."""
+    return len(getattr(config, "deepstack_visual_indexes", None) or ()) if has_merger(config) else 0
+
+
 def num_channels_of(config: PreTrainedConfig) -> int:
     """Returns the number of channels of the images that a vision tower takes."""
     return getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3

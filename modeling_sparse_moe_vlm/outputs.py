@@ -66,6 +66,21 @@ class _ImageOutput(ModelOutput):
 
 
 @dataclass
+class SparseMoeVlmVisualOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`SparseMoeVlmModel.get_image_features`] and [`SparseMoeVlmModel.get_video_features`] with native sizes.
+
+    Args:
+        deepstack_features (`list[list[torch.Tensor]]`, *optional*, returned with `config.use_deepstack`):
+            For each level of DeepStack features, one tensor of the same shape as in `pooler_output` per image.
+
+    The other fields are those of [`~transformers.modeling_outputs.BaseModelOutputWithPooling`].
+    """
+
+    deepstack_features: list[list[torch.Tensor]] | None = None
+
+
+@dataclass
 class SparseMoeVlmTextModelOutputWithPast(MoeModelOutputWithPast):
     """
     Output of [`SparseMoeVlmTextModel`].

@@ -13,11 +13,12 @@ from transformers.utils.import_utils import is_tracing
 from .cache_name import is_paged
 from .configuration_sparse_moe_vlm import SparseMoeVlmConfig
 from .connector import SparseMoeVlmMultiModalProjector
+from .deepstack import Deepstack
 from .expert_groups import BUILTIN_MODALITIES
 from .image_patches import Grid, to_patches
 from .native_encoding import features_by_size, grids_of, loaded_embeddings, merged_inputs, padded_inputs, sized_inputs
 from .native_towers import TowerInputs, merge_size_of, num_channels_of, patches_per_side
-from .outputs import join_image_tokens
+from .outputs import SparseMoeVlmVisualOutput, join_image_tokens
 from .parallel_plans import is_one_of_several_processes
 from .pretrained import SparseMoeVlmPreTrainedModel
 from .token_modalities import TokenModalities
@@ -59,7 +60,8 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: The output of the vision tower, with a list
             of one tensor of shape `(number of tokens, hidden_size)` per image as `pooler_output`. With
             `image_sizing="native"`, `last_hidden_state` contains the features of all images one after another, without
-            class and register tokens, and `hidden_states` and `attentions` are `None`.
+            class and register tokens, and `hidden_states` and `attentions` are `None`. With `use_deepstack`,
+            `deepstack_features` is a list of one such list of tensors per level.
 
         Raises:
             ValueError: If the inputs have other shapes.
@@ -69,8 +71,7 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             return BaseModelOutputWithPooling(pooler_output=[])
         if self.config.image_sizing == "native":
             patches, grids = self._patches_of(pixel_values, image_grid_thw)
-            of_patches, tokens = self._encode_patches(patches, grids, self._missing_calls(grids))
-            return BaseModelOutputWithPooling(last_hidden_state=of_patches, pooler_output=tokens)
+            return self._encode_patches(patches, grids, self._missing_calls(grids))
         if image_grid_thw is not None:
             raise ValueError(
                 "the model takes images of one size, but got `image_grid_thw`, which belongs to images of different "
@@ -119,11 +120,12 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
                 "divide their number: use a processor with the same `video_temporal_pooling`."
             )
         if self.config.image_sizing == "native":
-            of_patches, tokens = self._encode_patches(*self._patches_of(frames))
-            outputs: Any = BaseModelOutputWithPooling(last_hidden_state=of_patches)
-            features = torch.stack(tokens)
-        else:
-            outputs, features = self._encode_images(frames, **kwargs)
+            of_frames = self._encode_patches(*self._patches_of(frames))
+            of_frames.pooler_output = self._pool_frames(of_frames.pooler_output)
+            if of_frames.deepstack_features is not None:
+                of_frames.deepstack_features = [self._pool_frames(level) for level in of_frames.deepstack_features]
+            return of_frames
+        outputs, features = self._encode_images(frames, **kwargs)
         features = features.unflatten(0, (-1, pooling)).mean(dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -131,6 +133,10 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _pool_frames(self, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Averages the tokens of consecutive frames."""
+        return list(torch.stack(tokens).unflatten(0, (-1, self.config.video_temporal_pooling)).mean(dim=1))
 
     def _encode_images(
         self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
@@ -195,9 +201,10 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
 
     def _encode_patches(
         self, patches: torch.Tensor, grids: Sequence[Grid], missing_calls: int = 0
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> SparseMoeVlmVisualOutput:
         """Returns the features of patches `(num_patches, hidden_size)` and the tokens of each image."""
         config = self.config.vision_config
+        deepstack: Sequence[torch.Tensor] | None = None
         kind = self.tower_inputs.kind
         if kind == "pixel_values":
             features = features_by_size(patches, grids, config, self._encode_size)
@@ -213,12 +220,18 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             _, packed = self._run_tower(**sized_inputs(patches, grids, config))
             features = packed[0]
         else:
-            features = self._merged_features(*merged_inputs(patches, grids, config))
+            features, deepstack = self._merged_features(*merged_inputs(patches, grids, config))
             side = merge_size_of(config)
             grids = [(rows // side, columns // side) for rows, columns in grids]
-        tokens = self.multi_modal_projector(features, grids)
         numbers = [rows * columns // self.config.pixel_shuffle_factor**2 for rows, columns in grids]
-        return features, list(tokens.split(numbers))
+        outputs = SparseMoeVlmVisualOutput(last_hidden_state=features)
+        if deepstack is None:
+            outputs.pooler_output = list(self.multi_modal_projector(features, grids).split(numbers))
+        else:
+            tokens, levels = self.multi_modal_projector(features, grids, deepstack)
+            outputs.pooler_output = list(tokens.split(numbers))
+            outputs.deepstack_features = [list(level.split(numbers)) for level in levels]
+        return outputs
 
     def _encode_size(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the features of the patches of images of one size."""
@@ -229,15 +242,22 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             _, hidden_states = self._run_tower(images, **options)
         return patch_features(hidden_states, config, num_patches)
 
-    def _merged_features(self, patches: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Returns the features of squares of patches that the vision tower has merged."""
+    def _merged_features(
+        self, patches: torch.Tensor, grid_thw: torch.Tensor
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor] | None]:
+        """
+        Returns the features of squares of patches that the vision tower has merged, and its DeepStack features if the
+        model reads them.
+        """
         outputs = self.vision_tower(patches, grid_thw=grid_thw, return_dict=True)
         features = outputs.pooler_output
+        if self.config.use_deepstack:
+            return features, outputs.deepstack_features
         if self.training and is_one_of_several_processes():
             # Data parallelism waits for the gradients of the mergers of earlier layers (DeepStack), which are not used.
             for unused in outputs.get("deepstack_features") or ():
                 features = features + (0.0 * unused).sum().to(features)
-        return features
+        return features, None
 
     def insert_features(
         self, inputs_embeds: torch.Tensor, outputs: BaseModelOutputWithPooling, tokens: TokenModalities, kind: str
@@ -255,6 +275,30 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
             ),
         )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), features)
+
+    def deepstack_of(self, outputs: BaseModelOutputWithPooling, tokens: TokenModalities, kind: str) -> Deepstack:
+        """
+        Returns the DeepStack features of images or videos, for the decoder.
+
+        Args:
+            outputs ([`~transformers.modeling_outputs.BaseModelOutputWithPooling`]):
+                What `get_image_features` or `get_video_features` returned.
+            tokens ([`~token_modalities.TokenModalities`]):
+                The modalities of the tokens.
+            kind (`str`):
+                `"image"` or `"video"`.
+
+        Raises:
+            ValueError: If the outputs have no DeepStack features.
+        """
+        assert tokens.ids is not None
+        levels = getattr(outputs, "deepstack_features", None)
+        if levels is None:
+            raise ValueError(
+                f"`mm_encoder_outputs[{kind!r}]` has no `deepstack_features`, which the model reads "
+                f"(`use_deepstack=True`): pass what `get_{kind}_features` returns."
+            )
+        return Deepstack(tokens.ids == BUILTIN_MODALITIES.index(kind), [join_image_tokens(level) for level in levels])
 
     def _tokens_per_placeholder(self, kind: str) -> str:
         if kind == "image" and self.config.image_sizing == "native":
@@ -282,7 +326,9 @@ class SparseMoeVlmVisualFeatures(SparseMoeVlmPreTrainedModel):
         if self.config.image_sizing == "fixed":
             return self._encode_images(self._blank_images())[1]
         patches, grids = self._patches_of(self._blank_images())
-        return self._encode_patches(patches, grids, self._missing_calls(grids))[1][0]
+        outputs = self._encode_patches(patches, grids, self._missing_calls(grids))
+        levels = (outputs.pooler_output, *(outputs.deepstack_features or ()))
+        return torch.cat([tokens for level in levels for tokens in level])
 
     def _blank_images(self) -> torch.Tensor:
         """Returns one black image: of the size of the vision tower, or of one token if images have native sizes."""

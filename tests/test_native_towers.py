@@ -58,7 +58,8 @@ SIZES = [(24, 48), (20, 50), (48, 24), (1, 90), (24, 48), (30, 30)]
 def make_config(tower: str, **fields) -> SparseMoeVlmConfig:
     fields = {"image_sizing": "native", "pixel_shuffle_factor": 1 if tower in MERGING else 2} | fields
     text = TEXT_CONFIG | {"vocab_size": VOCAB_SIZE, "modalities": fields.pop("modalities", ["text", "image"])}
-    return SparseMoeVlmConfig(text_config=text, vision_config=TOWERS[tower], image_token_id=IMAGE_TOKEN_ID, **fields)
+    fields = {"vision_config": TOWERS[tower], "image_token_id": IMAGE_TOKEN_ID} | fields
+    return SparseMoeVlmConfig(text_config=text, **fields)
 
 
 def make_model(tower: str, **fields) -> SparseMoeVlmForConditionalGeneration:

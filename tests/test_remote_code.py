@@ -62,6 +62,7 @@ OURS = EXPERTS | {
     "configuration_sparse_moe_vlm",
     "connector",
     "decoder_layer",
+    "deepstack",
     "distributed_attention",
     "image_generation",
     "image_patches",

@@ -28,7 +28,7 @@ from modeling_sparse_moe_vlm.toolbox.upcycling.errors import UpcyclingError
 from tests.support.models import TINY_DECODER, VISION_CONFIG
 from tests.support.processors import VOCAB_SIZE, make_tokenizer, speak_printably
 from tests.test_native_sizes import image_of, make_native_model, make_native_processor
-from tests.test_native_towers import NAFLEX, OF_QWEN
+from tests.test_native_towers import MERGING, NAFLEX, OF_QWEN
 
 pytestmark = pytest.mark.newest
 
@@ -61,6 +61,11 @@ ENCODERS = {
         {"image_seq_length": 4, "merge_size": 2},
     ),
     "qwen2": (make_qwen, Qwen2VLImageProcessorPil(patch_size=4), {"image_seq_length": 256, "merge_size": 2}),
+    "qwen3": (
+        lambda: AutoModel.from_config(AutoConfig.for_model(**MERGING["qwen3"])),
+        Qwen2VLImageProcessorPil(patch_size=4),
+        {"image_seq_length": 4, "merge_size": 2},
+    ),
 }
 
 
@@ -76,7 +81,9 @@ def test_a_model_from_parts(name):
     encoder, tokenizer = make_encoder().eval(), make_tokenizer()
     model = upcycle_from_parts(make_language_model(), encoder, tokenizer=tokenizer, image_sizing="native")
     assert model.config.image_arguments == {"image_sizing": "native", "patch_size": 4} | arguments
-    assert model.config.pixel_shuffle_factor == (1 if name == "qwen2" else 2)
+    assert model.config.pixel_shuffle_factor == (1 if name.startswith("qwen") else 2)
+    assert model.config.use_deepstack is (True if name == "qwen3" else None)
+    assert len(model.model.multi_modal_projector.deepstack_projectors) == (name == "qwen3")
     tower, source = model.model.vision_tower, getattr(encoder, "visual", encoder)
     assert type(tower) is type(source)
     for name, weight in source.state_dict().items():
@@ -88,6 +95,12 @@ def test_a_model_from_parts(name):
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 18
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+
+
+def test_a_model_from_parts_without_deepstack():
+    parts = make_language_model(), ENCODERS["qwen3"][0]()
+    model = upcycle_from_parts(*parts, tokenizer=make_tokenizer(), image_sizing="native", use_deepstack=False)
+    assert model.config.use_deepstack is False
 
 
 def test_encoders_that_do_not_fit():

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ...configuration_sparse_moe_vlm import SparseMoeVlmConfig, SparseMoeVlmTextConfig
 from ...experts_config import SparseMoeVlmExpertsConfig
 from ...modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, SparseMoeVlmForConditionalGeneration
-from ...native_towers import merge_size_of, patches_per_side
+from ...native_towers import merge_size_of, num_deepstack_levels_of, patches_per_side
 from ...vision_tower import check_vision_config
 from .arrangement import experts_fields
 from .decoder_layout import DecoderLayout, read_decoder
@@ -117,7 +117,7 @@ def upcycle_from_parts(
             they do not follow from the language model (`alpha_init`, `max_position_embeddings`, …), and of
             [`SparseMoeVlmConfig`] (`pixel_shuffle_factor`, `image_token_id`, …). By default, `pixel_shuffle_factor` is
             the first of 2, 3 and 1 that divides the patches per side, 2 with `image_sizing="native"`, and 1 if the
-            vision encoder merges patches itself.
+            vision encoder merges patches itself. `use_deepstack` is True if the vision encoder has DeepStack features.
 
     Returns:
         `SparseMoeVlmForConditionalGeneration`: The model, in evaluation mode. Without a vision encoder, a
@@ -285,6 +285,8 @@ def _config(
             of_model["pixel_shuffle_factor"] = _pixel_shuffle_factor(
                 vision_config, is_native=of_model.get("image_sizing") == "native"
             )
+        if num_deepstack_levels_of(vision_config) > 0:
+            of_model.setdefault("use_deepstack", True)
         return SparseMoeVlmConfig(text_config=text_config, vision_config=copy.deepcopy(vision_config), **of_model)
     except UpcyclingError:
         raise
