@@ -94,8 +94,9 @@ def unused_losses(config: SparseMoeVlmExpertsConfig) -> str:
     names = ", ".join(f"`{name}`" for name in coefficients)
     return (
         f"{names} {'have' if coefficients[1:] else 'has'} no effect: models for sequence classification do not add "
-        "router losses to their loss. Set them to 0 to silence this warning, and `router_bias_update_rate` to balance "
-        "the load without a loss."
+        "router losses to their loss. `RouterLossesMixin` (`from modeling_sparse_moe_vlm.toolbox.training import "
+        "RouterLossesMixin`) adds them to the loss of TRL's `RewardTrainer`. Otherwise, set them to 0 to silence this "
+        "warning, and `router_bias_update_rate` to balance the load without a loss."
     )
 
 

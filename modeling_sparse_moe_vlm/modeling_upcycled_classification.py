@@ -33,7 +33,7 @@ class UpcycledClassificationMixin(GenericForSequenceClassification, UpcycledMixi
     hidden state of the last token that is not padding. They load from the checkpoint of an upcycled model with a
     language head: only the scoring layer is new.
 
-    Router losses are not added to `loss`.
+    Router losses are not added to `loss`. For TRL's `RewardTrainer`, see `toolbox.training.RouterLossesMixin`.
 
     Args:
         config ([`~configuration_upcycled.UpcycledConfigMixin`]):

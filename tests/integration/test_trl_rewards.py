@@ -1,6 +1,7 @@
 """A reward model with images in TRL's RewardTrainer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
 from modeling_sparse_moe_vlm import modeling_upcycled_classification
+from modeling_sparse_moe_vlm.experts_config import experts_config_of
+from modeling_sparse_moe_vlm.losses import router_losses
 from modeling_sparse_moe_vlm.routing import router_biases
 from modeling_sparse_moe_vlm.toolbox.data import PreferenceCollator, VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.installed_code import use_installed_code
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, loss_watch, measure_routing, update_router_bias
+from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
+from modeling_sparse_moe_vlm.toolbox.training import RouterLossesMixin, global_batch
 from tests.integration.test_trl import ARGUMENTS
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_config
 from tests.support.upcycled import make_speaking
@@ -93,6 +98,156 @@ def test_reward_trainer_with_images(is_upcycled, margins, monkeypatch, tmp_path)
         assert torch.equal(bias, by_hand)
     (message,) = warnings
     assert message.startswith("`router_aux_loss_coef`, `router_z_loss_coef` have no effect: models for sequence")
+
+
+class SparseMoeRewardTrainer(RouterLossesMixin, trl.RewardTrainer):
+    """As in the documentation."""
+
+
+def add_router_losses_by_hand(model, inputs) -> torch.Tensor:
+    """Returns the loss of `RewardTrainer` and the router losses, from the router logits that the base model returns."""
+    base, config = model.base_model, experts_config_of(model.config)
+    found = base(**inputs, output_router_logits=True)
+    ids = base.get_mm_token_type_ids(inputs["input_ids"], None, inputs["mm_token_type_ids"])
+    losses = router_losses(
+        config, found.router_logits, ids, inputs["attention_mask"], router_indices=found.router_indices
+    )
+    chosen, rejected = model(**inputs).logits.squeeze(1).chunk(2)
+    return -F.logsigmoid(chosen - rejected).mean() + losses.total(config)
+
+
+@pytest.mark.parametrize("is_upcycled", [False, True], ids=["ours", "upcycled"])
+def test_router_losses_are_part_of_the_loss(is_upcycled, monkeypatch, tmp_path):
+    """Two micro-batches: the gradient is the mean of theirs, router losses included."""
+    warnings: list[str] = []
+    monkeypatch.setattr(loss_watch.logger, "warning", warnings.append)
+    monkeypatch.setattr(modeling_upcycled_classification.logger, "warning", warnings.append)
+    fields = {"router_aux_loss_coef": 0.25, "router_z_loss_coef": 0.5}
+    model = make_upcycled_scorer(tmp_path / "upcycled", **fields) if is_upcycled else make_scorer(**fields)
+    processor = make_processor()
+    processor.tokenizer.chat_template = processor.chat_template
+    rows, collator = make_rows(), PreferenceCollator(processor)
+    start = copy.deepcopy(model).train()
+    start.config.get_text_config().pad_token_id = processor.tokenizer.pad_token_id
+    start.may_warn_of_losses = False
+    arguments = ARGUMENTS | {
+        "max_steps": 1,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler_type": "constant",
+        "remove_unused_columns": False,
+        "eval_strategy": "steps",
+    }
+    trainer = SparseMoeRewardTrainer(
+        model,
+        trl.RewardConfig(str(tmp_path), **arguments),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=processor.tokenizer,
+        data_collator=collator,
+        callbacks=[RoutingMonitor()],
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    batches = [dict(collator([row])) for row in rows]
+    by_hand = torch.stack([add_router_losses_by_hand(start, batch) for batch in batches]).mean()
+    by_hand.backward()
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert log["loss"] == pytest.approx(by_hand.item(), rel=1e-4)
+    with torch.no_grad():
+        without = torch.stack([-F.logsigmoid(start(**batch).logits.squeeze(1).diff().neg()) for batch in batches])
+    assert before == pytest.approx(without.mean().item(), rel=1e-4), "evaluations have the loss of the trainer"
+    assert log["router_loss"] == pytest.approx(by_hand.item() - without.mean().item(), abs=2e-4)
+    assert log["router_loss"] == pytest.approx(0.25 * log["aux_loss"] + 0.5 * log["z_loss"], abs=2e-4)
+    assert log["aux_loss_text"] > 0
+    for name, parameter in start.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(
+            parameter - model.get_parameter(name),
+            gradient,
+            atol=2e-6,
+            rtol=1e-3,
+            msg=lambda text, n=name: f"{n} {text}",
+        )
+    assert warnings == []
+    assert not any(decoder._forward_pre_hooks for decoder in decoders(model)), "no hooks are left"
+
+
+def test_router_losses_with_outputs_and_of_wrong_models(tmp_path):
+    class Trainer:
+        def __init__(self, model):
+            self.model, self.callback_handler = model, SimpleNamespace(callbacks=[])
+
+        def compute_loss(self, model, inputs, return_outputs=False):
+            outputs = model(**inputs)
+            return (outputs.logits.mean(), outputs) if return_outputs else outputs.logits.mean()
+
+    class WithRouterLosses(RouterLossesMixin, Trainer):
+        pass
+
+    model = make_scorer(router_aux_loss_coef=0.25).train()
+    model.config.get_text_config().pad_token_id = make_processor().tokenizer.pad_token_id
+    inputs = dict(PreferenceCollator(make_processor())(make_rows()))
+    trainer = WithRouterLosses(model)
+    loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+    assert loss.item() == trainer.compute_loss(model, inputs).item()
+    router_loss = loss - outputs.logits.mean()
+    assert router_loss > 0.1
+    assert trainer.compute_loss(model.eval(), inputs).item() == model(**inputs).logits.mean().item()
+    with torch.no_grad():
+        assert trainer.compute_loss(model.train(), inputs).item() == model(**inputs).logits.mean().item()
+    for wrong in (model.model, torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match=f"a model of this package for .*, but got {type(wrong).__name__}. Models"):
+            WithRouterLosses(wrong)
+
+
+def test_router_losses_are_those_of_all_processes(monkeypatch):
+    """Data parallelism averages the gradients of the processes, so each has the sum over the tokens of all of them."""
+
+    class Trainer:
+        def __init__(self, model):
+            self.model, self.callback_handler = model, SimpleNamespace(callbacks=[])
+
+        def compute_loss(self, model, inputs):
+            return 0.0 * model(**inputs).logits.sum()
+
+    class WithRouterLosses(RouterLossesMixin, Trainer):
+        pass
+
+    model = make_scorer(router_aux_loss_coef=0.25, router_z_loss_coef=0.5).train()
+    model.config.get_text_config().pad_token_id = make_processor().tokenizer.pad_token_id
+    batches = [dict(PreferenceCollator(make_processor())([row])) for row in make_rows()]
+    whole = dict(PreferenceCollator(make_processor())(make_rows()))
+    trainer = WithRouterLosses(model)
+    expected = trainer.compute_loss(model, whole)
+    expected.backward()
+    gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+    model.zero_grad()
+    mine, others = [], []
+
+    def all_reduce(tensor):
+        mine.append(tensor.clone())
+        if others:
+            tensor += others.pop(0)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(global_batch, "is_one_of_several_processes", lambda: True)
+    sums = []
+    for batch in batches:
+        mine.clear()
+        trainer.compute_loss(model, batch)
+        sums.append(list(mine))
+    for batch, of_other in zip(batches, reversed(sums), strict=True):
+        others[:] = of_other
+        loss = trainer.compute_loss(model, batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        (loss / 2).backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_batches():

@@ -106,13 +106,15 @@ def warn_of_scaled_losses(args: Any, model: nn.Module) -> None:
 def warn_of_classifiers(model: nn.Module) -> None:
     """
     Logs a warning if a model for sequence classification, such as a reward model, has coefficients of router losses.
-    Only models with a language head add them to their loss.
+    Only models with a language head add them to their loss. There is no warning if the trainer adds them
+    ([`~toolbox.training.RouterLossesMixin`]).
 
     Args:
         model (`nn.Module`):
             The model. It can be wrapped or have adapters.
     """
-    if not any(isinstance(module, GenericForSequenceClassification) for module in model.modules()):
+    classifiers = [module for module in model.modules() if isinstance(module, GenericForSequenceClassification)]
+    if not any(getattr(module, "may_warn_of_losses", True) for module in classifiers):
         return
     ours = next((module for module in model.modules() if hasattr(module, "routing_planner")), None)
     if ours is None:
@@ -120,9 +122,8 @@ def warn_of_classifiers(model: nn.Module) -> None:
     warning = unused_losses(experts_config_of(ours.config))
     if warning:
         logger.warning(warning)
-    for module in model.modules():
-        if getattr(module, "may_warn_of_losses", False):
-            module.may_warn_of_losses = False  # type: ignore[assignment]  # it would log the same warning
+    for module in classifiers:
+        module.may_warn_of_losses = False  # it would log the same warning
 
 
 def mean_losses(passes: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:

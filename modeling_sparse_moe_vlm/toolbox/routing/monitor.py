@@ -137,9 +137,13 @@ class RoutingMonitor(FiguresCallback):
 
     def _add_losses(self, model: nn.Module, inputs: Mapping[str, Any], losses: dict[str, torch.Tensor]) -> None:
         if _is_training(model):
-            self._losses.append(losses)
+            self.add_losses(losses)
         elif self._is_evaluation(model):
             self._evaluated_losses.append(losses)
+
+    def add_losses(self, losses: dict[str, torch.Tensor]) -> None:
+        """Adds the router losses of a forward pass in training, for trainers that compute them outside of the model."""
+        self._losses.append(losses)
 
     def _count(
         self, config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
