@@ -22,6 +22,7 @@ from ..data.reading import Rows
 from ..data.repeated_rows import CollatorForTraining
 from ..data.stream import RowStream, StreamBatches, StreamCollator
 from ..expert_modules import our_experts_config
+from .checkpoint_weights import load_renamed
 from .checkpoints import last_whole_checkpoint
 
 
@@ -30,6 +31,8 @@ class ResumableTrainer(Trainer):
     A `Trainer` whose resumed runs equal uninterrupted ones.
 
     - `train(resume_from_checkpoint=True)` resumes from the newest complete checkpoint.
+    - The weights of a checkpoint are loaded for every model, also where checkpoints have other names for tensors. The
+      same holds for `load_best_model_at_end`.
     - A stream of [`~toolbox.data.load_rows`] continues at the row where the checkpoint was saved, in any epoch, without
       reading the images of earlier rows. Its epochs follow one another without a gap. Every process reads its own part
       of each batch.
@@ -81,6 +84,15 @@ class ResumableTrainer(Trainer):
         self._first_step_of_loss = None
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or not load_renamed(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self.is_fsdp_enabled or best is None or not load_renamed(self.model, best):
+            super()._load_best_model()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs figures. Corrects `train_loss`, which `Trainer` divides by the number of steps since the resume."""
