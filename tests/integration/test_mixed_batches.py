@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import DistributedType, PartialState
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForImageTextToText, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
@@ -28,7 +28,8 @@ HAVE_IMAGES = [*TEXT, *TEXT, *IMAGE, *IMAGE, *TEXT, *IMAGE, *IMAGE, *TEXT, *TEXT
 WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "image", "of", "the", "cat"]
 MODELS = {"own": make_speaking_model, "upcycled": upcycled.make_speaking}
 FROZEN = {"vision_encoder": "freeze", "experts": {"image": "freeze"}}
-# By launch file and name: model, sizes of `DistributedConfig`, parts, packing.
+PLAIN = {"trainer_class": Trainer}
+# By launch file and name: model, sizes of `DistributedConfig`, parts, packing, options of `run`.
 RUNS = {
     "expert_parallel": {
         "ddp": ("own", {}, {}, False),
@@ -45,6 +46,7 @@ RUNS = {
         "fsdp2, frozen": ("own", {}, FROZEN, False),
         "fsdp2, upcycled": ("upcycled", {}, {}, False),
         "fsdp2, upcycled, packed": ("upcycled", {}, {"connector": "freeze"}, True),
+        "fsdp2, upcycled, plain trainer": ("upcycled", {}, {}, False, PLAIN),
     },
 }
 LAYERS = {"own": "SparseMoeVlmDecoderLayer", "upcycled": "LlamaDecoderLayer"}
@@ -59,8 +61,11 @@ def make_rows() -> list[dict]:
     return rows
 
 
-def run(kind: str, sizes: dict, parts: dict, packing: bool, folder: Path) -> tuple[list[float], dict]:
+def run(
+    folder: Path, kind: str, sizes: dict, parts: dict, packing: bool, options: dict | None = None
+) -> tuple[list[float], dict]:
     """Returns the losses and the tensors after a training."""
+    trainer_class = (options or {}).get("trainer_class", SparseMoeTrainer)
     arguments = TrainingArguments(
         str(folder / "run"),
         **QUIET_TRAINING,
@@ -79,8 +84,10 @@ def run(kind: str, sizes: dict, parts: dict, packing: bool, folder: Path) -> tup
     arguments.per_device_train_batch_size = 4 // arguments.world_size
     config = {"distributed_config": DistributedConfig(**sizes)} if sizes and arguments.world_size > 1 else {}
     model = AutoModelForImageTextToText.from_pretrained(folder / kind, trust_remote_code=True, **config)
+    if trainer_class is Trainer:  # it computes router losses from the tokens of each process
+        model.config.experts_config.output_router_logits = False
     packed = {"packing": True, "model": MODELS[kind]()} if packing else {}  # the check runs a whole model
-    trainer = SparseMoeTrainer(
+    trainer = trainer_class(
         model,
         arguments,
         VisionLanguageCollator(make_processor(), **packed),
@@ -109,7 +116,7 @@ from tests.integration.test_mixed_batches import RUNS, run
 folder = Path(sys.argv[1])
 for name, settings in RUNS[(folder / "launch").read_text()].items():
     print(name, file=sys.stderr, flush=True)
-    result = run(*settings, folder)
+    result = run(folder, *settings)
     if torch.distributed.get_rank() == 0:
         torch.save(result, folder / f"{name}.pt")
 """
@@ -125,7 +132,7 @@ def test_any_mixture_of_batches(tmp_path, name):
     assert result.returncode == 0, result.stderr[-8000:]
     for run_name, settings in RUNS[name].items():
         losses, tensors = torch.load(tmp_path / f"{run_name}.pt")
-        expected_losses, expected = run(*settings, tmp_path)
+        expected_losses, expected = run(tmp_path, *settings)
         assert losses == pytest.approx(expected_losses, rel=1e-4), run_name
         for tensor_name, tensor in tensors.items():
             message = f"{run_name}: {tensor_name}"

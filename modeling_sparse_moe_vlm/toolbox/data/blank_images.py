@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,12 @@ BLANK_ROW: dict[str, Any] = {
     ],
     "images": [Image.new("RGB", (64, 64))],
 }
+
+
+def is_sharded_by_accelerate() -> bool:
+    """Returns whether several processes use Accelerate's FSDP. Also known in the workers of a data loader."""
+    uses_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return uses_fsdp and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def mask_last_row(batch: Mapping[str, Any]) -> dict[str, Any]:

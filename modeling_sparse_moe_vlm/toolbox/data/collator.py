@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .blank_images import BLANK_ROW, mask_last_row
+from .blank_images import BLANK_ROW, is_sharded_by_accelerate, mask_last_row
 from .packing import IGNORE_INDEX, RowPacker
 from .packing_check import make_packer
 from .row_sizes import RowSize, SizedBatch, check_batch, check_limits, count_parts, find_excess, sizes_of
@@ -42,10 +42,12 @@ class VisionLanguageCollator:
         model (`PreTrainedModel`, *optional*):
             The model, which packing needs: it runs a few short rows to check that the model separates packed rows (see
             [`~toolbox.data.check_packing`]). The collator does not keep the model.
-        blank_images (`bool`, *optional*, defaults to `False`):
+        blank_images (`bool`, *optional*):
             Whether batches without images and videos get a row with a blank image, which has no weight. Processes that
-            each have only a part of the model (FSDP2) must all run the vision encoder in a step, or none.
-            `SparseMoeTrainer` sets it where it is needed; models of our architecture never need it.
+            each have only a part of the model (FSDP) must all run the vision encoder in a step, or none. By default,
+            they do if several processes use Accelerate's FSDP, in any trainer. `SparseMoeTrainer` also sets it for a
+            model that `distributed_config` shards, and not for models of our architecture, which do not need it in
+            training. With other trainers, set it to `True` for models that `distributed_config` shards.
 
     Raises:
         ValueError: With `packing=True`, if there is no model or if the model does not support packed rows. With
@@ -58,7 +60,7 @@ class VisionLanguageCollator:
     max_image_tokens_per_batch: int | None = None
     packing: bool = False
     model: InitVar[PreTrainedModel | None] = None
-    blank_images: bool = False
+    blank_images: bool | None = None
 
     def __post_init__(self, model: PreTrainedModel | None) -> None:
         check_limits(
@@ -100,7 +102,7 @@ class VisionLanguageCollator:
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
         conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
-        adds_blank = self.blank_images and not any(
+        adds_blank = self._blank_images_are_wanted() and not any(
             count_parts(kind, messages) for messages in conversations.values() for kind in ("image", "video")
         )
         if adds_blank:
@@ -132,6 +134,11 @@ class VisionLanguageCollator:
             padding = {len(rows) - 1} if adds_blank else set()
             batch = self._packer.pack(batches, self._packer.assign(tokens), padding)
         return SizedBatch(batch, row_sizes=sizes)
+
+    def _blank_images_are_wanted(self) -> bool:
+        if self.blank_images is None:
+            return is_sharded_by_accelerate() and not isinstance(self.processor, PreTrainedTokenizerBase)
+        return self.blank_images
 
     def _process(
         self, rows: Sequence[Mapping[str, Any]], conversations: dict[int, list[dict[str, Any]]]

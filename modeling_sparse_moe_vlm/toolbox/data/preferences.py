@@ -20,7 +20,8 @@ class PreferenceCollator:
     """
     Data collator for TRL's `RewardTrainer`, which by itself takes texts only. The first half of a batch are the
     conversations with the chosen answers, the second half those with the rejected answers. Both have the images and
-    videos of their row.
+    videos of their row. With FSDP in several processes, all rows need images, or none: a process without images would
+    wait for the others.
 
     Args:
         processor (`ProcessorMixin`):
@@ -70,7 +71,9 @@ class PreferenceCollator:
             for side in SIDES
             for number, row in enumerate(rows)
         ]
-        batch = VisionLanguageCollator(self.processor, max_length=self.max_length)(conversations)
+        # A row with a blank image would be part of a pair, so it would have a weight.
+        collator = VisionLanguageCollator(self.processor, max_length=self.max_length, blank_images=False)
+        batch = collator(conversations)
         del batch["labels"]
         if "margin" in rows[0]:
             batch["margin"] = torch.tensor([float(row["margin"]) for row in rows])

@@ -1,10 +1,13 @@
 """A row with a blank image, which batches without images get where all processes run the vision encoder."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modeling_sparse_moe_vlm.toolbox.data import VisionLanguageCollator
+from modeling_sparse_moe_vlm.toolbox.data import PreferenceCollator, VisionLanguageCollator
 from modeling_sparse_moe_vlm.toolbox.data.blank_images import mask_last_row
+from modeling_sparse_moe_vlm.toolbox.training.resuming import ResumableTrainer
 from tests.support import upcycled
 from tests.support.batches import collate
 from tests.support.packed_rows import make_base, make_packer, make_rows
@@ -16,6 +19,7 @@ TEXTS = [
     {"messages": [user("the"), assistant("mat")]},
     {"messages": [user("the image"), assistant("of the cat")]},
 ]
+AS_TEXT = [{"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]}]
 MODELS = {"own": make_speaking_model, "upcycled": upcycled.make_speaking}
 
 
@@ -91,6 +95,51 @@ def test_padding_rows_are_packed_last(name):
     assert (batch["labels"][0, -9:] == -100).all()
     assert (batch["labels"][0, 1:6] != -100).all()
     assert batch["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("uses_fsdp", "number", "blank_images", "expected"),
+    [
+        ("true", "2", None, True),
+        ("True", "2", None, True),
+        ("true", "1", None, False),
+        ("true", None, None, False),
+        ("false", "2", None, False),
+        (None, "2", None, False),
+        ("true", "2", False, False),
+        (None, None, True, True),
+    ],
+)
+def test_blank_images_are_the_default_of_fsdp(uses_fsdp, number, blank_images, expected, monkeypatch):
+    for name, value in (("ACCELERATE_USE_FSDP", uses_fsdp), ("WORLD_SIZE", number)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    collator = VisionLanguageCollator(make_processor(), blank_images=blank_images)
+    assert len(collator(TEXTS)["input_ids"]) == 3 + expected
+    if blank_images is None:
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+        assert len(VisionLanguageCollator(tokenizer)(AS_TEXT)["input_ids"]) == 1
+    pair = {"prompt": [], "chosen": TEXTS[0]["messages"], "rejected": TEXTS[1]["messages"]}
+    assert len(PreferenceCollator(make_processor())([pair])["input_ids"]) == 2
+
+
+def test_the_trainer_knows_which_models_need_blank_images(monkeypatch, tmp_path):
+    """Models of our architecture run their vision encoder on a blank image themselves."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    collator = VisionLanguageCollator(make_processor())
+    trainer = object.__new__(ResumableTrainer)
+    trainer.args, trainer.is_fsdp_enabled = SimpleNamespace(world_size=2), True
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer.model_accepts_loss_kwargs, trainer.compute_loss_func = False, None
+    for name, make in MODELS.items():
+        trainer.model = make()
+        for given, expected in ((None, name == "upcycled"), (False, name == "upcycled"), (True, True)):
+            collator.blank_images = given
+            assert trainer._collator_for_training(collator).blank_images is expected
+            assert collator.blank_images is given
 
 
 def test_blank_images_need_a_processor():
