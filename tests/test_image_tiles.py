@@ -102,7 +102,13 @@ def test_one_tile_is_what_the_image_processor_returns(kind):
 
 def test_padding_keeps_the_aspect_ratio():
     processor = make(do_pad=True)
-    for height, width, inner in ((20, 50, (6, 16)), (50, 20, (16, 6)), (1, 90, (1, 16)), (90, 1, (16, 1))):
+    for height, width, inner in (
+        (20, 50, (6, 16)),
+        (50, 30, (16, 10)),
+        (30, 50, (10, 16)),
+        (1, 90, (1, 16)),
+        (90, 1, (16, 1)),
+    ):
         image = image_of(height, width)
         expected = torch.zeros(1, 3, 16, 16)
         size = {"height": inner[0], "width": inner[1]}
@@ -114,6 +120,22 @@ def test_padding_keeps_the_aspect_ratio():
         assert torch.equal(pixels_of(make(make_image_processor(do_pad=True)), image), expected)
         assert torch.equal(pixels_of(processor, image, do_pad=False), pixels_of(make(), image))
         assert torch.equal(pixels_of(processor, image, size=None, do_pad=None), expected)  # as if not given
+
+
+def test_sizes_of_tiles_for_a_call_and_processors_that_pad():
+    processor, image = make(max_tiles=4), image_of(60, 30)
+    expected = pixels_of(processor, image)
+    assert torch.equal(pixels_of(processor, image, do_center_crop=True, crop_size=SIZE), expected)
+    for size in (8, {"height": 8, "width": 8}):
+        assert torch.equal(
+            pixels_of(processor, image, size=size), pixels_of(make(make_image_processor(8), max_tiles=4), image)
+        )
+    with pytest.raises(ValueError, match=r"`do_resize=True` and `size=.*`height` and `width`"):
+        image_tiles.tile_size_of(make_image_processor(), {"size": {"height": 8}})
+    padding = make_image_processor(do_pad=True, pad_size={"height": 20, "width": 20})
+    assert torch.equal(
+        pixels_of(make(padding, max_tiles=4, do_pad=True), image), pixels_of(processor, image, do_pad=True)
+    )
 
 
 def test_padded_tiles_have_a_padded_thumbnail():

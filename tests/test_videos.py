@@ -118,6 +118,7 @@ def test_animations(processor, tmp_path):
     ):
         path = tmp_path / name
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=250, **options)
+        assert is_animation(path.read_bytes())
         for source in (path, path.read_bytes()):
             video = read_video(source, "v", FrameSampling(32, 2.0))
             assert video.metadata.timestamps == [0.0, 0.5, 1.0]
@@ -202,6 +203,7 @@ def test_nested_videos():
         (5, r"`videos` is not a video, but of type <class 'int'>: pass a path"),
         ([5], r"videos\[0\] is not a video, but of type <class 'int'>"),
         ({"frames": FRAMES, "fps": -3}, r"`fps` of `videos\[0\]` must be a number of at least 0, got -3"),
+        ({"frames": FRAMES, "fps": ""}, r"`fps` of `videos\[0\]` must be a number of at least 0, got ''"),
         ({"frames": FRAMES, "fps": float("nan")}, r"`fps` of `videos\[0\]` must be a number .* got nan"),
         ([["nothing.gif", "a"]], r"videos\[0\]"),
         (np.full((2, 8, 8), 3.7)[..., None], r"videos\[0\], frame 0 cannot be read: images\[0\] has values"),
