@@ -302,6 +302,7 @@ def test_separators_that_are_not_tokens():
     row = tokenizer.convert_tokens_to_ids("<row>")
     ids = processor(text="a<image>", images=image_of(60, 30))["input_ids"][0]
     assert ids[-5:] == [IMAGE, row, IMAGE, row, IMAGE]
+    assert tokenizer.added_tokens_decoder[row].special
     typed = processor.apply_chat_template([user("<row>")], tokenize=True, return_dict=True)["input_ids"][0]
     assert row not in typed  # what users type stays text
 

@@ -80,6 +80,7 @@ def pixels_of(image: Image.Image, height: int, width: int, image_processor=None)
 )
 def test_sizes_are_rounded_to_whole_tokens(size, grid):
     assert make_native_processor().token_grid(*size) == grid
+    assert make_native_processor().tile_grid(*size) == (1, 1)
 
 
 def test_limits_on_the_number_of_tokens():

@@ -92,6 +92,8 @@ def test_naflex_features_are_those_of_the_encoder():
     image = image_of(24, 48)
     official = image_processor(image, return_tensors="pt")
     assert official["spatial_shapes"].tolist() == [[6, 12]]
+    names = ["pixel_values", "input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw"]
+    assert sorted(processor.model_input_names) == sorted(names)
     inputs = processor(images=image, return_tensors="pt")
     assert inputs["image_grid_thw"].tolist() == [[1, 6, 12]]
     with torch.no_grad():
@@ -246,6 +248,21 @@ def test_the_signature_is_read_once(name, monkeypatch):
     assert features[0].std() > 0
     assert torch.equal(features[0], features[1])
     assert torch.equal(features[0], features[2])
+
+
+def test_processes_have_gradients_of_all_weights(monkeypatch):
+    """Data parallelism waits for those of the mergers of earlier layers. Their gradients are zero."""
+    model = make_model("qwen3").train()
+    pixels = torch.randn(2, 3, 24, 16)
+    expected = torch.stack(model.get_image_features(pixels).pooler_output)
+    monkeypatch.setattr("modeling_sparse_moe_vlm.visual_features.is_one_of_several_processes", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda number, op: None)
+    actual = torch.stack(model.get_image_features(pixels).pooler_output)
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    grads = {name: own.grad for name, own in model.model.vision_tower.named_parameters() if "deepstack" in name}
+    assert len(grads) == 6
+    assert all(grad.abs().max() == 0 for grad in grads.values())
 
 
 @pytest.mark.parametrize("name", ["naflex", "pixtral", "qwen2_5"])

@@ -176,6 +176,28 @@ def test_constructor_errors():
         SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_len=4)
 
 
+def test_default_values():
+    processor = SparseMoeVlmProcessor(make_image_processor(), make_tokenizer())
+    expected = {
+        "image_seq_length": 49,
+        "image_token": "<image>",
+        "min_tiles": 1,
+        "max_tiles": 1,
+        "max_image_tokens": None,
+        "do_pad": False,
+        "row_separator": None,
+        "video_token": None,
+        "max_frames": 32,
+        "video_fps": 1.0,
+        "video_temporal_pooling": 1,
+        "image_sizing": "fixed",
+        "patch_size": None,
+        "merge_size": None,
+        "min_image_tokens": 1,
+    }
+    assert {name: getattr(processor, name) for name in expected} == expected
+
+
 def test_truncation_through_an_image_is_refused(processor):
     with pytest.raises(ValueError, match="image"):
         processor(text="<image> a", images=make_image(), truncation=True, max_length=2)
@@ -365,11 +387,13 @@ def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
         processor.apply_chat_template([user("a picture", make_image())], template, **CHAT)
 
 
-def test_wrapping_a_tokenizer_twice_changes_nothing():
-    tokenizer = make_tokenizer()
+def test_wrapping_a_tokenizer_twice_and_conversations_change_nothing():
+    tokenizer = make_tokenizer(normalizer=normalizers.Lowercase())
     SparseMoeVlmProcessor(make_image_processor(), tokenizer)
     once = tokenizer.backend_tokenizer.to_str()
-    SparseMoeVlmProcessor(make_image_processor(), tokenizer)
+    processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer)
+    assert tokenizer.backend_tokenizer.to_str() == once
+    processor.apply_chat_template([user("an <image> typed")], **CHAT)
     assert tokenizer.backend_tokenizer.to_str() == once
 
 

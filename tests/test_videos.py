@@ -226,6 +226,8 @@ def test_videos_belong_to_their_texts(processor):
             processor(text=texts, videos=videos, padding=True)
     inputs = processor(text=["none", "<video><video>"], videos=[None, [a, b]], padding=True, return_tensors="pt")
     assert (inputs["input_ids"] == VIDEO).sum(dim=1).tolist() == [0, 5 * IMAGE_SEQ_LENGTH]
+    for none in ([], [[]], [None]):
+        assert sorted(processor(text="none", videos=none)) == ["attention_mask", "input_ids", "mm_token_type_ids"]
     flat = processor(text=["<video>", "<video><video>"], videos=[a, b, a], padding=True, return_tensors="pt")
     assert (flat["input_ids"] == VIDEO).sum(dim=1).tolist() == [2 * IMAGE_SEQ_LENGTH, 5 * IMAGE_SEQ_LENGTH]
 
@@ -240,6 +242,10 @@ def test_wrong_options(processor):
         ({"video_fps": 0}, "`video_fps` must be more than 0"),
         ({"video_temporal_pooling": 0}, "`video_temporal_pooling` must be an integer of at least 1"),
         ({"video_token": "<image>"}, "`video_token` must be a token .* other than the image token"),
+        (
+            {"video_token": "<|im_start|>", "row_separator": "<|im_start|>"},
+            "other than the image token and the separator",
+        ),
         ({"video_token": "<vid>"}, "`video_token` must be a token of the vocabulary .* got '<vid>'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -298,6 +304,8 @@ def test_padded_frames():
     images = make_processor(do_pad=True)(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")
     assert torch.equal(pixels, images["pixel_values"])
     assert (pixels[:, :, 7:] == 0).all()
+    of_call = make_processor()(text="<video>", videos=frames, do_pad=True, return_tensors="pt")
+    assert torch.equal(of_call["pixel_values_videos"], pixels)
 
 
 def test_videos_and_images_in_one_batch_and_typed_tokens(processor):

@@ -57,3 +57,21 @@ def test_a_tower_without_hidden_states(monkeypatch):
     monkeypatch.setattr(model.vision_tower, "forward", without)
     with pytest.raises(ValueError, match=r"siglip_vision_model. does not return .* leave out `vision_feature_layer`"):
         model.get_image_features(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_processes_have_gradients_of_all_weights(layer, monkeypatch):
+    """Data parallelism waits for those of later layers and of the pooled output. Their gradients are zero."""
+    torch.manual_seed(0)
+    model = SparseMoeVlmModel(make_config("clip", vision_feature_layer=layer)).train()
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = torch.stack(model.get_image_features(pixels).pooler_output)
+    monkeypatch.setattr("modeling_sparse_moe_vlm.visual_features.is_one_of_several_processes", lambda: True)
+    actual = torch.stack(model.get_image_features(pixels).pooler_output)
+    torch.testing.assert_close(actual, expected)
+    actual.sum().backward()
+    grads = {name: parameter.grad for name, parameter in model.vision_tower.named_parameters()}
+    unused = ["post_layernorm.weight", *(["encoder.layers.2.mlp.fc1.weight"] if layer == 1 else [])]
+    assert [name for name, grad in grads.items() if grad is None] == []
+    assert all(grads[name].abs().max() == 0 for name in unused)
+    assert grads["encoder.layers.0.mlp.fc1.weight"].abs().max() > 0
