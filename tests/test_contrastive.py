@@ -157,3 +157,31 @@ def test_a_value_over_its_limit_keeps_only_the_gradient_that_brings_it_back():
 def test_rows_of_one_process_are_not_changed():
     rows = torch.randn(3, 2), torch.tensor([0, -1, -2]), torch.tensor([True, False, True])
     assert all(a is b for a, b in zip(gather_rows(*rows), rows))
+
+
+def test_rows_of_several_processes(monkeypatch):
+    """Process 1 of 2 with three rows, next to two rows of process 0."""
+    embeddings = {0: torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 1: torch.tensor([[5.0, 6.0], [7.0, 8.0], [9.0, 1.0]])}
+    # Label 7 is the same in both processes, -2 and -3 are not, and -1 is a hard negative.
+    labels = {0: torch.tensor([7, -2]), 1: torch.tensor([7, -3, -1])}
+    documents = {0: torch.tensor([True, False]), 1: torch.tensor([False, True, True])}
+    of_first = [torch.tensor([2]), torch.stack([labels[0], documents[0].long()], dim=1), embeddings[0]]
+
+    def all_gather(gathered, own):
+        assert len(gathered) == 2
+        first = of_first.pop(0)
+        gathered[0].zero_()
+        gathered[0][: len(first)] = first
+        gathered[1].copy_(own)
+
+    monkeypatch.setattr("modeling_sparse_moe_vlm.contrastive.is_one_of_several_processes", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    own = embeddings[1].requires_grad_()
+    rows, of_rows, is_document = gather_rows(own, labels[1], documents[1])
+    assert rows.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 1]]
+    assert of_rows.tolist() == [7, -2, 7, -3 - 2**40, -1]
+    assert is_document.tolist() == [True, False, False, True, True]
+    (rows * torch.arange(10.0).view(5, 2)).sum().backward()
+    assert own.grad.tolist() == [[8, 10], [12, 14], [16, 18]]  # two processes have the same gradients

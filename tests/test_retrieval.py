@@ -111,6 +111,66 @@ def test_a_call_as_of_clip_equals_the_call_with_all_rows():
         model(texts["input_ids"], batch["pixel_values"], position_ids=torch.arange(4)[None])
 
 
+def test_arguments_of_a_call_as_of_clip():
+    processor = make_processor()
+    model = make_retrieval_model()  # the prompt of an image has 4 tokens
+    pixels = torch.stack([torch.randn(3, 16, 16) for _ in range(2)])
+    for words in (["a", "b"], ["the cat sat on the mat", "a cat"]):  # shorter and longer than an image
+        texts = retrieval_inputs(processor, words)
+        ids = [texts["input_ids"][:, :2], texts["attention_mask"][:, :2]] if words[0] == "a" else None
+        ids, mask = ids or (texts["input_ids"], texts["attention_mask"])
+        with torch.no_grad():
+            expected = torch.cat(
+                [
+                    model.get_text_features(ids, mask).pooler_output,
+                    model.get_image_features(pixels).pooler_output,
+                ]
+            )
+            types = torch.zeros_like(ids)
+            outputs = model(ids, pixels, mask, mm_token_type_ids=types, labels=torch.tensor([5, 6, 6, 5]))
+            is_document = torch.tensor([True, False, False, True])
+            chosen = model(ids, pixels, mask, is_document=is_document)
+            unmasked = model(ids[1:], pixels).embeddings
+        torch.testing.assert_close(outputs.embeddings, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(chosen.image_embeds, expected[is_document], atol=1e-5, rtol=1e-4)
+        with torch.no_grad():
+            loss = contrastive_loss(
+                outputs.embeddings,
+                torch.tensor([5, 6, 6, 5]),
+                torch.tensor([False, False, True, True]),
+                loss="softmax",
+                scale=torch.tensor([1 / 0.07]),
+                bias=None,
+                sizes=[32],
+            )
+            torch.testing.assert_close(outputs.loss, loss)
+            text = model.get_text_features(ids[1:]).pooler_output
+        torch.testing.assert_close(unmasked[:1], text, atol=1e-5, rtol=1e-4)
+
+
+def test_other_inputs_and_outputs_of_the_model():
+    model, inputs = make_retrieval_model(), make_inputs(images_per_row=0)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    positions = 3 * torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
+    with torch.no_grad():
+        expected = model(**inputs)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        assert expected.hidden_states is None
+        moved = model.model(**inputs, position_ids=positions).last_hidden_state
+        outputs = model(**inputs, position_ids=positions, output_hidden_states=True)
+        torch.testing.assert_close(outputs.last_hidden_state, moved)
+        assert (moved - expected.last_hidden_state).abs().max() > 1e-3
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+        features = model.get_text_features(**inputs, position_ids=positions, use_cache=True, return_loss=False)
+        torch.testing.assert_close(features.last_hidden_state, moved)
+        for given in (
+            inputs | {"pixel_values": torch.zeros(0, 3, 16, 16)},
+            {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]},
+        ):
+            torch.testing.assert_close(model(**given).embeddings, expected.embeddings)
+    assert not model.accepts_loss_kwargs
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_outputs_of_a_batch(loss):
     model = make_retrieval_model({"output_router_logits": True}, contrastive_loss=loss, matryoshka_dims=[8, 16])
@@ -236,7 +296,11 @@ def test_a_trained_model_becomes_a_retrieval_model(tmp_path):
     batch = RetrievalCollator(processor)(make_pairs(2))
     assert model.config.image_prompt_ids == batch["input_ids"][2][batch["attention_mask"][2] == 1].tolist()
     source.save_pretrained(tmp_path)
-    loaded = SparseMoeVlmForImageTextRetrieval.from_pretrained(tmp_path, contrastive_loss="sigmoid", pooling="mean")
+    loaded, report = SparseMoeVlmForImageTextRetrieval.from_pretrained(
+        tmp_path, contrastive_loss="sigmoid", pooling="mean", output_loading_info=True
+    )
+    assert not report["unexpected_keys"]  # the language head is left out
+    assert set(report["missing_keys"]) == {"logit_scale", "logit_bias"}
     assert loaded.config.model_type == "sparse_moe_vlm_retrieval"
     assert loaded.logit_scale.item() == pytest.approx(math.log(10))
     with torch.no_grad():
@@ -256,6 +320,9 @@ def test_save_and_load(tmp_path):
         loaded = AutoModel.from_pretrained(tmp_path)
         assert type(loaded) is SparseMoeVlmForImageTextRetrieval
         torch.testing.assert_close(loaded(**batch).loss, expected.loss)
+    model.save_pretrained(tmp_path / "other", is_main_process=False)  # the main process writes the files
+    assert not any(path.is_file() for path in (tmp_path / "other").iterdir())
+    assert (tmp_path / "modules.json").is_file()
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is SparseMoeVlmRetrievalConfig
     assert config.matryoshka_dims == [4]

@@ -24,6 +24,14 @@ def make_reranker(trained: bool = True) -> FusionReranker:
     return reranker
 
 
+def test_default_values():
+    reranker = FusionReranker(32)
+    assert reranker.aux_loss_coef == 0.01
+    assert reranker.scale.tolist() == [10.0]
+    assert reranker.fusion.head_dim == 4  # 8 heads
+    assert reranker.fusion.config.num_experts == 4
+
+
 def test_states_of_tokens():
     model, processor = make_retrieval_model().train(), make_processor()
     states = token_states(model, processor, TEXTS)
@@ -36,6 +44,7 @@ def test_states_of_tokens():
     torch.testing.assert_close(states.embeddings, outputs.embeddings)
     assert torch.equal(states.mask, inputs["attention_mask"])
     assert not states.hidden_states.requires_grad
+    assert token_states(model.to(torch.bfloat16), processor, [IMAGES[0]]).hidden_states.dtype == torch.float32
     picked = states.select(torch.tensor([2, 0]))
     assert torch.equal(picked.embeddings, states.embeddings[[2, 0]])
     assert torch.equal(picked.mask, states.mask[[2, 0]])
