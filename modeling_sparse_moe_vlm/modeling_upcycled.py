@@ -47,6 +47,15 @@ from .token_modalities import TokenModalities, find_modalities, ids_of_step, lis
 from .upcycled_layers import ExpertPools, TokenPlan, UpcycledBlock, current_plan, token_plan, upcycled_layer_class
 from .upcycled_plans import experts_plans
 
+# In remote code, the definitions of an earlier import by another file of the checkpoint, such as that for sequence
+# classification: Transformers executes this file again when it loads a class from it. They are restored at the end, since
+# classes and models of them may exist.
+_DEFINED = (
+    dict(globals())
+    if __name__.startswith("transformers_modules.") and "__transformers_module_hash__" not in globals()
+    else {}
+)
+
 logger = logging.get_logger(__name__)
 
 # Prefixes of the names of arguments that contain images and similar inputs, or their encoded features.
@@ -580,3 +589,5 @@ def _find_base(name: str) -> Any:
 
 
 __all__ = ["UpcycledMixin", "upcycled_model_class"]
+
+globals().update(_DEFINED)

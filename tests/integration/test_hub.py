@@ -57,9 +57,12 @@ LOAD = """
 import os, sys
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForSequenceClassification, AutoProcessor
 
 inputs, expected = torch.load(sys.argv[1])
+# Its file imports that of the other classes, which Transformers executes again for them.
+scorer = AutoModelForSequenceClassification.from_pretrained("user/sparse", trust_remote_code=True)
+assert type(scorer.base_model) is type(AutoModel.from_pretrained("user/sparse", trust_remote_code=True))
 model = AutoModelForImageTextToText.from_pretrained("user/sparse", trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules.")
 with torch.no_grad():
