@@ -47,9 +47,9 @@ from .token_modalities import TokenModalities, find_modalities, ids_of_step, lis
 from .upcycled_layers import ExpertPools, TokenPlan, UpcycledBlock, current_plan, token_plan, upcycled_layer_class
 from .upcycled_plans import experts_plans
 
-# In remote code, the definitions of an earlier import by another file of the checkpoint, such as that for sequence
-# classification: Transformers executes this file again when it loads a class from it. They are restored at the end, since
-# classes and models of them may exist.
+# In remote code, what an import of this file by another file of the checkpoint defined, such as by the one for sequence
+# classification: Transformers executes this file again when it loads a class from it. The definitions are restored at
+# the end, since models of these classes may exist.
 _DEFINED = (
     dict(globals())
     if __name__.startswith("transformers_modules.") and "__transformers_module_hash__" not in globals()

@@ -102,6 +102,7 @@ def saved(tmp_path_factory):
         expected["adapter"] = (inputs["own"], adapted(**inputs["own"]).logits)
         assert not torch.allclose(expected["adapter"][1], expected["own"][1], atol=1e-3)
     adapted.save_pretrained(root / "adapter")
+    (root / "own" / "recipe.yaml").write_text("model: tiny.json\n")  # trained on the built-in data
     torch.save(expected, root / "expected.pt")
     make_image().save(root / "image.png")
     return root

@@ -50,6 +50,14 @@ def test_a_run_writes_model_metrics_card_and_figures(trained):
 
     card = ModelCard.load(output_dir / "model/README.md")
     assert [result.dataset_split for result in card.data.eval_results] == ["test", "test_style"]
+    titles = {
+        "answers.png": "Answers to held-out questions",
+        "expert_load.png": "Load of the experts by layer and modality",
+    }
+    for name, title in titles.items():
+        assert card.text.count(f"![{title}]({name})\n\n") == 1
+        assert (output_dir / "model" / name).read_bytes() == (output_dir / name).read_bytes()
+    assert card.text.index("expert_load.png") < card.text.index("## Limits and risks")
     shown = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     assert shown["training"]["max_steps"] == 2, "the card shows the recipe without what was changed"
 

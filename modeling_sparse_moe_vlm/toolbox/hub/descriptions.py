@@ -51,6 +51,7 @@ class Description:
         auto_class (`str`): Name of the class of Transformers that loads the model.
         tags (`list[str]`): Tags of the card.
         needs_code (`bool`): Whether the model is loaded with the code in its repository.
+        reads_images (`bool`): Whether the model reads images.
         origin (`str`, *optional*): How the model was made from others, in addition to the short description.
         variables (`dict[str, Any]`): Further variables for the template.
     """
@@ -60,6 +61,7 @@ class Description:
     auto_class: str
     tags: list[str]
     needs_code: bool
+    reads_images: bool
     origin: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
 
@@ -87,12 +89,14 @@ def describe(
     whole = config if whole is None else whole
     if isinstance(config, RetrievalConfigMixin):
         tower = describe(without_head(config), parents, start, config)
+        task, inputs = "text retrieval", "texts"
+        if tower.reads_images:
+            task, inputs = "image-text retrieval", "texts, images, and texts with images"
         return replace(
             tower,
-            text=f"{tower.text} This model has a head for image-text retrieval (`{model_type}`): it embeds "
-            "texts, images, and texts with images.",
+            text=f"{tower.text} This model has a head for {task} (`{model_type}`): it embeds {inputs}.",
             auto_class=AutoModel.__name__,
-            tags=[*tower.tags, "image-text-retrieval", "sentence-transformers"],
+            tags=[*tower.tags, *["image-text-retrieval"] * tower.reads_images, "sentence-transformers"],
         )
     if config.model_type in OUR_TYPES:
         return _ours(config, whole, parents, start)
@@ -134,6 +138,7 @@ def _ours(config: Any, whole: Any, parents: Sequence[str], start: Mapping[str, A
         auto_class=auto_class,
         tags=["moe", *(["vision-language"] if has_images else []), *(["upcycled"] if start else []), "custom_code"],
         needs_code=True,
+        reads_images=has_images,
         origin=_origin_of_parts(parents, start) if start else None,
         variables=variables,
     )
@@ -158,9 +163,11 @@ def _upcycled(config: Any, whole: Any, experts: Any, parents: Sequence[str], sta
     named = tuple(f".{name}" for name in config.architectures or [])
     classes = [name for name, place in config.auto_map.items() if not named or place.endswith(named)]
     auto_class = next(name for name in TASKS if name in classes)
+    reads_images = _reads_images(config, auto_class)
     text = (
         f"A sparse mixture of experts, made from {_dense(parents)} by upcycling: its feed-forward blocks became "
-        "experts, and everything else is the dense model's own, including the processor."
+        f"experts, and everything else is the dense model's own, including the "
+        f"{'processor' if reads_images else 'tokenizer'}."
     )
     if auto_class == CLASSIFICATION:
         text += f" A layer for sequence classification (`num_labels={config.num_labels}`) replaces the language head."
@@ -170,6 +177,7 @@ def _upcycled(config: Any, whole: Any, experts: Any, parents: Sequence[str], sta
         auto_class=auto_class,
         tags=["moe", "upcycled", "custom_code"],
         needs_code=True,
+        reads_images=reads_images,
         origin=_parity(start),
     )
 
@@ -190,8 +198,16 @@ def _of_transformers(config: PreTrainedConfig, parents: Sequence[str], start: Ma
         auto_class=auto_class,
         tags=["moe", "upcycled"] if start else [],
         needs_code=False,
+        reads_images=_reads_images(config, auto_class),
         origin=_start_and_parity(start) if start else None,
     )
+
+
+def _reads_images(config: PreTrainedConfig, auto_class: str) -> bool:
+    """Whether a model reads images. Models with other heads than for generation do if they have a vision tower."""
+    if auto_class in (CLASSIFICATION, AutoModel.__name__):
+        return getattr(config, "vision_config", None) is not None
+    return auto_class != CAUSAL_LM
 
 
 def _classes_of(config: PreTrainedConfig) -> tuple[str, str]:

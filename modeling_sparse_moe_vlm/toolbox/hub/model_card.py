@@ -79,11 +79,10 @@ def write_model_card(
     """
     # Not at the top, since upcycling writes model cards itself.
     from .adapter_card import is_adapter, make_adapter_card
-    from .descriptions import CAUSAL_LM, CLASSIFICATION, OUR_TYPES, TASKS, describe
+    from .descriptions import CLASSIFICATION, OUR_TYPES, TASKS, describe
     from .sections import (
         datasets_of,
         figures_in,
-        is_own_data,
         limits_text,
         recipe_text,
         saved_recipe,
@@ -110,7 +109,7 @@ def write_model_card(
     description = describe(config, parents, start)
     task = TASKS.get(description.auto_class)
     is_ours = getattr(config, "tower_model_type", config.model_type) in OUR_TYPES
-    is_built_in = is_ours and not parents and not (values is not None and is_own_data(values))
+    is_built_in = is_ours and not parents and _is_of_scenes(values, metrics or {})
     metadata: dict[str, Any] = (
         {"license": "apache-2.0", "language": "en"} if is_built_in else inherited_metadata(parents)
     )
@@ -142,7 +141,7 @@ def write_model_card(
             folder,
             name,
             description.auto_class,
-            reads_images=description.auto_class != CAUSAL_LM,
+            reads_images=description.reads_images,
             generates=task is not None and description.auto_class != CLASSIFICATION,
             needs_code=description.needs_code,
             is_ours=is_ours,
@@ -155,7 +154,7 @@ def write_model_card(
             parents=parents,
             is_upcycled=bool(start),
             recipe=values,
-            reads_images=description.auto_class != CAUSAL_LM,
+            reads_images=description.reads_images,
             needs_code=description.needs_code,
         ),
         scores=scores_text([]),
@@ -163,6 +162,15 @@ def write_model_card(
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # empty lines of parts that the card does not have
     return save_card(card, folder)
+
+
+def _is_of_scenes(recipe: Mapping[str, Any] | None, metrics: Mapping[str, Any]) -> bool:
+    """Returns whether a model is known to be trained from scratch on the built-in scenes only."""
+    from .sections import is_own_data  # see `write_model_card`
+
+    if recipe is None:
+        return any(split in metrics for split in SPLIT_NAMES)
+    return not is_own_data(recipe) and str(recipe.get("model")).endswith(".json")
 
 
 def save_card(card: ModelCard, folder: Path) -> ModelCard:

@@ -28,6 +28,11 @@ def without_network() -> Iterator[None]:
         _without_network.reset(previous)
 
 
+def is_without_network() -> bool:
+    """Returns whether the caller is in [`without_network`]."""
+    return _without_network.get()
+
+
 def is_on_hub(name: str) -> bool:
     """Returns whether a name is that of a model on the Hub, and not a local path."""
     try:
@@ -80,7 +85,7 @@ def _card_of(name: str) -> ModelCard | None:
         path = _in_cache(name) or cached_file(
             name,
             README,
-            local_files_only=_without_network.get(),
+            local_files_only=is_without_network(),
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,9 +22,11 @@ from .push_files import (
     PushedFiles,
     adapter_files,
     add_card,
+    add_images,
     add_licence,
     check_and_clean,
     model_files,
+    staged,
     with_new_name,
 )
 from .push_private import is_local_path
@@ -203,6 +204,7 @@ def _plan(folder: Path, repo_id: str, base_model: str | None) -> PushPlan:
         inner = sorted(path.parent for name in (CONFIG, ADAPTER_CONFIG) for path in folder.glob(f"*/{name}"))
         hint = f": did you mean {inner[0]}?" if inner else f": it has neither {CONFIG} nor {ADAPTER_CONFIG}."
         raise PushError(f"{folder} is not the folder of a model or an adapter{hint}")
+    add_images(folder, found)
     add_licence(folder, found)
     left_out = sorted(
         path.name + "/" * path.is_dir() for path in folder.iterdir() if not _is_uploaded(path.name, found)
@@ -234,10 +236,7 @@ def _model_card(folder: Path, found: PushedFiles, repo_id: str) -> str:
         card = (folder / README).read_text(encoding="utf-8")
         return with_new_name(card, {folder.name, folder.resolve().name, str(folder)}, repo_id)
     found.notes.append(f"{README}: written from the configuration")
-    with tempfile.TemporaryDirectory() as stage:
-        for name, file in found.files.items():
-            if name.endswith((".json", ".jinja")) and "/" not in name:
-                Path(stage, name).write_text(file.text, encoding="utf-8")
+    with staged(folder, found) as stage:
         return str(write_model_card(stage, model_name=repo_id))
 
 

@@ -6,37 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from .parents import README, inherited_metadata, link_to
+from .model_card import write_model_card
+from .parents import README
 from .push_errors import PushError
-from .push_files import ADAPTER_CONFIG, PushedFiles
+from .push_files import ADAPTER_CONFIG, PushedFiles, staged
 from .push_private import check_no_tokens, is_local_path, name_in_cache
 
 BASE = "base_model_name_or_path"
 # Title of the empty template that PEFT saves with an adapter.
 _EMPTY_CARD = "# Model Card for Model ID"
-_CARD = """\
----
-{data}
----
-
-# {name}
-
-A LoRA adapter of rank {rank} for {base}.
-
-## Use
-
-```python
-from peft import PeftModel
-from transformers import {auto_class}
-
-base = {auto_class}.from_pretrained("{base_name}", {revision}trust_remote_code=True)
-model = PeftModel.from_pretrained(base, "{name}")
-```
-
-The code of the base model runs on your machine: read it, and pin a revision.
-"""
 
 
 def name_base(found: PushedFiles, base_model: str | None) -> str:
@@ -85,32 +65,6 @@ def adapter_card(folder: Path, found: PushedFiles, repo_id: str, base: str) -> s
         old, new = "base_model:adapter:", f"base_model:adapter:{base}"
         data.tags = [new if tag.startswith(old) else tag for tag in data.tags or []] or None
         return str(card)
-    config = found.json(ADAPTER_CONFIG)
-    found.notes.append(f"{README}: written")
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation="adapter",
-        library_name="peft",
-        tags=["lora", "moe"],
-        **inherited_metadata([base]),
-    )
-    revision = f'revision="{config["revision"]}", ' if config.get("revision") else ""
-    return _CARD.format(
-        data=data.to_yaml(),
-        name=repo_id,
-        rank=config.get("r"),
-        base=link_to(base),
-        base_name=base,
-        revision=revision,
-        auto_class=_auto_class(config),
-    )
-
-
-def _auto_class(config: dict) -> str:
-    """Returns the auto class of the base model: that of its architecture if the adapter names it."""
-    name = (config.get("auto_mapping") or {}).get("base_model_class") or ""
-    if config.get("task_type") == "CAUSAL_LM" or name.endswith("ForCausalLM"):
-        return "AutoModelForCausalLM"
-    if name.endswith(("Retrieval", "Model")):
-        return "AutoModel"
-    return "AutoModelForImageTextToText"
+    found.notes.append(f"{README}: written from the configuration")
+    with staged(folder, found) as stage:
+        return str(write_model_card(stage, model_name=repo_id, base_model=base))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from ..shipped_files import PACKAGE, shipped_root
 from .parents import README
 from .push_errors import PushError
 from .push_private import check_no_paths, check_no_tokens, check_weights_metadata, clean_json, shorten_paths
+from .sections import RECIPE, figures_in, recipe_text, saved_recipe
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,6 +61,11 @@ EMBEDDING_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence
 
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _LICENCES = re.compile(r"(LICEN[SC]E|COPYING|NOTICE)([.-].*)?", re.IGNORECASE)
+# Images in Markdown or HTML by a path in the repository.
+_IMAGES = re.compile(
+    r"""(?:!\[[^\]]*\]\(<?|<img\s[^>]*?src=["'])(?:\./)?(?![a-z]+:|[/\\#])([^\s"'()<>]+\.(?:png|jpe?g|gif|svg|webp))""",
+    re.IGNORECASE,
+)
 _PICKLES = ("pytorch_model*.bin", "adapter_model.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -213,6 +222,36 @@ def add_card(found: PushedFiles, card: str, replacements: dict[str, str]) -> Non
     found.add(README, text.encode())
     if paths:
         found.notes.append(f"{README}: paths of this machine shortened ({', '.join(paths)})")
+
+
+def add_images(folder: Path, found: PushedFiles) -> None:
+    """Adds the images in the folder that the model card shows, such as those of the routing."""
+    for name in dict.fromkeys(_IMAGES.findall(found.text(README))):
+        path = folder / name
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve()):
+            found.add(Path(name).as_posix(), path)
+        else:
+            found.notes.append(f"{README}: shows {name}, which is not in the folder")
+
+
+@contextmanager
+def staged(folder: Path, found: PushedFiles) -> Iterator[Path]:
+    """
+    Context manager with a temporary folder that contains what a model card is written from: the files to upload except
+    the code, the recipe of the training, and empty files for the figures.
+    """
+    with tempfile.TemporaryDirectory() as stage:
+        for name, file in found.files.items():
+            if name.endswith((".json", ".jinja")) and "/" not in name:
+                Path(stage, name).write_text(file.text, encoding="utf-8")
+        if ADAPTER_WEIGHTS in found.files:
+            shutil.copyfile(folder / ADAPTER_WEIGHTS, Path(stage, ADAPTER_WEIGHTS))
+        recipe = saved_recipe(folder)
+        if recipe is not None:
+            Path(stage, RECIPE).write_text(recipe_text(recipe), encoding="utf-8")
+        for name in figures_in(folder):
+            Path(stage, name).touch()
+        yield Path(stage)
 
 
 def with_new_name(card: str, names: set[str], repo_id: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
 from .model_card import SCENES, save_card, write_model_card
-from .sections import with_scores
+from .sections import FIGURES, LIMITS, with_scores
 
 
 def add_results_to_card(
@@ -61,6 +62,28 @@ def add_results_to_card(
     card.text = with_scores(card.text, shown)
     data.metrics = list(dict.fromkeys([*(data.metrics or []), *scores]))
     return save_card(card, folder)
+
+
+def add_figures_to_card(folder: Path, figures: Sequence[Path]) -> None:
+    """
+    Shows figures of a run in a model card, before its limits. They are copied to the folder of the model, so that
+    [`push_checkpoint`] uploads them.
+
+    Args:
+        folder (`Path`):
+            Folder of the model, with its card.
+        figures (`Sequence[Path]`):
+            The files, with names in `FIGURES` of [`~toolbox.hub.sections`].
+    """
+    if not figures:
+        return
+    card = ModelCard.load(folder / "README.md")
+    for path in figures:
+        shutil.copyfile(path, folder / path.name)
+        shown = f"![{FIGURES[path.name]}]({path.name})\n\n"
+        if shown not in card.text:
+            card.text = card.text.replace(LIMITS, shown + LIMITS, 1)
+    save_card(card, folder)
 
 
 def _key(result: EvalResult) -> tuple[str | None, ...]:

@@ -22,6 +22,8 @@ FIGURES = {
     "routing_report.png": "Routing of the tokens by layer and modality",
     "answers.png": "Answers to held-out questions",
 }
+# Heading of the section that follows the figures in the template.
+LIMITS = "## Limits and risks\n"
 RECIPE = "recipe.yaml"
 _DATA_FILES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zip", ".tar"}
 

@@ -84,10 +84,11 @@ class OwnReport:
             assert self.data.eval is not None
             print(f"\nScores on {len(self.data.eval)} rows for evaluation:\n{score_lines(self.scores)}")
 
-    def draw(self, model: Any, collator: Any) -> None:
+    def draw(self, model: Any, collator: Any) -> list[Path]:
         """Writes `example.png`, the first image of the first row."""
         if (image := self._first_row()["images"][:1]) != []:
             image[0].convert("RGB").save(self.output_dir / "example.png")
+        return []
 
     def example(self) -> tuple[str, Path | None]:
         """Returns the question of the first row, and the image that it is about, if it has one."""

@@ -12,6 +12,7 @@ from transformers import set_seed
 from ...checks import check
 from ..expert_modules import our_experts_config
 from ..hub import write_model_card
+from ..hub.results import add_figures_to_card
 from ..model_size import describe_size
 from .how_to_load import how_to_ask
 from .models import from_checkpoint, from_scratch, is_language_model
@@ -183,9 +184,9 @@ class TrainingRun:
     def draw(self) -> None:
         """
         Writes an image to ask about. Of the built-in data, also writes figures (see
-        [`~toolbox.training.scenes_report.ScenesReport.draw`]).
+        [`~toolbox.training.scenes_report.ScenesReport.draw`]), which the model card then shows.
         """
-        self.report.draw(self.model, self.collator)
+        add_figures_to_card(self.model_dir, self.report.draw(self.model, self.collator))
 
     def print_how_to_load(self) -> None:
         """Prints a command and example code that ask the trained model a question, and the number of skipped rows."""

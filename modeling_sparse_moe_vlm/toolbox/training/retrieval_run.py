@@ -159,8 +159,9 @@ class RetrievalReport:
             lines = score_lines({f"{name:<28}": value for name, value in self.scores.items()})
             print(f"\nRetrieval among {len(self.data.eval)} rows for evaluation:\n{lines}")
 
-    def draw(self, model: Any, collator: Any) -> None:
-        """Retrieval models give no answers to draw."""
+    def draw(self, model: Any, collator: Any) -> list[Path]:
+        """Draws nothing, since retrieval models give no answers."""
+        return []
 
 
 class RetrievalRun(TrainingRun):

@@ -66,10 +66,13 @@ class ScenesReport:
         print("\nQuestions from held-out arrangements (blind: the best guess from the question alone):")
         print(example_answers(self.data["train"], self.data["test"], self.answers["test"]))
 
-    def draw(self, model: Any, collator: VisionLanguageCollator) -> None:
+    def draw(self, model: Any, collator: VisionLanguageCollator) -> list[Path]:
         """
         Writes `scene.png` (an image to ask about). If matplotlib is installed, also writes `answers.png` and
         `expert_load.png` (the load of the experts).
+
+        Returns:
+            `list[Path]`: The figures for the model card, which are all but `scene.png`.
         """
         test, answers = self.data["test"], self.answers["test"]
         test[0]["image"].save(self.output_dir / "scene.png")
@@ -77,7 +80,7 @@ class ScenesReport:
             check_installed("matplotlib", "report", "Drawing `answers.png` and `expert_load.png`")
         except ValueError as error:
             print(error)
-            return
+            return []
         from ..demo import drawings
 
         is_correct = [is_right(answer, row) for answer, row in zip(answers, test["answer"], strict=True)]
@@ -94,10 +97,13 @@ class ScenesReport:
         batches = DataLoader(rows, batch_size=ROUTED_BATCH, collate_fn=collator)
         has_groups = our_experts_config(model.config) is not None
         load = expert_load(model.eval(), batches) if has_groups else {}
+        figures = [self.output_dir / "answers.png"]
         if load:
-            drawings.draw_expert_load(load, self.output_dir / "expert_load.png")
+            figures.append(self.output_dir / "expert_load.png")
+            drawings.draw_expert_load(load, figures[-1])
         else:
             print("`expert_load.png` is not written: the model has no routed experts of this package.")
+        return figures
 
 
 def resizing_note(model: Any, size: tuple[int, int]) -> str | None:

@@ -22,6 +22,7 @@ from tests.toolbox.upcycling.test_processors import make_llava_processor
 ROOT = PACKAGE.parent
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 MODEL = {"config.json", "model.safetensors", "README.md", "generation_config.json"}
+CARD = "---\nlicense: mit\n---\n"
 TOKEN = "hf_" + "aB3" * 11
 PRIVATE = "/home/someone/models/base"
 
@@ -67,8 +68,11 @@ def code(folder):
 @pytest.mark.parametrize(
     ("name", "others"),
     [
-        ("own", {"LICENSE"}),
-        ("retrieval", {"LICENSE", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}),
+        ("own", {"LICENSE-CODE"}),
+        (
+            "retrieval",
+            {"LICENSE-CODE", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"},
+        ),
         ("upcycled", {"LICENSE-CODE"}),
         ("native", set()),
     ],
@@ -317,7 +321,14 @@ def test_names_of_repositories(name, copy):
 
 def test_licences(copy):
     folder, apache = copy("own"), (ROOT / "LICENSE").read_bytes()
-    assert plan_push(folder, "user/model").files["LICENSE"].content == apache
+    plan = plan_push(folder, "user/model")  # nothing is known about the data
+    assert (plan.files.keys() & {"LICENSE"}, plan.files["LICENSE-CODE"].content) == (set(), apache)
+    assert "names no licence" in plan.notes[-1]
+    (folder / "recipe.yaml").write_text("model: tiny.json\ntraining: {learning_rate: 0.25}\n")  # on the built-in data
+    plan = plan_push(folder, "user/model")
+    assert plan.files["LICENSE"].content == apache
+    assert "learning_rate: 0.25" in plan.files["README.md"].text
+    assert plan.left_out == ["recipe.yaml"]
     (folder / "LICENSE").write_text("changed")
     assert plan_push(folder, "user/model").files["LICENSE"].content == folder / "LICENSE"
     (folder / "LICENSE").unlink()
@@ -411,6 +422,55 @@ def test_adapters_of_language_models(copy):
     folder = copy("adapter")
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
     assert "AutoModelForCausalLM" in plan_push(folder, "user/adapter", base_model="user/base").files["README.md"].text
+
+
+@pytest.mark.parametrize(
+    ("task", "auto_class"), [("SEQ_CLS", "SequenceClassification"), ("CAUSAL_LM", "ImageTextToText")]
+)
+def test_adapters_with_a_task(task, auto_class, copy):
+    """`CAUSAL_LM` is also the task of adapters for models with images."""
+    folder = copy("adapter")
+    mapping = {"base_model_class": "UpcycledLlavaForConditionalGeneration", "parent_library": "x"}
+    edit(folder / "adapter_config.json", task_type=task, auto_mapping=mapping)
+    card = plan_push(folder, "user/adapter", base_model="user/base").files["README.md"].text
+    assert f'base = AutoModelFor{auto_class}.from_pretrained("user/base", trust_remote_code=True)' in card
+
+
+def test_new_cards_of_adapters_contain_their_recipe(copy):
+    folder = copy("adapter")
+    (folder / "recipe.yaml").write_text("model: base\ndata: {train: some/questions}\n")
+    card = plan_push(folder, "user/adapter", base_model="user/base").files["README.md"].text
+    for text in (
+        "\ndatasets:\n- some/questions\n",
+        "| parameters | ",
+        "\ndata:\n  train: some/questions\n",
+        "@software{",
+    ):
+        assert text in card
+
+
+def test_images_of_the_card(copy, tmp_path):
+    folder = copy("native")
+    for name in ("expert_load.png", "other.png", "assets/a.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"\x89PNG")
+    (tmp_path / "private.png").write_bytes(b"private")
+    plan = plan_push(folder, "user/model")  # with a new card, which shows what is known
+    assert "![Load of the experts by layer and modality](expert_load.png)" in plan.files["README.md"].text
+    assert plan.files["expert_load.png"].content == folder / "expert_load.png"
+    assert plan.left_out == ["assets/", "other.png"]
+    shown = '![A](./assets/a.jpg)\n<img width="9" src="absent.svg">\n![B](../private.png)\n![C](https://a.b/c.png)\n'
+    (folder / "README.md").write_text(CARD + shown)
+    plan = plan_push(folder, "user/model")
+    assert {name for name in plan.files if not name.endswith((".json", ".safetensors"))} == {
+        "README.md",
+        "assets/a.jpg",
+    }
+    assert plan.left_out == ["expert_load.png", "other.png"]
+    notes = [note for note in plan.notes if "shows" in note]
+    assert notes == [
+        f"README.md: shows {name}, which is not in the folder" for name in ("absent.svg", "../private.png")
+    ]
 
 
 def test_shards(copy):

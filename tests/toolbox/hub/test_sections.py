@@ -1,5 +1,6 @@
 """Sections of model cards: only what is known, without paths of a machine, and readable by `huggingface_hub`."""
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from peft import get_peft_model
 from transformers.pipelines import SUPPORTED_TASKS
 
+from modeling_sparse_moe_vlm.modeling_upcycled_classification import classification_model_class
 from modeling_sparse_moe_vlm.toolbox.expert_lora import expert_lora_config
 from modeling_sparse_moe_vlm.toolbox.hub import add_results_to_card, sections, write_model_card
 from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
@@ -219,12 +221,56 @@ def test_architecture_and_memory(tmp_path):
 
 def test_facts_of_an_adapter(tmp_path):
     text = adapter(tmp_path).text
-    for line in ("| type | LORA |", "| rank | 2 |", "A LoRA adapter for `base`.", "from peft import PeftModel"):
+    for line in (
+        "| type | LORA |",
+        "| rank | 2 |",
+        "A LoRA adapter of rank 2 for `base`.",
+        "from peft import PeftModel",
+    ):
         assert line in text.splitlines()
     assert re.search(r"\| target parameters \| `.*mlp\.experts\.down_proj`", text)
     assert re.search(r"\| parameters \| [\d,]{5,} \|", text)
     assert 'AutoModelForImageTextToText.from_pretrained("path/to/base", trust_remote_code=True)' in text
     assert "Load the base model first, then the adapter." in text
+
+
+def test_adapters_of_models_without_code(tmp_path):
+    """What the card says follows from the configuration of the base model."""
+    base = tmp_path / "base"
+    base.mkdir()
+    adapter = {"peft_type": "LORA", "r": 2, "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (base / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    card = write_model_card(tmp_path)
+    assert (card.data.pipeline_tag, card.data.tags) == ("text-generation", ["lora"])
+    assert 'base = AutoModelForCausalLM.from_pretrained("path/to/base")' in card.text
+    assert "runs on your machine" not in card.text
+    (base / "config.json").write_text('{"architectures": ["LlavaForImageTextRetrieval"], "auto_map": {}}')
+    card = write_model_card(tmp_path)
+    assert card.data.pipeline_tag is None
+    assert 'base = AutoModel.from_pretrained("path/to/base", trust_remote_code=True)' in card.text
+    assert "The code of the base model runs on your machine: read it, and pin a revision." in card.text
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter | {"peft_type": "IA3", "r": None}))
+    card = write_model_card(tmp_path)
+    assert card.data.tags is None
+    assert "\nAn adapter (IA3) for `base`.\n" in card.text
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava"])
+def test_models_with_other_heads_read_images_if_they_have_a_vision_tower(kind, tmp_path):
+    config = make_few_experts(kind).config
+    scorer = classification_model_class(type(config))(config)
+    scorer.save_pretrained(tmp_path / "scorer")
+    text = write_model_card(tmp_path / "scorer").text
+    has_images = kind == "llava"
+    assert ("Tokens are routed by their modality" in text) == has_images
+    assert f"including the {'processor' if has_images else 'tokenizer'}." in text
+    to_retrieval(make_few_experts(kind), make_tokenizer()).save_pretrained(tmp_path / "retrieval")
+    card = write_model_card(tmp_path / "retrieval")
+    assert ("Tokens are routed by their modality" in card.text) == has_images
+    assert ("it embeds texts, images, and texts with images." in card.text) == has_images
+    assert ("a head for text retrieval (`upcycled_llama_retrieval`): it embeds texts." in card.text) != has_images
+    assert ("image-text-retrieval" in card.data.tags) == has_images
 
 
 def test_figures_in_the_folder(tmp_path):

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from modeling_sparse_moe_vlm.toolbox.hub import parents, write_model_card
+from modeling_sparse_moe_vlm.toolbox.training.recipes import Recipe
 from modeling_sparse_moe_vlm.toolbox.upcycling import to_native, upcycle
 from modeling_sparse_moe_vlm.toolbox.upcycling.costs import costs_of, costs_table
 from tests.support.in_tree_models import make_llava
@@ -209,7 +210,10 @@ def test_our_model_that_was_trained_on(tmp_path):
     assert (card.data.license, card.data.language, card.data.base_model) == ("mit", None, None)
     assert card.data.tags == ["moe", "vision-language", "custom_code"]
     card = write_model_card(tmp_path, config=make_config())
-    assert (card.data.license, card.data.language) == ("apache-2.0", "en")
+    assert (card.data.license, card.data.language) == (None, None)
+    recipe = Recipe(str(tmp_path / "a"), {"num_train": 5}, {})  # a checkpoint with the built-in data
+    card = write_model_card(tmp_path, config=make_config(), recipe=recipe)
+    assert (card.data.license, card.data.language) == (None, None)
 
 
 # ------------------------------------------------------------------------------------- classes of Transformers
