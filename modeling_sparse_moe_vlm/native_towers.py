@@ -217,24 +217,38 @@ def _fault_of_tower(config_class: Any, fields: str) -> str | None:
     """Returns why a vision tower does not take images of any size: tries it with one layer, without weights."""
     config = config_class.from_dict(json.loads(fields))
     config.num_hidden_layers = 1  # other fields can name layers that are then missing, such as `out_features`
+    try:
+        try:
+            numbers = _numbers_of_other_features(config, "meta")
+        except RuntimeError as error:
+            if "meta" not in str(error):
+                raise
+            numbers = _numbers_of_other_features(config, "cpu")  # some towers read the values of masks
+    except (*OBSCURE_ERRORS, RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}."
+    if len(numbers) > 1 or min(numbers) < 0:
+        return "it does not return one feature per patch."
+    return None
+
+
+def _numbers_of_other_features(config: PreTrainedConfig, device: str) -> set[int]:
+    """
+    Returns how many features a vision tower returns besides those of the patches, for images of different sizes. The
+    number is negative if there are too few features, or if they are not those of a batch.
+    """
     patch_size = config.patch_size
     inputs = TowerInputs.of(_tower_class(config))
     options: dict[str, Any] = {"interpolate_pos_encoding": True} if inputs.takes_interpolation else {}
-    numbers_of_others = set()
-    try:
-        with torch.device("meta"), initialization.no_init_weights():
-            tower = AutoModel.from_config(config, attn_implementation="eager").train(False)
-            for rows, columns in _TRIED_GRIDS:
-                images = torch.zeros(2, num_channels_of(config), rows * patch_size, columns * patch_size)
-                if inputs.kind == "image_sizes":
-                    options["image_sizes"] = [(rows * patch_size, columns * patch_size)] * 2
-                shape = tower(images, return_dict=True, **options).last_hidden_state.shape
-                if inputs.kind == "image_sizes" and shape[:2] == (1, 2 * rows * columns):
-                    shape = (2, rows * columns, shape[-1])
-                is_batch = len(shape) == 3 and shape[0] == 2
-                numbers_of_others.add(shape[1] - rows * columns if is_batch else -1)
-    except (*OBSCURE_ERRORS, RuntimeError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason'}."
-    if len(numbers_of_others) > 1 or min(numbers_of_others) < 0:
-        return "it does not return one feature per patch."
-    return None
+    numbers = set()
+    with torch.no_grad(), torch.device(device), initialization.no_init_weights():
+        tower = AutoModel.from_config(config, attn_implementation="eager").train(False)
+        for rows, columns in _TRIED_GRIDS:
+            images = torch.zeros(2, num_channels_of(config), rows * patch_size, columns * patch_size)
+            if inputs.kind == "image_sizes":
+                options["image_sizes"] = [(rows * patch_size, columns * patch_size)] * 2
+            shape = tower(images, return_dict=True, **options).last_hidden_state.shape
+            if inputs.kind == "image_sizes" and shape[:2] == (1, 2 * rows * columns):
+                shape = (2, rows * columns, shape[-1])  # the images of the batch one after another
+            is_batch = len(shape) == 3 and shape[0] == 2
+            numbers.add(shape[1] - rows * columns if is_batch else -1)
+    return numbers

@@ -11,6 +11,7 @@ from .native_towers import check_native_tower
 # What vision towers without one feature per square patch do, by a field that only their configurations have.
 _OF_OTHER_TOWERS = {
     "depths": "merges patches from stage to stage",
+    "insert_layer_id": "merges patches in one of its layers",
     "num_frames": "reads videos",
     "tubelet_size": "reads videos",
 }

@@ -379,6 +379,7 @@ def test_wrong_field_of_the_decoder(fields, message):
         ({"vision_config": {"model_type": "pixtral"}}, r"\(pixtral\) packs images of any size"),
         ({"vision_config": {"model_type": "qwen3_vl_vision"}}, r"\(qwen3_vl_vision\) packs images"),
         ({"vision_config": {"model_type": "siglip2_vision_model"}}, r"takes images as lists of patches"),
+        ({"vision_config": {"model_type": "minicpmv4_7_vision"}}, r"\(minicpmv4_7_vision\) merges patches in one"),
         ({"vision_config": {"model_type": "videomae"}}, r"\(videomae\) reads videos"),
         ({"vision_config": {"patch_size": 0}}, r"`vision_config.patch_size` must be an integer of at least 1"),
         ({"image_token_id": "<image>"}, r"`image_token_id`"),

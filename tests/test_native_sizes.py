@@ -27,6 +27,7 @@ TOWERS = {
     "dinov2": TINY_TOWER | {"model_type": "dinov2"},
     "dinov2_with_registers": TINY_TOWER | {"model_type": "dinov2_with_registers"},
     "dinov3": TINY_TOWER | {"model_type": "dinov3_vit"},
+    "idefics3": TINY_TOWER | {"model_type": "idefics3_vision"},
 }
 SEPARATOR = "<|im_start|>"
 # Heights and widths of images of every orientation; two have the same number of tokens.
@@ -481,6 +482,7 @@ def test_choices_of_the_configuration():
             r"\(aimv2_vision_model\) does not take images of any size.*RuntimeError",
         ),
         ({"model_type": "vit_mae"}, r"\(vit_mae\) does not take .* it does not return one feature per patch"),
+        ({"model_type": "minicpmv4_7_vision", "insert_layer_id": 0}, r"\(minicpmv4_7_vision\) merges patches in one"),
         ({"model_type": "swin", "embed_dim": 8, "depths": [1], "num_heads": [1]}, r"\(swin\) merges patches"),
     ],
 )
