@@ -465,6 +465,13 @@ def test_a_size_of_heads_need_not_divide_the_width():
     check_native_tower(config)
 
 
+@pytest.mark.parametrize("vision", [PIXTRAL, VISION_CONFIG])
+def test_faults_of_towers_are_reported(vision, monkeypatch):
+    monkeypatch.setattr(native_towers, "_fault_of_tower", lambda *_: "it fails.")
+    with pytest.raises(ValueError, match="does not take images of any size, .* needs: it fails. Leave out"):
+        SparseMoeVlmConfig(text_config=TEXT_CONFIG, vision_config=vision, image_sizing="native")
+
+
 def test_patches_per_side():
     config = make_config("naflex").vision_config
     config.num_patches = 30  # a square of 25 patches
@@ -504,11 +511,12 @@ def test_towers_with_other_inputs(forward, message, monkeypatch):
         (lambda rows, columns: (2, rows * rows, 8), False, False),
         (lambda rows, columns: (1, 2 * rows * columns, 8), False, True),
         (lambda rows, columns: (1, rows * columns, 8), False, False),
-        (lambda rows, columns: (2, 8, rows, columns), False, False),
+        (lambda rows, columns: (2, rows * columns, 2, 4), False, False),
     ],
 )
 def test_towers_are_tried_without_weights(shape_of, is_taken, is_taken_with_sizes, monkeypatch):
     config = make_config("naflex").vision_config
+    config.num_hidden_layers = 3
 
     class Tower(torch.nn.Module):
         def from_config(config, attn_implementation):

@@ -6,9 +6,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import AddedToken, BitImageProcessorPil, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from modeling_sparse_moe_vlm import SparseMoeVlmProcessor
+from modeling_sparse_moe_vlm.chat_template import DEFAULT_CHAT_TEMPLATE
 from modeling_sparse_moe_vlm.control_tokens import MARK
 from tests.support.processors import (
     IMAGE_SEQ_LENGTH,
@@ -219,6 +226,26 @@ def test_default_template(processor):
     assert going_on == prompt.removesuffix("<|im_end|>\n")
 
 
+def test_default_template_of_a_tokenizer():
+    messages = [user(make_image(), "What?"), {"role": "assistant", "content": None}]
+    options = {"chat_template": DEFAULT_CHAT_TEMPLATE, "tokenize": False}
+    expected = "<|im_start|>user\n<image>What?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n"
+    assert make_tokenizer().apply_chat_template(messages, **options) == expected
+    of_other_token = make_tokenizer().apply_chat_template(messages, **options, image_token="<pic>")
+    assert of_other_token == expected.replace("<image>", "<pic>")
+
+
+def test_variables_of_templates(monkeypatch):
+    """Only templates that use the variables receive them: others would pass them to the tokenizer."""
+    received = []
+    monkeypatch.setattr(ProcessorMixin, "apply_chat_template", lambda *args, **kwargs: received.append(kwargs))
+    processor = make_processor(video_token="<|im_start|>")
+    for template in ("{{ image_token }}", "{{ video_token }}", "{{ messages }}"):
+        processor.apply_chat_template([user("a")], chat_template=template)
+    processor.apply_chat_template([user("a")], chat_template="{{ image_token }}", image_token="x")
+    assert received == [{"image_token": "<image>"}, {"video_token": "<|im_start|>"}, {}, {"image_token": "x"}]
+
+
 def test_numbered_images(processor):
     conversation = [user(make_image(), "a", make_image()), assistant("b"), user("c", make_image())]
     plain = processor.apply_chat_template(conversation)
@@ -361,7 +388,12 @@ def test_texts_in_any_form_contain_no_image_token(image_token):
 
 
 def test_image_token_added_late_or_as_an_ordinary_token():
-    for token in ("<pic>", AddedToken("<pic>", normalized=True, special=False, lstrip=True)):
+    for token in (
+        "<pic>",
+        AddedToken("<pic>", normalized=True, special=False, lstrip=True),
+        AddedToken("<pic>", normalized=True, special=True),
+        AddedToken("<pic>", normalized=False, special=False),
+    ):
         tokenizer = make_tokenizer(normalizer=normalizers.Lowercase())
         tokenizer.add_tokens([token])
         processor = SparseMoeVlmProcessor(make_image_processor(), tokenizer, image_seq_length=2, image_token="<pic>")
