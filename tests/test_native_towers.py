@@ -468,7 +468,7 @@ def test_a_size_of_heads_need_not_divide_the_width():
 @pytest.mark.parametrize("vision", [PIXTRAL, VISION_CONFIG])
 def test_faults_of_towers_are_reported(vision, monkeypatch):
     monkeypatch.setattr(native_towers, "_fault_of_tower", lambda *_: "it fails.")
-    with pytest.raises(ValueError, match="does not take images of any size, .* needs: it fails. Leave out"):
+    with pytest.raises(ValueError, match=r"does not take images of any size, .* needs: it fails\. Leave out"):
         SparseMoeVlmConfig(text_config=TEXT_CONFIG, vision_config=vision, image_sizing="native")
 
 
