@@ -1,5 +1,6 @@
 """The command `sparse-moe-vlm`: its verbs, help texts with examples, and errors for mistakes in the input."""
 
+import os
 import re
 import shlex
 import signal
@@ -11,6 +12,7 @@ import pytest
 from modeling_sparse_moe_vlm import __version__
 from modeling_sparse_moe_vlm.toolbox.commands.main import VERBS, build_parser, main, run_script
 from modeling_sparse_moe_vlm.toolbox.commands.mistakes import mistakes_in_one_line
+from modeling_sparse_moe_vlm.toolbox.commands.options import check_output
 from tests.scripts.conftest import SCRIPTS
 
 SCRIPTS_OF_VERBS = {
@@ -272,3 +274,19 @@ def test_ctrl_c(as_script, monkeypatch, capsys):
     assert stopped.value.code == 130
     assert stopped.value.__suppress_context__
     assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_outputs_are_checked_without_writing(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path, is_folder in (("new", False), ("a/b/new", False), ("file", False), (".", True), ("a/b", True)):
+        check_output(tmp_path / path, "output", is_folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(ValueError, match=r"`--output` must be a file, but .* is a folder\."):
+        check_output(tmp_path, "output")
+    for path, is_folder in (("file", True), ("file/a/b", False), ("file/a", True)):
+        with pytest.raises(ValueError, match=r"`--output-dir` cannot be .*, because .*/file is a file and not"):
+            check_output(tmp_path / path, "output_dir", is_folder)
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    for path, where in (("new", tmp_path), ("file", tmp_path / "file")):
+        with pytest.raises(ValueError, match=rf"because there is no permission to write to {where}\.$"):
+            check_output(tmp_path / path, "output")

@@ -75,7 +75,7 @@ def test_models_side_by_side(folder, run_verb, tmp_path):
 
     # The model of `--model`, chosen metrics, fewer rows, no blind baseline, and as a table
     arguments = ["--model", models[0], "--data", folder / "data.jsonl", *options, "--output-dir", out]
-    printed = run_verb("evaluate", *arguments, "--metrics", "anls,bleu", "--max-rows", "2", "--no-blind")
+    printed = run_verb("evaluate", *arguments, "--metrics", "anls, bleu", "--max-rows", "2", "--no-blind")
     assert printed.splitlines()[0].endswith("data.jsonl, format vqa: 2 rows, 1 skipped")
     assert printed.splitlines()[1].split() == ["model", "anls", "bleu"]
     assert len(printed.splitlines()) == 3

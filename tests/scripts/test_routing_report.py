@@ -217,6 +217,23 @@ def test_arguments_that_contradict_each_other(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_texts_with_other_ends_of_lines(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": content}]} for content in ("a\u2028b", "c\x85d")]
+    text = "\ufeff" + "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    assert routing_report.read_rows(tmp_path / "rows.jsonl") == rows
+
+
+def test_a_wrong_output_is_an_error_before_the_work(model_folder, run_verb, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(routing_report, "_measure", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(SystemExit):
+        main(["routing-report", str(model_folder), "--output", str(tmp_path / "file/report.html")])
+    assert f"`--output` cannot be {tmp_path}/file/report.html, because {tmp_path}/file is a file" in (
+        capsys.readouterr().err
+    )
+
+
 def test_rows_that_are_not_text(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"rows\.jsonl is not a JSONL file: "):

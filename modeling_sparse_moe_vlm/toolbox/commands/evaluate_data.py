@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..shipped_files import working_root
 from .data_options import RETRIEVAL, TASK_NAMES
 from .mistakes import mistakes_in_one_line
-from .options import check_source_options, check_unused, only_json, trained_model
+from .options import check_output, check_source_options, check_unused, only_json, trained_model
 
 if TYPE_CHECKING:
     from ..data.bad_rows import SkippedRows
@@ -115,13 +115,14 @@ def run_on_data(arguments: argparse.Namespace, models: list[str], data: str) -> 
         if arguments.max_rows is not None and arguments.max_rows < 1:
             raise ValueError(f"`--max-rows` must be at least 1, but got {arguments.max_rows}.")
         paths = {name: trained_model(name) for name in models}
+        check_output(folder, "output_dir", is_folder=True)
         _check_folders(arguments, paths, data, folder)
         is_retrieval = are_retrieval_models(arguments, paths)
     if is_retrieval:
         run_on_pairs(arguments, paths, data, folder)
         return
     with only_json(arguments.json), mistakes_in_one_line():
-        chosen = check_metrics(arguments.metrics.split(",")) if arguments.metrics else None
+        chosen = check_metrics([name.strip() for name in arguments.metrics.split(",")]) if arguments.metrics else None
         split, format_name = _find_split(arguments, data)
         task = arguments.task or TASK_OF_FORMAT.get(format_name)
         metrics = chosen or metrics_of(task, format_name, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -86,6 +87,34 @@ def check_source_options(arguments: argparse.Namespace, data: str) -> None:
         check_unused(arguments, ("split",), f"a folder or a dataset of the Hub, but {data} is a file")
     if Path(data).exists():
         check_unused(arguments, ("subset",), f"a dataset of the Hub, but {data} is local")
+
+
+def check_output(path: str | Path, option: str, is_folder: bool = False) -> None:
+    """
+    Checks that a file or folder can be written, before the work whose results it is for. Creates nothing.
+
+    Args:
+        path (`str` or `Path`):
+            The file or folder.
+        option (`str`):
+            The option that names it, such as `"output"`.
+        is_folder (`bool`, *optional*, defaults to `False`):
+            Whether it is a folder.
+
+    Raises:
+        ValueError: If it is a folder instead of a file, if one of its parents (or the folder itself) is a file, or if
+            there is no permission to write.
+    """
+    given = Path(path).absolute()
+    if given.is_dir() and not is_folder:
+        raise ValueError(f"{shown_option(option)} must be a file, but {path} is a folder.")
+    existing = next(place for place in (given, *given.parents) if place.exists())
+    if not existing.is_dir() and (is_folder or existing != given):
+        raise ValueError(f"{shown_option(option)} cannot be {path}, because {existing} is a file and not a folder.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"{shown_option(option)} cannot be {path}, because there is no permission to write to {existing}."
+        )
 
 
 def only_json(is_wanted: bool) -> AbstractContextManager:

@@ -35,6 +35,7 @@ from .mistakes import mistakes_in_one_line
 from .options import (
     DEMO_MODEL,
     add_json_option,
+    check_output,
     check_source_options,
     check_unused,
     is_given,
@@ -88,6 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
     with mistakes_in_one_line():
         _check(arguments)
         output = _output(arguments)
+        if output is not None:
+            check_output(output, "output")
         is_page = output is not None and Path(output).suffix.lower() in PAGE_SUFFIXES
         if not is_page and arguments.num_drawn != 0:
             check_unused(arguments, ("num_drawn",), f"an HTML page: name it with `--output {PAGE}`")
@@ -194,6 +197,7 @@ def _measure(
 
 def _write(report: RoutingReport, output: str, is_page: bool) -> None:
     """Writes the page, or draws the load of the experts."""
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     if is_page:
         Path(output).write_text(report.to_html(), encoding="utf-8")
         return
@@ -233,7 +237,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text can contain other ends of lines
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a JSONL file: {error}.") from error
     for number, line in enumerate(lines, start=1):

@@ -136,6 +136,7 @@ class SkippedRows:
             return
         # A name that is not Unicode contains surrogates, which "backslashreplace" writes as JSON does.
         line = f"{json.dumps(entry, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         with os.fdopen(descriptor, "r+b") as file:
             _lock(file)  # closing the file releases it

@@ -355,3 +355,10 @@ def test_report_without_good_rows(tmp_path):
     assert lines[1:4] == ["rows: 1 (0 good, 1 bad)", "images per row: –", "turns per row: –"]
     assert lines[4] == "bad rows: 1 × unknown role"
     assert len(lines) == 6
+
+
+def test_the_folder_of_the_list_of_bad_rows_is_created(tmp_path):
+    rows = write_lines(tmp_path / "rows.jsonl", [GOOD, messages(answer="")])
+    check_data(rows, bad_rows_file=tmp_path / "a/b/bad.jsonl")
+    (line,) = (tmp_path / "a/b/bad.jsonl").read_text().splitlines()
+    assert json.loads(line)["row"] == 1
