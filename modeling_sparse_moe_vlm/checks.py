@@ -32,6 +32,7 @@ _SIZES = {
 }
 _NOT_ZERO = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "patch_size", "vocab_size")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "projector_hidden_act")
+_MAX_LIST = 2**20
 _MAX_INTEGER = 2**62  # larger integers do not fit tensors
 
 _LONGEST_SHOWN = 500
@@ -179,6 +180,18 @@ def check_library_fields(name: str, fields: Mapping[str, Any]) -> None:
             check_integer(path, value, at_least=smallest, at_most=_SIZES.get(field, _MAX_INTEGER))
 
 
+def _check_lists(fields: Mapping[str, Any], name: str = "") -> None:
+    """
+    Raises `ValueError` if a list that Transformers makes while it creates a configuration, of layers or labels, would
+    fill the memory.
+    """
+    for field, value in fields.items():
+        if isinstance(value, Mapping):
+            _check_lists(value, f"{name}{field}.")
+        elif (field == "num_labels" or field in _DEPTHS) and isinstance(value, int) and value > _MAX_LIST:
+            check_integer(f"{name}{field}", value, at_most=_MAX_LIST)
+
+
 # Errors about wrong values that models of Transformers raise while they are created.
 OBSCURE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError)
 
@@ -223,6 +236,7 @@ def build_config(make: Callable[[dict[str, Any]], Any], fields: dict[str, Any]) 
     Raises:
         ValueError: If a field is invalid. The message names the field.
     """
+    _check_lists(fields)
     try:
         return make(dict(fields))
     except Exception as error:

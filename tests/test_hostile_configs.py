@@ -166,6 +166,20 @@ def test_values_of_upcycled_models(path, value, message):
     assert message in (refusal(model, with_value(model.config.to_dict(), path, value)) or "")
 
 
+@pytest.mark.parametrize("make", [make_model, lambda: make_few_experts("llava")])
+@pytest.mark.parametrize(
+    "path", [("num_labels",), ("text_config", "num_labels"), ("vision_config", "num_hidden_layers")]
+)
+def test_lists_that_fill_the_memory(path, make):
+    """Transformers makes them before the other checks: names of labels, types of layers."""
+    fields = make().config.to_dict()
+    message = f"`{'.'.join(path)}` is 1000000000000, which is not plausible: at most 1048576"
+    assert message in (refusal(make(), with_value(fields, path, 10**12)) or "")
+    with pytest.raises(ValueError, match="`a.num_labels` is 1048577"):
+        build_config(dict, {"a": {"num_labels": 2**20 + 1}})
+    assert build_config(dict, {"a": {"num_labels": 2**20, "other": 2**21}}) is not None
+
+
 def test_too_many_weights():
     """The bound is on the product, so that each size can be large."""
     fields = {"hidden_size": 2**20, "num_experts": 2**10, "moe_intermediate_size": 2**20, "num_attention_heads": 4}
