@@ -15,7 +15,7 @@ from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .chat_template import DEFAULT_CHAT_TEMPLATE
-from .checks import check, check_choice, check_integer
+from .checks import MAX_WIDTH, check, check_choice, check_integer
 from .control_tokens import ControlTokens, as_schemas, check_encodable, control_tokens
 from .conversation_checks import check_conversation, check_numbers, messages_of
 from .image_reading import CHANNELS_LAST, read_images
@@ -131,6 +131,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         merge_size: int | None = None,
         min_image_tokens: int = 1,
     ):
+        for field, token in (("image_token", image_token), ("row_separator", row_separator), ("video_token", video_token)):
+            check(isinstance(token, str | None), f"`{field}` must be a token, got {token!r}.")
         if image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"the tokenizer's vocabulary lacks the image token {image_token!r}: add it with "
@@ -141,6 +143,7 @@ class SparseMoeVlmProcessor(ProcessorMixin):
                 "    if len(tokenizer) > model.get_input_embeddings().num_embeddings:\n"
                 "        model.resize_token_embeddings(len(tokenizer))"
             )
+        check_integer("image_seq_length", image_seq_length, at_most=MAX_WIDTH)
         self.image_seq_length = image_seq_length
         self.image_token = image_token
         self.image_token_id = _make_special(tokenizer, image_token)

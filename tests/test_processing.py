@@ -502,3 +502,20 @@ def test_options_changed_at_loading(tmp_path):
     make_processor().save_pretrained(tmp_path)
     reloaded = SparseMoeVlmProcessor.from_pretrained(tmp_path, image_seq_length=9)
     assert (torch.tensor(reloaded(text="<image>", images=make_image())["input_ids"]) == IMAGE).sum() == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_seq_length": 0}, "`image_seq_length` must be an integer of at least 1, got 0"),
+        ({"image_seq_length": -3}, "`image_seq_length` must be an integer of at least 1, got -3"),
+        ({"image_seq_length": "4"}, "`image_seq_length` must be an integer of at least 1, got '4'"),
+        ({"image_seq_length": 2**24 + 1}, "`image_seq_length` is 16777217, which is not plausible"),
+        ({"image_token": ["<image>"]}, r"`image_token` must be a token, got \['<image>'\]"),
+        ({"row_separator": {}}, r"`row_separator` must be a token, got {}"),
+        ({"video_token": 5}, "`video_token` must be a token, got 5"),
+    ],
+)
+def test_wrong_options_of_processors(options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseMoeVlmProcessor(make_image_processor(), make_tokenizer(), **options)

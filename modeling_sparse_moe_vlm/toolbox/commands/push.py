@@ -50,9 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from ..hub import PushInterruptedError, plan_push, push_checkpoint
+    from ..hub.push import check_destination
 
     with only_json(arguments.json), mistakes_in_one_line():
         try:
+            check_destination(arguments.create_pr, arguments.revision)
             if arguments.dry_run:
                 plan = plan_push(arguments.checkpoint, arguments.repository, base_model=arguments.base_model)
                 made: dict[str, Any] = {}

@@ -171,8 +171,7 @@ def push_checkpoint(
     >>> AutoModelForImageTextToText.from_pretrained("user/my-model", revision=pushed.commit, trust_remote_code=True)
     ```
     """
-    if create_pr and revision is not None:
-        raise PushError("`create_pr` (--create-pr) and `revision` (--revision) cannot be combined.")
+    check_destination(create_pr, revision)
     plan = _plan(Path(folder), repo_id, base_model)
     done = upload(
         plan.files,
@@ -181,6 +180,12 @@ def push_checkpoint(
         token=token,
     )
     return PushedCheckpoint(plan, done.url, done.commit, done.deleted, done.info, done.is_unchanged)
+
+
+def check_destination(create_pr: bool, revision: str | None) -> None:
+    """Raises `PushError` if the destination of an upload contradicts itself."""
+    if create_pr and revision is not None:
+        raise PushError("`create_pr` (--create-pr) and `revision` (--revision) cannot be combined.")
 
 
 def _plan(folder: Path, repo_id: str, base_model: str | None) -> PushPlan:
