@@ -131,7 +131,8 @@ class SparseMoeVlmProcessor(ProcessorMixin):
         merge_size: int | None = None,
         min_image_tokens: int = 1,
     ):
-        for field, token in (("image_token", image_token), ("row_separator", row_separator), ("video_token", video_token)):
+        tokens = {"image_token": image_token, "row_separator": row_separator, "video_token": video_token}
+        for field, token in tokens.items():
             check(isinstance(token, str | None), f"`{field}` must be a token, got {token!r}.")
         if image_token not in tokenizer.get_vocab():
             raise ValueError(

@@ -175,7 +175,7 @@ def test_lists_that_fill_the_memory(path, make):
     fields = make().config.to_dict()
     message = f"`{'.'.join(path)}` is 1000000000000, which is not plausible: at most 1048576"
     assert message in (refusal(make(), with_value(fields, path, 10**12)) or "")
-    with pytest.raises(ValueError, match="`a.num_labels` is 1048577"):
+    with pytest.raises(ValueError, match=r"`a\.num_labels` is 1048577"):
         build_config(dict, {"a": {"num_labels": 2**20 + 1}})
     assert build_config(dict, {"a": {"num_labels": 2**20, "other": 2**21}}) is not None
 

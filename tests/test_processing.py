@@ -512,7 +512,7 @@ def test_options_changed_at_loading(tmp_path):
         ({"image_seq_length": "4"}, "`image_seq_length` must be an integer of at least 1, got '4'"),
         ({"image_seq_length": 2**24 + 1}, "`image_seq_length` is 16777217, which is not plausible"),
         ({"image_token": ["<image>"]}, r"`image_token` must be a token, got \['<image>'\]"),
-        ({"row_separator": {}}, r"`row_separator` must be a token, got {}"),
+        ({"row_separator": {}}, r"`row_separator` must be a token, got \{\}"),
         ({"video_token": 5}, "`video_token` must be a token, got 5"),
     ],
 )

@@ -120,6 +120,8 @@ def test_what_must_be_changed_has_exit_code_2(hub, lfs, checkpoint, capsys, monk
     assert "does not accept your token" in error_of(capsys, 2, checkpoint, "user/other")
     (checkpoint / "model-00002-of-00002.safetensors").write_bytes(b"cut")
     assert "is incomplete" in error_of(capsys, 2, checkpoint, "user/model", "--dry-run")
+    both = ("--create-pr", "--revision", "v2")
+    assert "cannot be combined" in error_of(capsys, 2, checkpoint, "user/model", "--dry-run", *both)
 
 
 def test_what_can_be_repeated_has_exit_code_1(hub, lfs, checkpoint, capsys):  # noqa: F811
