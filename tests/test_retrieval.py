@@ -13,8 +13,10 @@ from modeling_sparse_moe_vlm import (
 )
 from modeling_sparse_moe_vlm.contrastive import contrastive_loss
 from modeling_sparse_moe_vlm.losses import router_losses
+from modeling_sparse_moe_vlm.routing import RoutingRecord
 from modeling_sparse_moe_vlm.toolbox.data import RetrievalCollator, retrieval_inputs
 from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
+from modeling_sparse_moe_vlm.toolbox.retrieval.conversion import image_prompt
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs
 from tests.support.processors import VOCAB_SIZE, make_image, make_processor, make_speaking_model
 from tests.support.retrieval import make_pairs, make_retrieval_config, make_retrieval_model
@@ -149,7 +151,7 @@ def test_arguments_of_a_call_as_of_clip():
 
 
 def test_other_inputs_and_outputs_of_the_model():
-    model, inputs = make_retrieval_model(), make_inputs(images_per_row=0)
+    model, inputs = make_retrieval_model(image_prompt_ids=[]), make_inputs(images_per_row=0)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     positions = 3 * torch.arange(inputs["input_ids"].shape[1]).expand(2, -1)
     with torch.no_grad():
@@ -168,7 +170,24 @@ def test_other_inputs_and_outputs_of_the_model():
             {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]},
         ):
             torch.testing.assert_close(model(**given).embeddings, expected.embeddings)
+        received = []
+        hook = model.model.register_forward_pre_hook(lambda *args: received.append(args[-1]), with_kwargs=True)
+        types = torch.ones_like(inputs["input_ids"])
+        model(**inputs, mm_token_type_ids=types)
+        hook.remove()
+        assert received[0]["mm_token_type_ids"] is types
+        record = RoutingRecord()
+        model(**inputs, routing_record=record, output_router_logits=True)
+        assert record.outputs()["router_logits"]
+        labels = torch.tensor([-2, -2])
+        assert model(**inputs, labels=labels, return_loss=False).loss is None
     assert not model.accepts_loss_kwargs
+
+
+def test_rows_with_videos_are_documents():
+    model = make_retrieval_model({"modalities": ["text", "image", "video"]}, video_token_id=1)
+    ids = torch.tensor([[1, 5], [5, 5], [5, IMAGE_TOKEN_ID]])
+    assert model._has_images(ids).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -274,6 +293,7 @@ def test_images_of_several_tiles_need_their_prompts(tiles):
     processor = make_processor(**tiles)
     model = to_retrieval(make_speaking_model(), processor)
     assert model.config.image_prompt_ids == []
+    assert (image_prompt(processor) is None) == ("min_tiles" not in tiles)
     inputs = retrieval_inputs(processor, [make_image(0, 20, 40), make_image(1)])
     assert len(inputs["pixel_values"]) > 2
     with torch.no_grad():
@@ -285,7 +305,9 @@ def test_images_of_several_tiles_need_their_prompts(tiles):
 def test_a_trained_model_becomes_a_retrieval_model(tmp_path):
     processor = make_processor()
     source = make_speaking_model(output_router_logits=True)
+    weights = {name: value.clone() for name, value in source.model.state_dict().items()}
     model = to_retrieval(source, processor, contrastive_loss="sigmoid", pooling="mean")
+    assert all(torch.equal(value, weights[name]) for name, value in model.model.state_dict().items())
     assert not model.training
     assert model.model is source.model
     assert model.config.text_config is source.config.text_config
@@ -309,6 +331,8 @@ def test_a_trained_model_becomes_a_retrieval_model(tmp_path):
         SparseMoeVlmForImageTextRetrieval.from_pretrained(tmp_path, pooling="max")
     with pytest.raises(ValueError, match="needs a model of type 'sparse_moe_vlm' or"):
         to_retrieval(model, processor)
+    half = to_retrieval(source.to(torch.bfloat16), processor, contrastive_loss="sigmoid")
+    assert (half.logit_scale.dtype, half.logit_bias.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 def test_save_and_load(tmp_path):

@@ -516,3 +516,14 @@ def test_the_census(model_type, outcome):
     ((name, found, reason),) = census([model_type])
     assert (name, found) == (model_type, outcome)
     assert ("does not support packed rows" in reason) == (outcome == NO)
+
+
+def test_padding_at_the_end_of_sequences():
+    packer = RowPacker(
+        9, {"input_ids": True, "labels": True}, lambda row: torch.arange(row["labels"].shape[1])[None, None]
+    )
+    rows = [{name: torch.tensor([ids]) for name in ("input_ids", "labels")} for ids in ([1, 2, 3], [4])]
+    batch = packer.pack(rows, [[0], [1]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, -1, -1]]

@@ -1,5 +1,7 @@
 """Re-ranking with a fusion layer."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -30,6 +32,8 @@ def test_default_values():
     assert reranker.scale.tolist() == [10.0]
     assert reranker.fusion.head_dim == 4  # 8 heads
     assert reranker.fusion.config.num_experts == 4
+    defaults = inspect.signature(rerank).parameters
+    assert (defaults["top_k"].default, defaults["batch_size"].default) == (10, 64)
 
 
 def test_states_of_tokens():
