@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from modeling_sparse_moe_vlm import modeling_upcycled_classification
 from modeling_sparse_moe_vlm.experts_config import experts_config_of
@@ -176,13 +176,14 @@ def test_router_losses_are_part_of_the_loss(is_upcycled, monkeypatch, tmp_path):
     assert not any(decoder._forward_pre_hooks for decoder in decoders(model)), "no hooks are left"
 
 
-def test_router_losses_with_outputs_and_of_wrong_models(tmp_path):
+def test_router_losses_with_outputs_and_of_wrong_models():
     class Trainer:
         def __init__(self, model):
             self.model, self.callback_handler = model, SimpleNamespace(callbacks=[])
 
-        def compute_loss(self, model, inputs, return_outputs=False):
-            outputs = model(**inputs)
+        def compute_loss(self, model, inputs, return_outputs=False, passes=1):
+            for _ in range(passes):
+                outputs = model(**inputs)
             return (outputs.logits.mean(), outputs) if return_outputs else outputs.logits.mean()
 
     class WithRouterLosses(RouterLossesMixin, Trainer):
@@ -196,10 +197,14 @@ def test_router_losses_with_outputs_and_of_wrong_models(tmp_path):
     assert loss.item() == trainer.compute_loss(model, inputs).item()
     router_loss = loss - outputs.logits.mean()
     assert router_loss > 0.1
+    # The losses of several forward passes are averaged.
+    assert trainer.compute_loss(model, inputs, passes=3).item() == pytest.approx(loss.item(), rel=1e-5)
     assert trainer.compute_loss(model.eval(), inputs).item() == model(**inputs).logits.mean().item()
     with torch.no_grad():
         assert trainer.compute_loss(model.train(), inputs).item() == model(**inputs).logits.mean().item()
-    for wrong in (model.model, torch.nn.Linear(1, 1)):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    dense = LlamaForSequenceClassification(LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8))
+    for wrong in (model.model, dense, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match=f"a model of this package for .*, but got {type(wrong).__name__}. Models"):
             WithRouterLosses(wrong)
 

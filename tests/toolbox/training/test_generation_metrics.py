@@ -87,7 +87,25 @@ def test_scores_are_metrics_of_the_evaluation(tmp_path, is_late):
     assert [line["answer"] for line in lines] == own.answers
     # After training, too. Another prefix is another set of rows.
     assert trainer.evaluate()["eval_exact_match"] == 75.0
-    assert "exact_match" not in "".join(trainer.evaluate(metric_key_prefix="test"))
+    for prefix in ("test", "evaluation"):
+        assert "exact_match" not in "".join(trainer.evaluate(metric_key_prefix=prefix))
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "expected"),
+    [
+        ("the cat", {}, False),
+        ("the cat", {"images": [], "videos": None}, False),
+        ("the cat", {"images": ["a.png"]}, True),
+        ("the cat", {"videos": ["a.mp4"]}, True),
+        ([{"type": "text", "text": "the cat"}], {}, False),
+        ([{"type": "image"}], {}, True),
+        ([{"type": "text", "text": "the cat"}, {"type": "video"}], {}, True),
+    ],
+)
+def test_rows_with_images_or_videos(content, columns, expected):
+    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "sat"}]} | columns
+    assert generation_metrics._has_image(row) is expected
 
 
 def test_several_evaluation_sets_generate_once(tmp_path, monkeypatch):
