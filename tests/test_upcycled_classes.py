@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import Starcoder2Config, Starcoder2ForCausalLM
+from transformers import ApertusConfig, ArceeConfig, Starcoder2ForCausalLM
 from transformers.utils import ModelOutput
 
 from modeling_sparse_moe_vlm import configuration_upcycled, modeling_upcycled, modeling_upcycled_classification
@@ -19,13 +19,14 @@ class RareOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
+# A class is made once in a process, so each case has a type that no other test uses.
 @pytest.mark.parametrize(
     ("module", "create", "get"),
     [
         (
             configuration_upcycled,
             "_make_config_class",
-            lambda: configuration_upcycled.upcycled_config_class(Starcoder2Config),
+            lambda: configuration_upcycled.upcycled_config_class(ArceeConfig),
         ),
         (
             modeling_upcycled,
@@ -35,7 +36,7 @@ class RareOutput(ModelOutput):
         (
             modeling_upcycled_classification,
             "_make_class",
-            lambda: modeling_upcycled_classification.classification_model_class(Starcoder2Config),
+            lambda: modeling_upcycled_classification.classification_model_class(ApertusConfig),
         ),
         (modeling_upcycled, "make_dataclass", lambda: modeling_upcycled.output_class(RareOutput)),
     ],
