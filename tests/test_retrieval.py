@@ -18,7 +18,7 @@ from modeling_sparse_moe_vlm.toolbox.data import RetrievalCollator, retrieval_in
 from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
 from modeling_sparse_moe_vlm.toolbox.retrieval.conversion import image_prompt
 from tests.support.models import IMAGE_TOKEN_ID, TEXT_CONFIG, make_inputs
-from tests.support.processors import VOCAB_SIZE, make_image, make_processor, make_speaking_model
+from tests.support.processors import VOCAB_SIZE, make_image, make_processor, make_speaking_model, make_tokenizer
 from tests.support.retrieval import make_pairs, make_retrieval_config, make_retrieval_model
 
 
@@ -333,6 +333,12 @@ def test_a_trained_model_becomes_a_retrieval_model(tmp_path):
         to_retrieval(model, processor)
     half = to_retrieval(source.to(torch.bfloat16), processor, contrastive_loss="sigmoid")
     assert (half.logit_scale.dtype, half.logit_bias.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_a_tokenizer_leaves_the_prompt_of_images_as_in_the_configuration():
+    source = make_speaking_model()
+    model = to_retrieval(source, make_tokenizer())
+    assert model.config.image_prompt_ids == [source.config.image_token_id] * source.config.image_seq_length
 
 
 def test_save_and_load(tmp_path):

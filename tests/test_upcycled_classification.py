@@ -12,11 +12,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    GPT2Config,
+    Kosmos2Config,
+    Kosmos2ForConditionalGeneration,
     LlamaConfig,
     LlamaForSequenceClassification,
 )
 
-from modeling_sparse_moe_vlm import modeling_upcycled_classification
+from modeling_sparse_moe_vlm import modeling_upcycled, modeling_upcycled_classification
 from modeling_sparse_moe_vlm.configuration_upcycled import upcycled_config_class
 from modeling_sparse_moe_vlm.modeling_upcycled_classification import classification_model_class
 from modeling_sparse_moe_vlm.toolbox.hub import write_model_card
@@ -153,6 +156,24 @@ def test_router_losses_without_effect_cause_one_warning(monkeypatch, tmp_path):
     model = make_classifier(make_few_experts("llama"), tmp_path, router_aux_loss_coef=0.0)
     model.train()(**inputs)
     assert len(warnings) == 1
+
+
+def test_router_biases_that_are_not_updated_cause_one_warning(monkeypatch):
+    models = []
+    monkeypatch.setattr(modeling_upcycled, "warn_of_resting_biases", models.append)
+    config = make_few_experts("llama", router_bias_update_rate=0.1).config
+    config.pad_token_id = PAD
+    model = classification_model_class(LlamaConfig)(config).train()
+    for _ in range(2):
+        model(**padded_inputs("llama"))
+    assert models == [model]
+
+
+def test_a_base_model_whose_parts_have_no_prefix():
+    made = classification_model_class(Kosmos2Config)
+    assert Kosmos2ForConditionalGeneration.base_model_prefix == ""
+    assert made.base_model_prefix == "model"
+    assert classification_model_class(GPT2Config).base_model_prefix == "transformer"
 
 
 @pytest.mark.newest

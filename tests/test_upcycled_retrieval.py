@@ -1,19 +1,26 @@
 """Upcycled models with a head for retrieval."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, LlavaProcessor
+from transformers import AutoConfig, AutoModel, LlamaConfig, LlavaProcessor
 
 from modeling_sparse_moe_vlm import configuration_upcycled_retrieval, modeling_upcycled_retrieval
+from modeling_sparse_moe_vlm.configuration_upcycled_retrieval import retrieval_config_class
+from modeling_sparse_moe_vlm.modeling_upcycled_classification import (
+    UpcycledClassificationMixin,
+    classification_model_class,
+)
+from modeling_sparse_moe_vlm.modeling_upcycled_retrieval import UpcycledRetrievalMixin, retrieval_model_class
 from modeling_sparse_moe_vlm.toolbox.data import RetrievalCollator, retrieval_inputs
 from modeling_sparse_moe_vlm.toolbox.evaluation import embed
 from modeling_sparse_moe_vlm.toolbox.installed_code import use_installed_code
 from modeling_sparse_moe_vlm.toolbox.retrieval import to_retrieval
 from tests.support.processors import make_image, make_image_processor, make_processor, make_tokenizer
 from tests.support.retrieval import make_pairs
-from tests.support.upcycled import KINDS, make_dense_inputs, make_few_experts, make_speaking
+from tests.support.upcycled import KINDS, make_dense, make_dense_inputs, make_few_experts, make_speaking
 
 
 def make_llava_processor() -> LlavaProcessor:
@@ -100,8 +107,52 @@ def test_classes_that_do_not_exist():
     retrieval = to_retrieval(dense, make_tokenizer())
     with pytest.raises(ValueError, match="needs a model of type 'sparse_moe_vlm' or an upcycled model"):
         to_retrieval(retrieval, make_tokenizer())
+    with pytest.raises(ValueError, match=r"but got one of type 'llama'\. Upcycle dense models with `upcycle` first"):
+        to_retrieval(make_dense("llama"), make_tokenizer())
     with pytest.raises(ValueError, match="needs a model of Transformers"):
         to_retrieval(torch.nn.Linear(1, 1), make_tokenizer())
+
+
+def test_all_placeholders_make_a_row_a_document():
+    model = to_retrieval(make_few_experts("llama", modalities=["text", "image"]), make_tokenizer())
+    model.config.experts_config.placeholder_ids = {"image": [98, 97]}
+    input_ids = torch.tensor([[5, 97], [98, 5], [5, 6]])
+    assert model._has_images(input_ids).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        ("emu3", "Emu3ForConditionalGeneration"),  # also has Emu3ForCausalLM
+        ("qwen2_audio", "Qwen2AudioForConditionalGeneration"),
+        ("llama", "LlamaForCausalLM"),
+        ("siglip", "SiglipModel"),
+    ],
+)
+@pytest.mark.parametrize("mixin", [UpcycledRetrievalMixin, UpcycledClassificationMixin])
+def test_the_class_with_the_names_of_the_base_model(mixin, model_type, expected):
+    model = SimpleNamespace(config=SimpleNamespace(base_model_type=model_type))
+    assert mixin.dense_class(model).__name__ == expected
+
+
+@pytest.mark.parametrize("make_class", [retrieval_model_class, classification_model_class])
+def test_the_experts_implementation_is_kept(make_class, monkeypatch):
+    """The module without experts, which Transformers creates first, would refuse an implementation."""
+    config = make_few_experts("llama").config
+    if make_class is retrieval_model_class:
+        config = retrieval_config_class(LlamaConfig)(**config.to_dict())
+    model_class, seen = make_class(LlamaConfig), []
+    get = model_class.get_correct_experts_implementation
+
+    def record(model, requested):
+        seen.append(("experts_config" in model.__dict__, requested))
+        return get(model, requested)
+
+    monkeypatch.setattr(model_class, "get_correct_experts_implementation", record)
+    config._experts_implementation = "batched_mm"
+    model = model_class(config)
+    assert seen[0] == (False, None)
+    assert config._experts_implementation == model.model.config._experts_implementation == "batched_mm"
 
 
 @pytest.mark.newest

@@ -145,6 +145,27 @@ def test_separators_keep_the_positions_of_places(model):
     assert packer.assign([2, 9, 2]) == [[0, 1, 2]]
 
 
+def test_separators_leave_rows_of_padding_without_positions(model):
+    rows = [{"input_ids": torch.tensor([[5] * length]), "labels": torch.tensor([[5] * length])} for length in (2, 3, 1)]
+    packer = RowPacker(0, {"input_ids": True, "labels": True}, RowPositions(model), separators=True)
+    batch = packer.pack(rows, [[1, 0, 2]], padding={1})
+    assert batch["input_ids"].tolist() == [[5, 5, 0, 5, 0, 5, 5, 5]]
+    assert batch["position_ids"].tolist() == [[0, 1, -1, 3, -1, -1, -1, -1]]
+    assert batch["labels"].tolist() == [[-100, 5, -100, -100, -100, -100, -100, -100]]
+
+
+def test_separators_are_only_put_between_tokens(model):
+    """Another field can have as many entries as a row has tokens by chance."""
+    rows = [
+        {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids]), "image_numbers": torch.tensor([numbers])}
+        for ids, numbers in (([5, 6], [1, 2]), ([7, 8, 9], [3]))
+    ]
+    layouts = {"input_ids": True, "labels": True, "image_numbers": True}
+    batch = RowPacker(0, layouts, RowPositions(model), separators=True).pack(rows, [[0, 1]])
+    assert batch["input_ids"].tolist() == [[5, 6, 0, 7, 8, 9]]
+    assert batch["image_numbers"].tolist() == [[1, 2, 3]]
+
+
 def test_sequences_without_images_have_an_image_of_padding():
     """If the images have one entry per row, the batch has one entry per sequence."""
     packer = make_packer(in_tree_models.make_model("idefics3"), "idefics3")

@@ -4,13 +4,15 @@ import sys
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from modeling_sparse_moe_vlm import losses
+from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
 from modeling_sparse_moe_vlm.toolbox.training import global_batch as module
 from modeling_sparse_moe_vlm.toolbox.training.global_batch import global_batch
 from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
-from tests.support.models import make_model
+from tests.support.models import QUIET_TRAINING, make_model
 
 COEFFICIENTS = {
     "output_router_logits": True,
@@ -67,6 +69,24 @@ def test_two_processes_have_the_loss_and_the_gradient_of_one(reduced, arrangemen
     assert total == pytest.approx(expected.loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_trainer_computes_the_loss_of_all_processes(tmp_path, reduced):
+    """The other process has as many tokens, which are routed in the same way, and as many targets."""
+    mine, others = reduced
+    model, rows = make_model(**COEFFICIENTS).train(), make_rows(2)
+    trainer = SparseMoeTrainer(model, TrainingArguments(str(tmp_path), **QUIET_TRAINING))
+    num_items = torch.tensor(2 * sum(int((row["labels"][1:] != -100).sum()) for row in rows))
+    expected = model(**collate(rows), num_items_in_batch=num_items)
+    assert mine == []
+    trainer.compute_loss(model, collate(rows), num_items_in_batch=num_items)
+    assert len(mine) == 2  # the sums of all layers, and the number of targets
+    others[:] = list(mine)
+    loss, outputs = trainer.compute_loss(model, collate(rows), return_outputs=True, num_items_in_batch=num_items)
+    torch.testing.assert_close(outputs.router_loss, expected.router_loss)
+    torch.testing.assert_close(loss, expected.loss)
+    trainer.compute_loss(model.eval(), collate(rows), num_items_in_batch=num_items)
+    assert len(mine) == 4
 
 
 def test_weights_without_a_number_of_targets(reduced):

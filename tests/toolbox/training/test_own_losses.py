@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_sparse_moe_vlm import SparseMoeVlmForCausalLM, losses
 from modeling_sparse_moe_vlm.toolbox.training import SparseMoeTrainer
+from modeling_sparse_moe_vlm.toolbox.training.resuming import ResumableTrainer
 from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_model
@@ -110,3 +111,18 @@ def test_other_trainers_warn_that_router_losses_are_left_out(tmp_path, monkeypat
     assert len(warnings_of(lambda: model(**unlabelled))) == 1
     model.eval()
     assert warnings_of(lambda: model(**unlabelled)) == []
+
+
+@pytest.mark.parametrize("has_experts", [True, False])
+def test_router_biases_need_router_logits_if_there_are_sparse_layers(tmp_path, monkeypatch, has_experts):
+    model = make_model(router_bias_update_rate=0.1, mlp_only_layers=[] if has_experts else [0, 1])
+    trainer = make_trainer(tmp_path, model)
+    monkeypatch.setattr(ResumableTrainer, "train", lambda trainer, *args, **kwargs: (args, kwargs))
+    if has_experts:
+        with pytest.raises(ValueError, match="`router_bias_update_rate` is set, but the model does not return router"):
+            trainer.train()
+        model.config.text_config.output_router_logits = True
+    assert trainer.train("checkpoint", None, ignore_keys_for_eval=["a"]) == (
+        ("checkpoint", None),
+        {"ignore_keys_for_eval": ["a"]},
+    )

@@ -106,6 +106,16 @@ def test_rows_before_the_resume_are_not_read(streaming, data, tmp_path, monkeypa
     assert len(read) == 2 * (2 + 1)  # two batches of two rows, and one that is read in advance
 
 
+def test_a_stream_starts_at_the_step_of_the_checkpoint_unless_it_is_ignored(data, tmp_path):
+    trainer = make_trainer(data, tmp_path / "run", streaming=True, gradient_accumulation_steps=3)
+    trainer.get_train_dataloader()
+    trainer.state.global_step = 4
+    for is_ignored, expected in ((False, 12), (True, 0)):
+        trainer.args.ignore_data_skip = is_ignored
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+        assert trainer._stream_batches.num_skipped == expected
+
+
 def test_epochs_of_a_stream_follow_one_another(data, tmp_path):
     """With gradient accumulation, no micro-batch at the end of an epoch is lost or left for the next epoch."""
     seen = []
