@@ -1,6 +1,7 @@
 """The forward pass: outputs do not depend on batches, padding, attention backends or the form of the inputs."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -321,6 +322,20 @@ def test_placeholders_without_images():
     past_key_values = model(**start, pixel_values=pixel_values).get(CACHE_NAME)
     rest = {key: value[:, 8:] if key != "attention_mask" else value for key, value in inputs.items()}
     torch.testing.assert_close(model(**rest, past_key_values=past_key_values).logits, seeing[:, 8:])
+
+
+def test_placeholders_of_cached_texts_are_not_looked_for(monkeypatch):
+    model, input_ids = make_model().model, torch.tensor([[5, IMAGE_TOKEN_ID]])
+    assert model.has_placeholders(input_ids)
+    assert not model.has_placeholders(input_ids[:, :1])
+    assert not model.has_placeholders(None)
+    for length, expected in ((0, True), (1, False)):
+        cache = SimpleNamespace(get_seq_length=lambda length=length: length)
+        assert model.has_placeholders(input_ids, cache) is expected
+    assert not model.has_placeholders(input_ids, SimpleNamespace())  # a paged cache
+    assert [model.has_placeholders(input_ids, token_id=token_id) for token_id in (4, 5)] == [False, True]
+    monkeypatch.setattr("modeling_sparse_moe_vlm.visual_features.is_tracing", lambda tensor: tensor is input_ids)
+    assert not model.has_placeholders(input_ids)  # unknown ids
 
 
 @pytest.mark.parametrize("shape", [(2, 13), (1, 14), (28,)])

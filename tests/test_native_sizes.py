@@ -365,6 +365,8 @@ def test_features_that_do_not_fit_the_text():
     inputs.pop("mm_token_type_ids")
     with pytest.raises(ValueError, match=r"tokens: 17, features: 18.* as many tokens as the size of the image needs"):
         model(**inputs)
+    # Frames of videos have one size.
+    assert model.model._tokens_per_placeholder("video") == "4 tokens per frame"
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -449,6 +451,7 @@ def test_processes_call_the_tower_equally_often(has_images, monkeypatch):
     assert model.model.vision_tower.embeddings.position_embedding.weight.grad is not None
     with torch.no_grad():  # no process waits for gradients
         model(**batch)
+    model.eval()(**batch)
     assert told == [2 if has_images else 1]
 
 

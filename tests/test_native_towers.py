@@ -252,7 +252,7 @@ def test_the_signature_is_read_once(name, monkeypatch):
 
 def test_processes_have_gradients_of_all_weights(monkeypatch):
     """Data parallelism waits for those of the mergers of earlier layers. Their gradients are zero."""
-    model = make_model("qwen3").train()
+    model = make_model("qwen3", vision_config=TOWERS["qwen3"] | {"deepstack_visual_indexes": [0, 1]}).train()
     pixels = torch.randn(2, 3, 24, 16)
     expected = torch.stack(model.get_image_features(pixels).pooler_output)
     monkeypatch.setattr("modeling_sparse_moe_vlm.visual_features.is_one_of_several_processes", lambda: True)
@@ -261,7 +261,7 @@ def test_processes_have_gradients_of_all_weights(monkeypatch):
     torch.testing.assert_close(actual, expected)
     actual.sum().backward()
     grads = {name: own.grad for name, own in model.model.vision_tower.named_parameters() if "deepstack" in name}
-    assert len(grads) == 6
+    assert len(grads) == 12
     assert all(grad.abs().max() == 0 for grad in grads.values())
 
 

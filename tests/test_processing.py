@@ -162,6 +162,11 @@ def test_empty_and_wrong_texts(processor, text):
         processor(text=text)
 
 
+def test_texts_with_lone_surrogates(processor):
+    with pytest.raises(ValueError, match=r"text\[1\] contains a lone surrogate \(at character 1\)"):
+        processor(text=["a", "b\ud800"])
+
+
 @pytest.mark.parametrize("kind", ["videos", "audio"])
 def test_other_modalities_are_refused(processor, kind):
     with pytest.raises(ValueError, match="neither `videos` nor `audio`"):
@@ -276,6 +281,14 @@ def test_content_none_and_columns_of_none(processor):
 def test_unknown_parts_are_refused(processor):
     with pytest.raises(Exception, match="must be of type 'text' or 'image', got 'video'"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+def test_parts_are_checked_if_they_are_tokenized(processor):
+    """Otherwise, they only have to suit the template."""
+    conversation, template = [{"role": "user", "content": [{"text": "a"}]}], "{{ messages[0]['content'][0]['text'] }}"
+    assert processor.apply_chat_template(conversation, template) == "a"
+    with pytest.raises(ValueError, match=r"conversation\[0\]\['content'\]\[0\] lacks `type`"):
+        processor.apply_chat_template(conversation, template, tokenize=True)
 
 
 def test_images_of_a_conversation_keep_their_order(processor):

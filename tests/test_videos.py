@@ -278,6 +278,8 @@ def test_tokens_of_a_video(processor):
     unknown = processor(text="<video>", videos=FRAMES, videos_kwargs={"num_frames": 2}, return_tensors="pt")
     assert text_of(processor, unknown) == "<frame 1>[4]<frame 6>[4]"
     assert text_of(processor, processor(text="<video>", videos=FRAMES[:1])) == "<frame 1>[4]"
+    with_metadata = processor(text="<video>", videos=FRAMES, num_frames=2, return_metadata=True, return_tensors="pt")
+    assert torch.equal(with_metadata["pixel_values_videos"], unknown["pixel_values_videos"])
 
 
 def test_pooled_frames_repeat_the_last_one():
@@ -364,6 +366,19 @@ def test_frames_are_encoded_like_images_and_averaged(pooling):
     if pooling == 2:
         with pytest.raises(ValueError, match=r"has 3 frames, but `video_temporal_pooling` \(2\) must divide"):
             model.get_video_features(pixels[:3])
+
+
+def test_hidden_states_and_attentions_of_the_tower():
+    model, pixels = make_model(video_temporal_pooling=2), torch.randn(2, 3, 16, 16)
+    model.set_attn_implementation("eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        expected = model.model.vision_tower(pixels, **wanted)
+        found = [model.get_image_features(pixels, **wanted), model.get_video_features(pixels, **wanted)]
+    assert [len(expected.hidden_states), len(expected.attentions)] == [2, 1]
+    for outputs in found:
+        for name in ("last_hidden_state", "hidden_states", "attentions"):
+            torch.testing.assert_close(outputs[name], expected[name])
 
 
 def test_videos_replace_their_tokens(processor):
