@@ -17,6 +17,7 @@ MAX_LAYERS = 4096
 MAX_EXPERTS = 1_000_000
 MAX_GROUPS = 1000
 MAX_MODALITIES = 100
+MAX_LABELS = 2**20
 MAX_WIDTH = 2**24
 MAX_IMAGE_SIZE = 2**16
 # Number of weights of the experts of a group in one layer. More would be hundreds of terabytes.
@@ -32,7 +33,6 @@ _SIZES = {
 }
 _NOT_ZERO = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "patch_size", "vocab_size")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "projector_hidden_act")
-_MAX_LIST = 2**20
 _MAX_INTEGER = 2**62  # larger integers do not fit tensors
 
 _LONGEST_SHOWN = 500
@@ -183,13 +183,17 @@ def check_library_fields(name: str, fields: Mapping[str, Any]) -> None:
 def _check_lists(fields: Mapping[str, Any], name: str = "") -> None:
     """
     Raises `ValueError` if a list that Transformers makes while it creates a configuration, of layers or labels, would
-    fill the memory.
+    fill the memory. The text configuration of our architecture checks its number of layers itself.
     """
     for field, value in fields.items():
         if isinstance(value, Mapping):
-            _check_lists(value, f"{name}{field}.")
-        elif (field == "num_labels" or field in _DEPTHS) and isinstance(value, int) and value > _MAX_LIST:
-            check_integer(f"{name}{field}", value, at_most=_MAX_LIST)
+            path = f"{name}[{field!r}]" if name == "modality_encoders" else f"{name}.{field}".removeprefix(".")
+            _check_lists(value, path)
+            continue
+        limit = MAX_LABELS if field == "num_labels" else MAX_LAYERS if field in _DEPTHS else None
+        is_checked_later = fields.get("model_type") == "sparse_moe_vlm_text" and field != "num_labels"
+        if limit is not None and isinstance(value, int) and value > limit and not is_checked_later:
+            check_integer(f"{name}.{field}".removeprefix("."), value, at_most=limit)
 
 
 # Errors about wrong values that models of Transformers raise while they are created.

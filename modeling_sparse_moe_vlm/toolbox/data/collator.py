@@ -76,6 +76,13 @@ class VisionLanguageCollator:
                 raise ValueError("`packing=True` needs `model`, to check that it separates packed rows.")
             self._packer = make_packer(model, self.processor)
 
+    @property
+    def adds_blank_images(self) -> bool:
+        """Whether batches without images and videos get a row with a blank image."""
+        if self.blank_images is None:
+            return is_sharded_by_accelerate() and not isinstance(self.processor, PreTrainedTokenizerBase)
+        return self.blank_images
+
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> SizedBatch:
         """
         Makes a batch of rows.
@@ -102,7 +109,7 @@ class VisionLanguageCollator:
         if not rows:
             raise ValueError("the batch has no rows: pass at least one.")
         conversations = {number: with_images(row, number) for number, row in enumerate(rows)}
-        adds_blank = self._blank_images_are_wanted() and not any(
+        adds_blank = self.adds_blank_images and not any(
             count_parts(kind, messages) for messages in conversations.values() for kind in ("image", "video")
         )
         if adds_blank:
@@ -134,11 +141,6 @@ class VisionLanguageCollator:
             padding = {len(rows) - 1} if adds_blank else set()
             batch = self._packer.pack(batches, self._packer.assign(tokens), padding)
         return SizedBatch(batch, row_sizes=sizes)
-
-    def _blank_images_are_wanted(self) -> bool:
-        if self.blank_images is None:
-            return is_sharded_by_accelerate() and not isinstance(self.processor, PreTrainedTokenizerBase)
-        return self.blank_images
 
     def _process(
         self, rows: Sequence[Mapping[str, Any]], conversations: dict[int, list[dict[str, Any]]]

@@ -134,8 +134,10 @@ class ResumableTrainer(Trainer):
     def _collator_for_training(self, collator: Callable) -> Callable:
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(collator, VisionLanguageCollator):
-            collator = copy(collator)
-            collator.blank_images = bool(collator.blank_images) or self._needs_blank_images(collator, model)
+            wanted = bool(collator.blank_images) or self._needs_blank_images(collator, model)
+            if wanted != collator.adds_blank_images:
+                collator = copy(collator)
+                collator.blank_images = wanted
         # Otherwise, the loss is a mean over the targets of a batch, which would be NaN for a batch without targets.
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             return collator

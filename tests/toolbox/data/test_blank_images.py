@@ -138,7 +138,7 @@ def test_the_trainer_knows_which_models_need_blank_images(monkeypatch, tmp_path)
         trainer.model = make()
         for given, expected in ((None, name == "upcycled"), (False, name == "upcycled"), (True, True)):
             collator.blank_images = given
-            assert trainer._collator_for_training(collator).blank_images is expected
+            assert trainer._collator_for_training(collator).adds_blank_images is expected
             assert collator.blank_images is given
 
 
