@@ -1,5 +1,7 @@
 """Tensor, expert and fully sharded parallelism over two and four processes, through the plans of the configuration."""
 
+import json
+
 import pytest
 import torch
 
@@ -31,7 +33,9 @@ SIZES = {
 }
 
 SCRIPT = """
+import json
 import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -86,9 +90,10 @@ def compare(model, path, sizes, experts):
         assert torch.equal(sharded.generate(**make_inputs(), max_new_tokens=4), model.answer), case
 
 
-for name in MODELS if world_size == 2 else ("isolated", "top_p", "pools"):
+names, implementations = json.loads(Path(sys.argv[1], "cases.json").read_text())
+for name in names:
     path = f"{sys.argv[1]}/{name}"
-    for experts in ("eager", "grouped_mm", "batched_mm") if world_size == 2 else ("grouped_mm",):
+    for experts in implementations:
         model = SparseMoeVlmForConditionalGeneration.from_pretrained(path, experts_implementation=experts).train()
         outputs = model(**whole_batch, num_items_in_batch=num_targets)
         outputs.loss.backward()
@@ -103,10 +108,16 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "world_size",
-    [pytest.param(size, marks=[pytest.mark.extensive] if size > 2 else []) for size in SIZES],
+    ("world_size", "names", "implementations"),
+    [
+        (2, ["hybrid", "pools of groups"], ["grouped_mm"]),
+        pytest.param(2, list(MODELS), ["eager", "grouped_mm", "batched_mm"], marks=pytest.mark.extensive),
+        pytest.param(4, ["isolated", "top_p", "pools"], ["grouped_mm"], marks=pytest.mark.extensive),
+    ],
+    ids=["few", "2", "4"],
 )
-def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size):
+def test_every_plan_gives_the_logits_and_gradients_of_one_process(tmp_path, world_size, names, implementations):
+    (tmp_path / "cases.json").write_text(json.dumps([names, implementations]))
     for name, fields in MODELS.items():
         model = make_model(
             vocab_size=100,

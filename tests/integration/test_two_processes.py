@@ -30,8 +30,6 @@ COEFFICIENTS = {
 }
 SETTINGS = {"max_steps": 6, "logging_steps": 1, "save_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant"}
 RUNS = {
-    # Otherwise, Accelerate repeats rows at the end of an epoch, so that all processes have equal batches.
-    "in memory": {"dataloader_drop_last": True},
     "streaming": {"streaming": True, "shuffle": False},
     "with workers": {"streaming": True, "dataloader_num_workers": 2},
     "accumulated": {"streaming": True, "gradient_accumulation_steps": 2, "label_smoothing_factor": 0.1},
@@ -39,6 +37,8 @@ RUNS = {
     "packed": {"streaming": True, "packing": True},
 }
 MORE_RUNS = {
+    # Otherwise, Accelerate repeats rows at the end of an epoch, so that all processes have equal batches.
+    "in memory": {"dataloader_drop_last": True},
     "packed in memory": {"packing": True, "dataloader_drop_last": True, "gradient_accumulation_steps": 2},
     "packed, with workers": {"packing": True, "streaming": True, "dataloader_num_workers": 2},
     "packed, upcycled": {"packing": True, "streaming": True, "shuffle": False, "model": "upcycled"},
@@ -57,7 +57,7 @@ MODELS = {
     "upcycled": upcycled.make_speaking,
     "biased": partial(make_speaking_model, router="sigmoid", router_bias_update_rate=0.05),
 }
-RESUMED = ("with workers", "in memory", "packed", *MORE_RUNS)
+RESUMED = ("with workers", "packed", *MORE_RUNS)
 
 
 def run(name: str, folder: Path, number: int, resume: str | None = None):
