@@ -272,6 +272,7 @@ def test_sizes_without_pixels():
             with pytest.raises(ValueError, match=rf"an image of {size[0]} × {size[1]} pixels has no pixels"):
                 processor._get_num_multimodal_tokens(image_sizes=[size])
         assert processor.tile_grid(1, 1) == (1, 1)
+        assert processor.token_grid(1, 5) == (2, 2)
 
 
 def test_grids_with_too_many_tokens_are_not_tried(monkeypatch):

@@ -254,6 +254,12 @@ def test_image_features(arrangement):
         torch.testing.assert_close(one, other, **TOLERANCE)
 
 
+def test_blank_images_have_the_size_of_the_tower():
+    blank = make_model().model._blank_images()
+    assert blank.shape == (1, 3, 16, 16)
+    assert not blank.any()
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_any_vision_tower(tower):
     """Also towers with class and register tokens, which are not patches."""

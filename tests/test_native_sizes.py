@@ -225,6 +225,11 @@ def test_invalid_options(options, message):
         make_native_processor()(text="<image>", images=make_image(), **options)
 
 
+def test_images_of_native_sizes_are_one_tile():
+    assert make_native_processor().tile_grid(20, 50) == (1, 1)
+    assert make_native_processor().token_grid(20, 50) == (3, 6)
+
+
 def test_invalid_processors():
     with pytest.raises(ValueError, match=r"`image_sizing` must be one of .*, got 'any'"):
         make_native_processor(image_sizing="any")

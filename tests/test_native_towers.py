@@ -336,6 +336,24 @@ def test_arguments_of_the_processor():
     }
 
 
+def test_names_of_the_inputs():
+    """Image processors that cut images into patches themselves have other names."""
+    names = ["input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"]
+    for image_processor in (None, Siglip2ImageProcessorPil(patch_size=4), Qwen2VLImageProcessorPil(patch_size=4)):
+        found = make_processor(make_config("qwen3"), image_processor).model_input_names
+        assert sorted(found) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("tower", "fields", "side"),
+    [("qwen3", {}, 8), ("qwen3", {"pixel_shuffle_factor": 2}, 16), ("naflex", {}, 8)],
+)
+def test_blank_images_have_one_token(tower, fields, side):
+    model = make_model(tower, **fields).model
+    assert model._blank_images().shape == (1, 3, side, side)
+    assert [len(tokens) for tokens in model.get_image_features(model._blank_images()).pooler_output] == [1]
+
+
 def test_the_connector_merges_merged_features_again():
     model = make_model("qwen2_5", pixel_shuffle_factor=2)
     pixels = torch.randn(1, 3, 32, 48)  # 8 × 12 patches, which the tower merges to 4 × 6

@@ -417,6 +417,15 @@ def test_image_token_added_late_or_as_an_ordinary_token():
         assert processor.decode(ids, skip_special_tokens=True).count("<pic>") == 2
 
 
+def test_another_tokenizer_is_prepared_too():
+    processor = make_processor()
+    conversation = [user("a <image> b", make_image())]
+    expected = processor.apply_chat_template(conversation, **CHAT)["input_ids"]
+    assert (expected == processor.image_token_id).sum() == processor.image_seq_length
+    processor.tokenizer = make_tokenizer()
+    assert torch.equal(processor.apply_chat_template(conversation, **CHAT)["input_ids"], expected)
+
+
 def test_image_token_that_is_an_ordinary_word_is_refused_in_texts_only():
     words = {word: i for i, word in enumerate(["<pad>", "<unk>", "picture", "a", "of"])}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))

@@ -278,6 +278,10 @@ def test_tokens_of_a_video(processor):
     unknown = processor(text="<video>", videos=FRAMES, videos_kwargs={"num_frames": 2}, return_tensors="pt")
     assert text_of(processor, unknown) == "<frame 1>[4]<frame 6>[4]"
     assert text_of(processor, processor(text="<video>", videos=FRAMES[:1])) == "<frame 1>[4]"
+    both = {"video_metadata": {"fps": 4.0}, "videos_kwargs": {"num_frames": 2}, "do_sample_frames": None}
+    assert text_of(processor, processor(text="<video>", videos=FRAMES, **both)) == "<0.0 seconds>[4]<1.2 seconds>[4]"
+    with pytest.raises(ValueError, match="there are 0 tokens, but 1 videos"):
+        processor(text=[5], videos=FRAMES)
     with_metadata = processor(text="<video>", videos=FRAMES, num_frames=2, return_metadata=True, return_tensors="pt")
     assert torch.equal(with_metadata["pixel_values_videos"], unknown["pixel_values_videos"])
 
