@@ -48,6 +48,7 @@ from modeling_sparse_moe_vlm.toolbox.routing.report.page import (
     pairs_of,
     top_pairs,
 )
+from tests import test_videos
 from tests.support.in_tree_models import TEXT, make_llava
 from tests.support.in_tree_moe import make_mixtral
 from tests.support.processors import (
@@ -217,6 +218,17 @@ def test_of_a_model():
     page = Page(report.to_html())
     assert page.open == []
     assert page.text.count("model’s answer") == 2
+
+
+def test_videos_are_not_drawn():
+    """α and the heat map are about images, so that the report does not say that all attention is on the text."""
+    model, processor = test_videos.make_model(), test_videos.make_processor()
+    video = {"type": "video", "video": [make_image(i) for i in range(2)]}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}, assistant("yes")]
+    report = routing_report(model, processor, [{"messages": messages}], max_new_tokens=3)
+    (example,) = report.examples
+    notes = {example.answer.alpha_note, example.answer.heat_note, example.answer.experts_note}
+    assert notes == {"The row has a video and no image. Videos are not drawn."}
 
 
 def test_of_a_language_model_of_transformers():

@@ -23,6 +23,7 @@ from ..passes import RoutedPass, watch_passes
 from .contents import Example, ShownRow
 
 Rows = Sequence[Mapping[str, Any]]
+ONLY_VIDEOS = "The row has a video and no image. Videos are not drawn."
 
 
 def shown_row(row: Mapping[str, Any], number: int) -> ShownRow:
@@ -70,8 +71,11 @@ def draw_examples(model: Any, processor: Any, rows: Rows, numbers: Sequence[int]
             for number in tqdm(numbers, desc="Drawing examples", unit="row", disable=not numbers):
                 shown = shown_row(rows[number], number)
                 chat.passes.clear()
+                prompt = _prompt_of(rows[number], number, shown)
                 try:
-                    answer = chat.answer(_prompt_of(rows[number], number, shown), settings)
+                    answer = chat.answer(prompt, settings)
+                    if not shown.images and any(part["type"] == "video" for turn in prompt for part in turn["content"]):
+                        answer.alpha_note = answer.heat_note = answer.experts_note = ONLY_VIDEOS
                 except ValueError as error:
                     note = f"The model cannot answer this row: {error}"
                     answer = Answer("", alpha_note=note, heat_note=note, experts_note=note)
