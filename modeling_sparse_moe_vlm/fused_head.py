@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .checks import check
 from .experts_config import SparseMoeVlmExpertsConfig, experts_config_of
-from .losses import router_losses
+from .losses import losses_of_layers
 from .routing import RoutingRecord
 
 logger = logging.get_logger(__name__)
@@ -105,13 +105,7 @@ def _router_losses(config: SparseMoeVlmExpertsConfig, record: RoutingRecord) -> 
     layers, tokens = record.layers(), record.tokens
     if not layers or tokens is None:
         return {}
-    return router_losses(
-        config,
-        [layer.logits for layer in layers],
-        tokens.ids,
-        tokens.is_real,
-        router_indices=[layer.chosen for layer in layers],
-    ).outputs(config)
+    return losses_of_layers(config, tokens, layers)
 
 
 def _divided_total(

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 
 from .experts_config import SparseMoeVlmExpertsConfig
-from .routing import chosen_experts
+from .routing import LayerRouting, chosen_experts
 from .token_modalities import TokenModalities, flat_tokens
 
 logger = logging.get_logger(__name__)
@@ -303,6 +303,32 @@ def _entropy_losses(
     return of_modality(config.router_local_entropy_coef, 0.0) * local_loss + of_modality(
         config.router_global_entropy_coef, 0.0
     ) * _missing_entropy(count, importance, threshold)
+
+
+def losses_of_layers(
+    config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]
+) -> dict[str, torch.Tensor]:
+    """
+    Computes the router losses of a forward pass whose routing was recorded.
+
+    Args:
+        config (`SparseMoeVlmExpertsConfig`):
+            Configuration of the experts.
+        tokens ([`~token_modalities.TokenModalities`]):
+            The modalities of the tokens.
+        layers (`Sequence[LayerRouting]`):
+            The routing of each sparse layer.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The losses as model outputs (see `RouterLosses.outputs`).
+    """
+    return router_losses(
+        config,
+        [layer.logits for layer in layers],
+        tokens.ids,
+        tokens.is_real,
+        router_indices=[layer.chosen for layer in layers],
+    ).outputs(config)
 
 
 def add_router_losses(

@@ -17,8 +17,9 @@ from modeling_sparse_moe_vlm.toolbox.data import PreferenceCollator, VisionLangu
 from modeling_sparse_moe_vlm.toolbox.installed_code import use_installed_code
 from modeling_sparse_moe_vlm.toolbox.routing import RoutingMonitor, loss_watch, measure_routing, update_router_bias
 from modeling_sparse_moe_vlm.toolbox.routing.watch import decoders
-from modeling_sparse_moe_vlm.toolbox.training import RouterLossesMixin, global_batch
+from modeling_sparse_moe_vlm.toolbox.training import RouterLossesMixin
 from tests.integration.test_trl import ARGUMENTS
+from tests.support.pretended_processes import pretend_two_processes
 from tests.support.processors import assistant, make_image, make_processor, make_speaking_config
 from tests.support.upcycled import make_speaking
 from tests.test_model_values import SparseMoeVlmForSequenceClassification
@@ -231,16 +232,7 @@ def test_router_losses_are_those_of_all_processes(monkeypatch):
     expected.backward()
     gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
     model.zero_grad()
-    mine, others = [], []
-
-    def all_reduce(tensor):
-        mine.append(tensor.clone())
-        if others:
-            tensor += others.pop(0)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(global_batch, "is_one_of_several_processes", lambda: True)
+    mine, others = pretend_two_processes(monkeypatch)
     sums = []
     for batch in batches:
         mine.clear()

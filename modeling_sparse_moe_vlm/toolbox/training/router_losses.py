@@ -11,7 +11,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ...checks import check
 from ...experts_config import SparseMoeVlmExpertsConfig
-from ...losses import router_losses, weighted_router_loss
+from ...losses import losses_of_layers, weighted_router_loss
 from ...routing import LayerRouting
 from ...token_modalities import TokenModalities
 from ..routing.loss_watch import losses_of
@@ -67,13 +67,7 @@ class RouterLossesMixin:
 
         def add(config: SparseMoeVlmExpertsConfig, tokens: TokenModalities, layers: Sequence[LayerRouting]) -> None:
             with global_batch(model):
-                losses = router_losses(
-                    config,
-                    [layer.logits for layer in layers],
-                    tokens.ids,
-                    tokens.is_real,
-                    router_indices=[layer.chosen for layer in layers],
-                ).outputs(config)
+                losses = losses_of_layers(config, tokens, layers)
                 # The losses of such trainers are means over the rows of a micro-batch.
                 total.append(weighted_router_loss(losses["router_loss"], layers[0].logits, None))
             self._log(losses)

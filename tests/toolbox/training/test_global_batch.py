@@ -13,6 +13,7 @@ from modeling_sparse_moe_vlm.toolbox.training.global_batch import global_batch
 from tests.integration.test_trainer import make_rows
 from tests.support.batches import collate
 from tests.support.models import QUIET_TRAINING, make_model
+from tests.support.pretended_processes import pretend_two_processes
 
 COEFFICIENTS = {
     "output_router_logits": True,
@@ -25,18 +26,7 @@ COEFFICIENTS = {
 
 @pytest.fixture
 def reduced(monkeypatch):
-    """Tensors that this process reduced, and those that the other process adds."""
-    mine, others = [], []
-
-    def all_reduce(tensor):
-        mine.append(tensor.clone())
-        if others:
-            tensor += others.pop(0)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(module, "is_one_of_several_processes", lambda: True)
-    return mine, others
+    return pretend_two_processes(monkeypatch)
 
 
 @pytest.mark.parametrize("halves", [(slice(0, 3), slice(3, 8)), (slice(0, 8, 2), slice(1, 8, 2))])
